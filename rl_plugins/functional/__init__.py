@@ -1,0 +1,88 @@
+"""The book of equations: pure functions on tensors, without state, configuration or process groups.
+
+Shapes: `B` sequences, `T` completion tokens, `P` prompt tokens, `L` tokens of a whole row, `K` heads,
+`D` hidden, `V` vocabulary.
+
+Time index. The completion is `y_0 .. y_{T-1}`. State `s_t` is the prompt and `y_{<t}`; the action in it is
+`y_t`; the reward `r_t` is paid after `y_t`; `V(s_t) = E[sum_i gamma^i r_{t+i}]`; `V = 0` after the last real
+token. Head `k = 1..K` of `values (B, T, K)` at `t` forecasts, from `s_t` alone, the return that begins with
+the reward `r_{t+k-1}`.
+
+Masks are `(B, T)`, bool or 0/1, and may have holes (tool output inside a completion). A masked token is
+skipped: the next state is the next real token. Outputs are 0 at masked positions, and whatever stands there
+on input (NaN, inf) reaches neither a result nor a gradient.
+
+Arithmetic is float32 or wider: half-precision inputs are upcast; functions that only move entries keep dtype.
+Stop-gradients are the caller's: nothing here detaches.
+"""
+
+from rl_plugins.functional.advantages import value_implied_std, value_scaled
+from rl_plugins.functional.averaging import periodic_update, polyak_update
+from rl_plugins.functional.divergences import kl_k1, kl_to_sampler
+from rl_plugins.functional.masking import (
+    Reduce,
+    explained_variance,
+    masked_mean,
+    masked_moments,
+    masked_sum,
+    masked_whiten,
+    zero_masked,
+)
+from rl_plugins.functional.mtp import (
+    completion_states,
+    head_targets,
+    last_real,
+    lookahead_values,
+    mtp_labels,
+    next_state_values,
+    shift_real,
+)
+from rl_plugins.functional.policy_losses import ppo_clip, vanilla
+from rl_plugins.functional.returns import (
+    discounted_returns,
+    gae,
+    lambda_returns,
+    length_adaptive_lambda,
+    n_step_returns,
+    td_errors,
+    td_targets,
+)
+from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
+from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
+
+__all__ = [
+    "Reduce",
+    "clipped_squared_error",
+    "completion_states",
+    "discounted_returns",
+    "explained_variance",
+    "gae",
+    "head_targets",
+    "huber",
+    "kl_k1",
+    "kl_shaped_rewards",
+    "kl_to_sampler",
+    "lambda_returns",
+    "last_real",
+    "length_adaptive_lambda",
+    "lookahead_values",
+    "masked_mean",
+    "masked_moments",
+    "masked_sum",
+    "masked_whiten",
+    "mtp_labels",
+    "n_step_returns",
+    "next_state_values",
+    "periodic_update",
+    "polyak_update",
+    "ppo_clip",
+    "shift_real",
+    "squared_error",
+    "td_errors",
+    "td_targets",
+    "terminal_rewards",
+    "value_implied_std",
+    "value_scaled",
+    "vanilla",
+    "zero_masked",
+]

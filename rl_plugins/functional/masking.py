@@ -1,0 +1,156 @@
+"""Sums and moments over the real tokens of a batch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a 1-D tensor of statistics across ranks; `None` in a signature means one rank."""
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Return `x` as float32, or as float64 where it already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
+    """Replace the masked entries of `x` by 0, whatever they hold, and cut their gradient.
+
+    Apply it to what goes *into* a loss: a NaN zeroed only afterwards is still a NaN in the gradient.
+
+    Args:
+        x: `(B, T, ...)`.
+        mask: `(B, T)`, or any leading part of the shape of `x`.
+
+    Returns:
+        `(B, T, ...)`, float32 or wider.
+
+    Raises:
+        ValueError: the shape of `mask` does not lead the shape of `x`.
+    """
+    return torch.where(_expand(mask, x), upcast(x), 0.0)
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum over the real entries: `sum_i m_i x_i`.
+
+    Args:
+        x: `(B, T, ...)`.
+        mask: `(B, T)`, or any leading part of the shape of `x`.
+        dim: the dimension to sum over; all of them by default.
+
+    Returns:
+        0-d, or the shape of `x` without `dim`.
+
+    Raises:
+        ValueError: the shape of `mask` does not lead the shape of `x`.
+    """
+    real = zero_masked(x, mask)
+    return real.sum() if dim is None else real.sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean over the real entries, 0 where there is none: `sum_i m_i x_i / max(sum_i m_i, 1)`.
+
+    Args:
+        x: `(B, T, ...)`.
+        mask: `(B, T)`, or any leading part of the shape of `x`.
+        dim: the dimension to average over; all of them by default.
+
+    Returns:
+        0-d, or the shape of `x` without `dim`.
+
+    Raises:
+        ValueError: the shape of `mask` does not lead the shape of `x`.
+    """
+    real = _expand(mask, x)
+    count = real.sum() if dim is None else real.sum(dim)
+    return masked_sum(x, mask, dim) / count.clamp(min=1)
+
+
+def masked_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, population variance and count over the real entries of every rank.
+
+    `mean = sum m x / sum m`, `var = sum m (x - mean)^2 / sum m`; all three are 0 where the mask is empty.
+
+    Args:
+        x: `(B, T, ...)`.
+        mask: `(B, T)`, or any leading part of the shape of `x`.
+        reduce: sums a 1-D tensor across ranks; called twice.
+
+    Returns:
+        `(mean, var, count)`, each 0-d and floating.
+
+    Raises:
+        ValueError: the shape of `mask` does not lead the shape of `x`.
+    """
+    total = masked_sum(x, mask)
+    local = torch.stack([total, _expand(mask, x).sum().to(total.dtype)])
+    total, count = (reduce(local) if reduce else local).unbind()
+    mean = total / count.clamp(min=1)
+    # A second pass: E[x^2] - E[x]^2 cancels to noise in float32 once the mean exceeds the spread.
+    squares = masked_sum((zero_masked(x, mask) - mean) ** 2, mask).reshape(1)
+    var = (reduce(squares) if reduce else squares).squeeze(0) / count.clamp(min=1)
+    return mean, var, count
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, reduce: Reduce | None = None
+) -> Tensor:
+    """Scale the real entries to unit variance and, with `shift_mean`, zero mean.
+
+    `(x - mean) / sqrt(var + eps)`, plus `mean` when not `shift_mean`.
+
+    Args:
+        x: `(B, T, ...)`.
+        mask: `(B, T)`, or any leading part of the shape of `x`.
+        shift_mean: whether to leave the mean at 0.
+        eps: added to the variance.
+        reduce: sums a 1-D tensor across ranks.
+
+    Returns:
+        The shape of `x`, 0 outside the mask.
+
+    Raises:
+        ValueError: the shape of `mask` does not lead the shape of `x`.
+    """
+    mean, var, _ = masked_moments(x, mask, reduce=reduce)
+    white = (zero_masked(x, mask) - mean) * torch.rsqrt(var + eps)
+    return zero_masked(white if shift_mean else white + mean, mask)
+
+
+def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> Tensor:
+    """The share of the targets' variance that the predictions account for: `1 - Var(y - yhat) / Var(y)`.
+
+    Args:
+        predictions: `yhat (B, T, ...)`.
+        targets: `y`, the shape of `predictions`.
+        mask: `(B, T)`, or any leading part of their shape.
+        reduce: sums a 1-D tensor across ranks.
+
+    Returns:
+        0-d; NaN where the targets do not vary or the mask is empty.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if predictions.shape != targets.shape:
+        raise ValueError(
+            f"predictions {tuple(predictions.shape)} and targets {tuple(targets.shape)} differ: align them."
+        )
+    mean, var, _ = masked_moments(targets, mask, reduce=reduce)
+    residual_var = masked_moments(upcast(targets) - upcast(predictions), mask, reduce=reduce)[1]
+    # The mean of equal numbers is off by a few units in the last place: that is not variance either.
+    rounding = 32 * torch.finfo(mean.dtype).eps * mean
+    return torch.where(var > rounding**2, 1 - residual_var / var, torch.nan)
+
+
+def _expand(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` as bool in the shape of `x`, trailing dimensions repeated."""
+    if mask.shape != x.shape[: mask.ndim]:
+        raise ValueError(
+            f"mask {tuple(mask.shape)} must lead the shape of x {tuple(x.shape)}: "
+            "pass the completion mask (B, T) with tensors (B, T, ...)."
+        )
+    return mask.bool().reshape(mask.shape + (1,) * (x.ndim - mask.ndim)).expand_as(x)

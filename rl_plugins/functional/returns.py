@@ -1,0 +1,259 @@
+"""Targets for values and advantages: one reverse scan, and the special cases of it.
+
+In every function `next_values (B, T)` holds `V'(s_{t+1})`, the value of the state after `y_t`, from another
+network than `values` (the Polyak target). By default it is `V(s_{t+1})` from `values`, 0 after the last real
+token; an own tensor is used as it is there too, so that a truncated completion can be bootstrapped.
+"""
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.masking import upcast, zero_masked
+from rl_plugins.functional.mtp import last_real, next_state_values, shift_real
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """Monte Carlo return: `G_t = sum_i gamma^i r_{t+i}` (Sutton and Barto 2018, eq. 3.8).
+
+    Args:
+        rewards: `(B, T)`.
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: `gamma` is out of range, or the shapes do not fit.
+    """
+    _check_gamma(gamma)
+    return _scan_real(_clean(rewards, mask), gamma, mask)
+
+
+def td_targets(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, next_values: Tensor | None = None
+) -> Tensor:
+    """One-step target: `Y_t = r_t + gamma V'(s_{t+1})` (Sutton and Barto 2018, eq. 6.2).
+
+    Args:
+        rewards: `(B, T)`.
+        values: `V(s_t) (B, T)`.
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: `gamma` is out of range, or the shapes do not fit.
+    """
+    _check_gamma(gamma)
+    return _clean(rewards, mask) + gamma * _next_values(values, mask, next_values)
+
+
+def td_errors(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, next_values: Tensor | None = None
+) -> Tensor:
+    """One-step error: `delta_t = r_t + gamma V'(s_{t+1}) - V(s_t)` (Sutton and Barto 2018, eq. 6.5).
+
+    Args:
+        rewards: `(B, T)`.
+        values: `V(s_t) (B, T)`.
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: `gamma` is out of range, or the shapes do not fit.
+    """
+    return td_targets(rewards, values, mask, gamma=gamma, next_values=next_values) - _clean(values, mask)
+
+
+def n_step_returns(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    n: int,
+    gamma: float = 1.0,
+    next_values: Tensor | None = None,
+) -> Tensor:
+    """n-step target: `sum_{i<n} gamma^i r_{t+i} + gamma^n V'(s_{t+n})` (Sutton and Barto 2018, eq. 7.1).
+
+    Args:
+        rewards: `(B, T)`.
+        values: `V(s_t) (B, T)`.
+        mask: `(B, T)`.
+        n: rewards to sum before the bootstrap; where fewer are left, the return runs to the end.
+        gamma: discount in `[0, 1]`.
+        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: `n` is below 1, `gamma` is out of range, or the shapes do not fit.
+    """
+    _check_gamma(gamma)
+    if n < 1:
+        raise ValueError(f"n={n}: give at least 1, which is td_targets.")
+    following, last = _next_values(values, mask, next_values), last_real(mask)
+    # The end pays its own bootstrap, so that windows which reach it need no case of their own.
+    window = _clean(rewards, mask) + gamma * torch.where(last, following, 0.0)
+    bootstrap = shift_real(torch.where(last, 0.0, following), mask, n - 1)[0]
+    return _window_sums(window, mask, n, gamma) + gamma**n * bootstrap
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 1.0,
+    next_values: Tensor | None = None,
+) -> Tensor:
+    """lambda-return: `G_t = r_t + gamma ((1 - lam) V'(s_{t+1}) + lam G_{t+1})`.
+
+    Sutton and Barto 2018, eq. 12.18.
+
+    Args:
+        rewards: `(B, T)`.
+        values: `V(s_t) (B, T)`.
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+        lam: trace decay in `[0, 1]`, a float or per sequence `(B,)` or `(B, 1)`; 1 is Monte Carlo, 0 is TD.
+        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: `gamma` or `lam` is out of range, or the shapes do not fit.
+    """
+    _check_gamma(gamma)
+    lam = _check_lam(lam, mask)
+    following = _next_values(values, mask, next_values)
+    # After the last token G and V' are the same number, so there the bootstrap has its whole weight.
+    bootstrap = torch.where(last_real(mask), following, (1 - lam) * following)
+    return _scan_real(_clean(rewards, mask) + gamma * bootstrap, gamma * lam, mask)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    next_values: Tensor | None = None,
+) -> Tensor:
+    """Generalised advantage: `A_t = sum_l (gamma lam)^l delta_{t+l}` (arXiv 1506.02438, eq. 16).
+
+    Args:
+        rewards: `(B, T)`.
+        values: `V(s_t) (B, T)`.
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+        lam: trace decay in `[0, 1]`, a float or per sequence `(B,)` or `(B, 1)`.
+        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: `gamma` or `lam` is out of range, or the shapes do not fit.
+    """
+    lam = _check_lam(lam, mask)
+    return _scan_real(td_errors(rewards, values, mask, gamma=gamma, next_values=next_values), gamma * lam, mask)
+
+
+def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
+    """A trace as long as the completion: `lam = clamp(1 - 1 / (alpha l), 0, 1)` (VAPO, arXiv 2504.05118).
+
+    Its weights sum to `1 / (1 - lam) = alpha l`, a fixed share of the length.
+
+    Args:
+        lengths: real tokens of each completion `(B,)`.
+        alpha: that share.
+
+    Returns:
+        `(B,)`.
+
+    Raises:
+        ValueError: `alpha` is not positive.
+    """
+    if alpha <= 0:
+        raise ValueError(f"alpha={alpha}: give a positive share of the length, such as 0.05.")
+    return (1 - 1 / (alpha * upcast(lengths))).clamp(0, 1)
+
+
+def _reverse_scan(a: Tensor, b: Tensor) -> Tensor:
+    """Solve `x_t = b_t + a_t x_{t+1}`, `x_T = 0`, by doubling: `O(log T)` passes (Hillis and Steele 1986)."""
+    length, step = b.shape[1], 1
+    while step < length:
+        # b_t now sums `step` terms and a_t is their product: compose each with the block that follows it.
+        reach = length - step
+        b = torch.cat([torch.addcmul(b[:, :reach], a[:, :reach], b[:, step:]), b[:, reach:]], dim=1)
+        # Blocks that end past T meet x_T = 0: their products are never used again, so `a` shrinks.
+        a = a[:, : max(reach - step, 0)] * a[:, step:reach]
+        step *= 2
+    return b
+
+
+def _scan_real(b: Tensor, decay: float | Tensor, mask: Tensor) -> Tensor:
+    """The scan over real tokens; a masked one hands the state on untouched and is 0 in the result."""
+    decay = torch.as_tensor(decay, dtype=b.dtype, device=b.device)
+    return zero_masked(_reverse_scan(torch.where(mask.bool(), decay, 1.0), b), mask)
+
+
+def _window_sums(rewards: Tensor, mask: Tensor, n: int, gamma: float) -> Tensor:
+    """`sum_{i<n} gamma^i r_{t+i}` by doubling: one window for each binary digit of `n`."""
+    total, block, size, done = torch.zeros_like(rewards), rewards, 1, 0
+    n = min(n, rewards.shape[1])
+    while size <= n:
+        if n & size:
+            total = total + gamma**done * shift_real(block, mask, done)[0]
+            done += size
+        block = block + gamma**size * shift_real(block, mask, size)[0]
+        size *= 2
+    return total
+
+
+def _next_values(values: Tensor, mask: Tensor, next_values: Tensor | None) -> Tensor:
+    if next_values is not None:
+        return _clean(next_values, mask)
+    _check_shape(values, mask)
+    return next_state_values(upcast(values), mask)
+
+
+def _clean(x: Tensor, mask: Tensor) -> Tensor:
+    _check_shape(x, mask)
+    return zero_masked(x, mask)
+
+
+def _check_shape(x: Tensor, mask: Tensor) -> None:
+    if x.shape != mask.shape or x.ndim != 2:
+        raise ValueError(f"expected (B, T) tensors, got {tuple(x.shape)} with a mask {tuple(mask.shape)}.")
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
+
+
+def _check_lam(lam: float | Tensor, mask: Tensor) -> float | Tensor:
+    """`lam` as a float or `(B, 1)`."""
+    if not isinstance(lam, Tensor):
+        if not 0 <= lam <= 1:
+            raise ValueError(f"lam={lam}: give a trace decay in [0, 1].")
+        return lam
+    if lam.shape not in ((mask.shape[0],), (mask.shape[0], 1)):
+        raise ValueError(f"lam {tuple(lam.shape)}: give a float, or one per sequence, (B,) or (B, 1).")
+    if not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError("lam has entries outside [0, 1]: clamp it, as length_adaptive_lambda does.")
+    return upcast(lam).reshape(-1, 1)

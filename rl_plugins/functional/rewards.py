@@ -1,0 +1,48 @@
+"""Rewards per token from what the host has: a score per completion and log-probabilities."""
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.masking import upcast, zero_masked
+from rl_plugins.functional.mtp import last_real
+
+
+def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
+    """Pay the score of a completion after its last real token: `r_t = R [t = last]`.
+
+    Args:
+        scores: `R (B,)`.
+        mask: `(B, T)`.
+
+    Returns:
+        `(B, T)`; all 0 in a row without real tokens, whose score is lost.
+
+    Raises:
+        ValueError: `scores` is not `(B,)`.
+    """
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(f"scores {tuple(scores.shape)}: give one per completion, ({mask.shape[0]},).")
+    return torch.where(last_real(mask), upcast(scores)[:, None], 0.0)
+
+
+def kl_shaped_rewards(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    """Charge each token for leaving the reference: `r_t - beta (ln pi(y_t|s_t) - ln pi_ref(y_t|s_t))`.
+
+    The k1 estimate of the KL divergence, inside the reward (Ouyang et al., arXiv 2203.02155, eq. 2). A reward
+    is data: pass `logps` detached.
+
+    Args:
+        rewards: `(B, T)`.
+        logps: `ln pi(y_t|s_t) (B, T)` of the policy that sampled.
+        ref_logps: `ln pi_ref(y_t|s_t) (B, T)`.
+        mask: `(B, T)`.
+        beta: weight of the charge.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    charge = beta * (zero_masked(logps, mask) - zero_masked(ref_logps, mask))
+    return zero_masked(rewards, mask) - charge
