@@ -1,0 +1,322 @@
+"""Pictures: the numbers in them, not only that they exist."""
+
+import math
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rl_plugins.report import TokenTrace, plot_training_curves, select_panels, smooth, write_token_values_html
+from rl_plugins.report.curves import Panel, default_window, grid_shape
+from rl_plugins.report.token_values import (
+    BINS,
+    contrast,
+    diverging_color,
+    format_number,
+    sequential_color,
+    text_color,
+    visible,
+)
+
+NAN = math.nan
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def full_log(n_steps: int = 12) -> list[dict[str, float]]:
+    keys = ["reward", "reward_std", "entropy", "kl", "completions/mean_length", "critic/td_error_abs"]
+    keys += ["critic/grad_norm"]
+    keys += [f"critic/{name}/head_{k}" for name in ("explained_variance", "value_loss") for k in (1, 2, 10)]
+    rows = [{"step": step, **{key: 0.1 * step + i for i, key in enumerate(keys)}} for step in range(n_steps)]
+    return [*rows, {"step": n_steps - 1, "train_runtime": 3.0}]
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def test_smooth_by_hand() -> None:
+    assert smooth([1.0, 2.0, 6.0, 3.0, 9.0], 3) == [1.5, 3.0, 11 / 3, 6.0, 6.0]
+    assert smooth([1.0, 2.0, 6.0], 1) == [1.0, 2.0, 6.0]
+    assert smooth([], 3) == []
+
+
+def test_smooth_leaves_missing_points_out() -> None:
+    assert smooth([1.0, NAN, 5.0], 3) == [1.0, 3.0, 5.0]
+    assert math.isnan(smooth([NAN, NAN, 1.0], 3)[0])
+
+
+@pytest.mark.parametrize("window", [0, 2, -1])
+def test_smooth_refuses_windows_without_a_centre(window: int) -> None:
+    with pytest.raises(ValueError, match=f"odd number, not {window}"):
+        smooth([1.0], window)
+
+
+def test_default_window_is_odd_and_grows_with_the_run() -> None:
+    assert [default_window(n) for n in (1, 9, 10, 39, 40, 200, 2000)] == [1, 1, 3, 3, 3, 11, 101]
+
+
+def test_select_panels_reads_every_metric() -> None:
+    data = select_panels(full_log())
+    assert [item.panel.key for item in data] == [
+        "reward",
+        "critic/explained_variance/head_*",
+        "critic/value_loss/head_*",
+        "critic/td_error_abs",
+        "critic/grad_norm",
+        "entropy",
+        "kl",
+        "completions/mean_length",
+    ]
+    assert [line.label for line in data[1].lines] == [
+        "head 1",
+        "head 2",
+        "head 10",
+    ]  # by number, not by letter
+    reward = data[0].lines[0]
+    assert reward.steps == list(range(12))
+    assert reward.values == [0.1 * step for step in range(12)]
+    assert reward.band == [0.1 * step + 1 for step in range(12)]
+
+
+def test_select_panels_leaves_absent_metrics_out() -> None:
+    log = [{"step": 1, "reward": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "reward": 0.7, "kl_coef": 1.0}]
+    (item,) = select_panels(log)
+    assert item.panel.key == "reward"
+    assert (item.lines[0].steps, item.lines[0].values, item.lines[0].band) == ([1, 3], [0.5, 0.7], None)
+
+
+def test_no_known_metric_raises_with_the_expected_keys() -> None:
+    with pytest.raises(ValueError, match=r"\(1 entries\).*reward, critic/explained_variance/head_\*"):
+        select_panels([{"step": 1, "loss": 1.0}])
+
+
+@pytest.mark.parametrize(
+    ("n_panels", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3)), (8, (3, 3))]
+)
+def test_grid_shape(n_panels: int, shape: tuple[int, int]) -> None:
+    assert grid_shape(n_panels) == shape
+
+
+def test_png_of_all_panels_has_the_expected_size(tmp_path: Path) -> None:
+    path = plot_training_curves(full_log(), tmp_path / "new" / "a.png", title="run", marks={3: "warm-up ends"})
+    assert path == tmp_path / "new" / "a.png"
+    # 3 x 3 panels of 3.6 x 2.8 inches, 0.4 for the title and 0.3 for the marks, at 150 dots per inch.
+    assert png_size(path) == (1620, 1365)
+
+
+def test_png_of_chosen_panels(tmp_path: Path) -> None:
+    panels = [Panel("Loss", "nats", "loss"), Panel("KL", "nats", "kl")]
+    path = plot_training_curves([{"step": 1, "loss": 2.0}], tmp_path / "a.png", panels=panels)
+    assert png_size(path) == (540, 420)
+
+
+def test_missing_and_extreme_values_can_be_drawn(tmp_path: Path) -> None:
+    log = [{"step": i, "critic/explained_variance/head_1": v, "reward": NAN} for i, v in enumerate([NAN, -9.0, 0.5])]
+    assert png_size(plot_training_curves(log, tmp_path / "a.png")) == (1080, 420)
+
+
+def test_plotting_leaves_pyplot_alone(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rl_plugins.report import plot_training_curves\n"
+        f"plot_training_curves([{{'step': 1, 'reward': 1.0}}], {str(tmp_path / 'a.png')!r})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+# -------------------------------------------------------------------------------------------- token values
+
+
+class Page(HTMLParser):
+    """Token spans (attributes and text), articles, buttons, and all tags of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.spans: list[tuple[dict[str, str | None], str]] = []
+        self.articles: list[dict[str, str | None]] = []
+        self.buttons: list[dict[str, str | None]] = []
+        self.tags: list[str] = []
+        self._in_token = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        if tag == "article":
+            self.articles.append(values)
+        if tag == "button":
+            self.buttons.append(values)
+        if tag == "span" and "data-value" in values:
+            self.spans.append((values, ""))
+            self._in_token = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "span":
+            self._in_token = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_token:
+            attributes, text = self.spans[-1]
+            self.spans[-1] = (attributes, text + data)
+
+
+RIGHT = TokenTrace("2 + 2 =", [" 4", "\n", "<|end|>"], [0.0, 0.5, 1.0], [0.5, -1.0, 0.0], 1.0, {"answer": "<4>"})
+WRONG = TokenTrace("1 + 1 =", ["<script>alert(1)</script>"], [0.1 + 0.2], [-0.25], 0.0)
+
+
+def write(tmp_path: Path, *traces: TokenTrace, **kwargs: tuple[float, float] | float) -> str:
+    path = write_token_values_html(traces, tmp_path / "a.html", title="T", **kwargs)  # type: ignore[arg-type]
+    return path.read_text(encoding="utf-8")
+
+
+def test_one_span_per_token_with_exact_numbers(tmp_path: Path) -> None:
+    page = Page(write(tmp_path, RIGHT, WRONG))
+    numbers = [(float(a["data-value"] or ""), float(a["data-delta"] or "")) for a, _ in page.spans]
+    assert numbers == [(0.0, 0.5), (0.5, -1.0), (1.0, 0.0), (0.1 + 0.2, -0.25)]
+    assert [a["data-i"] for a, _ in page.spans] == ["0", "1", "2", "0"]
+    assert [text for _, text in page.spans] == ["␣4", "↵", "<|end|>", "<script>alert(1)</script>"]
+
+
+def test_bins_follow_the_shared_scales(tmp_path: Path) -> None:
+    page = Page(write(tmp_path, RIGHT, WRONG))
+    # Values span [0, 1], TD errors [-1, 1], in 64 steps.
+    assert [(a["class"] or "").split()[1:3] for a, _ in page.spans] == [
+        ["v0", "d48"],
+        ["v32", "d0"],
+        ["v64", "d32"],
+        ["v19", "d24"],
+    ]
+    assert "special" in (page.spans[2][0]["class"] or "")
+
+
+def test_value_range_clamps_and_the_legend_says_so(tmp_path: Path) -> None:
+    text = write(tmp_path, RIGHT, value_range=(0.25, 0.75))
+    assert [(a["class"] or "").split()[1] for a, _ in Page(text).spans] == ["v0", "v32", "v64"]
+    assert "<span>≤ 0.25</span><span>0.50</span><span>≥ 0.75</span>" in text
+    assert "≤" not in write(tmp_path, RIGHT, value_range=(0.0, 1.0))
+
+
+def test_missing_values_have_no_colour_and_no_effect_on_the_scale(tmp_path: Path) -> None:
+    trace = TokenTrace("p", list("abc"), [0.0, NAN, 1.0], [NAN, 2.0, math.inf], 1.0)
+    page = Page(write(tmp_path, trace))
+    bins = [(a["class"] or "").split()[1:3] for a, _ in page.spans]
+    assert bins == [["v0", "dna"], ["vna", "d64"], ["v64", "dna"]]
+    assert page.spans[1][0]["data-value"] == "nan"
+    assert format_number(NAN, 2) == "–"
+    assert format_number(-0.125, 3) == "−0.125"
+
+
+def test_nothing_finite_and_nothing_generated_can_be_shown(tmp_path: Path) -> None:
+    text = write(tmp_path, TokenTrace("p", ["a"], [NAN], [NAN], NAN), TokenTrace("p", [], [], [], 0.0))
+    assert len(Page(text).spans) == 1
+    assert "empty completion" in text
+
+
+def test_markup_in_any_text_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    trace = TokenTrace(evil, [evil, "&amp;"], [0.0, 0.0], [0.0, 0.0], 0.0, {evil: evil})
+    path = write_token_values_html([trace], tmp_path / "a.html", title=evil, subtitle=evil)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 1  # our own
+    assert [text for _, text in page.spans] == [evil, "&amp;"]
+
+
+def test_articles_carry_the_keys_of_filter_and_sort(tmp_path: Path) -> None:
+    keys = ("data-order", "data-reward", "data-surprise", "data-verdict")
+    articles = Page(write(tmp_path, RIGHT, WRONG)).articles
+    assert [tuple(a[key] for key in keys) for a in articles] == [
+        ("0", "1.0", "1.0", "right"),
+        ("1", "0.0", "0.25", "wrong"),
+    ]
+    assert Page(write(tmp_path, RIGHT, right_above=1.0)).articles[0]["data-verdict"] == "wrong"
+
+
+def test_page_is_self_contained(tmp_path: Path) -> None:
+    text = write(tmp_path, RIGHT, WRONG)
+    assert "http://" not in text and "https://" not in text
+    assert not {"link", "img", "iframe", "object"} & set(Page(text).tags)
+    assert " src=" not in text and "url(" not in text and "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def test_every_button_says_whether_it_is_pressed(tmp_path: Path) -> None:
+    buttons = Page(write(tmp_path, RIGHT)).buttons
+    assert [b["aria-pressed"] for b in buttons] == ["true", "false", "true", "false", "false"] + [
+        "true",
+        "false",
+        "false",
+        "false",
+    ]
+
+
+def test_one_tab_stop_per_completion(tmp_path: Path) -> None:
+    assert [a["tabindex"] for a, _ in Page(write(tmp_path, RIGHT, WRONG)).spans] == ["0", "-1", "-1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" a\tb\n", "␣a⇥b↵"),
+        ("\x00\r\x7f", "⟨U+0000⟩⟨U+000D⟩⟨U+007F⟩"),
+        ("\u202e\u200b\u00a0\ud800", "⟨U+202E⟩⟨U+200B⟩⟨U+00A0⟩⟨U+D800⟩"),
+        ("日本 é�", "日本␣é�"),
+    ],
+)
+def test_unseen_characters_are_made_visible(text: str, shown: str) -> None:
+    assert visible(text, keep="") == shown
+
+
+def test_color_scales_at_ends_and_middle() -> None:
+    assert [sequential_color(x) for x in (-1.0, 0.0, 0.5, 1.0, 2.0)] == [
+        "#fdf6dc",
+        "#fdf6dc",
+        "#6cc0b4",
+        "#0b4a80",
+        "#0b4a80",
+    ]
+    assert [diverging_color(x) for x in (-2.0, -1.0, 0.0, 1.0)] == [
+        "#b2182b",
+        "#b2182b",
+        "#f6f6f6",
+        "#2166ac",
+    ]
+    assert [diverging_color(x, dark=True) for x in (-1.0, 0.0, 1.0)] == ["#f06a54", "#2c313a", "#60aef5"]
+    assert sequential_color(0.25) == "#b4dbc8"  # halfway: (180.5, 219, 200)
+
+
+def test_contrast_by_hand() -> None:
+    assert contrast("#000000", "#ffffff") == 21.0
+    assert contrast("#777777", "#777777") == 1.0
+    assert (text_color("#ffffff"), text_color("#0b4a80")) == ("#000000", "#ffffff")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_is_readable_on_every_color(dark: bool) -> None:
+    positions = [k / (BINS - 1) for k in range(BINS)]
+    colors = [sequential_color(x, dark) for x in positions]
+    colors += [diverging_color(2 * x - 1, dark) for x in positions]
+    assert min(contrast(color, text_color(color)) for color in colors) >= 4.5  # WCAG 2 AA
+
+
+@pytest.mark.parametrize(("values", "deltas"), [([0.0], [0.0, 0.0]), ([0.0, 0.0], [0.0])])
+def test_unequal_lengths_name_the_trace(tmp_path: Path, values: list[float], deltas: list[float]) -> None:
+    bad = TokenTrace("why?", ["a", "b"], values, deltas, 0.0)
+    with pytest.raises(
+        ValueError, match=rf"trace 1 \(prompt 'why\?'\) has 2 tokens, {len(values)} values and {len(deltas)}"
+    ):
+        write(tmp_path, RIGHT, bad)
+
+
+def test_no_traces_and_empty_ranges_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="traces is empty"):
+        write(tmp_path)
+    with pytest.raises(ValueError, match=r"low < high, not \(1.0, 1.0\)"):
+        write(tmp_path, RIGHT, value_range=(1.0, 1.0))
