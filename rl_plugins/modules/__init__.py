@@ -1,0 +1,34 @@
+"""`nn.Module`s and state: MTP value heads, their slow copies, and how they attach to a Hugging Face model."""
+
+from rl_plugins.modules.attach import attach_mtp_heads, base_model_of, detach_mtp_heads, get_mtp_heads
+from rl_plugins.modules.gradient import GradientStats, clamp_gradient
+from rl_plugins.modules.head_pass import HeadPass, head_token_loss, logit_divisor
+from rl_plugins.modules.heads import MTPHead, MTPHeads, MTPHeadsConfig, ValueHead
+from rl_plugins.modules.polyak import PolyakTarget
+from rl_plugins.modules.serialization import (
+    has_mtp_heads_file,
+    load_mtp_heads,
+    read_mtp_heads,
+    save_mtp_heads,
+)
+
+__all__ = [
+    "GradientStats",
+    "HeadPass",
+    "MTPHead",
+    "MTPHeads",
+    "MTPHeadsConfig",
+    "PolyakTarget",
+    "ValueHead",
+    "attach_mtp_heads",
+    "base_model_of",
+    "clamp_gradient",
+    "detach_mtp_heads",
+    "get_mtp_heads",
+    "has_mtp_heads_file",
+    "head_token_loss",
+    "load_mtp_heads",
+    "logit_divisor",
+    "read_mtp_heads",
+    "save_mtp_heads",
+]

@@ -1,0 +1,62 @@
+"""Slow copies of the heads, the stable bootstrap of the temporal difference."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from rl_plugins.functional.averaging import periodic_update, polyak_update
+from rl_plugins.modules.heads import MTPHeads
+
+
+class PolyakTarget(nn.Module):
+    """A float32 copy of the heads' value path that follows the online heads slowly (the seed's 10.2.5).
+
+    `theta' <- tau theta + (1 - tau) theta'` after every optimizer step (Lillicrap et al., 1509.02971, algorithm 1), or
+    a hard copy every `period` steps (Mnih et al., 2015, the seed's 5.4). The trunk is not copied: the target heads
+    read the online trunk's hidden states, which is what makes them cheap.
+
+    Keep this module outside the model: in float32 a small tau is not lost to rounding, and no engine partitions it.
+
+    Args:
+        heads: Online heads with full (gathered) weights.
+        tau: Step of the moving average in [0, 1].
+        period: Copy every this many steps instead of averaging.
+
+    Raises:
+        ValueError: If `tau` is outside [0, 1] or `period` is below 1.
+    """
+
+    def __init__(self, heads: MTPHeads, *, tau: float = 0.05, period: int | None = None) -> None:
+        super().__init__()
+        if not 0.0 <= tau <= 1.0:
+            raise ValueError(f"tau must be in [0, 1], got {tau}.")
+        if period is not None and period < 1:
+            raise ValueError(f"period must be at least 1 step, got {period}; use None for the moving average.")
+        self.tau, self.period = tau, period
+        self.heads = copy.deepcopy(heads).float().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Target values (B, T, K) in float32 of trunk states (B, T, D)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.heads(hidden.float())
+
+    def update(self, online: Iterable[Tensor], *, step: int) -> None:
+        """Move towards the online weights after optimizer step number `step`.
+
+        Args:
+            online: Full parameters of the online heads, in the order of `heads.parameters()`.
+            step: Number of optimizer steps done; counts for `period` only.
+        """
+        if self.period is None:
+            polyak_update(self.heads.parameters(), online, tau=self.tau)
+        else:
+            periodic_update(self.heads.parameters(), online, step=step, period=self.period)
+
+    @torch.no_grad()
+    def distance(self, online: Iterable[Tensor]) -> Tensor:
+        """Root mean square gap between target and online weights, a 0-d tensor."""
+        gaps = [(t - o.float()).square() for t, o in zip(self.heads.parameters(), online, strict=True)]
+        return (torch.stack([gap.sum() for gap in gaps]).sum() / sum(gap.numel() for gap in gaps)).sqrt()

@@ -1,0 +1,105 @@
+"""Save heads beside a model, and load them again."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rl_plugins.modules.attach import HEADS_ATTRIBUTE, attach_mtp_heads, base_model_of, get_mtp_heads
+from rl_plugins.modules.heads import MTPHeads, MTPHeadsConfig
+
+HEADS_WEIGHTS_NAME = "mtp_heads.safetensors"
+HEADS_CONFIG_NAME = "mtp_heads_config.json"
+
+
+def has_mtp_heads_file(directory: str | Path) -> bool:
+    """Whether `directory` holds heads saved by [`save_mtp_heads`]."""
+    return (Path(directory) / HEADS_WEIGHTS_NAME).is_file()
+
+
+def save_mtp_heads(model: nn.Module, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+    """Write the heads' weights and config into `directory`, beside `model.safetensors`.
+
+    Args:
+        model: Model with heads attached.
+        directory: Created if missing.
+        state_dict: Full weights of the model (as an engine gathers them under ZeRO-3); the model's own by default.
+
+    Returns:
+        Path of the weights file.
+
+    Raises:
+        ValueError: If the model has no heads, or `state_dict` lacks them.
+    """
+    heads = get_mtp_heads(model)
+    if heads is None:
+        raise ValueError(f"{type(model).__name__} has no MTP heads to save; attach_mtp_heads(model) first.")
+    tensors = dict(heads.state_dict()) if state_dict is None else _heads_entries(state_dict)
+    if set(tensors) != set(heads.state_dict()):
+        raise ValueError("state_dict does not hold all weights of the MTP heads; gather the whole model.")
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / HEADS_WEIGHTS_NAME)
+    (path / HEADS_CONFIG_NAME).write_text(json.dumps(heads.config.to_dict(), indent=2) + "\n")
+    return path / HEADS_WEIGHTS_NAME
+
+
+def _heads_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # PEFT prefixes the base model's keys, so match the attribute anywhere at a dot.
+    marker = f"{HEADS_ATTRIBUTE}."
+    return {
+        key.split(marker, 1)[1]: value
+        for key, value in state_dict.items()
+        if key.startswith(marker) or f".{marker}" in key
+    }
+
+
+def read_mtp_heads(directory: str | Path) -> tuple[MTPHeadsConfig, dict[str, Tensor]]:
+    """Read config and weights of the heads in `directory`.
+
+    Raises:
+        FileNotFoundError: If they are not there.
+    """
+    path = Path(directory)
+    if not has_mtp_heads_file(path):
+        raise FileNotFoundError(
+            f"No {HEADS_WEIGHTS_NAME} in {path}. Train heads with MTPSFTTrainer or MTPCriticTrainer and save them "
+            "there, or attach new ones with attach_mtp_heads(model)."
+        )
+    config = MTPHeadsConfig(**json.loads((path / HEADS_CONFIG_NAME).read_text()))
+    return config, load_file(path / HEADS_WEIGHTS_NAME)
+
+
+def load_mtp_heads(model: nn.Module, directory: str | Path) -> MTPHeads:
+    """Load heads saved by [`save_mtp_heads`] into `model`, attaching them if the model has none.
+
+    Args:
+        model: Causal LM, with or without heads.
+        directory: Where the heads were saved.
+
+    Returns:
+        The heads of `model`.
+
+    Raises:
+        FileNotFoundError: If `directory` holds no heads.
+        ValueError: If the file's hidden size does not fit the model, or its K or width those of the attached heads.
+    """
+    config, tensors = read_mtp_heads(directory)
+    hidden_size = base_model_of(model).config.get_text_config().hidden_size
+    if config.hidden_size != hidden_size:
+        raise ValueError(
+            f"The heads in {directory} were trained for hidden size {config.hidden_size}, but this model has "
+            f"{hidden_size}. Load the model they belong to, or train new heads for this one."
+        )
+    heads = get_mtp_heads(model)
+    if heads is None:
+        heads = attach_mtp_heads(model, heads=MTPHeads(config))
+    elif heads.config != config:
+        raise ValueError(
+            f"The heads in {directory} are {config}, but the attached ones are {heads.config}. Set num_mtp_heads="
+            f"{config.num_heads} and mtp_inner_size={config.inner_size}, or detach_mtp_heads(model) before loading."
+        )
+    heads.load_state_dict(tensors)
+    return heads

@@ -1,0 +1,7 @@
+"""Trainers and configs for TRL: `from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer`."""
+
+from rl_plugins.trl.callbacks import PolyakCallback
+from rl_plugins.trl.critic_config import MTPCriticConfig
+from rl_plugins.trl.critic_trainer import MTPCriticTrainer
+
+__all__ = ["MTPCriticConfig", "MTPCriticTrainer", "PolyakCallback"]

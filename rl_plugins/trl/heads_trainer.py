@@ -1,0 +1,190 @@
+"""What both trainers do with their heads: create, optimise, save, load, average."""
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import cached_file
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from rl_plugins.modules import (
+    MTPHeads,
+    PolyakTarget,
+    attach_mtp_heads,
+    base_model_of,
+    get_mtp_heads,
+    has_mtp_heads_file,
+    load_mtp_heads,
+    logit_divisor,
+    save_mtp_heads,
+)
+from rl_plugins.modules.attach import HEADS_ATTRIBUTE
+from rl_plugins.modules.serialization import HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME
+from rl_plugins.objectives.critic import ValueLoss, value_losses
+from rl_plugins.trl.callbacks import PolyakCallback
+from rl_plugins.trl.heads_config import MTPHeadsArguments
+
+logger = logging.getLogger(__name__)
+
+TARGET_NAME = "polyak_target.safetensors"
+
+
+def gather_lm_head(params: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Whole LM-head weights under ZeRO-3; leaves weights that are whole already (tied embeddings) alone."""
+    return maybe_gather_lm_head_ctx(*params)
+
+
+def find_saved_heads(model: Any, args: MTPHeadsArguments) -> str | None:
+    """Directory of saved heads that a run should start from: the one given, or the model's own."""
+    if args.mtp_heads_path is not None:
+        return args.mtp_heads_path
+    if not isinstance(model, str):
+        return None
+    if os.path.isdir(model):
+        return model if has_mtp_heads_file(model) else None
+    found = [
+        cached_file(
+            model,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        for name in (HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME)
+    ]
+    return None if None in found else str(Path(str(found[1])).parent)
+
+
+class MTPHeadsTrainer(_BaseTrainer):
+    """Life cycle of MTP value heads in a TRL trainer; `MTPSFTTrainer` and `MTPCriticTrainer` build on it.
+
+    Heads are attached after the host's `__init__`, so that PEFT and the fused LM head are in place, and before
+    `accelerator.prepare`, so that they are optimised and sharded with the rest.
+    """
+
+    args: Any
+    mtp_heads: MTPHeads | None = None
+    polyak_target: PolyakTarget
+
+    def _set_up_heads(self, saved_heads: str | None) -> None:
+        args = self.args
+        heads = get_mtp_heads(self.model)
+        if heads is not None:
+            if heads.config.num_heads != args.num_mtp_heads:
+                raise ValueError(
+                    f"The model comes with {heads.config.num_heads} MTP heads, but num_mtp_heads is "
+                    f"{args.num_mtp_heads}. Set num_mtp_heads={heads.config.num_heads}, or detach_mtp_heads(model) "
+                    "to start with new ones."
+                )
+            heads.requires_grad_(True)
+        else:
+            heads = attach_mtp_heads(self.model, args.num_mtp_heads, inner_size=args.mtp_inner_size, seed=args.seed)
+            if saved_heads is not None:
+                load_mtp_heads(self.model, saved_heads)
+                logger.info("Loaded MTP heads from %s.", saved_heads)
+        self._check_optimizer_can_split()
+        self.mtp_heads = heads
+        self._logit_divisor = logit_divisor(self.model.config) if args.mtp_loss_coef else 1.0
+        self._value_loss: ValueLoss = value_losses(args.value_clip_range)[args.value_loss_type]
+        with self._whole(list(heads.parameters())):
+            self.polyak_target = PolyakTarget(heads, tau=args.target_tau, period=args.target_update_every)
+        self.polyak_target.to(self.accelerator.device)
+        self.add_callback(PolyakCallback(self._update_target))
+
+    def _whole(self, params: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Read whole parameters under ZeRO-3; does nothing elsewhere."""
+        if not any(hasattr(p, "ds_id") for p in params):
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(params)
+
+    def _update_target(self, step: int) -> None:
+        assert self.mtp_heads is not None
+        params = list(self.mtp_heads.parameters())
+        with self._whole(params):
+            self.polyak_target.update(params, step=step)
+
+    def _lm_head(self) -> torch.nn.Module:
+        lm_head = base_model_of(self.accelerator.unwrap_model(self.model)).get_output_embeddings()
+        assert lm_head is not None
+        return lm_head
+
+    def _check_optimizer_can_split(self) -> None:
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is None or self.args.head_learning_rate is None:
+            return
+        if "optimizer" in plugin.deepspeed_config:
+            raise ValueError(
+                "The DeepSpeed config declares its own optimizer, which cannot give the heads a learning rate of "
+                "their own. Remove its `optimizer` section, or set head_learning_rate=None."
+            )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the host's optimizer, then move the heads into groups with `head_learning_rate`."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.head_learning_rate if self.mtp_heads is not None else None
+        if fresh and rate is not None:
+            assert self.mtp_heads is not None
+            ours = {id(p) for p in self.mtp_heads.parameters()}
+            for group in list(optimizer.param_groups):
+                mine = [p for p in group["params"] if id(p) in ours]
+                if mine:
+                    group["params"] = [p for p in group["params"] if id(p) not in ours]
+                    optimizer.add_param_group({**group, "params": mine, "lr": rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    # Saving and loading
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        # An empty state dict is what the host passes when ZeRO-3 may not gather: the engine's checkpoint has them.
+        if self.mtp_heads is not None and self.args.should_save and state_dict != {}:
+            model = self.accelerator.unwrap_model(self.model)
+            save_mtp_heads(model, output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def _checkpoint_dir(self, trial: Any) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # Ours first: a checkpoint that has the host's files is then whole, even if the job dies in between.
+        if self.mtp_heads is not None:
+            directory = self._checkpoint_dir(trial)
+            directory.mkdir(parents=True, exist_ok=True)
+            if self.args.should_save:
+                weights = {k: v.cpu() for k, v in self.polyak_target.state_dict().items()}
+                save_file(weights, directory / TARGET_NAME)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.mtp_heads is not None and not self.is_fsdp_enabled:
+            load_mtp_heads(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The heads live in their own file; the host would report them as missing from its own.
+        missing = load_result.missing_keys
+        missing[:] = [key for key in missing if HEADS_ATTRIBUTE not in key.split(".")]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Called on every backend, while DeepSpeed skips _load_from_checkpoint.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.mtp_heads is not None:
+            path = Path(checkpoint) / TARGET_NAME
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{checkpoint} has no {TARGET_NAME}: it was not written by this trainer. Resume from a checkpoint "
+                    "that was, or start a new run from it with model=... instead of resume_from_checkpoint."
+                )
+            self.polyak_target.load_state_dict(load_file(path, device=str(self.accelerator.device)))
