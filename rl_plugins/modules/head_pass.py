@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from rl_plugins.modules.gradient import GradientStats, clamp_gradient
 from rl_plugins.modules.heads import MTPHeads
+from rl_plugins.modules.polyak import PolyakTarget
 
 GatherParams = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 
@@ -105,6 +106,7 @@ class HeadPass:
         value_grad_scale: Scale of the value gradient into the trunk; 0 detaches it.
         value_grad_norm: Per-token clamp of that gradient, in the units of the scaled loss.
         gather: Makes sharded LM-head weights whole.
+        target: Slow heads to run on the same states, where the bootstrap is not taken from a rollout.
     """
 
     heads: MTPHeads
@@ -116,8 +118,10 @@ class HeadPass:
     value_grad_scale: float = 1.0
     value_grad_norm: Tensor | None = None
     gather: GatherParams = _no_gather
+    target: PolyakTarget | None = None
     stats: GradientStats = field(default_factory=GradientStats)
     values: Tensor | None = None
+    target_values: Tensor | None = None
     token_losses: Tensor | None = None
     token_counts: Tensor | None = None
 
@@ -128,6 +132,8 @@ class HeadPass:
         states = self.select(hidden)
         tamed = clamp_gradient(states, max_norm=self.value_grad_norm, scale=self.value_grad_scale, stats=self.stats)
         self.values = self.heads(tamed)
+        if self.target is not None:
+            self.target_values = self.target(states)
         if self.labels is not None and self.lm_head is not None:
             self.token_losses, self.token_counts = head_token_loss(
                 self.heads,

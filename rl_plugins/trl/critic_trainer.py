@@ -17,11 +17,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from rl_plugins.functional.divergences import kl_k1, kl_to_sampler
-from rl_plugins.functional.masking import masked_moments
 from rl_plugins.functional.mtp import completion_states, mtp_labels
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
 from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
-from rl_plugins.modules.gradient import GradientStats
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.objectives.critic import (
     critic_targets,
@@ -29,10 +27,9 @@ from rl_plugins.objectives.critic import (
     rollout_metrics,
     scale_advantages,
     sequence_means,
-    value_loss,
 )
 from rl_plugins.trl.critic_config import MTPCriticConfig
-from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, find_saved_heads, gather_lm_head
+from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, find_saved_heads
 from rl_plugins.trl.host import hide_heads_from_vllm, require_tested_trl
 from rl_plugins.trl.phasic import PhasicSchedule
 from rl_plugins.trl.rewards import naming
@@ -115,7 +112,6 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         saved_heads = find_saved_heads(model, args) if args.use_critic else None
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
         self._rollout: Rollout | None = None
-        self._gradient_stats: GradientStats | None = None
         self._phasic: PhasicSchedule | None = None
         if args.use_critic:
             self._set_up_heads(saved_heads)
@@ -268,7 +264,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         with self.mtp_heads.tapped(head_pass), self._without_kl_term():
             policy_loss = super()._compute_loss(model, inputs)
         # Times zero, not dropped: every parameter stays in the graph, which DDP and ZeRO count on.
-        return (0.0 if warming_up else 1.0) * policy_loss + self._heads_loss(head_pass, inputs)
+        return (0.0 if warming_up else 1.0) * policy_loss + self._critic_loss(head_pass, inputs)
 
     def _num_items(self, inputs: Batch) -> Tensor:
         """Real tokens that a loss is averaged over: the accumulation window's, over all ranks, as DAPO counts them."""
@@ -285,39 +281,15 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
             real = self._loss_mask(inputs).bool()
             tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"].masked_fill(~real, -100)], dim=1)
             labels = completion_states(mtp_labels(tokens, args.num_mtp_heads), num_tokens)
-        clip = args.value_grad_clip
-        head_pass = HeadPass(
-            self.mtp_heads,
-            partial(completion_states, num_tokens=num_tokens),
-            lm_head=self._lm_head(),
-            labels=labels,
-            divisor=self._logit_divisor,
-            detach_tokens=args.mtp_detach_trunk,
-            value_grad_scale=value_grad_scale,
-            value_grad_norm=None if clip is None else clip * args.value_loss_coef / self._num_items(inputs),
-            gather=gather_lm_head,
-        )
-        self._gradient_stats = head_pass.stats
-        return head_pass
+        select = partial(completion_states, num_tokens=num_tokens)
+        return self._make_head_pass(select, labels, self._num_items(inputs), value_grad_scale)
 
-    def _heads_loss(self, head_pass: HeadPass, inputs: Batch) -> Tensor:
-        args, num_items = self.args, self._num_items(inputs)
-        assert head_pass.values is not None
-        loss, value_sums, value_counts = value_loss(
-            head_pass.values,
-            inputs["returns"],
-            inputs["critic_mask"],
-            num_items=num_items,
-            loss=self._value_loss,
-            old_values=inputs["old_values"],
+    def _critic_loss(self, head_pass: HeadPass, inputs: Batch) -> Tensor:
+        num_items = self._num_items(inputs)
+        value_term = self._value_term(
+            head_pass, inputs["returns"], inputs["critic_mask"], num_items, inputs["old_values"]
         )
-        loss = args.value_loss_coef * loss
-        self._log_per_head("critic/value_loss", value_sums, value_counts)
-        if head_pass.token_losses is not None and head_pass.token_counts is not None:
-            token_loss = head_pass.token_losses.sum() / (args.num_mtp_heads * num_items)
-            loss = loss + args.mtp_loss_coef * token_loss
-            self._log_per_head("mtp/token_loss", head_pass.token_losses.detach(), head_pass.token_counts)
-        return loss
+        return value_term + self._token_term(head_pass, num_items)
 
     @contextmanager
     def _without_kl_term(self) -> Iterator[None]:
@@ -357,28 +329,9 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         divergence = kl_to_sampler(logps, inputs["held_logps"])
         self._log_mean("phasic/kl", divergence, mask)
         hold = divergence.masked_fill(~mask.bool(), 0.0).sum() / self._num_items(inputs)
-        return self.args.phasic_kl_coef * hold + self._heads_loss(head_pass, inputs)
+        return self.args.phasic_kl_coef * hold + self._critic_loss(head_pass, inputs)
 
     # Metrics
-
-    def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        return self.accelerator.reduce(x, reduction="sum")
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            self._metrics[self._mode][name].append(value.item())
-
-    def _log_mean(self, name: str, x: Tensor, mask: Tensor) -> None:
-        self._log_metrics({name: masked_moments(x.detach(), mask, reduce=self._sum_over_ranks)[0]})
-
-    def _log_per_head(self, name: str, sums: Tensor, counts: Tensor) -> None:
-        sums, counts = self._sum_over_ranks(torch.stack([sums, counts]).flatten()).view(2, -1)
-        self._log_metrics({f"{name}/head_{k + 1}": mean for k, mean in enumerate(sums / counts.clamp(min=1.0))})
-        self._log_metrics({name: sums.sum() / counts.sum().clamp(min=1.0)})
 
     def _log_completion_values(self, advantages: Tensor, start_values: Tensor, mask: Tensor) -> None:
         """Complete the host's table: with one generation its own advantages are all zero."""
@@ -388,16 +341,6 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
             table.pop()
         table.extend(rows[:, 0].tolist())
         self._logs["extra"]["value"].extend(rows[:, 1].tolist())
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the host's step, then log what the backward pass showed of the value gradient."""
-        loss = super().training_step(*args, **kwargs)
-        if self._gradient_stats is not None:
-            norms, clamped, tokens = self._sum_over_ranks(self._gradient_stats.totals(self.accelerator.device))
-            tokens = tokens.clamp(min=1.0)
-            self._log_metrics({"critic/grad_norm": norms / tokens, "critic/grad_clamped": clamped / tokens})
-            self._gradient_stats = None
-        return loss
 
     # Checkpoints
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from transformers.utils import cached_file
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from rl_plugins.functional.masking import masked_moments
 from rl_plugins.modules import (
+    GradientStats,
+    HeadPass,
     MTPHeads,
     PolyakTarget,
     attach_mtp_heads,
@@ -29,7 +32,7 @@ from rl_plugins.modules import (
 )
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.serialization import HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME
-from rl_plugins.objectives.critic import ValueLoss, value_losses
+from rl_plugins.objectives.critic import ValueLoss, value_loss, value_losses
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.heads_config import MTPHeadsArguments
 
@@ -73,6 +76,7 @@ class MTPHeadsTrainer(_BaseTrainer):
     args: Any
     mtp_heads: MTPHeads | None = None
     polyak_target: PolyakTarget
+    _gradient_stats: GradientStats | None = None
 
     def _set_up_heads(self, saved_heads: str | None) -> None:
         args = self.args
@@ -143,6 +147,87 @@ class MTPHeadsTrainer(_BaseTrainer):
                     optimizer.add_param_group({**group, "params": mine, "lr": rate})
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    # Losses
+
+    def _make_head_pass(
+        self,
+        select: Callable[[Tensor], Tensor],
+        labels: Tensor | None,
+        num_items: Tensor,
+        value_grad_scale: float,
+        target: PolyakTarget | None = None,
+    ) -> HeadPass:
+        """A tap for the next training forward; `num_items` sets the units of the gradient clamp."""
+        assert self.mtp_heads is not None
+        args = self.args
+        head_pass = HeadPass(
+            self.mtp_heads,
+            select,
+            lm_head=self._lm_head(),
+            labels=labels,
+            divisor=self._logit_divisor,
+            detach_tokens=args.mtp_detach_trunk,
+            value_grad_scale=value_grad_scale,
+            value_grad_norm=None
+            if args.value_grad_clip is None
+            else args.value_grad_clip * args.value_loss_coef / num_items,
+            gather=gather_lm_head,
+            target=target,
+        )
+        self._gradient_stats = head_pass.stats
+        return head_pass
+
+    def _value_term(
+        self, head_pass: HeadPass, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor
+    ) -> Tensor:
+        """lambda_2 L_TD."""
+        assert head_pass.values is not None
+        loss, sums, counts = value_loss(
+            head_pass.values, returns, mask, num_items=num_items, loss=self._value_loss, old_values=old_values
+        )
+        self._log_per_head("critic/value_loss", sums, counts)
+        return self.args.value_loss_coef * loss
+
+    def _token_term(self, head_pass: HeadPass, num_items: Tensor) -> Tensor | float:
+        """lambda_1 L_MTP."""
+        if head_pass.token_losses is None or head_pass.token_counts is None:
+            return 0.0
+        self._log_per_head("mtp/token_loss", head_pass.token_losses.detach(), head_pass.token_counts)
+        return self.args.mtp_loss_coef * head_pass.token_losses.sum() / (len(head_pass.token_losses) * num_items)
+
+    # Metrics
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        return self.accelerator.reduce(x, reduction="sum")
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            # Explained variance of a constant return is undefined; a hole says so without spoiling the mean.
+            if not value.isnan():
+                self._metrics[self._mode][name].append(value.item())
+
+    def _log_mean(self, name: str, x: Tensor, mask: Tensor) -> None:
+        self._log_metrics({name: masked_moments(x.detach(), mask, reduce=self._sum_over_ranks)[0]})
+
+    def _log_per_head(self, name: str, sums: Tensor, counts: Tensor) -> None:
+        sums, counts = self._sum_over_ranks(torch.stack([sums, counts]).flatten()).view(2, -1)
+        self._log_metrics({f"{name}/head_{k + 1}": mean for k, mean in enumerate(sums / counts.clamp(min=1.0))})
+        self._log_metrics({name: sums.sum() / counts.sum().clamp(min=1.0)})
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the host's step, then log what the backward pass showed of the value gradient."""
+        loss = super().training_step(*args, **kwargs)
+        if self._gradient_stats is not None:
+            norms, clamped, tokens = self._sum_over_ranks(self._gradient_stats.totals(self.accelerator.device))
+            tokens = tokens.clamp(min=1.0)
+            self._log_metrics({"critic/grad_norm": norms / tokens, "critic/grad_clamped": clamped / tokens})
+            self._gradient_stats = None
+        return loss
 
     # Saving and loading
 

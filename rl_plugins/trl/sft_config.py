@@ -1,0 +1,34 @@
+"""Options of `MTPSFTTrainer`."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from rl_plugins.trl.heads_config import MTPHeadsArguments
+from rl_plugins.trl.host import require_tested_trl
+
+
+@dataclass
+class MTPSFTConfig(MTPHeadsArguments, SFTConfig):
+    r"""
+    Configuration class for the [`MTPSFTTrainer`].
+
+    Those of [`~trl.SFTConfig`] and of [`MTPHeadsArguments`] apply as well.
+
+    Parameters:
+        mtp_loss_coef (`float`, *optional*, defaults to `0.3`):
+            lambda_1, weight of the heads' token loss (DeepSeek-V3 uses 0.3, later 0.1).
+        freeze_trunk (`bool`, *optional*, defaults to `False`):
+            Whether to train the heads only. This gives heads to a finished model, and pretrains the critic on scored
+            completions without imitating the bad ones.
+    """
+
+    mtp_loss_coef: float = field(default=0.3, metadata={"help": "lambda_1, weight of the heads' token loss."})
+    freeze_trunk: bool = field(default=False, metadata={"help": "Whether to train the heads only."})
+
+    def __post_init__(self) -> None:
+        require_tested_trl()
+        self.check_heads_arguments()
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters: bool | None = False

@@ -1,0 +1,171 @@
+"""SFT's trainer with MTP value heads."""
+
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+from rl_plugins.functional.mtp import mtp_labels
+from rl_plugins.functional.rewards import terminal_rewards
+from rl_plugins.modules.attach import HEADS_ATTRIBUTE
+from rl_plugins.modules.head_pass import HeadPass
+from rl_plugins.modules.polyak import PolyakTarget
+from rl_plugins.objectives.critic import critic_targets, rollout_metrics
+from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, find_saved_heads
+from rl_plugins.trl.host import require_tested_trl
+from rl_plugins.trl.sft_config import MTPSFTConfig
+
+REWARD_COLUMN = "reward"
+
+
+class RewardCollator:
+    """Adds the rewards of scored examples to the batch of another collator.
+
+    Args:
+        collator: Makes the batch of tokens.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate, and stack the `reward` column (B,) where every example has one."""
+        batch = self.collator(examples)
+        if all(REWARD_COLUMN in example for example in examples):
+            batch[REWARD_COLUMN] = torch.tensor([example[REWARD_COLUMN] for example in examples], dtype=torch.float32)
+        return batch
+
+
+class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
+    r"""
+    Supervised fine-tuning that trains multi-token-prediction value heads along the way.
+
+    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)` (the seed's 10.2.7). Gives heads to a model that has none, with
+    the trunk trained or frozen. Where the dataset has a column `reward` (a number per example, paid at its last
+    token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491).
+
+    Takes the arguments of [`~trl.SFTTrainer`], with an [`MTPSFTConfig`] for `args`.
+
+    Raises:
+        TypeError: If `args` is not an `MTPSFTConfig`.
+        ValueError: If the model has no LM head, its heads do not fit the config, scored examples are packed, or a
+            frozen trunk leaves nothing to train.
+    """
+
+    _tag_names = ["trl", "mtp-sft"]
+    _name = "MTPSFT"
+    _paper = {
+        "title": "Better & Faster Large Language Models via Multi-token Prediction",
+        "id": "2404.19737",
+        "citation": textwrap.dedent("""\
+            @inproceedings{gloeckle2024better,
+                title     = {{Better \& Faster Large Language Models via Multi-token Prediction}},
+                author    = {Fabian Gloeckle and Badr Youbi Idrissi and Baptiste Rozi{\`e}re and others},
+                year      = 2024,
+                booktitle = {International Conference on Machine Learning},
+                eprint    = {arXiv:2404.19737},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: MTPSFTConfig | None = None,
+        *host_args: Any,
+        **host_kwargs: Any,
+    ) -> None:
+        require_tested_trl()
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = MTPSFTConfig(f"{name.split('/')[-1]}-MTPSFT")
+        if not isinstance(args, MTPSFTConfig):
+            raise TypeError(f"args must be an MTPSFTConfig, got {type(args).__name__}.")
+        saved_heads = find_saved_heads(model, args)
+        super().__init__(model, args, *host_args, **host_kwargs)
+        self._set_up_heads(saved_heads)
+        scored = REWARD_COLUMN in (self.train_dataset.column_names or [])
+        if scored:
+            self.data_collator: Any = RewardCollator(self.data_collator)
+        if args.freeze_trunk:
+            self._freeze_trunk(scored)
+
+    def _freeze_trunk(self, scored: bool) -> None:
+        if not self.args.mtp_loss_coef and not scored:
+            raise ValueError(
+                "freeze_trunk=True with mtp_loss_coef=0 and no `reward` column leaves nothing to train. Set "
+                "mtp_loss_coef > 0, or add rewards to the dataset."
+            )
+        for name, param in self.model.named_parameters():
+            if HEADS_ATTRIBUTE not in name.split("."):
+                param.requires_grad_(False)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if REWARD_COLUMN not in self._signature_columns:
+            self._signature_columns.append(REWARD_COLUMN)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if REWARD_COLUMN in (dataset.column_names or []) and (self.args.packing or self.args.padding_free):
+            raise ValueError(
+                "The dataset has a `reward` column, but packing and padding_free put several examples into one row, "
+                "so a reward would lose its example. Set packing=False and padding_free=False, or drop the column."
+            )
+        return super()._prepare_dataset(dataset, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Host loss plus the heads' losses on the same forward pass."""
+        rewards = inputs.pop(REWARD_COLUMN, None)
+        num_items = self._num_items(inputs, num_items_in_batch)
+        head_pass = self._head_pass(inputs, num_items, None if rewards is None else self.polyak_target)
+        assert self.mtp_heads is not None
+        with self.mtp_heads.tapped(head_pass):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        loss = loss + self._token_term(head_pass, num_items) + self._scored_term(head_pass, inputs, rewards, num_items)
+        return (loss, outputs) if return_outputs else loss
+
+    def _num_items(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Tokens that the losses are averaged over, as the host counts them for its own."""
+        if num_items_in_batch is None:
+            return (inputs["labels"] != -100).sum().clamp(min=1)
+        items = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
+        return items / self.accelerator.num_processes if self.args.average_tokens_across_devices else items
+
+    def _head_pass(self, inputs: dict[str, Any], num_items: Tensor, target: PolyakTarget | None) -> HeadPass:
+        labels = None
+        if self.args.mtp_loss_coef:
+            # The last position predicts nothing that is there.
+            labels = mtp_labels(inputs["labels"], self.args.num_mtp_heads, inputs.get("position_ids"))[:, :-1]
+        return self._make_head_pass(
+            lambda hidden: hidden[:, :-1], labels, num_items, self.args.value_grad_scale, target
+        )
+
+    def _scored_term(
+        self, head_pass: HeadPass, inputs: dict[str, Any], rewards: Tensor | None, num_items: Tensor
+    ) -> Tensor:
+        """lambda_2 L_TD on scored examples; the state that predicts token p+1 acts where that token has a label."""
+        values, target_values = head_pass.values, head_pass.target_values
+        assert values is not None
+        if rewards is None or target_values is None:
+            return 0.0 * values.sum()  # keeps the value weights in the graph, which DDP counts on
+        mask = (inputs["labels"][:, 1:] != -100) & rewards.isfinite().unsqueeze(1)
+        old_values = values.detach()
+        targets = critic_targets(
+            terminal_rewards(rewards.nan_to_num(0.0, 0.0, 0.0), mask),
+            old_values,
+            target_values,
+            mask,
+            estimator=self.args.advantage_estimator,
+            gamma=self.args.gamma,
+            lam_value=self.args.lam_value,
+            lookahead=self.args.bootstrap_lookahead,
+        )
+        self._log_metrics(rollout_metrics(targets, old_values, target_values, mask, reduce=self._sum_over_ranks))
+        return self._value_term(head_pass, targets.returns, mask, num_items, old_values)
