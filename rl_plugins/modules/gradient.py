@@ -39,9 +39,11 @@ class _ClampGradient(torch.autograd.Function):
             factor = factor * (ctx.max_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
         if ctx.stats is not None:
             seen = norm > 0
-            unit = 1.0 if ctx.max_norm is None else ctx.max_norm
+            limit = norm.new_tensor(torch.inf) if ctx.max_norm is None else ctx.max_norm
+            # A limit of 0 (the loss has weight 0) is no unit to count in.
+            unit = torch.where((limit > 0) & limit.isfinite(), limit, 1.0)
             ctx.stats.norm_sum.append((norm / unit).sum())
-            ctx.stats.clamped.append((norm > unit).sum().float() if ctx.max_norm is not None else norm.new_zeros(()))
+            ctx.stats.clamped.append((norm > limit).sum().float())
             ctx.stats.tokens.append(seen.sum().float())
         clamped = torch.where(norm.isfinite(), grad * factor.to(grad.dtype), torch.zeros_like(grad))
         return clamped, None, None, None

@@ -50,14 +50,15 @@ class ValueHead(nn.Module):
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.norm_weight = nn.Parameter(torch.ones(hidden_size))
+        # The name is one that the host's optimizer leaves out of weight decay.
+        self.rmsnorm_weight = nn.Parameter(torch.ones(hidden_size))
         self.weight = nn.Parameter(torch.zeros(hidden_size))
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (..., D) to float32 values (...)."""
         with torch.autocast(features.device.type, enabled=False):
-            x = F.rms_norm(features.float(), (features.shape[-1],), self.norm_weight.float(), self.eps)
+            x = F.rms_norm(features.float(), (features.shape[-1],), self.rmsnorm_weight.float(), self.eps)
             return x @ self.weight.float() + self.bias.float()
 
 

@@ -35,7 +35,9 @@ class PolyakTarget(nn.Module):
         if period is not None and period < 1:
             raise ValueError(f"period must be at least 1 step, got {period}; use None for the moving average.")
         self.tau, self.period = tau, period
-        self.heads = copy.deepcopy(heads).float().requires_grad_(False)
+        # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
+        skip = {id(heads.trunk_hook): None, id(heads.tap): None}
+        self.heads = copy.deepcopy(heads, skip).float().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:

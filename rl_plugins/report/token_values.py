@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
+
+from torch import Tensor
 
 Color = tuple[int, int, int]
 Stops = tuple[Color, Color, Color]
@@ -575,3 +578,32 @@ main.addEventListener("keydown", (event) => {
   all[next].focus();
 });
 """
+
+
+def traces_from_rollout(tokenizer: Any, rollout: Mapping[str, Tensor], limit: int | None = None) -> list[TokenTrace]:
+    """Traces of a batch of completions, as a critic trainer keeps in `last_rollout`.
+
+    Args:
+        tokenizer: Has `decode`.
+        rollout: `prompt_ids`, `prompt_mask (B, P)`, `completion_ids`, `critic_mask`, `td_errors (B, T)`,
+            `old_values (B, T, K)` and `scores (B,)`.
+        limit: Take at most this many rows.
+
+    Returns:
+        One trace per row that has tokens.
+    """
+    traces = []
+    for row in range(min(len(rollout["scores"]), limit or len(rollout["scores"]))):
+        real = rollout["critic_mask"][row].bool()
+        prompt = rollout["prompt_ids"][row][rollout["prompt_mask"][row].bool()]
+        if real.any():
+            traces.append(
+                TokenTrace(
+                    prompt=tokenizer.decode(prompt, skip_special_tokens=True),
+                    tokens=[tokenizer.decode([token]) for token in rollout["completion_ids"][row][real].tolist()],
+                    values=rollout["old_values"][row, :, 0][real].tolist(),
+                    td_errors=rollout["td_errors"][row][real].tolist(),
+                    reward=float(rollout["scores"][row]),
+                )
+            )
+    return traces

@@ -111,7 +111,7 @@ class MTPCriticConfig(MTPHeadsArguments, GRPOConfig):
             raise ValueError(f"length_adaptive_alpha must be above 0, got {self.length_adaptive_alpha}.")
         if len(self.reward_range) != 2 or self.reward_range[0] >= self.reward_range[1]:
             raise ValueError(f"reward_range must be [smallest, largest], got {self.reward_range}.")
-        for name in ("value_warmup_steps", "phasic_every"):
+        for name in ("value_warmup_steps", "phasic_every", "phasic_kl_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.phasic_every and self.phasic_epochs < 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
@@ -71,6 +72,10 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
     trainer.train()
     ```
 
+    Attributes:
+        last_rollout: The newest batch of completions of this process (train or eval): the host's tensors, and
+            `old_values` (B, T, K), `returns`, `td_errors`, `critic_mask` (B, T) and `scores` (B,).
+
     Raises:
         TypeError: If `args` is not an `MTPCriticConfig`.
         ValueError: If the model has no LM head, or its heads do not fit the config.
@@ -112,6 +117,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         saved_heads = find_saved_heads(model, args) if args.use_critic else None
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
         self._rollout: Rollout | None = None
+        self.last_rollout: Batch = {}
         self._phasic: PhasicSchedule | None = None
         if args.use_critic:
             self._set_up_heads(saved_heads)
@@ -247,6 +253,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
             reduce=self._sum_over_ranks,
         )
         output.update(returns=targets.returns, old_values=values, critic_mask=mask)
+        self.last_rollout = {**output, "td_errors": targets.td_errors, "scores": scores}
         metrics = rollout_metrics(targets, values, target_values, mask, reduce=self._sum_over_ranks)
         metrics["critic/skipped_completions"] = self._sum_over_ranks((~mask.any(dim=1)).sum().float().view(1))[0]
         self._log_metrics(metrics)
@@ -260,7 +267,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         if "held_logps" in inputs:
             return self._auxiliary_loss(model, inputs)
         warming_up = self.model.training and self.state.global_step < self.args.value_warmup_steps
-        head_pass = self._head_pass(inputs, 0.0 if warming_up else self.args.value_grad_scale)
+        head_pass = self._head_pass(inputs, self.args.value_grad_scale, heads_only=warming_up)
         with self.mtp_heads.tapped(head_pass), self._without_kl_term():
             policy_loss = super()._compute_loss(model, inputs)
         # Times zero, not dropped: every parameter stays in the graph, which DDP and ZeRO count on.
@@ -273,7 +280,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
             items = items * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return items
 
-    def _head_pass(self, inputs: Batch, value_grad_scale: float) -> HeadPass:
+    def _head_pass(self, inputs: Batch, value_grad_scale: float, *, heads_only: bool = False) -> HeadPass:
         assert self.mtp_heads is not None
         args, num_tokens = self.args, inputs["completion_ids"].shape[1]
         labels = None
@@ -282,7 +289,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
             tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"].masked_fill(~real, -100)], dim=1)
             labels = completion_states(mtp_labels(tokens, args.num_mtp_heads), num_tokens)
         select = partial(completion_states, num_tokens=num_tokens)
-        return self._make_head_pass(select, labels, self._num_items(inputs), value_grad_scale)
+        return self._make_head_pass(select, labels, self._num_items(inputs), value_grad_scale, heads_only=heads_only)
 
     def _critic_loss(self, head_pass: HeadPass, inputs: Batch) -> Tensor:
         num_items = self._num_items(inputs)
@@ -368,7 +375,8 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         if checkpoint is None or self.mtp_heads is None:
             return
         path = self._rollout_file(Path(checkpoint))
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        # Not map_location=device: torch does not know the "cpu:0" that accelerate names a rank's CPU.
+        state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.accelerator.device)
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
         if self._phasic is not None and state["phasic"] is not None:
             self._phasic.load_state_dict(state["phasic"])

@@ -132,6 +132,8 @@ class MTPHeadsArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.value_clip_range <= 0:
+            raise ValueError(f"value_clip_range must be above 0, got {self.value_clip_range}.")
         for name in (
             "mtp_loss_coef",
             "value_loss_coef",

@@ -157,8 +157,13 @@ class MTPHeadsTrainer(_BaseTrainer):
         num_items: Tensor,
         value_grad_scale: float,
         target: PolyakTarget | None = None,
+        *,
+        heads_only: bool = False,
     ) -> HeadPass:
-        """A tap for the next training forward; `num_items` sets the units of the gradient clamp."""
+        """A tap for the next training forward.
+
+        `num_items` sets the units of the gradient clamp; `heads_only` keeps all gradients out of the trunk.
+        """
         assert self.mtp_heads is not None
         args = self.args
         head_pass = HeadPass(
@@ -167,8 +172,8 @@ class MTPHeadsTrainer(_BaseTrainer):
             lm_head=self._lm_head(),
             labels=labels,
             divisor=self._logit_divisor,
-            detach_tokens=args.mtp_detach_trunk,
-            value_grad_scale=value_grad_scale,
+            detach_tokens=heads_only or args.mtp_detach_trunk,
+            value_grad_scale=0.0 if heads_only else value_grad_scale,
             value_grad_norm=None
             if args.value_grad_clip is None
             else args.value_grad_clip * args.value_loss_coef / num_items,
@@ -232,7 +237,8 @@ class MTPHeadsTrainer(_BaseTrainer):
     # Saving and loading
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
+        # A copy, since save_pretrained deletes the heads' keys from the dictionary that it is given.
+        super()._save(output_dir, state_dict=None if state_dict is None else dict(state_dict))
         # An empty state dict is what the host passes when ZeRO-3 may not gather: the engine's checkpoint has them.
         if self.mtp_heads is not None and self.args.should_save and state_dict != {}:
             model = self.accelerator.unwrap_model(self.model)
@@ -256,6 +262,12 @@ class MTPHeadsTrainer(_BaseTrainer):
         if self.mtp_heads is not None and not self.is_fsdp_enabled:
             load_mtp_heads(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # DeepSpeed and FSDP restore the whole model; elsewhere the host reads its own file only.
+        if self.mtp_heads is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            load_mtp_heads(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # The heads live in their own file; the host would report them as missing from its own.
         missing = load_result.missing_keys
@@ -272,4 +284,4 @@ class MTPHeadsTrainer(_BaseTrainer):
                     f"{checkpoint} has no {TARGET_NAME}: it was not written by this trainer. Resume from a checkpoint "
                     "that was, or start a new run from it with model=... instead of resume_from_checkpoint."
                 )
-            self.polyak_target.load_state_dict(load_file(path, device=str(self.accelerator.device)))
+            self.polyak_target.load_state_dict(load_file(path))

@@ -7,7 +7,7 @@ Private hooks (tests/test_host_hooks.py checks each signature):
   `_dist`.
 - `SFTTrainer._prepare_dataset`, `_set_signature_columns_if_needed`, `_metrics`.
 - `VLLMGeneration._iter_named_params`.
-- `Trainer._save`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_optimizer_and_scheduler`,
+- `Trainer._save`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`,
   `_issue_warnings_after_load`, `_get_output_dir`.
 - `trl.trainer.utils.maybe_gather_lm_head_ctx`.
 """

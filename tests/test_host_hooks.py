@@ -1,0 +1,95 @@
+"""Signatures of the private hooks of TRL and transformers that `rl_plugins/trl/host.py` lists."""
+
+import inspect
+import re
+from collections import defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl.trainer.utils
+from transformers import Trainer
+from trl import GRPOTrainer, SFTTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+
+from rl_plugins.trl import MTPCriticTrainer, host
+
+HOOKS: dict[tuple[type | Any, str], list[str]] = {
+    (GRPOTrainer, "_generate_and_score_completions"): ["inputs"],
+    (GRPOTrainer, "_generate_single_turn"): [
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    (GRPOTrainer, "_calculate_rewards"): ["inputs", "prompts", "completions", "completion_ids_list"],
+    (GRPOTrainer, "_prepare_inputs"): ["generation_batch"],
+    (GRPOTrainer, "_compute_loss"): ["model", "inputs"],
+    (GRPOTrainer, "_save_checkpoint"): ["model", "trial"],
+    (GRPOTrainer, "_load_optimizer_and_scheduler"): ["checkpoint"],
+    (SFTTrainer, "_set_signature_columns_if_needed"): [],
+    (VLLMGeneration, "_iter_named_params"): [],
+    (Trainer, "_save"): ["output_dir", "state_dict"],
+    (Trainer, "_save_checkpoint"): ["model", "trial"],
+    (Trainer, "_load_from_checkpoint"): ["resume_from_checkpoint", "model"],
+    (Trainer, "_load_best_model"): [],
+    (Trainer, "_load_optimizer_and_scheduler"): ["checkpoint"],
+    (Trainer, "_issue_warnings_after_load"): ["load_result"],
+    (Trainer, "_get_output_dir"): ["trial"],
+    (trl.trainer.utils, "maybe_gather_lm_head_ctx"): ["params"],
+}
+# Host methods of which only the first parameters matter.
+PREFIXES: dict[tuple[type, str], list[str]] = {
+    (GRPOTrainer, "_get_per_token_logps_and_entropies"): [
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+    ],
+    (SFTTrainer, "_prepare_dataset"): ["dataset", "processing_class", "args"],
+}
+ATTRIBUTES = {"_metrics", "_logs", "_step", "_buffered_inputs", "_dist"}
+
+
+def parameters(owner: Any, name: str) -> list[str]:
+    names = list(inspect.signature(getattr(owner, name)).parameters)
+    return names[1:] if names and names[0] == "self" else names
+
+
+@pytest.mark.parametrize(("hook", "expected"), HOOKS.items(), ids=[name for _, name in HOOKS])
+def test_signature(hook: tuple[Any, str], expected: list[str]) -> None:
+    assert parameters(*hook) == expected
+
+
+@pytest.mark.parametrize(("hook", "expected"), PREFIXES.items(), ids=[name for _, name in PREFIXES])
+def test_first_parameters(hook: tuple[Any, str], expected: list[str]) -> None:
+    assert parameters(*hook)[: len(expected)] == expected
+
+
+def test_host_lists_every_hook_that_is_tested_and_the_other_way_round() -> None:
+    listed = set(re.findall(r"`(?:\w+\.)*(_\w+|maybe_gather_lm_head_ctx)`", host.__doc__ or ""))
+    assert listed == {name for _, name in HOOKS} | {name for _, name in PREFIXES} | ATTRIBUTES
+
+
+def test_private_attributes_of_a_live_trainer(
+    tiny_model: Callable[..., Any],
+    tokenizer: Any,
+    dataset: Any,
+    reward: Any,
+    critic_args: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    trainer = MTPCriticTrainer(tiny_model(), reward, critic_args(tmp_path), dataset, processing_class=tokenizer)
+    assert trainer._step == 0 and trainer._buffered_inputs is None
+    assert set(trainer._metrics) == {"train", "eval"} and isinstance(trainer._metrics["train"], defaultdict)
+    assert trainer._metrics["train"]["new"] == []
+    assert isinstance(trainer._logs["advantages"], deque) and isinstance(trainer._logs["extra"]["value"], deque)
+    weights = list(trainer.model.parameters())[:1]
+    with trainer._dist.gather_params(weights):
+        assert weights[0].shape == (16, 32)
+    assert callable(trainer.model.forward) and trainer.temperature == 1.0 and trainer.beta == 0.0

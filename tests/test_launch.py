@@ -1,0 +1,108 @@
+"""Every launch config trains on two ranks, and the launch scripts call what exists."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "recipes" / "launch"
+CONFIGS = sorted(path.stem for path in LAUNCH.glob("*.json"))
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+
+def called_with(script: Path, folder: Path, *arguments: str) -> list[str]:
+    """What `script` passes to torchrun, and in which directory (last)."""
+    fake = folder / "torchrun"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$PWD"\n')
+    fake.chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "NODES": "2", "HEAD_NODE": "node0", "GPUS": "2"}
+    done = subprocess.run([script, *arguments], env=env, capture_output=True, text=True, check=True, cwd=folder)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_gives_torchrun_what_it_accepts(script: Path, tmp_path: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    *arguments, directory = called_with(script, tmp_path, "--output_dir", "a folder")
+    parsed = get_args_parser().parse_args(arguments)
+    assert Path(directory) == ROOT
+    assert (ROOT / parsed.training_script).is_file()
+    assert parsed.nproc_per_node == "2"
+    assert parsed.training_script_args[-2:] == ["--output_dir", "a folder"]
+    option, config = parsed.training_script_args[:2]
+    assert option == "--deepspeed" and (ROOT / config).is_file()
+
+
+@pytest.mark.slow
+def test_recipe_has_the_options_that_are_named() -> None:
+    done = subprocess.run(
+        [sys.executable, "recipes/mtp_critic.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for option in ("--deepspeed", "--model", "--output_dir", "--resume_from_checkpoint"):
+        assert f"{option} " in done.stdout
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_leaves_the_optimizer_to_the_trainer(name: str) -> None:
+    config = json.loads((LAUNCH / f"{name}.json").read_text())
+    assert "optimizer" not in config and "scheduler" not in config
+    assert config["gradient_clipping"] == "auto"  # DeepSpeed's default became 1.0
+    zero = config["zero_optimization"]
+    assert zero["stage"] < 3 or zero["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """Two steps in bfloat16, the trainer's default, on two ranks with each config."""
+    folder = tmp_path_factory.mktemp("launch")
+    tiny_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    runs = []
+    for name in CONFIGS:
+        config = json.loads((LAUNCH / f"{name}.json").read_text())
+        # Right for users, but it compiles DeepSpeed's CPU Adam for minutes.
+        config["zero_force_ds_cpu_optimizer"] = False
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        args = {
+            "deepspeed": str(folder / f"{name}.json"),
+            "bf16": True,
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "gradient_accumulation_steps": 2,
+        }
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        runs.append({"out": str(folder / name), "model": str(folder / "model"), "port": port, "args": args})
+    (folder / "runs.json").write_text(json.dumps(runs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = Path(__file__).parent / "workers" / "critic_worker.py"
+    done = subprocess.run(
+        [*launcher, str(worker), str(folder / "runs.json")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_trains_on_two_ranks(trained: Path, name: str) -> None:
+    errors = [path.read_text() for path in (trained / name).glob("error_*.txt")]
+    assert not errors, "\n".join(errors)
+    log = json.loads((trained / name / "log.json").read_text())
+    losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
+    assert len(losses) == 2 and all(abs(loss) < 100 for loss in losses)
+    assert all(log["captured"])
+    assert log["sharded"] == ("zero3" in name)

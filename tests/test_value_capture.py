@@ -1,0 +1,162 @@
+"""Values saved while generating equal those of one full forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rl_plugins.generation import value_capture
+from rl_plugins.generation.value_capture import ValuePass, ValueRecorder, completion_values
+from rl_plugins.modules import MTPHeads, PolyakTarget, attach_mtp_heads
+
+PROMPTS = [[3, 12, 3, 14], [4, 5, 12, 4, 5, 14], [14]]
+EOS = 1
+
+
+def randomise(heads: MTPHeads, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Any]) -> Any:
+    """Tiny model with two random heads, whose output distribution is far from uniform."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(20)
+    randomise(attach_mtp_heads(model, 2), 1)
+    return model.eval()
+
+
+@pytest.fixture
+def target(model: Any) -> PolyakTarget:
+    """Slow heads that differ from the online ones."""
+    target = PolyakTarget(model.mtp_heads)
+    randomise(target.heads, 2)
+    return target
+
+
+def padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+def generate(model: Any, record: ValueRecorder, num_tokens: int = 7, **options: Any) -> list[list[int]]:
+    """Completions, each up to and with its first end-of-sequence token."""
+    ids, mask = padded(PROMPTS)
+    torch.manual_seed(0)
+    with model.mtp_heads.tapped(record):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, **options)
+    completions = out[:, ids.shape[1] :].tolist()
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in completions]
+
+
+def full_pass(model: Any, target: PolyakTarget | None, completions: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Values from one forward over left-padded prompts and right-padded completions."""
+    width = max(map(len, completions))
+    ids, mask = padded(PROMPTS)
+    tail = torch.tensor([row + [0] * (width - len(row)) for row in completions])
+    tail_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in completions])
+    record = ValuePass(model.mtp_heads, target, width)
+    with model.mtp_heads.tapped(record), torch.no_grad():
+        model(input_ids=torch.cat([ids, tail], 1), attention_mask=torch.cat([mask, tail_mask], 1))
+    return record.finish(len(PROMPTS))
+
+
+@pytest.mark.parametrize("flush_every", [1, 3, 64])
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"do_sample": True}, {"do_sample": False, "use_cache": False}]
+)
+def test_recorded_values_are_those_of_a_full_forward(
+    model: Any, target: PolyakTarget, flush_every: int, options: dict[str, Any]
+) -> None:
+    record = ValueRecorder(model.mtp_heads, target, flush_every=flush_every)
+    completions = generate(model, record, **options)
+    num_tokens = max(map(len, completions))
+    saved = record.finish(num_tokens)
+    assert saved is not None
+    online, slow = saved
+    assert online.shape == slow.shape == (3, num_tokens, 2)
+    full_online, full_slow = full_pass(model, target, completions)
+    alone = completion_values(model, PROMPTS, completions)
+    assert [tuple(v.shape) for v in alone] == [(len(c), 2) for c in completions]
+    for b, completion in enumerate(completions):
+        real = slice(0, len(completion))
+        torch.testing.assert_close(online[b, real], full_online[b, real], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(slow[b, real], full_slow[b, real], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(online[b, real], alone[b], atol=1e-5, rtol=1e-5)
+    assert (online - slow).abs().min() > 1e-4  # the two networks really differ
+    assert alone[0][:, 0].std() > 1e-3  # and so do the states
+
+
+def test_without_a_target_the_online_values_come_twice(model: Any) -> None:
+    record = ValueRecorder(model.mtp_heads)
+    completions = generate(model, record, num_tokens=3)
+    saved = record.finish(3)
+    assert saved is not None and torch.equal(*saved)
+    passed = full_pass(model, None, completions)
+    assert torch.equal(*passed)
+
+
+def test_finish_pads_and_cuts(model: Any) -> None:
+    for length in (2, 5, 8):
+        record = ValueRecorder(model.mtp_heads, flush_every=2)
+        states = torch.randn(3, 5, 32)
+        for t in range(5):
+            record(states[:, t : t + 1])
+        saved = record.finish(length)
+        assert saved is not None and saved[0].shape == (3, length, 2)
+        expected = model.mtp_heads(states)
+        torch.testing.assert_close(saved[0][:, :5], expected[:, : min(length, 5)])
+        assert not saved[0][:, 5:].any()
+
+
+def test_steps_that_are_not_tokens_make_the_record_unusable(model: Any) -> None:
+    def finish(*lengths: int) -> Any:
+        record = ValueRecorder(model.mtp_heads)
+        for length in lengths:
+            record(torch.randn(2, length, 32))
+        return record.finish(4)
+
+    assert finish(5, 1, 1) is not None  # with a cache
+    assert finish(5, 6, 7) is not None  # without one
+    assert finish(1, 1) is not None  # a prompt of one token
+    assert finish(4, 4, 1) is None  # chunked prefill
+    assert finish(5, 1, 3, 1) is None  # assisted decoding checks several tokens at once
+    assert finish() is None  # nothing ran
+
+
+def test_no_graph_is_kept(model: Any) -> None:
+    record = ValueRecorder(model.mtp_heads)
+    record(torch.randn(2, 3, 32, requires_grad=True))
+    saved = record.finish(1)
+    assert saved is not None and not saved[0].requires_grad
+    one_pass = ValuePass(model.mtp_heads, None, 2)
+    one_pass(torch.randn(2, 3, 32, requires_grad=True))
+    assert not one_pass.finish(2)[0].requires_grad
+
+
+def test_value_pass_joins_chunks_of_rows(model: Any) -> None:
+    hidden = torch.randn(5, 6, 32)
+    record = ValuePass(model.mtp_heads, None, 4)
+    for rows in hidden.split(2):
+        record(rows)
+    record(hidden)  # a later pass, such as the reference model's, comes after
+    torch.testing.assert_close(record.finish(5)[0], model.mtp_heads(hidden[:, 1:5]))
+
+
+def test_completion_values_errors(model: Any, tiny_model: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"no MTP heads; attach_mtp_heads\(model\) or load_mtp_heads"):
+        completion_values(tiny_model(), [[3]], [[4]])
+    with pytest.raises(ValueError, match="keep at least the last prompt token"):
+        completion_values(model, [[]], [[4, 5]])
+    with pytest.raises(ValueError, match="zip"):
+        completion_values(model, [[3]], [])
+    assert completion_values(model, [[3, 4]], [[]])[0].shape == (0, 2)
+    assert value_capture.completion_values(model, [], []) == []
