@@ -15,6 +15,7 @@ them from a file. Writes the policy, the heads, `curves.png`, `token_values.html
 """
 
 import json
+import random
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,14 +44,17 @@ class Script:
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file inside --model to load weights from."})
     task: str = field(default="chain_sum", metadata={"help": "Name of a reasoning-gym task."})
     task_config: str = field(
-        default='{"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}',
+        default='{"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}',
         metadata={"help": "Options of the task, as JSON."},
     )
     train_items: int = field(default=20_000, metadata={"help": "Items to train on."})
     eval_items: int = field(default=512, metadata={"help": "Held-out items, none of which is trained on."})
-    warm_start_steps: int = field(default=300, metadata={"help": "Supervised steps of the small model."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of the small model."})
-    layers: int = field(default=3, metadata={"help": "Depth of the small model."})
+    warm_start_steps: int = field(default=1000, metadata={"help": "Supervised steps of the small model."})
+    slips: float = field(
+        default=0.1, metadata={"help": "Share of running totals that are wrong in the warm start's demonstrations."}
+    )
+    hidden_size: int = field(default=64, metadata={"help": "Width of the small model."})
+    layers: int = field(default=2, metadata={"help": "Depth of the small model."})
 
 
 @dataclass
@@ -104,15 +108,23 @@ def small_model(script: Script, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
     return Qwen3ForCausalLM(config)
 
 
-def worked_solution(entry: dict[str, Any]) -> str:
-    """The answer, after the running totals where the task is a chain of sums: "4 + 3 - 5" is worked as "7 2"."""
-    numbers = [
-        int(x.replace(" ", "")) for x in re.findall(r"(?:^|[+-] )-?\d+", entry["metadata"].get("expression", ""))
-    ]
+def demonstration(entry: dict[str, Any], slips: float) -> str:
+    """The answer, after the running totals where the task is a chain of sums: "4 + 3 - 5" is worked as "7 2".
+
+    Each total goes wrong with probability `slips`, and the next ones build on it: people's worked solutions have such
+    slips, a policy that imitates them slips as often, and it is for reinforcement learning to stop that.
+    """
+    expression = entry["metadata"].get("expression", "")
+    numbers = [int(x.replace(" ", "")) for x in re.findall(r"(?:^|[+-] )-?\d+", expression)]
     totals = [sum(numbers[: i + 1]) for i in range(1, len(numbers))]
     if not totals or str(totals[-1]) != entry["answer"]:
         return entry["answer"]
-    return " ".join(str(total) for total in totals)
+    dice, error, steps = random.Random(expression), 0, []
+    for total in totals:
+        if dice.random() < slips:
+            error += dice.choice([-10, -2, -1, 1, 2, 10])
+        steps.append(str(total + error))
+    return " ".join(steps)
 
 
 def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Dataset]:
@@ -121,7 +133,7 @@ def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Data
 
     def rows(first: int, size: int) -> list[dict[str, Any]]:
         entries = reasoning_gym.create_dataset(script.task, seed=first, size=size, **options)
-        return [as_row(entry, chat) for entry in entries]
+        return [as_row(entry, chat, script.slips) for entry in entries]
 
     held_out = {row["question"]: row for row in rows(HELD_OUT_SEED + seed, script.eval_items)}
     train = [row for row in rows(seed, script.train_items) if row["question"] not in held_out]
@@ -130,14 +142,14 @@ def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Data
     return Dataset.from_list(train), Dataset.from_list(list(held_out.values()))
 
 
-def as_row(entry: dict[str, Any], chat: bool) -> dict[str, Any]:
+def as_row(entry: dict[str, Any], chat: bool, slips: float) -> dict[str, Any]:
     """A row for TRL: chat models get the question as it is, the small model only the expression."""
     question = entry["question"]
     prompt: Any = question.rsplit(": ", 1)[-1].replace(" ", "")
     if chat:
         prompt = [{"role": "user", "content": f"{question}\nEnd your reply with the final answer."}]
     row = {"prompt": prompt, "question": question, "entry": json.dumps(entry)}
-    return row if chat else {**row, "completion": " " + worked_solution(entry)}
+    return row if chat else {**row, "completion": " " + demonstration(entry, slips)}
 
 
 def make_reward(script: Script) -> Any:
@@ -161,7 +173,7 @@ def final_answer(completion: Any) -> str:
 
 
 def warm_start(script: Script, args: Config, train: Dataset) -> str:
-    """Train the small model on worked solutions, with its heads; returns where it was saved."""
+    """Train the small model on demonstrations, with its heads; returns where it was saved."""
     tokenizer = character_tokenizer()
     set_seed(args.seed)
     directory = str(Path(args.output_dir) / "warm_start")
@@ -169,7 +181,7 @@ def warm_start(script: Script, args: Config, train: Dataset) -> str:
         output_dir=directory,
         max_steps=script.warm_start_steps,
         per_device_train_batch_size=args.per_device_train_batch_size,
-        learning_rate=2e-3,
+        learning_rate=5e-3,
         head_learning_rate=args.head_learning_rate,
         num_mtp_heads=args.num_mtp_heads,
         lr_scheduler_type="cosine",

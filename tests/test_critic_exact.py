@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,8 @@ from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
 
 PROMPT = 0  # the one-token prompt of every string
 ENOUGH = 0.95
+
+pytestmark = pytest.mark.slow
 
 
 def election(strings: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def train_heads(model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, *, esti
 
 @torch.no_grad()
 def accuracy(model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, strings: int = 4000) -> list[float]:
-    """`1 - E[(v_k - exact)^2] / Var(exact)` per head over the policy's own states: explained variance, bias counted."""
+    """`1 - E[(v_k - exact)^2] / Var(exact)` per head over the policy's states: explained variance that counts bias."""
     tokens, mask, _ = mdp.sample(strings, torch.Generator().manual_seed(2))
     values = run_heads(model, heads, tokens)[0].values
     assert values is not None
@@ -168,9 +169,7 @@ def accuracy(model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, strings: i
 
 
 @pytest.mark.parametrize("estimator", ["td", "gae", "mc"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "eos" in name else ()) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_heads_find_the_exact_values(name: str, estimator: str) -> None:
     case = CASES[name]
     model = random_policy(case.vocab_size, case.seed)
@@ -193,7 +192,6 @@ def digits_tokenizer(vocab_size: int, eos_token_id: int | None) -> PreTrainedTok
     )
 
 
-@pytest.mark.slow
 def test_trainer_finds_the_exact_values_and_leaves_the_trunk_alone(tmp_path: Path) -> None:
     case = Case(election, vocab_size=4, max_length=5, eos_token_id=3, gamma=0.9, seed=3)
     model = random_policy(case.vocab_size, case.seed)

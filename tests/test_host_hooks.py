@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl.data_utils
 import trl.trainer.utils
 from transformers import Trainer
 from trl import GRPOTrainer, SFTTrainer
@@ -39,6 +40,7 @@ HOOKS: dict[tuple[type | Any, str], list[str]] = {
     (Trainer, "_issue_warnings_after_load"): ["load_result"],
     (Trainer, "_get_output_dir"): ["trial"],
     (trl.trainer.utils, "maybe_gather_lm_head_ctx"): ["params"],
+    (trl.data_utils, "get_dataset_column_names"): ["dataset"],
 }
 # Host methods of which only the first parameters matter.
 PREFIXES: dict[tuple[type, str], list[str]] = {
@@ -51,7 +53,7 @@ PREFIXES: dict[tuple[type, str], list[str]] = {
         "compute_entropy",
         "compute_aux_loss",
     ],
-    (SFTTrainer, "_prepare_dataset"): ["dataset", "processing_class", "args"],
+    (SFTTrainer, "_prepare_dataset"): ["dataset", "processing_class", "args", "packing"],
 }
 ATTRIBUTES = {"_metrics", "_logs", "_step", "_buffered_inputs", "_dist"}
 
@@ -72,7 +74,8 @@ def test_first_parameters(hook: tuple[Any, str], expected: list[str]) -> None:
 
 
 def test_host_lists_every_hook_that_is_tested_and_the_other_way_round() -> None:
-    listed = set(re.findall(r"`(?:\w+\.)*(_\w+|maybe_gather_lm_head_ctx)`", host.__doc__ or ""))
+    functions = "maybe_gather_lm_head_ctx|get_dataset_column_names"
+    listed = set(re.findall(rf"`(?:\w+\.)*(_\w+|{functions})`", host.__doc__ or ""))
     assert listed == {name for _, name in HOOKS} | {name for _, name in PREFIXES} | ATTRIBUTES
 
 

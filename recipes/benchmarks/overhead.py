@@ -2,24 +2,29 @@
 
     python recipes/benchmarks/overhead.py --json outputs/overhead.json
 
-Both trainers get the same randomly initialised Qwen3 (42M parameters, 32k vocabulary, tied embeddings), the same reward
-function and the same optimizer. A step of GRPO samples `--generations` completions for each of `--completions` /
-`--generations` prompts; the critic's dataset names every prompt that often instead, one completion each. End-of-text is
-suppressed, so every completion has `--completion-length` tokens, and the policy's learning rate is 0, which costs an
-optimizer as much as any other: with equal seeds both trainers sample the very same tokens in every step. Their hashes
-are compared, and a difference is an error.
+Both trainers get the same randomly initialised Qwen3 (41M parameters, 32k vocabulary, tied embeddings), the same
+reward function and the same optimizer. A step of GRPO samples `--generations` completions for each of its prompts,
+`--completions` in all; the critic's dataset names every prompt that often instead, one completion each. End-of-text is
+suppressed, so every completion has `--completion-length` tokens, and the policy's learning rate is 0, which costs
+an optimizer as much as any other: with equal seeds both trainers sample the very same tokens in every step. The
+hashes of all prompts and completions are compared, and a difference is an error.
 
 Every run is a fresh process, the trainers take turns (A B B A ...), and the first step of each run is not counted.
-Reported are medians over all counted steps:
+Reported are medians over all counted steps, and as ratio the median over repetitions of the ratio within one: runs
+next to each other share what else the machine is doing.
 
     step      from the end of one optimizer step to the end of the next: everything
     rollout   generation, rewards, and for the critic its values, targets and advantages
     update    the rest: forward, backward, optimizer, target heads
     memory    peak above what the process held once the model was loaded: resident memory, or CUDA's allocations
+    cpu       processor time of the same steps, which depends less on what else the machine runs
 
-`critic, values only` is the critic with `mtp_loss_coef=0`: without the heads' token loss. The processor time of the same
-steps (`cpu`) is what to trust on a machine that others use too. Goals: a step at most 1.15 times GRPO's, and memory at
-most 1.05 times.
+Goals: a step at most 1.15 times GRPO's, and memory at most 1.05 times.
+
+What it costs is the heads' token loss: each head multiplies its features with the LM head once forward and once
+backward, so the overhead grows with the embedding's share of the parameters (0.31 here, 0.26 in Qwen3-0.6B, less in
+larger models) and shrinks with the share of generation. `--trainers grpo critic values-only` adds a critic with
+`mtp_loss_coef=0`, which has no such loss.
 """
 
 import argparse
@@ -36,7 +41,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-TRAINERS = ("grpo", "critic", "critic, values only")
+TRAINERS = ("grpo", "critic", "values-only")
 GOALS = {"step": 1.15, "memory": 1.05}
 MIB = 2**20
 
@@ -50,9 +55,9 @@ class Settings:
     prompt_length: int = field(default=32, metadata={"help": "tokens per prompt"})
     completion_length: int = field(default=64, metadata={"help": "tokens per completion"})
     vocab_size: int = field(default=32_768, metadata={"help": "tokens of the model"})
-    hidden_size: int = field(default=512, metadata={"help": "width of the model"})
-    layers: int = field(default=8, metadata={"help": "depth of the model"})
-    steps: int = field(default=3, metadata={"help": "counted steps per run"})
+    hidden_size: int = field(default=384, metadata={"help": "width of the model"})
+    layers: int = field(default=16, metadata={"help": "depth of the model"})
+    steps: int = field(default=2, metadata={"help": "counted steps per run"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
 
@@ -142,7 +147,7 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
     )
     if name == "grpo":
         return GRPOTrainer(args=GRPOConfig(num_generations=settings.generations, **options), **shared)
-    if name == "critic, values only":
+    if name == "values-only":
         options["mtp_loss_coef"] = 0.0
     return MTPCriticTrainer(args=MTPCriticConfig(**options), **shared)
 
@@ -153,6 +158,8 @@ def run_worker(name: str, settings: Settings) -> dict[str, Any]:
     import torch
     import transformers
     from transformers import TrainerCallback
+
+    import rl_plugins.trl  # noqa: F401  (loaded in all runs alike, before memory is measured)
 
     torch.set_num_threads(settings.threads)
     transformers.logging.set_verbosity_error()
@@ -165,8 +172,8 @@ def run_worker(name: str, settings: Settings) -> dict[str, Any]:
 
     model = make_model(settings)
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer = make_trainer(name, settings, model, output_dir)
         loaded = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        trainer = make_trainer(name, settings, model, output_dir)
         ends: list[tuple[float, float]] = []
         rollouts: list[float] = []
         hashes: list[str] = []
@@ -177,9 +184,7 @@ def run_worker(name: str, settings: Settings) -> dict[str, Any]:
             inputs = prepare_inputs(batch)
             rollouts.append(now()[0] - start)
             # Sorted, since the trainers shuffle rows.
-            rows = sorted(
-                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1).tolist(),
-            )
+            rows = sorted(torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1).tolist())
             hashes.append(hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16])
             return inputs
 
@@ -222,33 +227,45 @@ def spawn(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians per trainer and their ratios to GRPO's.
+    """Medians per trainer over all steps, and the median over repetitions of their ratios to GRPO's.
 
     Raises:
         RuntimeError: If two runs trained on different completions.
     """
     if len({tuple(run["completions"]) for run in runs}) != 1:
         raise RuntimeError("The trainers sampled different completions, so their times cannot be compared.")
-    names = list(dict.fromkeys(run["trainer"] for run in runs))
     quantities = ("step", "rollout", "update", "cpu", "memory")
+    by_trainer: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_trainer.setdefault(run["trainer"], []).append(run)
     median = {
-        name: {q: statistics.median(x for run in runs if run["trainer"] == name for x in run[q]) for q in quantities}
-        for name in names
+        name: {q: statistics.median(x for run in mine for x in run[q]) for q in quantities}
+        for name, mine in by_trainer.items()
     }
-    ratio = {name: {q: median[name][q] / median["grpo"][q] for q in quantities} for name in names}
+    ratio = {
+        name: {
+            q: statistics.median(
+                statistics.median(run[q]) / statistics.median(stock[q])
+                for run, stock in zip(mine, by_trainer["grpo"], strict=True)
+            )
+            for q in quantities
+        }
+        for name, mine in by_trainer.items()
+    }
     return {"median": median, "ratio": ratio}
 
 
 def print_table(report: dict[str, Any]) -> None:
-    print(f"{'':22}{'step s':>9}{'rollout s':>11}{'update s':>10}{'cpu s':>8}{'memory MiB':>12}")
+    print(f"{'':20}{'step s':>9}{'rollout s':>11}{'update s':>10}{'cpu s':>8}{'memory MiB':>12}")
     for name, m in report["median"].items():
-        print(f"{name:22}{m['step']:9.3f}{m['rollout']:11.3f}{m['update']:10.3f}{m['cpu']:8.3f}{m['memory']:12.0f}")
+        print(f"{name:20}{m['step']:9.3f}{m['rollout']:11.3f}{m['update']:10.3f}{m['cpu']:8.3f}{m['memory']:12.0f}")
     for name, r in report["ratio"].items():
         if name != "grpo":
-            label = f"{name}, x GRPO"
-            print(f"{label}\n{'':22}{r['step']:9.3f}{r['rollout']:11.3f}{r['update']:10.3f}", end="")
-            print(f"{r['cpu']:8.3f}{r['memory']:12.3f}")
-    for quantity, goal in GOALS.items():
+            label = f"{name} / grpo"
+            print(
+                f"{label:20}{r['step']:9.3f}{r['rollout']:11.3f}{r['update']:10.3f}{r['cpu']:8.3f}{r['memory']:12.3f}"
+            )
+    for quantity, goal in GOALS.items() if "critic" in report["ratio"] else ():
         ratio = report["ratio"]["critic"][quantity]
         print(f"{quantity} {ratio:.3f}, goal {goal:.2f}: {'met' if ratio <= goal else 'missed'}")
 
@@ -260,17 +277,20 @@ def main() -> None:
         parser.add_argument(flag, type=type(option.default), default=option.default, help=option.metadata["help"])
     parser.add_argument("--repeats", type=int, default=3, help="runs per trainer")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS[:2], help="what to compare")
     parser.add_argument("--worker", choices=TRAINERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     settings = Settings(**{option.name: getattr(args, option.name) for option in fields(Settings)})
     if settings.completions % settings.generations:
         parser.error("--completions must be a multiple of --generations")
+    if "grpo" not in args.trainers:
+        parser.error("--trainers must include grpo, which the others are compared with")
     if args.worker:
         print(json.dumps(run_worker(args.worker, settings)))
         return
     runs = []
     for repeat in range(args.repeats):
-        for name in TRAINERS if repeat % 2 == 0 else TRAINERS[::-1]:
+        for name in args.trainers if repeat % 2 == 0 else args.trainers[::-1]:
             runs.append(spawn(name, settings))
             print(f"{name}: {statistics.median(runs[-1]['step']):.2f} s per step", file=sys.stderr)
     report = compare(runs)

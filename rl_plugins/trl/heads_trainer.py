@@ -34,7 +34,6 @@ from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.serialization import HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME
 from rl_plugins.objectives.critic import ValueLoss, value_loss, value_losses
 from rl_plugins.trl.callbacks import PolyakCallback
-from rl_plugins.trl.heads_config import MTPHeadsArguments
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def gather_lm_head(params: Sequence[Tensor]) -> AbstractContextManager[None]:
     return maybe_gather_lm_head_ctx(*params)
 
 
-def find_saved_heads(model: Any, args: MTPHeadsArguments) -> str | None:
+def find_saved_heads(model: Any, args: Any) -> str | None:
     """Directory of saved heads that a run should start from: the one given, or the model's own."""
     if args.mtp_heads_path is not None:
         return args.mtp_heads_path
@@ -58,6 +57,7 @@ def find_saved_heads(model: Any, args: MTPHeadsArguments) -> str | None:
         cached_file(
             model,
             name,
+            revision=(args.model_init_kwargs or {}).get("revision"),
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )

@@ -9,7 +9,9 @@ Private hooks (tests/test_host_hooks.py checks each signature):
 - `VLLMGeneration._iter_named_params`.
 - `Trainer._save`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`,
   `_issue_warnings_after_load`, `_get_output_dir`.
-- `trl.trainer.utils.maybe_gather_lm_head_ctx`.
+- `trl.trainer.utils.maybe_gather_lm_head_ctx`, `trl.data_utils.get_dataset_column_names`.
+
+Not private, but not documented either: `trl.scripts.grpo.GRPOScriptArguments`.
 """
 
 from collections.abc import Iterator

@@ -1,13 +1,16 @@
 """SFT's trainer with MTP value heads."""
 
+import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from rl_plugins.functional.mtp import mtp_labels
@@ -34,10 +37,11 @@ class RewardCollator:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate, and stack the `reward` column (B,) where every example has one."""
+        """Collate, and stack the `reward` column (B,) where every example has one; `None` becomes NaN."""
         batch = self.collator(examples)
         if all(REWARD_COLUMN in example for example in examples):
-            batch[REWARD_COLUMN] = torch.tensor([example[REWARD_COLUMN] for example in examples], dtype=torch.float32)
+            rewards = [example[REWARD_COLUMN] for example in examples]
+            batch[REWARD_COLUMN] = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float32)
         return batch
 
 
@@ -47,7 +51,8 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
 
     `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)` (the seed's 10.2.7). Gives heads to a model that has none, with
     the trunk trained or frozen. Where the dataset has a column `reward` (a number per example, paid at its last
-    token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491).
+    token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). Examples whose
+    reward is `None`, NaN or infinite teach no values.
 
     Takes the arguments of [`~trl.SFTTrainer`], with an [`MTPSFTConfig`] for `args`.
 
@@ -64,8 +69,8 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         "id": "2404.19737",
         "citation": textwrap.dedent("""\
             @inproceedings{gloeckle2024better,
-                title     = {{Better \& Faster Large Language Models via Multi-token Prediction}},
-                author    = {Fabian Gloeckle and Badr Youbi Idrissi and Baptiste Rozi{\`e}re and others},
+                title     = {{Better \\& Faster Large Language Models via Multi-token Prediction}},
+                author    = {Fabian Gloeckle and Badr Youbi Idrissi and Baptiste Rozi{\\`e}re and others},
                 year      = 2024,
                 booktitle = {International Conference on Machine Learning},
                 eprint    = {arXiv:2404.19737},
@@ -88,34 +93,49 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         saved_heads = find_saved_heads(model, args)
         super().__init__(model, args, *host_args, **host_kwargs)
         self._set_up_heads(saved_heads)
-        scored = REWARD_COLUMN in (self.train_dataset.column_names or [])
-        if scored:
+        if REWARD_COLUMN in get_dataset_column_names(self.train_dataset):
             self.data_collator: Any = RewardCollator(self.data_collator)
-        if args.freeze_trunk:
-            self._freeze_trunk(scored)
-
-    def _freeze_trunk(self, scored: bool) -> None:
-        if not self.args.mtp_loss_coef and not scored:
+        elif args.freeze_trunk and not args.mtp_loss_coef:
             raise ValueError(
                 "freeze_trunk=True with mtp_loss_coef=0 and no `reward` column leaves nothing to train. Set "
                 "mtp_loss_coef > 0, or add rewards to the dataset."
             )
-        for name, param in self.model.named_parameters():
-            if HEADS_ATTRIBUTE not in name.split("."):
-                param.requires_grad_(False)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, the heads only where `freeze_trunk` says so."""
+        with self._frozen_trunk() if self.args.freeze_trunk else nullcontext():
+            return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _frozen_trunk(self) -> Iterator[None]:
+        """Thawed again afterwards: the next trainer that is handed this model would not learn with it, nor say so."""
+        frozen = [
+            param
+            for name, param in self.model.named_parameters()
+            if param.requires_grad and HEADS_ATTRIBUTE not in name.split(".")
+        ]
+        for param in frozen:
+            param.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for param in frozen:
+                param.requires_grad_(True)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if REWARD_COLUMN not in self._signature_columns:
             self._signature_columns.append(REWARD_COLUMN)
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if REWARD_COLUMN in (dataset.column_names or []) and (self.args.packing or self.args.padding_free):
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: MTPSFTConfig, packing: bool, *rest: Any, **kwargs: Any
+    ) -> Any:
+        if (packing or self.padding_free) and REWARD_COLUMN in get_dataset_column_names(dataset):
             raise ValueError(
                 "The dataset has a `reward` column, but packing and padding_free put several examples into one row, "
                 "so a reward would lose its example. Set packing=False and padding_free=False, or drop the column."
             )
-        return super()._prepare_dataset(dataset, *args, **kwargs)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -134,7 +154,7 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     def _num_items(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Tokens that the losses are averaged over, as the host counts them for its own."""
         if num_items_in_batch is None:
-            return (inputs["labels"] != -100).sum().clamp(min=1)
+            return (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
         items = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
         return items / self.accelerator.num_processes if self.args.average_tokens_across_devices else items
 

@@ -1,0 +1,34 @@
+"""The `rl-plugins` command: `rl-plugins mtp-critic --model_name_or_path ... --dataset_name ... --reward_funcs ...`.
+
+On several processes, launch the module: `accelerate launch -m rl_plugins.cli mtp-critic ...`.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+
+# Modules with `main(argv, prog)`. They are named, not imported: `rl-plugins --help` should not wait for torch.
+COMMANDS = {"mtp-critic": "rl_plugins.trl.scripts.mtp_critic"}
+HELP = {"mtp-critic": "train a policy with a critic inside it (the arguments of `trl grpo`, and those of the critic)"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command that the first argument names on the others.
+
+    Args:
+        argv: Arguments; those of the process by default.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="rl-plugins", description="Plugin components for TRL: training from the command line."
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        commands.add_parser(name, help=HELP[name], add_help=False)
+    # The command parses what follows its name.
+    command = parser.parse_args(argv[:1]).command
+    import_module(COMMANDS[command]).main(argv[1:], prog=f"rl-plugins {command}")
+
+
+if __name__ == "__main__":
+    main()

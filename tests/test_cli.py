@@ -1,0 +1,202 @@
+"""The `rl-plugins` command: what it says, what it takes, and a run from beginning to end."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import TrlParser
+from trl.rewards import think_format_reward
+from trl.scripts import grpo
+
+from rl_plugins import cli
+from rl_plugins.trl import MTPCriticConfig
+from rl_plugins.trl.scripts import mtp_critic
+
+COMMAND = Path(sys.executable).parent / "rl-plugins"
+REWARD = """
+def odd_digits(completions, **kwargs):
+    return [float(sum(c in "13579" for c in text)) for text in completions]
+"""
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, **options)
+
+
+def test_help_is_there_at_once() -> None:
+    start = time.perf_counter()
+    done = run("--help")
+    assert done.returncode == 0 and time.perf_counter() - start < 1.0
+    assert all(name in done.stdout for name in cli.COMMANDS)
+    assert set(cli.HELP) == set(cli.COMMANDS)
+    loaded = "import sys, rl_plugins.cli; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["grpo"], "invalid choice: 'grpo' (choose from 'mtp-critic')"), ([], "are required: COMMAND")],
+)
+def test_what_is_no_command(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[0] == "usage: rl-plugins [-h] COMMAND ..." and message in done.stderr
+
+
+def options(parser: Any) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_it_takes_all_that_trl_grpo_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, host = options(mtp_critic.make_parser()), options(grpo.make_parser())
+    assert len(host) > 400 and host < ours
+    fields = set(MTPCriticConfig.__dataclass_fields__)
+    assert {option.lstrip("-").replace("-", "_").removeprefix("no_") for option in ours - host} <= fields
+    assert {"--num_mtp_heads", "--lam_policy", "--use_critic", "--phasic_every"} <= ours - host
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["mtp-critic", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: rl-plugins mtp-critic [-h]")
+    assert all(option in shown for option in ours)
+
+
+def test_it_can_be_a_command_of_another_parser() -> None:
+    parser = TrlParser()
+    mtp_critic.make_parser(parser.add_subparsers())
+    args = ["mtp-critic", "--lam_policy", "0.9", "--use_cpu", "--bf16", "False"]
+    # The parser of several commands fills one namespace.
+    assert parser.parse_args(args).lam_policy == 0.9
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(ValueError, match="--lam_polcy"):
+        cli.main(["mtp-critic", "--use_cpu", "--bf16", "False", "--lam_polcy", "0.9"])
+
+
+def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mtp_critic.find_reward("think_format_reward") is think_format_reward
+    overlong = mtp_critic.find_reward("get_soft_overlong_punishment")
+    assert overlong([[0] * 1280, [0] * 10]) == [-1.0, 0.0]
+    (tmp_path / "rewards_in_cwd.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert mtp_critic.find_reward("rewards_in_cwd.odd_digits")(["135", "24"]) == [3.0, 0.0]
+    with pytest.raises(
+        ValueError, match="Unknown reward function 'odd_digits'; choose one of accuracy_reward, .*path"
+    ):
+        mtp_critic.find_reward("odd_digits")
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        mtp_critic.find_reward("nowhere.odd_digits")
+    with pytest.raises(AttributeError, match="even_digits"):
+        mtp_critic.find_reward("rewards_in_cwd.even_digits")
+
+
+ON_CPU = ["--use_cpu", "--bf16", "False", "--report_to", "none"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give --model_name_or_path"),
+        (["--model_name_or_path", "x"], "Give either --dataset_name, or `datasets`"),
+    ],
+)
+def test_what_is_missing_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cli.main(["mtp-critic", *ON_CPU, *arguments])
+
+
+def test_arguments_reach_the_trainer(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Recorder:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            calls.append(("init", (args, kwargs)))
+            self.accelerator = SimpleNamespace(print=print)
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *args, **kwargs: calls.append((name, args or kwargs))
+
+    monkeypatch.setattr(mtp_critic, "MTPCriticTrainer", Recorder)
+    monkeypatch.chdir(workplace)
+    config = {"datasets": [{"path": "data"}], "reward_model_name_or_path": "a/judge", "lam_policy": 0.5}
+    Path("config.yaml").write_text(json.dumps(config))
+    arguments = ["--model_name_or_path", "model", "--output_dir", "out", "--config", "config.yaml"]
+    arguments += ["--model_revision", "v2", "--model_init_kwargs", '{"attn_implementation": "eager"}']
+    arguments += ["--reward_funcs", "think_format_reward", "--use_peft", "--lora_r", "3", "--push_to_hub"]
+    cli.main(["mtp-critic", *ON_CPU, *arguments, "--resume_from_checkpoint", "out/checkpoint-1"])
+    (_, ((model, rewards, args), kwargs)), *rest = calls
+    assert model == "model" and rewards == ["a/judge", think_format_reward] and args.lam_policy == 0.5
+    assert args.model_init_kwargs["revision"] == "v2" and args.model_init_kwargs["attn_implementation"] == "eager"
+    assert len(kwargs["train_dataset"]) == 32 and kwargs["eval_dataset"] is None
+    assert kwargs["peft_config"].r == 3 and kwargs["quantization_config"] is None
+    assert rest == [
+        ("train", {"resume_from_checkpoint": "out/checkpoint-1"}),
+        ("save_model", ("out",)),
+        ("push_to_hub", {"dataset_name": None}),
+        ("end", {}),
+    ]
+    with pytest.raises(ValueError, match="Give either --dataset_name"):
+        cli.main(["mtp-critic", *ON_CPU, *arguments, "--dataset_name", "data"])
+
+
+@pytest.fixture
+def workplace(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_path: Path) -> Path:
+    """A directory with a saved model, a dataset in JSON with two splits, and a reward function."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    dataset.select(range(32)).to_json(tmp_path / "data" / "train.jsonl")
+    dataset.select(range(32, 40)).to_json(tmp_path / "data" / "test.jsonl")
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_run_from_the_command_line(workplace: Path) -> None:
+    config = {
+        "model_name_or_path": "model",
+        "dtype": "float32",
+        "dataset_name": "data",
+        "reward_funcs": ["my_rewards.odd_digits"],
+        "max_completion_length": 4,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "max_steps": 3,
+        "num_mtp_heads": 3,
+    }
+    (workplace / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    arguments = ["--config", "config.yaml", "--output_dir", "out", "--max_steps", "2", "--eval_strategy", "steps"]
+    arguments += ["--eval_steps", "2", "--save_steps", "1", "--head_learning_rate", "1e-2", "--logging_steps", "1"]
+    environment = {**os.environ, "HF_HOME": str(workplace / "cache")}
+    done = run("mtp-critic", *ON_CPU, *arguments, cwd=workplace, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Policy and heads are in out." in done.stdout
+    out = workplace / "out"
+    written = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "mtp_heads.safetensors", "mtp_heads_config.json", "checkpoint-1"} <= written
+    heads = load_file(out / "mtp_heads.safetensors")
+    assert {name.split(".")[1] for name in heads} == {"0", "1", "2"}
+    assert heads["heads.0.value.weight"].any()
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2  # the command line overrides the file
+    assert {"rewards/odd_digits/mean", "critic/value_loss/head_3"} <= set(state["log_history"][0])
+    assert any("eval_critic/value_mean" in entry for entry in state["log_history"])
+
+    arguments += ["--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2"]
+    resumed = run("mtp-critic", *ON_CPU, *arguments, cwd=workplace, env=environment)
+    assert resumed.returncode == 0, resumed.stderr
+    state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
