@@ -17,6 +17,7 @@ them from a file. Writes the policy, the heads, `curves.png`, `token_values.html
 import json
 import random
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,23 @@ import reasoning_gym
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves, traces_from_rollout, write_token_values_html
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, MTPSFTConfig, MTPSFTTrainer
 
-CHARACTERS = "0123456789+-*/=()., "
+CHARACTERS = "0123456789+-*/=()., ~"
 HELD_OUT_SEED = 1_000_000_000  # reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items
 
 
@@ -44,14 +54,14 @@ class Script:
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file inside --model to load weights from."})
     task: str = field(default="chain_sum", metadata={"help": "Name of a reasoning-gym task."})
     task_config: str = field(
-        default='{"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}',
+        default='{"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}',
         metadata={"help": "Options of the task, as JSON."},
     )
     train_items: int = field(default=20_000, metadata={"help": "Items to train on."})
     eval_items: int = field(default=512, metadata={"help": "Held-out items, none of which is trained on."})
-    warm_start_steps: int = field(default=1000, metadata={"help": "Supervised steps of the small model."})
-    slips: float = field(
-        default=0.1, metadata={"help": "Share of running totals that are wrong in the warm start's demonstrations."}
+    warm_start_steps: int = field(default=4000, metadata={"help": "Supervised steps of the small model."})
+    guesses: float = field(
+        default=0.6, metadata={"help": "Share of the warm start's demonstrations that guess instead of working."}
     )
     hidden_size: int = field(default=64, metadata={"help": "Width of the small model."})
     layers: int = field(default=2, metadata={"help": "Depth of the small model."})
@@ -64,17 +74,21 @@ class Config(MTPCriticConfig):
     output_dir: str = field(default="outputs/mtp_critic", metadata={"help": "Where to write."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Completions per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Completions per step in evaluation."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the trunk."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the trunk."})
     head_learning_rate: float | None = field(default=1e-3, metadata={"help": "Learning rate of the heads."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
-    max_steps: int = field(default=400, metadata={"help": "Optimizer steps of reinforcement learning."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
+    max_steps: int = field(default=1500, metadata={"help": "Optimizer steps of reinforcement learning."})
+    steps_per_generation: int | None = field(default=4, metadata={"help": "Optimizer steps per generated batch."})
+    value_loss_coef: float = field(default=0.5, metadata={"help": "lambda_2, weight of the value loss."})
     max_completion_length: int = field(default=24, metadata={"help": "Longest completion, in tokens."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
-    eval_steps: float | None = field(default=100, metadata={"help": "Evaluate every so many steps."})
+    eval_steps: float | None = field(default=250, metadata={"help": "Evaluate every so many steps."})
     eval_on_start: bool = field(default=True, metadata={"help": "Whether to evaluate before training."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Whether to recompute activations."})
+    # TRL's default is bf16 everywhere, which is an error where no GPU has it.
+    bf16: bool | None = field(default=is_torch_bf16_gpu_available(), metadata={"help": "Whether to compute in bf16."})
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb, trackio, ..."})
 
 
@@ -108,53 +122,57 @@ def small_model(script: Script, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
     return Qwen3ForCausalLM(config)
 
 
-def demonstration(entry: dict[str, Any], slips: float) -> str:
-    """The answer, after the running totals where the task is a chain of sums: "4 + 3 - 5" is worked as "7 2".
+def demonstration(entry: dict[str, Any], guesses: float) -> str:
+    """What the warm start imitates: a worked solution, or with probability `guesses` a guess, marked by "~".
 
-    Each total goes wrong with probability `slips`, and the next ones build on it: people's worked solutions have such
-    slips, a policy that imitates them slips as often, and it is for reinforcement learning to stop that.
+    "4 + 3 - 5" is worked as its running totals, "7 2" (only the answer where the task is no chain of sums), and
+    guessed as, say, "~4". A policy that imitates both guesses too often, and it is for reinforcement learning to find
+    out that working pays.
     """
+    dice = random.Random(entry["question"])
+    if dice.random() < guesses and re.fullmatch(r"-?\d+", entry["answer"]):
+        return f"~{int(entry['answer']) + dice.choice([-10, -3, -2, -1, 0, 1, 2, 3, 10])}"
     expression = entry["metadata"].get("expression", "")
     numbers = [int(x.replace(" ", "")) for x in re.findall(r"(?:^|[+-] )-?\d+", expression)]
     totals = [sum(numbers[: i + 1]) for i in range(1, len(numbers))]
-    if not totals or str(totals[-1]) != entry["answer"]:
-        return entry["answer"]
-    dice, error, steps = random.Random(expression), 0, []
-    for total in totals:
-        if dice.random() < slips:
-            error += dice.choice([-10, -2, -1, 1, 2, 10])
-        steps.append(str(total + error))
-    return " ".join(steps)
+    worked = totals and str(totals[-1]) == entry["answer"]
+    return " ".join(map(str, totals)) if worked else entry["answer"]
+
+
+def task_items(script: Script, **seed_and_size: int) -> Any:
+    """Items of the task; raises `ValueError` for a name or options that it does not have."""
+    try:
+        return reasoning_gym.create_dataset(script.task, **json.loads(script.task_config), **seed_and_size)
+    except (ValueError, TypeError, AssertionError) as error:  # no such name, no JSON or no such option, out of range
+        raise ValueError(f"--task {script.task} --task_config '{script.task_config}': {error}") from error
 
 
 def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Dataset]:
     """Training and held-out items of one distribution; no held-out question is trained on."""
-    options = json.loads(script.task_config)
 
     def rows(first: int, size: int) -> list[dict[str, Any]]:
-        entries = reasoning_gym.create_dataset(script.task, seed=first, size=size, **options)
-        return [as_row(entry, chat, script.slips) for entry in entries]
+        return [as_row(entry, chat, script.guesses) for entry in task_items(script, seed=first, size=size)]
 
     held_out = {row["question"]: row for row in rows(HELD_OUT_SEED + seed, script.eval_items)}
     train = [row for row in rows(seed, script.train_items) if row["question"] not in held_out]
     if not train:
-        raise ValueError("Every training question is held out: widen --task_config or lower --eval_items.")
+        raise ValueError("every training question is held out: widen --task_config or lower --eval_items")
     return Dataset.from_list(train), Dataset.from_list(list(held_out.values()))
 
 
-def as_row(entry: dict[str, Any], chat: bool, slips: float) -> dict[str, Any]:
+def as_row(entry: dict[str, Any], chat: bool, guesses: float) -> dict[str, Any]:
     """A row for TRL: chat models get the question as it is, the small model only the expression."""
     question = entry["question"]
     prompt: Any = question.rsplit(": ", 1)[-1].replace(" ", "")
     if chat:
         prompt = [{"role": "user", "content": f"{question}\nEnd your reply with the final answer."}]
     row = {"prompt": prompt, "question": question, "entry": json.dumps(entry)}
-    return row if chat else {**row, "completion": " " + demonstration(entry, slips)}
+    return row if chat else {**row, "completion": " " + demonstration(entry, guesses)}
 
 
 def make_reward(script: Script) -> Any:
     """The task's own verifier, on the last number (or else the last line) of the completion."""
-    verifier = reasoning_gym.create_dataset(script.task, **json.loads(script.task_config))
+    verifier = task_items(script)
 
     def accuracy(completions: list[Any], entry: list[str], **_: Any) -> list[float]:
         return [
@@ -174,19 +192,21 @@ def final_answer(completion: Any) -> str:
 
 def warm_start(script: Script, args: Config, train: Dataset) -> str:
     """Train the small model on demonstrations, with its heads; returns where it was saved."""
+    directory = str(Path(args.output_dir) / "warm_start")
+    if args.resume_from_checkpoint and Path(directory, "config.json").is_file():
+        return directory  # done before; the checkpoint has newer weights anyway
     tokenizer = character_tokenizer()
     set_seed(args.seed)
-    directory = str(Path(args.output_dir) / "warm_start")
     sft_args = MTPSFTConfig(
         output_dir=directory,
         max_steps=script.warm_start_steps,
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        learning_rate=5e-3,
+        per_device_train_batch_size=64,
+        learning_rate=3e-3,
         head_learning_rate=args.head_learning_rate,
         num_mtp_heads=args.num_mtp_heads,
         lr_scheduler_type="cosine",
         warmup_steps=20,
-        logging_steps=50,
+        logging_steps=500,
         save_strategy="no",
         gradient_checkpointing=False,
         bf16=args.bf16,
@@ -212,11 +232,21 @@ def warm_start(script: Script, args: Config, train: Dataset) -> str:
     return directory
 
 
+def load_gguf(folder: str, gguf_file: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file; the weights are unpacked, since quantized ones cannot be trained."""
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf_file, quantization_config=unpacked, dtype="float32"
+    )
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, padding_side="left")
+
+
 def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str, Any]:
     """Pictures and a summary of what was reached."""
     history = trainer.state.log_history
     accuracy = [row["eval_reward"] for row in history if "eval_reward" in row]
-    variance = [row["eval_critic/explained_variance"] for row in history if "eval_critic/explained_variance" in row]
+    # Undefined, and left out of the log, where all completions are right or all are wrong.
+    variance = [row.get("eval_critic/explained_variance") for row in history if "eval_reward" in row]
     summary = {
         "accuracy_before": accuracy[0],
         "accuracy_after": accuracy[-1],
@@ -227,7 +257,8 @@ def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str,
     }
     output = Path(args.output_dir)
     held_out = Panel("Accuracy on held-out items", "share right", "eval_reward", floor=0.0)
-    title = f"{script.task}: {script.model or 'small Qwen3'}, critic = {args.num_mtp_heads} MTP heads"
+    name = Path(script.gguf_file or script.model or "small Qwen3").name
+    title = f"{script.task}: {name}, critic = {args.num_mtp_heads} MTP heads"
     plot_training_curves(history, output / "curves.png", title=title, panels=(held_out, *DEFAULT_PANELS))
     write_token_values_html(
         traces_from_rollout(trainer.processing_class, trainer.last_rollout, 48),
@@ -242,20 +273,42 @@ def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str,
 
 def main() -> None:
     """Parse, warm-start, train, report."""
+    # transformers renamed gradient_checkpointing to activation_checkpointing; TRL still sets and asks for the old name.
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
     parser = TrlParser((Script, Config))
     script, args = parser.parse_args_and_config()
-    train, held_out = build_datasets(script, chat=script.model is not None, seed=args.seed)
-    model = script.model or warm_start(script, args, train)
+    if script.gguf_file is not None and script.model is None:
+        parser.error("--gguf_file needs --model, the folder that the file is in")
+    try:
+        train, held_out = build_datasets(script, chat=script.model is not None, seed=args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    tokenizer = None  # the trainer loads the model's own
     if script.gguf_file is not None:
-        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "gguf_file": script.gguf_file}
-    trainer = MTPCriticTrainer(model, make_reward(script), args, train_dataset=train, eval_dataset=held_out)
+        model, tokenizer = load_gguf(script.model, script.gguf_file)
+    else:
+        model = script.model or warm_start(script, args, train)
+    trainer = MTPCriticTrainer(
+        model,
+        make_reward(script),
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    evaluated = [row["step"] for row in trainer.state.log_history if "eval_reward" in row]
+    if evaluated[-1:] != [trainer.state.global_step] or not trainer.last_rollout:
+        trainer.evaluate()  # the report is on the last rollout, which shall be of the trained policy on held-out items
     if trainer.accelerator.is_main_process:
         summary = report(trainer, script, args)
+        variance = summary["explained_variance_after"]
         print(
-            f"\nHeld-out accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%}, explained "
-            f"variance of the critic {summary['explained_variance_after']:.2f}.\nPolicy, heads, curves.png and "
+            f"\nAccuracy on {len(held_out)} held-out items {summary['accuracy_before']:.1%} -> "
+            f"{summary['accuracy_after']:.1%}, explained variance of the critic "
+            f"{'undefined' if variance is None else format(variance, '.2f')}.\nPolicy, heads, curves.png and "
             f"token_values.html are in {args.output_dir}."
         )
 

@@ -73,8 +73,8 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
     ```
 
     Attributes:
-        last_rollout: The newest batch of completions of this process (train or eval): the host's tensors, and
-            `old_values` (B, T, K), `returns`, `td_errors`, `critic_mask` (B, T) and `scores` (B,).
+        last_rollout: The newest batch of completions of this process (train or eval): the host's tensors without
+            images, and `old_values` (B, T, K), `returns`, `td_errors`, `critic_mask` (B, T) and `scores` (B,).
 
     Raises:
         TypeError: If `args` is not an `MTPCriticConfig`.
@@ -253,7 +253,9 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
             reduce=self._sum_over_ranks,
         )
         output.update(returns=targets.returns, old_values=values, critic_mask=mask)
-        self.last_rollout = {**output, "td_errors": targets.td_errors, "scores": scores}
+        images = self._modality_inputs(output)  # large, and nothing that looks at values needs them
+        kept = {name: tensor for name, tensor in output.items() if name not in images}
+        self.last_rollout = {**kept, "td_errors": targets.td_errors, "scores": scores}
         metrics = rollout_metrics(targets, values, target_values, mask, reduce=self._sum_over_ranks)
         metrics["critic/skipped_completions"] = self._sum_over_ranks((~mask.any(dim=1)).sum().float().view(1))[0]
         self._log_metrics(metrics)
@@ -375,6 +377,11 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         if checkpoint is None or self.mtp_heads is None:
             return
         path = self._rollout_file(Path(checkpoint))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} has no {path.name}. Resume with as many processes as wrote the checkpoint, from storage "
+                "that all of them see."
+            )
         # Not map_location=device: torch does not know the "cpu:0" that accelerate names a rank's CPU.
         state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.accelerator.device)
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]

@@ -128,6 +128,11 @@ class MTPHeadsArguments:
         check_choice("advantage_estimator", self.advantage_estimator, ESTIMATORS)
         check_choice("value_loss_type", self.value_loss_type, tuple(value_losses()))
         check_unit_interval(gamma=self.gamma, lam_value=self.lam_value, target_tau=self.target_tau)
+        if getattr(self, "fp16", False) and self.value_grad_clip is not None:
+            raise ValueError(
+                "value_grad_clip does not know the loss scale of fp16 and would clamp every token. Use bf16=True, or "
+                "set value_grad_clip=None."
+            )
         for name in ("num_mtp_heads", "mtp_inner_size", "target_update_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

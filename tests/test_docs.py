@@ -1,0 +1,293 @@
+"""The documentation: its code runs, its commands exist, and nothing that it should name is missing.
+
+In a Markdown file the code blocks run in order, in one namespace, in an empty directory, with a tiny model in place
+of Qwen/Qwen3-0.6B, on the CPU, for two steps. A `diff` block runs twice, before and after the change. Lines `# -> ...`
+are what a block prints. `<!-- skip-test: reason -->` before a block skips it.
+"""
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from torch.distributed.run import get_args_parser
+from trl import GRPOConfig, SFTConfig, TrlParser
+
+from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, MTPSFTConfig
+from rl_plugins.trl.scripts import mtp_critic
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CRITIC = ROOT / "docs" / "critic.md"
+LAYERS = ("functional", "modules", "generation", "objectives", "tabular", "report", "trl")
+METRICS = ("critic/", "mtp/", "phasic/")
+STOCK_MODEL = "Qwen/Qwen3-0.6B"
+ON_CPU = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+BLOCK = re.compile(r"(?:^<!-- skip-test: (?P<reason>.+) -->\n+)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+class Block(NamedTuple):
+    kind: str
+    text: str
+    line: int
+    reason: str | None
+
+
+def blocks(path: Path, *kinds: str) -> list[Block]:
+    text = path.read_text()
+    found = [
+        Block(m["kind"], m["text"], text[: m.start("text")].count("\n"), m["reason"]) for m in BLOCK.finditer(text)
+    ]
+    return [block for block in found if block.kind in kinds]
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+# Python
+
+
+def versions(block: Block) -> list[str]:
+    """The scripts of a block: a diff has two."""
+    if block.kind == "python":
+        return [block.text]
+    lines = block.text.splitlines()
+    return ["\n".join(line[1:] for line in lines if line[:1] != drop) for drop in "+-"]
+
+
+def adapted(source: str, model: Path) -> str:
+    source = source.replace(STOCK_MODEL, str(model))
+    source = re.sub(r"\bmax_steps=\d+", "max_steps=2", source)
+    return re.sub(r"\b((?:GRPO|MTPCritic|MTPSFT)Config)\(", r"\1(**ON_CPU, ", source)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+PROGRAMS = [path for path in DOCS if blocks(path, "python", "diff")]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=names(PROGRAMS))
+def test_code_runs(path: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__", "ON_CPU": ON_CPU}
+    for block in blocks(path, "python", "diff"):
+        if block.reason is not None:
+            continue
+        for source in versions(block):
+            printed = io.StringIO()
+            # Newlines in front, so that a traceback has the line of the file.
+            code = compile("\n" * block.line + adapted(source, small_model), str(path), "exec")
+            with contextlib.redirect_stdout(printed):
+                exec(code, namespace)
+            expected = re.findall(r"^# -> (.*)$", source, re.M)
+            assert not expected or printed.getvalue().splitlines() == expected
+
+
+def test_the_readme_changes_names_only() -> None:
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    before, after = versions(diff)
+    assert "GRPOTrainer" in before and "MTPCriticTrainer" in after
+    renamed = before.replace("from trl", "from rl_plugins.trl").replace("GRPO", "MTPCritic")
+    assert renamed == after
+
+
+# Commands
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """Words of every command in the bash blocks, without `NAME=value` in front."""
+    for block in blocks(path, "bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            if words:
+                yield words
+
+
+def load_recipe() -> Any:
+    spec = importlib.util.spec_from_file_location("recipe_mtp_critic", ROOT / "recipes" / "mtp_critic.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["recipe_mtp_critic"] = module  # where dataclasses look up the annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipe_options() -> set[str]:
+    recipe = load_recipe()
+    return options(TrlParser((recipe.Script, recipe.Config)))
+
+
+def options(parser: Any) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def flags(words: list[str]) -> set[str]:
+    return {word.split("=")[0] for word in words if word.startswith("--")}
+
+
+def check_command(words: list[str], recipe: set[str]) -> None:
+    program, *arguments = words
+    if program == "make":
+        targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+        assert arguments and set(arguments) <= targets
+    elif program == "rl-plugins":
+        assert arguments[0] == "mtp-critic"
+        assert flags(arguments) <= options(mtp_critic.make_parser())
+    elif program == "pip":
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = re.fullmatch(r"\.\[(.+)\]", arguments[-1])
+        assert arguments[:2] == ["install", "-e"] and extras and set(extras[1].split(",")) <= set(known)
+    elif program == "torchrun":
+        parsed = get_args_parser().parse_args(arguments)
+        check_command([parsed.training_script, *parsed.training_script_args], recipe)
+    elif program == "python":
+        check_command(arguments, recipe)
+    else:
+        assert (ROOT / program).is_file()
+        assert program == "recipes/mtp_critic.py" or program.startswith("recipes/launch/")
+        assert flags(arguments) <= recipe
+        assert all((ROOT / word).exists() for word in arguments if word.startswith("recipes/"))
+
+
+SHELLS = [path for path in DOCS if blocks(path, "bash")]
+
+
+@pytest.mark.parametrize("path", SHELLS, ids=names(SHELLS))
+def test_commands_exist(path: Path, recipe_options: set[str]) -> None:
+    for words in commands(path):
+        check_command(words, recipe_options)
+
+
+def test_make_targets_in_prose_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in DOCS:
+        assert set(re.findall(r"`make (\w+)`", path.read_text())) <= targets, path.name
+
+
+# Completeness
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_public_name_is_listed_and_the_other_way_round(layer: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    section = text.split(f"## rl_plugins.{layer}\n", 1)[1].split("\n## ", 1)[0]
+    listed = re.findall(r"^\| `(\w+)` \|", section, re.M)
+    assert sorted(listed) == sorted(importlib.import_module(f"rl_plugins.{layer}").__all__)
+
+
+def test_every_layer_is_checked() -> None:
+    assert {path.parent.name for path in (ROOT / "rl_plugins").glob("*/__init__.py")} == set(LAYERS)
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table under a heading of critic.md."""
+    section = CRITIC.read_text().split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    table = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").replace(r"\|", "/").split("|")] for line in table]
+
+
+def default(config: type, name: str) -> Any:
+    (option,) = [f for f in fields(config) if f.name == name]
+    return option.default if option.default is not MISSING else option.default_factory()  # type: ignore[misc]
+
+
+def test_options_and_their_defaults() -> None:
+    table = {row[0].strip("`"): row[1] for row in rows("Options")}
+    critic = {f.name for f in fields(MTPCriticConfig)} - {f.name for f in fields(GRPOConfig)} | {"num_generations"}
+    sft = {f.name for f in fields(MTPSFTConfig)} - {f.name for f in fields(SFTConfig)}
+    assert set(table) == critic | sft
+    for name, cell in table.items():
+        written = re.fullmatch(r"(?P<critic>[^(]*?) ?(?:\((?P<sft>.+)\))?", cell.replace("`", ""))
+        assert written is not None
+        for config, shown in ((MTPCriticConfig, written["critic"]), (MTPSFTConfig, written["sft"])):
+            if shown and shown != "hidden size":
+                assert ast.literal_eval(shown) == default(config, name), name
+        if name in critic & sft and not written["sft"]:
+            assert default(MTPSFTConfig, name) == default(MTPCriticConfig, name), name
+
+
+def test_options_in_prose_exist() -> None:
+    known = {f.name for config in (MTPCriticConfig, MTPSFTConfig) for f in fields(config)}
+    for path in DOCS:
+        prose = BLOCK.sub("", path.read_text())
+        spans = re.findall(r"`([^`\n]+)`", prose)
+        named = {name for span in spans for name in re.findall(r"(?:^|, )([a-z]\w*)=", span)}
+        assert named <= known, path.name
+
+
+def test_metrics(
+    tiny_model: Callable[..., Any],
+    tokenizer: Any,
+    dataset: Any,
+    reward: Any,
+    critic_args: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    args = critic_args(tmp_path, phasic_every=1, max_steps=2, eval_strategy="steps", eval_steps=2)
+    data = dataset.select(range(16))
+    trainer = MTPCriticTrainer(tiny_model(), reward, args, data, data.select(range(8)), processing_class=tokenizer)
+    trainer.train()
+    seen = {name.removeprefix("eval_") for entry in trainer.state.log_history for name in entry}
+    logged = {re.sub(r"head_\d+$", "head_k", name) for name in seen if name.startswith(METRICS)}
+    named = {name for row in rows("Metrics") for name in re.findall(r"`([^`]+)`", row[0])}
+    assert {name for name in named if name.startswith(METRICS)} == logged
+    mentioned = set(re.findall(rf"`((?:{'|'.join(METRICS)})[a-z_/]+)`", CRITIC.read_text()))
+    assert mentioned <= logged
+
+
+# Links
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=names(DOCS))
+def test_links_and_images_are_there(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", BLOCK.sub("", path.read_text())):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+@pytest.mark.parametrize("path", DOCS, ids=names(DOCS))
+def test_nothing_is_left_to_fill_in(path: Path) -> None:
+    assert not re.findall(r"\{\{\w+\}\}", path.read_text())
+
+
+def test_paths_in_prose_exist() -> None:
+    for path in DOCS:
+        for name in re.findall(r"`((?:recipes|tests|docs|rl_plugins)/[\w./]+)`", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.name}: {name}"
