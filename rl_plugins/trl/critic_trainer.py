@@ -34,6 +34,7 @@ from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, find_saved_heads
 from rl_plugins.trl.host import hide_heads_from_vllm, require_tested_trl
 from rl_plugins.trl.phasic import PhasicSchedule
 from rl_plugins.trl.rewards import naming
+from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
 
 Batch = dict[str, Any]
 
@@ -123,6 +124,8 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
             self._set_up_heads(saved_heads)
             if args.mtp_loss_coef:
                 self._logit_divisor = logit_divisor(self.model.config, self.temperature)
+            custom: RolloutFunc | None = self.rollout_func
+            self.rollout_func: RolloutFunc | None = custom and fill_empty(custom, self.eos_token_ids[0])
             if self.use_vllm:
                 hide_heads_from_vllm(self.vllm_generation)
             if args.phasic_every:
@@ -379,8 +382,8 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         path = self._rollout_file(Path(checkpoint))
         if not path.is_file():
             raise FileNotFoundError(
-                f"{checkpoint} has no {path.name}. Resume with as many processes as wrote the checkpoint, from storage "
-                "that all of them see."
+                f"{checkpoint} has no {path.name}. Resume with as many processes as wrote the checkpoint, from "
+                "storage that all of them see."
             )
         # Not map_location=device: torch does not know the "cpu:0" that accelerate names a rank's CPU.
         state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.accelerator.device)

