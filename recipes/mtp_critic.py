@@ -54,7 +54,7 @@ class Script:
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file inside --model to load weights from."})
     task: str = field(default="chain_sum", metadata={"help": "Name of a reasoning-gym task."})
     task_config: str = field(
-        default='{"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}',
+        default='{"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2}',
         metadata={"help": "Options of the task, as JSON."},
     )
     train_items: int = field(default=20_000, metadata={"help": "Items to train on."})
@@ -77,13 +77,14 @@ class Config(MTPCriticConfig):
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the trunk."})
     head_learning_rate: float | None = field(default=1e-3, metadata={"help": "Learning rate of the heads."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
-    max_steps: int = field(default=1500, metadata={"help": "Optimizer steps of reinforcement learning."})
+    max_steps: int = field(default=1200, metadata={"help": "Optimizer steps of reinforcement learning."})
     steps_per_generation: int | None = field(default=4, metadata={"help": "Optimizer steps per generated batch."})
     value_loss_coef: float = field(default=0.5, metadata={"help": "lambda_2, weight of the value loss."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature."})
     max_completion_length: int = field(default=24, metadata={"help": "Longest completion, in tokens."})
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
-    eval_steps: float | None = field(default=250, metadata={"help": "Evaluate every so many steps."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every so many steps."})
     eval_on_start: bool = field(default=True, metadata={"help": "Whether to evaluate before training."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Whether to recompute activations."})
@@ -201,7 +202,7 @@ def warm_start(script: Script, args: Config, train: Dataset) -> str:
         output_dir=directory,
         max_steps=script.warm_start_steps,
         per_device_train_batch_size=64,
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         head_learning_rate=args.head_learning_rate,
         num_mtp_heads=args.num_mtp_heads,
         lr_scheduler_type="cosine",
@@ -232,13 +233,12 @@ def warm_start(script: Script, args: Config, train: Dataset) -> str:
     return directory
 
 
-def load_gguf(folder: str, gguf_file: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a GGUF file; the weights are unpacked, since quantized ones cannot be trained."""
+def load_gguf(folder: str, gguf_file: str) -> Any:
+    """Model of a GGUF file; the weights are unpacked, since quantized ones cannot be trained."""
     unpacked = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf_file, quantization_config=unpacked, dtype="float32"
     )
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, padding_side="left")
 
 
 def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str, Any]:
@@ -282,13 +282,16 @@ def main() -> None:
     script, args = parser.parse_args_and_config()
     if script.gguf_file is not None and script.model is None:
         parser.error("--gguf_file needs --model, the folder that the file is in")
+    tokenizer = None  # of the warm start: the trainer loads it
+    if script.model is not None:
+        tokenizer = AutoTokenizer.from_pretrained(script.model, gguf_file=script.gguf_file, padding_side="left")
+    chat = tokenizer is not None and tokenizer.chat_template is not None
     try:
-        train, held_out = build_datasets(script, chat=script.model is not None, seed=args.seed)
+        train, held_out = build_datasets(script, chat, args.seed)
     except ValueError as error:
         parser.error(str(error))
-    tokenizer = None  # the trainer loads the model's own
     if script.gguf_file is not None:
-        model, tokenizer = load_gguf(script.model, script.gguf_file)
+        model = load_gguf(script.model, script.gguf_file)
     else:
         model = script.model or warm_start(script, args, train)
     trainer = MTPCriticTrainer(
