@@ -10,16 +10,9 @@ from pathlib import Path
 import pytest
 
 from rl_plugins.report import TokenTrace, plot_training_curves, select_panels, smooth, write_token_values_html
+from rl_plugins.report.colors import BINS, contrast, diverging_color, sequential_color, text_color
 from rl_plugins.report.curves import Panel, default_window, grid_shape
-from rl_plugins.report.token_values import (
-    BINS,
-    contrast,
-    diverging_color,
-    format_number,
-    sequential_color,
-    text_color,
-    visible,
-)
+from rl_plugins.report.token_values import format_number, visible
 
 NAN = math.nan
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 from trl.trainer.base_trainer import _BaseTrainer
@@ -105,7 +106,7 @@ class MTPHeadsTrainer(_BaseTrainer):
 
     def _whole(self, params: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Read whole parameters under ZeRO-3; does nothing elsewhere."""
-        if not any(hasattr(p, "ds_id") for p in params):
+        if not is_deepspeed_zero3_enabled():
             return nullcontext()
         import deepspeed
 

@@ -1,0 +1,85 @@
+"""Colours of the token-value page: two scales, each for a light and a dark page."""
+
+from collections.abc import Callable, Iterable
+
+Color = tuple[int, int, int]
+Stops = tuple[Color, Color, Color]
+
+# Odd, so that the middle colour (delta = 0) is one of them. Tokens name a bin and the style sheet holds the
+# colours: a dark page then needs no second colour on every token.
+BINS = 65
+
+# In both themes the low end sits near the page and the high end stands out. Red against blue, and light
+# against dark within one hue family, survive the common colour-vision deficiencies.
+SEQUENTIAL_LIGHT: Stops = ((253, 246, 220), (108, 192, 180), (11, 74, 128))
+SEQUENTIAL_DARK: Stops = ((38, 48, 66), (42, 127, 134), (242, 229, 138))
+DIVERGING_LIGHT: Stops = ((178, 24, 43), (246, 246, 246), (33, 102, 172))
+DIVERGING_DARK: Stops = ((240, 106, 84), (44, 49, 58), (96, 174, 245))
+
+
+def sequential_color(position: float, dark: bool = False) -> str:
+    """`#rrggbb` of a value at `position` in [0, 1] of the range; positions outside are clamped."""
+    return _hex(_interpolate(SEQUENTIAL_DARK if dark else SEQUENTIAL_LIGHT, position))
+
+
+def diverging_color(position: float, dark: bool = False) -> str:
+    """`#rrggbb` of a TD error at `position` in [-1, 1]: red, neutral, blue; positions outside are clamped."""
+    return _hex(_interpolate(DIVERGING_DARK if dark else DIVERGING_LIGHT, (position + 1) / 2))
+
+
+def text_color(background: str) -> str:
+    """Black or white, whichever has the larger WCAG contrast; at least 4.58 on every background."""
+    return max(("#000000", "#ffffff"), key=lambda color: contrast(color, background))
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG 2 contrast ratio `(L1 + 0.05) / (L2 + 0.05)` of two `#rrggbb` colours, from 1 to 21."""
+    dim, bright = sorted((_luminance(first), _luminance(second)))
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def _luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _interpolate(stops: Stops, position: float) -> Color:
+    position = min(max(position, 0.0), 1.0) * 2
+    low, high = (stops[0], stops[1]) if position < 1 else (stops[1], stops[2])
+    weight = position if position < 1 else position - 1
+    red, green, blue = (round(a + weight * (b - a)) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+def _hex(color: Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def color_rules() -> str:
+    light, dark = _theme_rules(dark=False), _theme_rules(dark=True)
+    # `screen`: paper is white, whatever the reader's theme.
+    return f"{light}@media screen and (prefers-color-scheme: dark) {{\n{dark}}}\n"
+
+
+def _theme_rules(dark: bool) -> str:
+    positions = [k / (BINS - 1) for k in range(BINS)]
+    values = (sequential_color(x, dark) for x in positions)
+    deltas = (diverging_color(2 * x - 1, dark) for x in positions)
+    return _bin_rules("value", "v", values) + _bin_rules("delta", "d", deltas) + _bar_rule(dark)
+
+
+def _bin_rules(mode: str, prefix: str, colors: Iterable[str]) -> str:
+    return "".join(
+        f"[data-mode={mode}] .{prefix}{k}{{background:{color};color:{text_color(color)}}}\n"
+        for k, color in enumerate(colors)
+    )
+
+
+def _bar_rule(dark: bool) -> str:
+    def gradient(color: Callable[[float, bool], str], ends: tuple[float, float, float]) -> str:
+        return f"linear-gradient(to right,{','.join(color(x, dark) for x in ends)})"
+
+    value = gradient(sequential_color, (0.0, 0.5, 1.0))
+    delta = gradient(diverging_color, (-1.0, 0.0, 1.0))
+    return f".bar.value{{background:{value}}}\n.bar.delta{{background:{delta}}}\n"
