@@ -31,6 +31,7 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
     PreTrainedTokenizerFast,
+    ProgressCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
     set_seed,
@@ -91,6 +92,29 @@ class Config(MTPCriticConfig):
     # TRL's default is bf16 everywhere, which is an error where no GPU has it.
     bf16: bool | None = field(default=is_torch_bf16_gpu_available(), metadata={"help": "Whether to compute in bf16."})
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb, trackio, ..."})
+
+
+SHOWN = (
+    "loss",
+    "mean_token_accuracy",
+    "mtp/token_loss",
+    "reward",
+    "entropy",
+    "critic/value_loss",
+    "critic/explained_variance",
+    "eval_reward",
+    "eval_critic/explained_variance",
+)
+
+
+class BriefProgress(ProgressCallback):
+    """The host's progress bars with the metrics that matter here; loggers (`--report_to`) still get all fifty."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print one short line."""
+        shown = {key: logs[key] for key in SHOWN if logs and logs.get(key) is not None}
+        if shown:
+            super().on_log(args, state, control, logs={"step": state.global_step, **shown}, **kwargs)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -223,6 +247,7 @@ def warm_start(script: Script, args: Config, train: Dataset) -> str:
         train_dataset=train.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
     )
+    show_briefly(trainer)
     trainer.train()
     trainer.save_model(directory)
     trainer.accelerator.wait_for_everyone()  # rank 0 writes, all ranks read
@@ -239,6 +264,13 @@ def load_gguf(folder: str, gguf_file: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf_file, quantization_config=unpacked, dtype="float32"
     )
+
+
+def show_briefly(trainer: Any) -> None:
+    """Short progress lines where there are progress bars."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(BriefProgress)
 
 
 def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str, Any]:
@@ -260,13 +292,14 @@ def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str,
     name = Path(script.gguf_file or script.model or "small Qwen3").name
     title = f"{script.task}: {name}, critic = {args.num_mtp_heads} MTP heads"
     plot_training_curves(history, output / "curves.png", title=title, panels=(held_out, *DEFAULT_PANELS))
-    write_token_values_html(
-        traces_from_rollout(trainer.processing_class, trainer.last_rollout, 48),
-        output / "token_values.html",
-        title=f"What the critic thinks of each token: {script.task}",
-        subtitle=f"Held-out items after {trainer.state.global_step} steps.",
-        value_range=(0.0, 1.0),
-    )
+    if trainer.last_rollout:  # there are no values with --use_critic False
+        write_token_values_html(
+            traces_from_rollout(trainer.processing_class, trainer.last_rollout, 48),
+            output / "token_values.html",
+            title=f"What the critic thinks of each token: {script.task}",
+            subtitle=f"Held-out items after {trainer.state.global_step} steps.",
+            value_range=(0.0, 1.0),
+        )
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -302,20 +335,20 @@ def main() -> None:
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
+    show_briefly(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     evaluated = [row["step"] for row in trainer.state.log_history if "eval_reward" in row]
-    if evaluated[-1:] != [trainer.state.global_step] or not trainer.last_rollout:
+    if evaluated[-1:] != [trainer.state.global_step] or (args.use_critic and not trainer.last_rollout):
         trainer.evaluate()  # the report is on the last rollout, which shall be of the trained policy on held-out items
     if trainer.accelerator.is_main_process:
         summary = report(trainer, script, args)
-        variance = summary["explained_variance_after"]
-        print(
-            f"\nAccuracy on {len(held_out)} held-out items {summary['accuracy_before']:.1%} -> "
-            f"{summary['accuracy_after']:.1%}, explained variance of the critic "
-            f"{'undefined' if variance is None else format(variance, '.2f')}.\nPolicy, heads, curves.png and "
-            f"token_values.html are in {args.output_dir}."
-        )
+        before, after = summary["accuracy_before"], summary["accuracy_after"]
+        print(f"\nAccuracy on {len(held_out)} held-out items: {before:.1%} -> {after:.1%}.")
+        if args.use_critic:
+            variance = summary["explained_variance_after"]
+            print(f"Explained variance of the critic: {'undefined' if variance is None else format(variance, '.2f')}.")
+        print(f"The policy and all pictures are in {args.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def check_report(output: Path, done: subprocess.CompletedProcess[str], *, steps:
     assert all(0 <= summary[f"accuracy_{when}"] <= 1 for when in ("before", "after"))
     variance = summary["explained_variance_after"]
     assert variance is None or math.isfinite(variance)
-    assert (variance is None) == ("variance of the critic undefined" in done.stdout)
+    assert (variance is None) == ("variance of the critic: undefined" in done.stdout)
     assert f"{summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%}" in done.stdout
     picture = (output / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 20_000

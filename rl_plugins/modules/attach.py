@@ -74,7 +74,7 @@ def attach_mtp_heads(
         )
     hidden_size = base.config.get_text_config().hidden_size
     if heads is None:
-        config = MTPHeadsConfig(num_heads, hidden_size, inner_size or hidden_size)
+        config = MTPHeadsConfig(num_heads, hidden_size, hidden_size if inner_size is None else inner_size)
         heads = MTPHeads(config, seed=seed)
     elif heads.config.hidden_size != hidden_size:
         raise ValueError(
