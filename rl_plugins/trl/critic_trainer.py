@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_config_model_id
 
 from rl_plugins.functional.divergences import kl_k1, kl_to_sampler
 from rl_plugins.functional.mtp import completion_states, mtp_labels
@@ -30,8 +29,8 @@ from rl_plugins.objectives.critic import (
     sequence_means,
 )
 from rl_plugins.trl.critic_config import MTPCriticConfig
-from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, find_saved_heads
-from rl_plugins.trl.host import hide_heads_from_vllm, require_tested_trl
+from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args, find_saved_heads
+from rl_plugins.trl.host import hide_heads_from_vllm
 from rl_plugins.trl.phasic import PhasicSchedule
 from rl_plugins.trl.rewards import naming
 from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
@@ -105,12 +104,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, GRPOTrainer):
         *host_args: Any,
         **host_kwargs: Any,
     ) -> None:
-        require_tested_trl()
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = MTPCriticConfig(f"{name.split('/')[-1]}-MTPCritic")
-        if not isinstance(args, MTPCriticConfig):
-            raise TypeError(f"args must be an MTPCriticConfig, got {type(args).__name__}.")
+        args = complete_args(args, MTPCriticConfig, model, "MTPCritic")
         if isinstance(reward_funcs, list):
             reward_funcs = [naming(func) for func in reward_funcs]
         else:

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from rl_plugins.functional.masking import masked_moments
 from rl_plugins.modules import (
@@ -35,6 +35,7 @@ from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.serialization import HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME
 from rl_plugins.objectives.critic import ValueLoss, value_loss, value_losses
 from rl_plugins.trl.callbacks import PolyakCallback
+from rl_plugins.trl.host import require_tested_trl
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,22 @@ TARGET_NAME = "polyak_target.safetensors"
 def gather_lm_head(params: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Whole LM-head weights under ZeRO-3; leaves weights that are whole already (tied embeddings) alone."""
     return maybe_gather_lm_head_ctx(*params)
+
+
+def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any:
+    """The trainer's `args`, or default ones that write beside the model's name, as TRL's trainers do.
+
+    Raises:
+        ImportError: If TRL is outside the tested range.
+        TypeError: If `args` is not of `config_class`.
+    """
+    require_tested_trl()
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{name.split('/')[-1]}-{suffix}")
+    if not isinstance(args, config_class):
+        raise TypeError(f"args must be an {config_class.__name__}, got {type(args).__name__}.")
+    return args
 
 
 def find_saved_heads(model: Any, args: Any) -> str | None:

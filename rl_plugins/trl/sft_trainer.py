@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import get_config_model_id
 
 from rl_plugins.functional.mtp import mtp_labels
 from rl_plugins.functional.rewards import terminal_rewards
@@ -19,8 +18,7 @@ from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.head_pass import HeadPass
 from rl_plugins.modules.polyak import PolyakTarget
 from rl_plugins.objectives.critic import critic_targets, rollout_metrics
-from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, find_saved_heads
-from rl_plugins.trl.host import require_tested_trl
+from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args, find_saved_heads
 from rl_plugins.trl.sft_config import MTPSFTConfig
 
 REWARD_COLUMN = "reward"
@@ -84,12 +82,7 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         *host_args: Any,
         **host_kwargs: Any,
     ) -> None:
-        require_tested_trl()
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = MTPSFTConfig(f"{name.split('/')[-1]}-MTPSFT")
-        if not isinstance(args, MTPSFTConfig):
-            raise TypeError(f"args must be an MTPSFTConfig, got {type(args).__name__}.")
+        args = complete_args(args, MTPSFTConfig, model, "MTPSFT")
         saved_heads = find_saved_heads(model, args)
         super().__init__(model, args, *host_args, **host_kwargs)
         self._set_up_heads(saved_heads)
