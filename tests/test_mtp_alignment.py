@@ -13,6 +13,7 @@ from rl_plugins.functional import (
     lookahead_values,
     mtp_labels,
     next_state_values,
+    predicted_mask,
     shift_real,
 )
 
@@ -145,3 +146,10 @@ def test_completion_states_precede_their_tokens(prompt: int) -> None:
 def test_completion_states_need_one_prompt_token() -> None:
     with pytest.raises(ValueError, match="4 positions"):
         completion_states(torch.zeros(2, 3, 6), 3)
+
+
+def test_predicted_mask_goes_with_the_states_of_the_whole_row() -> None:
+    labels = torch.tensor([[-100, 7, -100, 9], [5, 6, 7, -100]])
+    assert predicted_mask(labels).tolist() == [[True, False, True], [True, True, False]]
+    positions = torch.arange(4).expand(2, 4)
+    assert completion_states(positions, 3)[0].tolist() == [0, 1, 2]

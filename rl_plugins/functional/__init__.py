@@ -35,6 +35,7 @@ from rl_plugins.functional.mtp import (
     lookahead_values,
     mtp_labels,
     next_state_values,
+    predicted_mask,
     shift_real,
 )
 from rl_plugins.functional.policy_losses import ppo_clip, vanilla
@@ -76,6 +77,7 @@ __all__ = [
     "periodic_update",
     "polyak_update",
     "ppo_clip",
+    "predicted_mask",
     "shift_real",
     "squared_error",
     "td_errors",

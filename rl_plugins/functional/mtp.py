@@ -168,6 +168,21 @@ def completion_states(hidden: Tensor, num_tokens: int) -> Tensor:
     return hidden[:, -(num_tokens + 1) : -1]
 
 
+def predicted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Which actions of a labelled row count: action `t` is token `t + 1`, chosen in the state of token `t`.
+
+    Goes with `completion_states(hidden, L - 1)`, which takes the whole row after its first token for the completion.
+
+    Args:
+        labels: `(B, L)`.
+        ignore_index: label of tokens without loss.
+
+    Returns:
+        `(B, L - 1)` bool.
+    """
+    return labels[:, 1:] != ignore_index
+
+
 def _check_heads(num_heads: int) -> None:
     if num_heads < 1:
         raise ValueError(f"num_heads={num_heads}: give at least one head.")

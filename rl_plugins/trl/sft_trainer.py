@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from rl_plugins.functional.mtp import mtp_labels
+from rl_plugins.functional.mtp import completion_states, mtp_labels, predicted_mask
 from rl_plugins.functional.rewards import terminal_rewards
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.head_pass import HeadPass
@@ -147,18 +148,17 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     def _num_items(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Tokens that the losses are averaged over, as the host counts them for its own."""
         if num_items_in_batch is None:
-            return (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+            return predicted_mask(inputs["labels"]).sum().clamp(min=1)
         items = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
         return items / self.accelerator.num_processes if self.args.average_tokens_across_devices else items
 
     def _head_pass(self, inputs: dict[str, Any], num_items: Tensor, target: PolyakTarget | None) -> HeadPass:
+        # The whole row is one completion of its first token.
+        select = partial(completion_states, num_tokens=inputs["labels"].shape[1] - 1)
         labels = None
         if self.args.mtp_loss_coef:
-            # The last position predicts nothing that is there.
-            labels = mtp_labels(inputs["labels"], self.args.num_mtp_heads, inputs.get("position_ids"))[:, :-1]
-        return self._make_head_pass(
-            lambda hidden: hidden[:, :-1], labels, num_items, self.args.value_grad_scale, target
-        )
+            labels = select(mtp_labels(inputs["labels"], self.args.num_mtp_heads, inputs.get("position_ids")))
+        return self._make_head_pass(select, labels, num_items, self.args.value_grad_scale, target)
 
     def _scored_term(
         self, head_pass: HeadPass, inputs: dict[str, Any], rewards: Tensor | None, num_items: Tensor
@@ -168,7 +168,7 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         assert values is not None
         if rewards is None or target_values is None:
             return 0.0 * values.sum()  # keeps the value weights in the graph, which DDP counts on
-        mask = (inputs["labels"][:, 1:] != -100) & rewards.isfinite().unsqueeze(1)
+        mask = predicted_mask(inputs["labels"]) & rewards.isfinite().unsqueeze(1)
         old_values = values.detach()
         targets = critic_targets(
             terminal_rewards(rewards.nan_to_num(0.0, 0.0, 0.0), mask),
