@@ -24,7 +24,7 @@ from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
 from rl_plugins.modules import MTPHeads, attach_mtp_heads, detach_mtp_heads, get_mtp_heads, load_mtp_heads
 from rl_plugins.objectives import sequence_means
 from rl_plugins.trl import MTPCriticTrainer
-from rl_plugins.trl.host import hide_heads_from_vllm, without_heads
+from rl_plugins.trl.host import hide_critics_from_vllm, without_critics
 from rl_plugins.trl.phasic import PhasicSchedule
 
 Make = Callable[..., MTPCriticTrainer]
@@ -633,7 +633,7 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
     generation._dist = SimpleNamespace(is_fsdp=False, gather_params=gather)  # type: ignore[assignment]
     assert any("mtp_heads" in name for name, _ in generation._iter_named_params())
     gathered.clear()
-    hide_heads_from_vllm(generation)
+    hide_critics_from_vllm(generation)
     sent = dict(generation._iter_named_params())
     stock = tiny_model()
     assert list(sent) == [name for name, _ in stock.named_parameters()]
@@ -644,7 +644,7 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
 
 def test_heads_are_known_by_a_whole_part_of_the_name() -> None:
     names = ["mtp_heads.heads.0.up.weight", "a.mtp_heads.b", "model.mtp_heads_like.weight", "lm_head.weight"]
-    kept = [name for name, _ in without_heads((name, torch.zeros(1)) for name in names)]
+    kept = [name for name, _ in without_critics((name, torch.zeros(1)) for name in names)]
     assert kept == ["model.mtp_heads_like.weight", "lm_head.weight"]
 
 

@@ -121,7 +121,7 @@ def test_bounds_are_checked() -> None:
 
 
 def test_padding_is_cut_before_and_after_the_loss() -> None:
-    """The recipe that the docstrings give: zero_masked on the inputs, masked_mean on the result."""
+    """The long way round, without a mask: zero_masked on the inputs, masked_mean on the result."""
     mask = torch.tensor([[1, 0, 1]])
     logps = torch.tensor([[-1.0, math.nan, -2.0]], requires_grad=True)
     old, advantages = torch.tensor([[-1.0, math.inf, -2.0]]), torch.tensor([[1.0, math.nan, 3.0]])

@@ -13,12 +13,28 @@ skipped: the next state is the next real token. Outputs are 0 at masked position
 on input (NaN, inf) reaches neither a result nor a gradient.
 
 Arithmetic is float32 or wider: half-precision inputs are upcast; functions that only move entries keep dtype.
-Stop-gradients are the caller's: nothing here detaches.
+Stop-gradients are the caller's: nothing here detaches, except where an equation itself writes sg[.].
 """
 
 from rl_plugins.functional.advantages import value_implied_std, value_scaled
+from rl_plugins.functional.aggregation import AGGREGATIONS, aggregate
 from rl_plugins.functional.averaging import periodic_update, polyak_update
+from rl_plugins.functional.covariance_losses import clip_cov, kl_cov
 from rl_plugins.functional.divergences import kl_k1, kl_to_sampler
+from rl_plugins.functional.future_kl import fipo
+from rl_plugins.functional.group_advantages import (
+    batch_normalized,
+    group_centered,
+    group_centered_batch_normalized,
+    group_centered_batch_scaled,
+    group_normalized,
+    kalman,
+    leave_one_out,
+    length_weighted,
+    max_likelihood,
+    pass_at_k,
+)
+from rl_plugins.functional.group_losses import gpg_scale, gvpo
 from rl_plugins.functional.masking import (
     Reduce,
     explained_variance,
@@ -38,7 +54,8 @@ from rl_plugins.functional.mtp import (
     predicted_mask,
     shift_real,
 )
-from rl_plugins.functional.policy_losses import ppo_clip, vanilla
+from rl_plugins.functional.policy_losses import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
+from rl_plugins.functional.ratios import log_importance_weights
 from rl_plugins.functional.returns import (
     discounted_returns,
     gae,
@@ -48,43 +65,82 @@ from rl_plugins.functional.returns import (
     td_errors,
     td_targets,
 )
-from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
+from rl_plugins.functional.rewards import kl_shaped_rewards, overlong_penalty, terminal_rewards
+from rl_plugins.functional.sampling import informative_groups
+from rl_plugins.functional.traces import lambda_trace, trace_weights
+from rl_plugins.functional.trust_region_losses import bapo, bapo_bounds, cpgd, dppo
 from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
+from rl_plugins.functional.value_tracking import forget_factor, initial_counts, tracker_update, tracker_value
 
 __all__ = [
+    "AGGREGATIONS",
     "Reduce",
+    "aggregate",
+    "bapo",
+    "bapo_bounds",
+    "batch_normalized",
+    "cispo",
+    "clip_cov",
     "clipped_squared_error",
     "completion_states",
+    "cpgd",
     "discounted_returns",
+    "dppo",
     "explained_variance",
+    "fipo",
+    "forget_factor",
     "gae",
+    "gmpo",
+    "gpg_scale",
+    "group_centered",
+    "group_centered_batch_normalized",
+    "group_centered_batch_scaled",
+    "group_normalized",
+    "gspo_token",
+    "gvpo",
     "head_targets",
     "huber",
+    "informative_groups",
+    "initial_counts",
+    "kalman",
+    "kl_cov",
     "kl_k1",
     "kl_shaped_rewards",
     "kl_to_sampler",
     "lambda_returns",
+    "lambda_trace",
     "last_real",
+    "leave_one_out",
     "length_adaptive_lambda",
+    "length_weighted",
+    "log_importance_weights",
     "lookahead_values",
     "masked_mean",
     "masked_moments",
     "masked_sum",
     "masked_whiten",
+    "max_likelihood",
     "mtp_labels",
     "n_step_returns",
     "next_state_values",
+    "overlong_penalty",
+    "pass_at_k",
     "periodic_update",
     "polyak_update",
     "ppo_clip",
     "predicted_mask",
+    "sapo",
     "shift_real",
     "squared_error",
     "td_errors",
     "td_targets",
     "terminal_rewards",
+    "trace_weights",
+    "tracker_update",
+    "tracker_value",
     "value_implied_std",
     "value_scaled",
     "vanilla",
+    "vespo",
     "zero_masked",
 ]

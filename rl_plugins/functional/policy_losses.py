@@ -1,44 +1,109 @@
-"""Policy losses per token: reduce them with `masked_mean`.
+"""Policy losses per token: reduce them with `aggregate`.
 
-Nothing is detached here: pass advantages and old log-probabilities under stop-gradient. There is no mask
-either: where padding may hold NaN, pass the inputs through `zero_masked` first.
+Every loss takes `logps`, `old_logps` (except `vanilla`), `advantages` and `mask` and returns `(B, T)`, float32 or
+wider, 0 at masked positions. What stands there on input (NaN, inf) reaches neither a value nor a gradient.
+Advantages are one per sequence, `(B,)`, or one per token, `(B, T)`; `mask=None` means that all tokens are real.
+
+`rho_t = pi(y_t|s_t) / pi_old(y_t|s_t)`. `sg` in an equation is its own stop-gradient and the only place where a
+gradient is cut: pass `old_logps` and `advantages` detached.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.masking import upcast
+from rl_plugins.functional.masking import upcast, zero_masked
+from rl_plugins.functional.ratios import check_widths, log_importance_weights, policy_inputs
+
+# VESPO: the limits of the authors' code, which TRL took over: no log weight beyond 20, no weight below 1e-8.
+_LOG_LIMIT = 20.0
+_LOG_FLOOR = math.log(1e-8)
 
 
-def vanilla(logps: Tensor, advantages: Tensor) -> Tensor:
+def vanilla(logps: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
     """Policy gradient: `-A_t ln pi(y_t|s_t)` (Sutton and Barto 2018, section 13.5).
+
+    The loss of GPG (Chu et al., arXiv 2504.02546) as well, once its advantages are multiplied by `gpg_scale`.
 
     Args:
         logps: `ln pi(y_t|s_t) (B, T)`.
-        advantages: `A_t (B, T)`.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`.
 
     Returns:
         `(B, T)`.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
-    return -upcast(advantages) * upcast(logps)
+    _, logps, advantages, _ = policy_inputs(logps, logps.detach(), advantages, mask)
+    return -advantages * logps
 
 
 def ppo_clip(
     logps: Tensor,
     old_logps: Tensor,
     advantages: Tensor,
+    mask: Tensor | None = None,
     *,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
+    delta: float | None = None,
+    level: str = "token",
 ) -> Tensor:
-    """PPO's clipped surrogate: `-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)`, `rho = pi / pi_old`.
+    """PPO's clipped surrogate: `-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)`.
 
-    Schulman et al., arXiv 1707.06347, eq. 7; with two bounds, DAPO, arXiv 2503.14476, eq. 10.
+    Schulman et al., arXiv 1707.06347, eq. 7; with two bounds, DAPO, arXiv 2503.14476, eq. 10. The `sequence` level
+    replaces `rho_t` by the length-normalised ratio of the sequence: GSPO, Zheng et al., arXiv 2507.18071, eq. 5 and 7
+    (its widths: 3e-4 and 4e-4). GRPO, DAPO, Dr. GRPO and LUSPO share this term and differ in the aggregation.
+
+    Two-sided clipping puts `min(rho, delta)` in the first term, which bounds the loss of a negative advantage
+    (INTELLECT-2, arXiv 2505.07291; formula as in TRL, the paper's equation number was not verified).
 
     Args:
         logps: `ln pi(y_t|s_t) (B, T)`.
         old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A_t (B, T)`.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`.
+        epsilon_low: room below ratio 1.
+        epsilon_high: room above ratio 1.
+        delta: cap on the ratio, above `1 + epsilon_high` to have a meaning of its own; `None` for no cap.
+        level: `token` or `sequence`.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: a bound is negative, the level is unknown or the shapes do not fit.
+    """
+    check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta or 0.0)
+    log_ratio, _, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
+    ratio = torch.exp(log_importance_weights(log_ratio, mask, level))
+    return _clipped_surrogate(ratio, advantages, epsilon_low, epsilon_high, delta)
+
+
+def gspo_token(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    epsilon_low: float = 3e-4,
+    epsilon_high: float = 4e-4,
+) -> Tensor:
+    """GSPO with the gradient of the single token: `-min(s_t A_t, clip(s_t, 1 - eps_low, 1 + eps_high) A_t)`.
+
+    `s_t = sg[s] pi(y_t|s_t) / sg[pi(y_t|s_t)]`, `s = exp(1/|y| sum_t ln rho_t)` (Zheng et al., arXiv 2507.18071,
+    section 4.3; its equation numbers were not verified, the formula agrees with verl). Every token carries the value
+    of its sequence and pulls only on itself, which gives advantages per token a meaning. With one advantage per
+    sequence, values and gradient of the `sequence` aggregate are those of `ppo_clip(level="sequence")`.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`.
         epsilon_low: room below ratio 1.
         epsilon_high: room above ratio 1.
 
@@ -46,10 +111,196 @@ def ppo_clip(
         `(B, T)`.
 
     Raises:
-        ValueError: a bound is negative.
+        ValueError: a bound is negative or the shapes do not fit.
     """
-    if epsilon_low < 0 or epsilon_high < 0:
-        raise ValueError(f"epsilon_low={epsilon_low}, epsilon_high={epsilon_high}: give widths, not negative.")
-    ratio = torch.exp(upcast(logps) - upcast(old_logps))
+    check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    log_ratio, logps, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
+    sequence = log_importance_weights(log_ratio.detach(), mask, "sequence")
+    ratio = torch.exp(sequence + (logps - logps.detach()))
+    return _clipped_surrogate(ratio, advantages, epsilon_low, epsilon_high)
+
+
+def gmpo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    epsilon_low: float = 0.4,
+    epsilon_high: float = 0.4,
+) -> Tensor:
+    """GMPO: the geometric mean of the clipped token ratios, `-A exp(1/|y| sum_t c_t)`, at every token.
+
+    `c_t = min(ln rho_t, eps_high)` for `A > 0`, else `max(ln rho_t, -eps_low)` (Zhao et al., arXiv 2507.20673;
+    equation number not verified, formula and widths agree with the authors' code, verl and TRL). The widths live in
+    log space, a ratio between `e^-0.4` and `e^0.4`. The paper's own clip, on `rho^sgn(A)`, is the same for equal
+    widths; for unequal ones we follow verl and TRL, where `eps_low` bounds the ratio from below.
+
+    The objective is the `sequence` aggregate. The paper has one advantage per sequence; our extension to `A_t` clips
+    each token by the sign of its own advantage and weighs the sequence's one ratio by `A_t`.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`.
+        epsilon_low: room below log ratio 0, used where `A <= 0`.
+        epsilon_high: room above log ratio 0, used where `A > 0`.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: a bound is negative or the shapes do not fit.
+    """
+    check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    log_ratio, _, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
+    clipped = torch.where(advantages > 0, log_ratio.clamp(max=epsilon_high), log_ratio.clamp(min=-epsilon_low))
+    return -torch.exp(log_importance_weights(clipped, mask, "sequence")) * advantages
+
+
+def cispo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    epsilon_high: float = 5.0,
+    level: str = "token",
+) -> Tensor:
+    """CISPO: a capped importance weight in front of the policy gradient, `-sg(min(rho, eps_high)) A ln pi`.
+
+    MiniMax, arXiv 2506.13585, writes a lower bound as well; the bare cap is TRL's form, which takes it from ScaleRL
+    (Khatri et al., arXiv 2510.13786; TRL sets 5.0 for it). Equation numbers were not verified. The cap is on the ratio
+    itself; other code, verl's among it, counts it from 1. No token loses its gradient.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`.
+        epsilon_high: the largest weight.
+        level: `token` or `sequence`.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: the cap is negative, the level is unknown or the shapes do not fit.
+    """
+    check_widths(epsilon_high=epsilon_high)
+    log_ratio, logps, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
+    weight = torch.exp(log_importance_weights(log_ratio.detach(), mask, level)).clamp(max=epsilon_high)
+    return -weight * advantages * logps
+
+
+def sapo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature_pos: float = 1.0,
+    temperature_neg: float = 1.05,
+    level: str = "token",
+) -> Tensor:
+    """SAPO: a soft gate instead of the clip, `-A (4 / tau) sigmoid(tau (rho - 1))`.
+
+    `tau = tau_pos` for `A > 0`, else `tau_neg`, the larger one: its gate closes faster (Gao et al., arXiv 2511.20347;
+    equation number not verified, formula and temperatures agree with verl and TRL). At `rho = 1` the gradient is that
+    of `vanilla`, the value is `-2 A / tau`. The objective is the `sequence` aggregate.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`.
+        temperature_pos: `tau` where the advantage is positive.
+        temperature_neg: `tau` elsewhere.
+        level: `token` or `sequence`.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: a temperature is not positive, the level is unknown or the shapes do not fit.
+    """
+    if temperature_pos <= 0 or temperature_neg <= 0:
+        raise ValueError(f"temperature_pos={temperature_pos}, temperature_neg={temperature_neg}: give positive ones.")
+    log_ratio, _, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
+    ratio = torch.exp(log_importance_weights(log_ratio, mask, level))
+    temperature = torch.where(advantages > 0, temperature_pos, temperature_neg)
+    gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
+    return -gate * advantages
+
+
+def vespo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+    sampler_weights: Tensor | None = None,
+) -> Tensor:
+    """VESPO: a Gamma-shaped weight of the whole sequence, `-sg(phi(W)) A ln pi`, `phi(W) = W^k exp(lambda (1 - W))`.
+
+    `W = prod_t rho_t`, times the sampler's correction, without length normalisation; `k`, `lambda` by the sign of
+    `A`, 0 counting as positive (Shen et al., arXiv 2602.10693; equation number not verified, formula, limits and
+    numbers agree with the authors' code and TRL). `phi(1) = 1`, and `phi` falls to 0 on both sides.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)`.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`.
+        k_pos: power of `W` where `A >= 0`.
+        lambda_pos: rate of decay in `W` where `A >= 0`.
+        k_neg: power of `W` where `A < 0`.
+        lambda_neg: rate of decay in `W` where `A < 0`.
+        sampler_weights: `pi_old / pi_sampler (B, T)`, where the sampler is not `pi_old`; they enter `W`.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: a parameter is negative or the shapes do not fit.
+    """
+    check_widths(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)
+    log_ratio, logps, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
+    log_weight = log_ratio.detach().clamp(-_LOG_LIMIT, _LOG_LIMIT).sum(1, keepdim=True)
+    if sampler_weights is not None:
+        log_weight = log_weight + _log_sampler_weight(sampler_weights, mask)
+    log_weight = log_weight.clamp(_LOG_FLOOR, _LOG_LIMIT)
+    phi = torch.where(
+        advantages >= 0, _gamma_weight(log_weight, k_pos, lambda_pos), _gamma_weight(log_weight, k_neg, lambda_neg)
+    )
+    return -phi * advantages * logps
+
+
+def _log_sampler_weight(weights: Tensor, mask: Tensor) -> Tensor:
+    """Log of the product of the sampler's weights over each sequence, `(B, 1)`."""
+    if weights.shape != mask.shape:
+        raise ValueError(f"sampler_weights {tuple(weights.shape)}: give one per token {tuple(mask.shape)}.")
+    log_weights = upcast(weights.detach()).log().clamp(_LOG_FLOOR, _LOG_LIMIT)
+    return zero_masked(log_weights, mask).sum(1, keepdim=True)
+
+
+def _gamma_weight(log_weight: Tensor, k: float, rate: float) -> Tensor:
+    """`W^k exp(lambda (1 - W))` in log space, in the shape of `log_weight`."""
+    rate = max(rate, 1e-4)
+    phi = torch.exp(rate + k * log_weight - rate * log_weight.exp())
+    return phi.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None = None
+) -> Tensor:
+    """`-min(min(rho, delta) A, clip(rho, 1 - eps_low, 1 + eps_high) A)`."""
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return -torch.minimum(ratio * upcast(advantages), clipped * upcast(advantages))
+    if delta is not None:
+        ratio = ratio.clamp(max=delta)
+    return -torch.minimum(ratio * advantages, clipped * advantages)

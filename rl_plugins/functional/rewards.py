@@ -46,3 +46,25 @@ def kl_shaped_rewards(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: T
     """
     charge = beta * (zero_masked(logps, mask) - zero_masked(ref_logps, mask))
     return zero_masked(rewards, mask) - charge
+
+
+def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
+    """Soft penalty on completions that come close to the limit: 0 up to `L_max - L_cache` tokens, then
+    `(L_max - L_cache - |y|) / L_cache`, down to -1 at `L_max` and beyond.
+
+    DAPO's overlong reward shaping, Yu et al., arXiv 2503.14476, eq. 13 (there `L_max` = 20480, `L_cache` = 4096).
+
+    Args:
+        lengths: `|y| (B,)`, in tokens.
+        max_length: `L_max`.
+        cache: `L_cache`, the length of the slope.
+
+    Returns:
+        `(B,)`, in `[-1, 0]`, to be added to the score.
+
+    Raises:
+        ValueError: not `0 < cache <= max_length`.
+    """
+    if not 0 < cache <= max_length:
+        raise ValueError(f"cache={cache}, max_length={max_length}: give 0 < cache <= max_length, in tokens.")
+    return ((max_length - cache - upcast(lengths)) / cache).clamp(-1.0, 0.0)

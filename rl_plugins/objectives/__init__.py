@@ -12,13 +12,22 @@ from rl_plugins.objectives.critic import (
     value_loss,
     value_losses,
 )
+from rl_plugins.objectives.group_advantages import ADVANTAGES, advantage_options, group_advantages
+from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss, clip_shares, policy_loss
 
 __all__ = [
+    "ADVANTAGES",
     "ESTIMATORS",
+    "POLICY_LOSSES",
     "SCALINGS",
     "CriticTargets",
+    "PolicyLoss",
+    "advantage_options",
+    "clip_shares",
     "critic_targets",
+    "group_advantages",
     "initial_values",
+    "policy_loss",
     "rollout_metrics",
     "scale_advantages",
     "sequence_means",

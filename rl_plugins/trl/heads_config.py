@@ -2,26 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from rl_plugins.objectives.critic import ESTIMATORS, value_losses
-
-
-def check_unit_interval(**values: float | None) -> None:
-    """Raise ValueError for the first value that is given and outside [0, 1]."""
-    for name, value in values.items():
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be in [0, 1], got {value}.")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError if `value` is not among `choices`."""
-    if value not in choices:
-        raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
+from rl_plugins.trl.policy_config import check_unit_interval
+from rl_plugins.trl.value_config import ValueArguments
 
 
 @dataclass
-class MTPHeadsArguments:
+class MTPHeadsArguments(ValueArguments):
     r"""
-    Options of multi-token-prediction value heads, mixed into the trainers' configs.
+    Options of multi-token-prediction value heads, mixed into the trainers' configs; those of [`ValueArguments`] apply
+    as well.
 
     Parameters:
         > Parameters that control the heads
@@ -42,26 +31,14 @@ class MTPHeadsArguments:
             lambda_1, weight of the heads' token loss.
         mtp_detach_trunk (`bool`, *optional*, defaults to `True`):
             Whether to keep the token loss out of the trunk.
-        value_loss_coef (`float`, *optional*, defaults to `0.1`):
-            lambda_2, weight of the value loss.
-        value_loss_type (`str`, *optional*, defaults to `"squared"`):
-            `"squared"`, `"clipped"` (PPO2) or `"huber"`.
-        value_clip_range (`float`, *optional*, defaults to `0.2`):
-            Range around the old value for `value_loss_type="clipped"`.
         value_grad_scale (`float`, *optional*, defaults to `1.0`):
             Factor on the value gradient that enters the trunk; 0 detaches the trunk from the critic.
         value_grad_clip (`float`, *optional*, defaults to `1.0`):
             Largest norm of one token's value gradient into the trunk, in units of the unweighted squared error;
             `None` does not clamp.
 
-        > Parameters that control returns and targets
+        > Parameters that control the target heads
 
-        gamma (`float`, *optional*, defaults to `1.0`):
-            Discount factor.
-        advantage_estimator (`str`, *optional*, defaults to `"gae"`):
-            `"gae"`, `"td"` (one-step temporal difference, both lambdas 0) or `"mc"` (Monte Carlo, both 1).
-        lam_value (`float`, *optional*, defaults to `1.0`):
-            Lambda of the value targets.
         target_tau (`float`, *optional*, defaults to `0.05`):
             Step of the target heads towards the online heads after every optimizer step.
         target_update_every (`int`, *optional*):
@@ -88,14 +65,6 @@ class MTPHeadsArguments:
     mtp_detach_trunk: bool = field(
         default=True, metadata={"help": "Whether to keep the heads' token loss out of the trunk."}
     )
-    value_loss_coef: float = field(default=0.1, metadata={"help": "lambda_2, weight of the value loss."})
-    value_loss_type: str = field(
-        default="squared",
-        metadata={"help": "Value loss.", "choices": ["squared", "clipped", "huber"]},
-    )
-    value_clip_range: float = field(
-        default=0.2, metadata={"help": "Range around the old value for value_loss_type='clipped'."}
-    )
     value_grad_scale: float = field(
         default=1.0,
         metadata={"help": "Factor on the value gradient that enters the trunk; 0 detaches the trunk."},
@@ -104,12 +73,6 @@ class MTPHeadsArguments:
         default=1.0,
         metadata={"help": "Largest norm of one token's value gradient into the trunk; None: no clamp."},
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
-    advantage_estimator: str = field(
-        default="gae",
-        metadata={"help": "Advantage estimator: gae, td or mc.", "choices": ["gae", "td", "mc"]},
-    )
-    lam_value: float = field(default=1.0, metadata={"help": "Lambda of the value targets."})
     target_tau: float = field(default=0.05, metadata={"help": "Step of the target heads towards the online heads."})
     target_update_every: int | None = field(
         default=None, metadata={"help": "Copy the online heads every this many steps instead of averaging."}
@@ -125,9 +88,8 @@ class MTPHeadsArguments:
         Raises:
             ValueError: Naming the option and its valid values.
         """
-        check_choice("advantage_estimator", self.advantage_estimator, ESTIMATORS)
-        check_choice("value_loss_type", self.value_loss_type, tuple(value_losses()))
-        check_unit_interval(gamma=self.gamma, lam_value=self.lam_value, target_tau=self.target_tau)
+        self.check_value_arguments()
+        check_unit_interval(target_tau=self.target_tau)
         if getattr(self, "fp16", False) and self.value_grad_clip is not None:
             raise ValueError(
                 "value_grad_clip does not know the loss scale of fp16 and would clamp every token. Use bf16=True, or "
@@ -137,15 +99,7 @@ class MTPHeadsArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.value_clip_range <= 0:
-            raise ValueError(f"value_clip_range must be above 0, got {self.value_clip_range}.")
-        for name in (
-            "mtp_loss_coef",
-            "value_loss_coef",
-            "value_grad_scale",
-            "value_grad_clip",
-            "head_learning_rate",
-        ):
+        for name in ("mtp_loss_coef", "value_grad_scale", "value_grad_clip", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}.")

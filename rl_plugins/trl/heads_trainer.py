@@ -3,21 +3,16 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
-from rl_plugins.functional.masking import masked_moments
 from rl_plugins.modules import (
     GradientStats,
     HeadPass,
@@ -33,8 +28,8 @@ from rl_plugins.modules import (
 )
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.serialization import HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME
-from rl_plugins.objectives.critic import ValueLoss, value_loss, value_losses
 from rl_plugins.trl.callbacks import PolyakCallback
+from rl_plugins.trl.critic_module import CriticModuleTrainer
 from rl_plugins.trl.host import require_tested_trl
 
 logger = logging.getLogger(__name__)
@@ -84,17 +79,29 @@ def find_saved_heads(model: Any, args: Any) -> str | None:
     return None if None in found else str(Path(str(found[1])).parent)
 
 
-class MTPHeadsTrainer(_BaseTrainer):
-    """Life cycle of MTP value heads in a TRL trainer; `MTPSFTTrainer` and `MTPCriticTrainer` build on it.
+class MTPHeadsTrainer(CriticModuleTrainer):
+    """Life cycle of MTP value heads in a TRL trainer; `MTPSFTTrainer` and `MTPCriticTrainer` build on it."""
 
-    Heads are attached after the host's `__init__`, so that PEFT and the fused LM head are in place, and before
-    `accelerator.prepare`, so that they are optimised and sharded with the rest.
-    """
-
-    args: Any
+    critic_attribute = HEADS_ATTRIBUTE
     mtp_heads: MTPHeads | None = None
     polyak_target: PolyakTarget
     _gradient_stats: GradientStats | None = None
+
+    @property
+    def critic_module(self) -> MTPHeads | None:
+        """The heads; `None` without a critic."""
+        return self.mtp_heads
+
+    @property
+    def critic_learning_rate(self) -> float | None:
+        """Learning rate of the heads."""
+        return self.args.head_learning_rate
+
+    def _save_critic(self, directory: str, state_dict: dict[str, Tensor] | None) -> None:
+        save_mtp_heads(self.accelerator.unwrap_model(self.model), directory, state_dict=state_dict)
+
+    def _load_critic(self, directory: str) -> None:
+        load_mtp_heads(self.accelerator.unwrap_model(self.model), directory)
 
     def _set_up_heads(self, saved_heads: str | None) -> None:
         args = self.args
@@ -115,19 +122,10 @@ class MTPHeadsTrainer(_BaseTrainer):
         self._check_optimizer_can_split()
         self.mtp_heads = heads
         self._logit_divisor = logit_divisor(self.model.config) if args.mtp_loss_coef else 1.0
-        self._value_loss: ValueLoss = value_losses(args.value_clip_range)[args.value_loss_type]
         with self._whole(list(heads.parameters())):
             self.polyak_target = PolyakTarget(heads, tau=args.target_tau, period=args.target_update_every)
         self.polyak_target.to(self.accelerator.device)
         self.add_callback(PolyakCallback(self._update_target))
-
-    def _whole(self, params: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Read whole parameters under ZeRO-3; does nothing elsewhere."""
-        if not is_deepspeed_zero3_enabled():
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(params)
 
     def _update_target(self, step: int) -> None:
         assert self.mtp_heads is not None
@@ -139,32 +137,6 @@ class MTPHeadsTrainer(_BaseTrainer):
         lm_head = base_model_of(self.accelerator.unwrap_model(self.model)).get_output_embeddings()
         assert lm_head is not None
         return lm_head
-
-    def _check_optimizer_can_split(self) -> None:
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is None or self.args.head_learning_rate is None:
-            return
-        if "optimizer" in plugin.deepspeed_config:
-            raise ValueError(
-                "The DeepSpeed config declares its own optimizer, which cannot give the heads a learning rate of "
-                "their own. Remove its `optimizer` section, or set head_learning_rate=None."
-            )
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the host's optimizer, then move the heads into groups with `head_learning_rate`."""
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.head_learning_rate if self.mtp_heads is not None else None
-        if fresh and rate is not None:
-            assert self.mtp_heads is not None
-            ours = {id(p) for p in self.mtp_heads.parameters()}
-            for group in list(optimizer.param_groups):
-                mine = [p for p in group["params"] if id(p) in ours]
-                if mine:
-                    group["params"] = [p for p in group["params"] if id(p) not in ours]
-                    optimizer.add_param_group({**group, "params": mine, "lr": rate})
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
 
     # Losses
 
@@ -201,17 +173,6 @@ class MTPHeadsTrainer(_BaseTrainer):
         self._gradient_stats = head_pass.stats
         return head_pass
 
-    def _value_term(
-        self, head_pass: HeadPass, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor
-    ) -> Tensor:
-        """lambda_2 L_TD."""
-        assert head_pass.values is not None
-        loss, sums, counts = value_loss(
-            head_pass.values, returns, mask, num_items=num_items, loss=self._value_loss, old_values=old_values
-        )
-        self._log_per_head("critic/value_loss", sums, counts)
-        return self.args.value_loss_coef * loss
-
     def _token_term(self, head_pass: HeadPass, num_items: Tensor) -> Tensor | float:
         """lambda_1 L_MTP."""
         if head_pass.token_losses is None or head_pass.token_counts is None:
@@ -220,27 +181,6 @@ class MTPHeadsTrainer(_BaseTrainer):
         return self.args.mtp_loss_coef * head_pass.token_losses.sum() / (len(head_pass.token_losses) * num_items)
 
     # Metrics
-
-    def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        return self.accelerator.reduce(x, reduction="sum")
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            # Explained variance of a constant return is undefined; a hole says so without spoiling the mean.
-            if not value.isnan():
-                self._metrics[self._mode][name].append(value.item())
-
-    def _log_mean(self, name: str, x: Tensor, mask: Tensor) -> None:
-        self._log_metrics({name: masked_moments(x.detach(), mask, reduce=self._sum_over_ranks)[0]})
-
-    def _log_per_head(self, name: str, sums: Tensor, counts: Tensor) -> None:
-        sums, counts = self._sum_over_ranks(torch.stack([sums, counts]).flatten()).view(2, -1)
-        self._log_metrics({f"{name}/head_{k + 1}": mean for k, mean in enumerate(sums / counts.clamp(min=1.0))})
-        self._log_metrics({name: sums.sum() / counts.sum().clamp(min=1.0)})
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the host's step, then log what the backward pass showed of the value gradient."""
@@ -254,17 +194,6 @@ class MTPHeadsTrainer(_BaseTrainer):
 
     # Saving and loading
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # A copy, since save_pretrained deletes the heads' keys from the dictionary that it is given.
-        super()._save(output_dir, state_dict=None if state_dict is None else dict(state_dict))
-        # An empty state dict is what the host passes when ZeRO-3 may not gather: the engine's checkpoint has them.
-        if self.mtp_heads is not None and self.args.should_save and state_dict != {}:
-            model = self.accelerator.unwrap_model(self.model)
-            save_mtp_heads(model, output_dir or self.args.output_dir, state_dict=state_dict)
-
-    def _checkpoint_dir(self, trial: Any) -> Path:
-        return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # Ours first: a checkpoint that has the host's files is then whole, even if the job dies in between.
         if self.mtp_heads is not None:
@@ -274,23 +203,6 @@ class MTPHeadsTrainer(_BaseTrainer):
                 weights = {k: v.cpu() for k, v in self.polyak_target.state_dict().items()}
                 save_file(weights, directory / TARGET_NAME)
         super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.mtp_heads is not None and not self.is_fsdp_enabled:
-            load_mtp_heads(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        # DeepSpeed and FSDP restore the whole model; elsewhere the host reads its own file only.
-        if self.mtp_heads is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            load_mtp_heads(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # The heads live in their own file; the host would report them as missing from its own.
-        missing = load_result.missing_keys
-        missing[:] = [key for key in missing if HEADS_ATTRIBUTE not in key.split(".")]
-        super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Called on every backend, while DeepSpeed skips _load_from_checkpoint.

@@ -22,6 +22,7 @@ from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
+from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE
 
 OLDEST_TRL, FIRST_UNTESTED_TRL = "1.15", "1.17"
 
@@ -39,15 +40,15 @@ def require_tested_trl() -> None:
         )
 
 
-def without_heads(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Drop the heads from a stream of named parameters; every parameter is still consumed, since gathering it is
-    collective."""
+def without_critics(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Drop heads and value model from a stream of named parameters; every parameter is still consumed, since gathering
+    it is collective."""
     for name, tensor in stream:
-        if HEADS_ATTRIBUTE not in name.split("."):
+        if not {HEADS_ATTRIBUTE, CRITIC_ATTRIBUTE} & set(name.split(".")):
             yield name, tensor
 
 
-def hide_heads_from_vllm(generation: VLLMGeneration) -> None:
+def hide_critics_from_vllm(generation: VLLMGeneration) -> None:
     """vLLM loads every parameter that TRL streams to it, and does not know ours."""
     stream = generation._iter_named_params
-    generation._iter_named_params = lambda: without_heads(stream())
+    generation._iter_named_params = lambda: without_critics(stream())

@@ -181,4 +181,4 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
             lookahead=self.args.bootstrap_lookahead,
         )
         self._log_metrics(rollout_metrics(targets, old_values, target_values, mask, reduce=self._sum_over_ranks))
-        return self._value_term(head_pass, targets.returns, mask, num_items, old_values)
+        return self._value_term(values, targets.returns, mask, num_items, old_values)

@@ -1,0 +1,146 @@
+"""Policy losses per token that hold back the tokens which lower the entropy most: those of high covariance.
+
+Cui et al., arXiv 2505.22617: to first order the entropy falls by the covariance of `ln pi` and the advantage, and a
+few tokens carry most of it. Reduce the losses with `masked_mean`. Which tokens are chosen is data, not differentiated.
+"""
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.masking import masked_mean, zero_masked
+from rl_plugins.functional.ratios import check_widths, policy_inputs
+from rl_plugins.functional.trust_region_losses import check_shares, clipped_objective
+
+
+def token_covariance(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Each token's part of the covariance: `(ln pi_t - mean ln pi) (A_t - mean A)`.
+
+    The means are over the real tokens given: arXiv 2505.22617, eq. 10.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        advantages: `A_t (B, T)`.
+        mask: real tokens `(B, T)`.
+
+    Returns:
+        `(B, T)`, 0 at masked positions.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    centred = [zero_masked(x, mask) - masked_mean(x, mask) for x in (logps, advantages)]
+    return zero_masked(centred[0] * centred[1], mask)
+
+
+def clip_cov(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float = 2e-4,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Clip-Cov: `ppo_clip`, but 0 at a random few of the tokens whose covariance is high.
+
+    `floor(ratio N)` of the `N` real tokens are drawn from those with `token_covariance` in `[cov_low, cov_high]`;
+    all of these where they are fewer. `ratio = 0` is `ppo_clip`.
+
+    Cui et al., arXiv 2505.22617, eq. 10 to 12, with that paper's values. As in the authors' code
+    (PRIME-RL/Entropy-Mechanism-of-RL), tokens that PPO clips already are not drawn; unlike there, a batch of under
+    `1 / ratio` tokens loses none, where the code takes one. Eq. 12 has no PPO clip: the authors run with widths of 1.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`; `None` means all.
+        ratio: share of the real tokens to cut.
+        cov_low: lowest covariance of a token that may be cut.
+        cov_high: highest covariance of a token that may be cut.
+        epsilon_low: room below ratio 1.
+        epsilon_high: room above ratio 1.
+        generator: draws the tokens; by default the global one of the CPU.
+
+    Returns:
+        `(B, T)`, 0 at masked positions and at the tokens cut.
+
+    Raises:
+        ValueError: a number is out of range, or the shapes do not fit.
+    """
+    check_shares(ratio=ratio)
+    check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    if cov_low > cov_high:
+        raise ValueError(f"cov_low={cov_low} exceeds cov_high={cov_high}.")
+    log_ratio, logps, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
+    rho = log_ratio.exp()
+    objective = clipped_objective(rho, advantages, 1 - epsilon_low, 1 + epsilon_high)
+    with torch.no_grad():
+        covariance = token_covariance(logps, advantages, real)
+        free = real & (objective == rho * advantages)
+        candidates = free & (covariance >= cov_low) & (covariance <= cov_high)
+        cut = _draw(candidates, _share_of(real, ratio), generator)
+    return torch.where(cut, 0.0, -objective)
+
+
+def kl_cov(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float = 2e-4,
+    kl_coef: float = 1.0,
+) -> Tensor:
+    """KL-Cov: `-rho A`, plus `kl_coef |ln rho|` at the tokens of highest covariance.
+
+    The penalty is on the first `floor(ratio N)` of the `N` real tokens by `token_covariance`. `ratio = 0` is the
+    surrogate without a clip.
+
+    Cui et al., arXiv 2505.22617, eq. 10, 13 and 14, listing 1 for `|ln rho|` as the divergence. Ratios there: 2e-3
+    for 7B, 2e-4 for 32B. The authors' code takes at least one token.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`; `None` means all.
+        ratio: share of the real tokens to penalise, `k`.
+        kl_coef: weight of the penalty, `beta`.
+
+    Returns:
+        `(B, T)`, 0 at masked positions.
+
+    Raises:
+        ValueError: a number is out of range, or the shapes do not fit.
+    """
+    check_shares(ratio=ratio)
+    check_widths(kl_coef=kl_coef)
+    log_ratio, logps, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
+    with torch.no_grad():
+        covariance = torch.where(real, token_covariance(logps, advantages, real), -torch.inf)
+        top = covariance.flatten().topk(_share_of(real, ratio), sorted=False).indices
+    loss = -log_ratio.exp() * advantages
+    penalty = kl_coef * log_ratio.flatten()[top].abs()
+    return loss.flatten().index_add(0, top, penalty).view_as(loss)
+
+
+def _share_of(mask: Tensor, share: float) -> int:
+    """`floor(share N)` of `N` real tokens."""
+    # 2e-4 of 5000 tokens is 1 but for rounding.
+    return int(share * int(mask.sum()) + 1e-6)
+
+
+def _draw(candidates: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """A mask of `count` of the candidates, drawn without replacement."""
+    drawn = torch.zeros_like(candidates).flatten()
+    if count:
+        where = candidates.flatten().nonzero().squeeze(1)
+        device = generator.device if generator else "cpu"
+        order = torch.randperm(len(where), generator=generator, device=device)[:count]
+        drawn[where[order.to(where.device)]] = True
+    return drawn.view_as(candidates)

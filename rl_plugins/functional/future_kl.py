@@ -1,0 +1,68 @@
+"""FIPO: a policy loss whose advantages are weighted by where the rest of the sequence is going."""
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.ratios import check_widths, policy_inputs
+from rl_plugins.functional.returns import discounted_returns
+from rl_plugins.functional.trust_region_losses import clipped_objective
+
+
+def fipo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    half_life: float = 32.0,
+    weight_low: float = 0.0,
+    weight_high: float = 0.2,
+    max_ratio: float = 10.0,
+    safe_ratio: float = 10.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.28,
+) -> Tensor:
+    """FIPO: `-min(rho f A, clip(rho, 1 - eps_low, 1 + eps_high) f A)`, `f` the future weight of the token.
+
+    `f_t = clip(exp(F_t), 1 - weight_low, 1 + weight_high)`, `F_t = sum_{k>=t} gamma^(k-t) M_k ln rho_k`,
+    `gamma = 2^(-1 / half_life)`, `M_k = 1` where `rho_k <= max_ratio`. A token counts for more where the policy has
+    since made what follows it likelier. `f_t = 1` for a negative advantage with `rho_t > safe_ratio`.
+
+    Ma et al., arXiv 2603.19835, eq. 6 to 8 and the end of section 3.2, with the values of its 32B run; the 7B run
+    has `weight_low=0.2, safe_ratio=3`. `f` is a constant in the gradient, as in the authors' code; the equations do
+    not say so. That code has more than the paper: a dual clip, and it drops a sequence with two tokens beyond it.
+
+    The distance `k - t` counts real tokens, as everywhere here; a token with `M_k = 0` is real. With zero widths of
+    the weight it is `ppo_clip`.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`; `None` means all.
+        half_life: tokens after which the future counts half, `tau`; infinite is no decay.
+        weight_low: room of the weight below 1.
+        weight_high: room of the weight above 1.
+        max_ratio: tokens with a larger ratio are left out of `F`, `c`.
+        safe_ratio: tokens with a larger ratio and a negative advantage are not weighted.
+        epsilon_low: room of the ratio below 1.
+        epsilon_high: room of the ratio above 1.
+
+    Returns:
+        `(B, T)`, 0 at masked positions.
+
+    Raises:
+        ValueError: a number is out of range, or the shapes do not fit.
+    """
+    check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high, weight_low=weight_low, weight_high=weight_high)
+    for name, value in (("half_life", half_life), ("max_ratio", max_ratio), ("safe_ratio", safe_ratio)):
+        if value <= 0:
+            raise ValueError(f"{name}={value}: give a positive number.")
+    log_ratio, _, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
+    ratio = log_ratio.exp()
+    with torch.no_grad():
+        shifts = torch.where(ratio > max_ratio, 0.0, log_ratio)
+        future = discounted_returns(shifts, real, gamma=2 ** (-1 / half_life))
+        weight = future.exp().clamp(1 - weight_low, 1 + weight_high)
+        weight = torch.where((advantages < 0) & (ratio > safe_ratio), 1.0, weight)
+    return -clipped_objective(ratio, advantages * weight, 1 - epsilon_low, 1 + epsilon_high)

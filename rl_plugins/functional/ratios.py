@@ -1,0 +1,69 @@
+"""Probability ratios between the policy and the one that sampled, and what every policy loss does to its inputs."""
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.masking import masked_mean, zero_masked
+
+LEVELS = ("token", "sequence")
+
+
+def policy_inputs(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bring the inputs of a policy loss to one form: float32, (B, T), 0 at masked positions.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)`.
+        advantages: `A (B,)`, one per sequence, or `A_t (B, T)`.
+        mask: real tokens `(B, T)`; `None` means all.
+
+    Returns:
+        `(log_ratio, logps, advantages, mask)`, all `(B, T)`, with `log_ratio = ln pi - ln pi_old`; the mask is bool.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if logps.shape != old_logps.shape:
+        raise ValueError(f"logps {tuple(logps.shape)} and old_logps {tuple(old_logps.shape)} differ.")
+    if advantages.shape not in (logps.shape, logps.shape[:1]):
+        raise ValueError(
+            f"advantages {tuple(advantages.shape)}: give one per sequence ({logps.shape[0]},) or per token "
+            f"{tuple(logps.shape)}."
+        )
+    real = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask.bool()
+    per_token = advantages if advantages.shape == logps.shape else advantages[:, None].expand_as(logps)
+    logps = zero_masked(logps, real)
+    return logps - zero_masked(old_logps, real), logps, zero_masked(per_token, real), real
+
+
+def log_importance_weights(log_ratio: Tensor, mask: Tensor, level: str = "token") -> Tensor:
+    """Log importance weight of each token: its own, or the mean over its sequence.
+
+    `token`: `ln rho_t`. `sequence`: `1/|y| sum_t ln rho_t` for every real token, GSPO's length-normalised sequence
+    ratio (Zheng et al., arXiv 2507.18071, eq. 7).
+
+    Args:
+        log_ratio: `(B, T)`, 0 at masked positions.
+        mask: `(B, T)`, bool.
+        level: `token` or `sequence`.
+
+    Returns:
+        `(B, T)`, 0 at masked positions.
+
+    Raises:
+        ValueError: the level is unknown.
+    """
+    if level == "token":
+        return log_ratio
+    if level != "sequence":
+        raise ValueError(f"Unknown importance sampling level {level!r}; choose one of {', '.join(LEVELS)}.")
+    return zero_masked(masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio), mask)
+
+
+def check_widths(**bounds: float) -> None:
+    """Raise ValueError for the first bound that is negative."""
+    for name, value in bounds.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}: give a width, not a negative number.")

@@ -1,0 +1,92 @@
+"""Credit per token from an advantage per completion, without a critic."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.masking import upcast, zero_masked
+
+TraceStyle = Literal["recent", "both"]
+
+
+def trace_weights(mask: Tensor, *, gamma: float = 1.0, lam: float = 0.99, style: TraceStyle = "recent") -> Tensor:
+    """The weight that the eligibility traces of a completion leave on each token: `w_j = sum_{t >= j} tr(t, t - j)`.
+
+    GRPO-lambda (arXiv 2510.00194) keeps the advantage of the completion and puts a trace into the ratio of token
+    `t`: `rho_t = exp(sum_l tr(t, l) (ln pi - ln pi_old)(y_{t-l}))`, with
+    `tr(t, l) = (gamma lam)^l` ("recent") or `max((gamma lam)^l, (gamma lam)^(t-l))` ("both", section 3.2, eq. 2 as
+    cited by an independent implementation). At `pi = pi_old` the gradient of `sum_t rho_t A` is
+    `sum_j w_j A grad ln pi(y_j)`: the weights are its on-policy equivalent, for use with any ratio. Off-policy the
+    two differ, as clipping there sees `rho_t`. The paper's text was not at hand; formulas after two independent
+    implementations and a published summary, which agree.
+
+    Positions count the real tokens from 0. The first token of "both" keeps a full trace in every later one.
+
+    Args:
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+        lam: trace decay in `[0, 1]`; `gamma lam = 0` gives "recent" weights of 1, plain GRPO.
+        style: "recent" lets a trace fade; "both" also keeps up the first tokens.
+
+    Returns:
+        `(B, T)`: between 1 and the number of real tokens from `j` on; "recent" stays below `1 / (1 - gamma lam)`.
+
+    Raises:
+        ValueError: `mask` is not `(B, T)`, `gamma` or `lam` is out of range, or the style is unknown.
+    """
+    if mask.ndim != 2:
+        raise ValueError(f"mask {tuple(mask.shape)}: give the completion mask, (B, T).")
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma={gamma}, lam={lam}: give a discount and a trace decay in [0, 1].")
+    if style not in ("recent", "both"):
+        raise ValueError(f"style={style!r}: choose 'recent' or 'both'.")
+    real = mask.bool()
+    before = (real.cumsum(1) - 1).clamp(min=0)
+    after = (real.sum(1, keepdim=True) - 1 - before).clamp(min=0)
+    powers = (gamma * lam) ** torch.arange(mask.shape[1], device=mask.device, dtype=torch.float64)
+    sums = powers.cumsum(0)
+    if style == "recent":
+        weights = sums[after]
+    else:
+        # The trace of token j has lag l = t - j: it fades as (gamma lam)^l to (gamma lam)^j at l = j and stays there.
+        weights = sums[torch.minimum(before, after)] + (after - before).clamp(min=0) * powers[before]
+    return zero_masked(weights.float(), mask)
+
+
+def lambda_trace(
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.99,
+    style: TraceStyle = "recent",
+    min_advantage: float | None = None,
+) -> Tensor:
+    """GRPO-lambda: `A_{i,t} = w_{i,t} max(A_i, min_advantage)`, with the `trace_weights` `w` (arXiv 2510.00194).
+
+    Earlier tokens carry more: they lie on the trace of every later token. `gamma lam = 0` is the advantage of the
+    completion on each of its tokens, `gamma lam = 1` that times the tokens left. Nothing divides by
+    the weights: gradients grow by up to `1 / (1 - gamma lam)`, and by more with "both".
+
+    Args:
+        advantages: `A`, one per completion `(B,)`.
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+        lam: trace decay in `[0, 1]`; the paper settles on 0.99, by reviewers' accounts.
+        style: "recent" or "both".
+        min_advantage: floor of the advantage of a completion; by the same accounts the paper has -0.1, against
+            accumulated traces that push whole completions down.
+
+    Returns:
+        `(B, T)`.
+
+    Raises:
+        ValueError: the shapes do not fit, `gamma` or `lam` is out of range, or the style is unknown.
+    """
+    if advantages.shape != mask.shape[:1]:
+        raise ValueError(f"advantages {tuple(advantages.shape)}: give one per completion, ({mask.shape[0]},).")
+    advantages = upcast(advantages)
+    if min_advantage is not None:
+        advantages = advantages.clamp(min=min_advantage)
+    return zero_masked(advantages[:, None] * trace_weights(mask, gamma=gamma, lam=lam, style=style), mask)

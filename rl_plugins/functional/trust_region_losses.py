@@ -1,0 +1,293 @@
+"""Policy losses per token that replace PPO's fixed clip of the ratio by another trust region.
+
+Reduce them with `masked_mean`. Advantages and old log-probabilities come under stop-gradient; the masks and bounds
+that a loss derives from the data are constants in its gradient.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.masking import Reduce
+from rl_plugins.functional.ratios import check_widths, policy_inputs
+
+DPPO_THRESHOLDS = {"tv": 0.15, "kl": 0.05}
+"""The thresholds of the DPPO paper's stability runs (appendix C.1), by divergence."""
+
+
+def dppo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    divergence: str = "tv",
+    threshold: float | None = None,
+    max_ratio: float | None = None,
+) -> Tensor:
+    """DPPO: `-M_t rho_t A_t`, the ratio unclipped, `M_t = 0` where the policy has left its trust region.
+
+    `M_t = 0` where `D_t > threshold` and the update leads further away, `(rho_t - 1) A_t > 0`; 1 elsewhere. `D_t`
+    compares only "this token or another" under the two policies, a lower bound of the whole divergence:
+    `tv`: `|pi_old - pi|`; `kl`: `pi_old ln(pi_old / pi) + (1 - pi_old) ln((1 - pi_old) / (1 - pi))`.
+
+    Qi et al., arXiv 2602.04879, eq. 11 to 14 (mask: eq. 12). Thresholds there: kl 0.05; tv 0.15 in the stability
+    runs, 0.2 at scale. The paper takes `old_logps` from the engine that sampled, not from a recomputation.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`; `None` means all.
+        divergence: `tv` or `kl`.
+        threshold: largest divergence that still learns outwards; by default 0.15 for `tv`, 0.05 for `kl`.
+        max_ratio: `C`; above it the gradient is `-M_t C A_t grad ln pi`, the paper's eq. 23 (`C` is infinite in the
+            stability runs, 5 at scale). `None` is no limit.
+
+    Returns:
+        `(B, T)`, 0 at masked positions.
+
+    Raises:
+        ValueError: the divergence is unknown, a number is out of range, or the shapes do not fit.
+    """
+    if divergence not in DPPO_THRESHOLDS:
+        raise ValueError(f"Unknown divergence {divergence!r}; choose one of {', '.join(DPPO_THRESHOLDS)}.")
+    threshold = DPPO_THRESHOLDS[divergence] if threshold is None else threshold
+    check_widths(threshold=threshold)
+    if max_ratio is not None and max_ratio < 1:
+        raise ValueError(f"max_ratio={max_ratio}: give at least 1, the ratio of an unchanged policy.")
+    log_ratio, logps, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
+    with torch.no_grad():
+        outwards = log_ratio * advantages > 0
+        blocked = outwards & (_binary_divergence(logps, log_ratio, divergence) > threshold)
+    return torch.where(blocked, 0.0, -_truncated_ratio(log_ratio, max_ratio) * advantages)
+
+
+def bapo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    target_share: float = 0.4,
+    low_range: tuple[float, float] = (0.6, 0.9),
+    high_range: tuple[float, float] = (1.2, 3.0),
+    low_step: float = 0.02,
+    high_step: float = 0.05,
+    reduce: Reduce | None = None,
+) -> Tensor:
+    """BAPO: `-min(rho A, clip(rho, c_low, c_high) A)` with the bounds that `bapo_bounds` finds for this batch.
+
+    Xi et al., arXiv 2510.18927, eq. 8 and algorithm 1; the defaults are that paper's (section 5.1). With
+    `target_share = 0` it is `ppo_clip` at the narrowest bounds.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`; `None` means all.
+        target_share: share of the loss in `[0, 1]` that positive tokens must reach, `rho_0`.
+        low_range: lower bound of the ratio, first and last value, `(a-, b-)`.
+        high_range: upper bound of the ratio, first and last value, `(a+, b+)`.
+        low_step: step of the lower bound.
+        high_step: step of the upper bound.
+        reduce: sums a 1-D tensor across ranks, so that all of them clip alike.
+
+    Returns:
+        `(B, T)`, 0 at masked positions.
+
+    Raises:
+        ValueError: a number is out of range, or the shapes do not fit.
+    """
+    log_ratio, _, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
+    ratio = log_ratio.exp()
+    low, high = _search_bounds(ratio, advantages, target_share, low_range, high_range, low_step, high_step, reduce)
+    return -clipped_objective(ratio, advantages, low, high)
+
+
+def bapo_bounds(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    target_share: float = 0.4,
+    low_range: tuple[float, float] = (0.6, 0.9),
+    high_range: tuple[float, float] = (1.2, 3.0),
+    low_step: float = 0.02,
+    high_step: float = 0.05,
+    reduce: Reduce | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The clip bounds of BAPO: the first pair under which positive tokens are `target_share` of the loss.
+
+    The pairs are tried in one order: `c_high` rises from `a+` to `b+`, then `c_low` from `a-` to `b-`; where none
+    will do, the last is taken. The share is `P / (P + N)` with `P = sum_{A>0} min(rho, c_high) A` and
+    `N = sum_{A<0} max(rho, c_low) |A|`: Xi et al., arXiv 2510.18927, eq. 8 and algorithm 1.
+
+    Two readings of the text: eq. 8 weights each token by its probability, taken here as the expectation that the
+    sampling already is, and its bars are taken around the tokens, so that the share stays in `[0, 1]`. The authors'
+    code (WooooDyy/BAPO) differs: it compares `P / N`, and raises `c_low` first.
+
+    A clipped negative token adds `c_low |A|` to `N`, so raising `c_low` never raises the share: once `c_high` has
+    reached its end in vain, `c_low` goes all the way.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`; `None` means all.
+        target_share: share of the loss in `[0, 1]` that positive tokens must reach, `rho_0`.
+        low_range: lower bound of the ratio, first and last value, `(a-, b-)`.
+        high_range: upper bound of the ratio, first and last value, `(a+, b+)`.
+        low_step: step of the lower bound.
+        high_step: step of the upper bound.
+        reduce: sums a 1-D tensor across ranks.
+
+    Returns:
+        `(c_low, c_high)`, each 0-d.
+
+    Raises:
+        ValueError: a number is out of range, or the shapes do not fit.
+    """
+    log_ratio, _, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
+    return _search_bounds(
+        log_ratio.exp(), advantages, target_share, low_range, high_range, low_step, high_step, reduce
+    )
+
+
+def cpgd(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    drift_coef: float = 0.01,
+    drift_clip: float = 2.0,
+) -> Tensor:
+    """CPGD: clipped policy gradient without a ratio, plus a penalty on the drift from the old policy.
+
+    `-min(l A, clip(l, ln(1 - eps_low), ln(1 + eps_high)) A) + alpha min(sg(rho) - 1, c) ln pi`, `l = ln rho`.
+    The last term has the gradient of `KL(pi_old || pi)`'s k3 estimate, its weight held below `c`.
+
+    Liu et al., arXiv 2505.12504, eq. 2 and what follows it, with one width there. The paper states no values; the
+    defaults are those of its code and scripts (ModalMinds/MM-EUREKA). Its tight-to-loose schedule of
+    widths along the sequence is left out.
+
+    Args:
+        logps: `ln pi(y_t|s_t) (B, T)`.
+        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
+        advantages: `A (B,)` or `A_t (B, T)`.
+        mask: real tokens `(B, T)`; `None` means all.
+        epsilon_low: room below ratio 1; from 1 on there is no lower bound.
+        epsilon_high: room above ratio 1.
+        drift_coef: weight of the drift, `alpha`.
+        drift_clip: largest weight of one token's drift, `c`.
+
+    Returns:
+        `(B, T)`, 0 at masked positions.
+
+    Raises:
+        ValueError: a number is negative, or the shapes do not fit.
+    """
+    check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high, drift_coef=drift_coef, drift_clip=drift_clip)
+    log_ratio, logps, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
+    low = math.log1p(-epsilon_low) if epsilon_low < 1 else -math.inf
+    gain = clipped_objective(log_ratio, advantages, low, math.log1p(epsilon_high))
+    # The weight is cut, not the penalty: a ratio above c + 1 is still pulled back.
+    drift = torch.expm1(log_ratio.detach()).clamp(max=drift_clip) * logps
+    return drift_coef * drift - gain
+
+
+def clipped_objective(x: Tensor, advantages: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """PPO's pessimistic objective `min(x A, clip(x, low, high) A)`, to be maximised.
+
+    Args:
+        x: ratios or log-ratios `(B, T)`.
+        advantages: `A_t (B, T)`.
+        low: lower bound of `x`, a float or 0-d.
+        high: upper bound of `x`, of the same kind.
+
+    Returns:
+        `(B, T)`.
+    """
+    # mypy knows no overload for a union of both kinds.
+    clipped = torch.clamp(x, low, high)  # type: ignore[arg-type]
+    return torch.minimum(x * advantages, clipped * advantages)
+
+
+def check_shares(**shares: float) -> None:
+    """Raise ValueError for the first share outside `[0, 1]`."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: give a share in [0, 1].")
+
+
+def _binary_divergence(logps: Tensor, log_ratio: Tensor, divergence: str) -> Tensor:
+    """Divergence of `pi` from `pi_old` when all other tokens are taken for one."""
+    old_logps = logps - log_ratio
+    if divergence == "tv":
+        return (logps.exp() - old_logps.exp()).abs()
+    # Rounding may leave a log-probability just above 0.
+    rest, old_rest = (-torch.expm1(x).clamp(max=0) for x in (logps, old_logps))
+    # xlogy makes 0 ln 0 = 0: two policies that are both certain do not diverge.
+    return torch.xlogy(old_rest, old_rest) - torch.xlogy(old_rest, rest) - old_logps.exp() * log_ratio
+
+
+def _truncated_ratio(log_ratio: Tensor, max_ratio: float | None) -> Tensor:
+    """`min(rho, C)`, whose gradient above `C` is that of `C ln pi` and not 0."""
+    if max_ratio is None:
+        return log_ratio.exp()
+    weight = log_ratio.detach().exp().clamp(max=max_ratio)
+    return weight * (1 + log_ratio - log_ratio.detach())
+
+
+@torch.no_grad()
+def _search_bounds(
+    ratio: Tensor,
+    advantages: Tensor,
+    target_share: float,
+    low_range: tuple[float, float],
+    high_range: tuple[float, float],
+    low_step: float,
+    high_step: float,
+    reduce: Reduce | None,
+) -> tuple[Tensor, Tensor]:
+    check_shares(target_share=target_share)
+    if low_range[1] > 1 or high_range[0] < 1:
+        raise ValueError(f"low_range={low_range}, high_range={high_range}: ratio 1 must stay between the bounds.")
+    lows, highs = (
+        ratio.new_tensor(x) for x in (_grid("low", low_range, low_step), _grid("high", high_range, high_step))
+    )
+    # Every candidate is weighed, without a branch on the data: the host never waits for the device.
+    gains, losses = advantages.clamp(min=0).flatten(), -advantages.clamp(max=0).flatten()
+    ratios = ratio.flatten()
+    clipped = torch.empty_like(ratios)
+    positive = [gains @ torch.clamp(ratios, max=high, out=clipped) for high in highs]
+    negative = [losses @ torch.clamp(ratios, min=low, out=clipped) for low in lows]
+    sums = torch.stack(positive + negative)
+    positives, negatives = _search_path(*(reduce(sums) if reduce else sums).split([len(highs), len(lows)]))
+    reached = positives >= target_share * (positives + negatives)
+    reached[-1] = True
+    first = reached.int().argmax()
+    highs, lows = _search_path(highs, lows)
+    return lows.take(first), highs.take(first)
+
+
+def _search_path(highs: Tensor, lows: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs in the order tried: every upper bound with the first lower one, then the last with the others."""
+    rest = len(lows) - 1
+    return torch.cat([highs, highs[-1:].expand(rest)]), torch.cat([lows[:1].expand(len(highs)), lows[1:]])
+
+
+def _grid(name: str, ends: tuple[float, float], step: float) -> list[float]:
+    """`first, first + step, ..` up to `last`."""
+    first, last = ends
+    if not 0 <= first <= last:
+        raise ValueError(f"{name}_range={ends}: give the first bound and a last one that is not below it.")
+    if step <= 0:
+        raise ValueError(f"{name}_step={step}: give a positive step.")
+    # 0.3 / 0.02 is 15 but for rounding.
+    return [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)]

@@ -1,0 +1,149 @@
+"""A separate critic: a second transformer with a scalar head, run inside the policy's forward."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModel, PreTrainedModel
+
+from rl_plugins.modules.attach import base_model_of
+from rl_plugins.modules.heads import ValueHead
+
+CRITIC_ATTRIBUTE = "value_model"
+"""Name of the submodule in the policy, and of the folder that it is saved in."""
+HEAD_NAME = "value_head.safetensors"
+
+ValueTap = Callable[[Tensor], None]
+"""Receives the values (B, S) of every forward pass of the policy while it is active."""
+
+
+class ValueModel(nn.Module):
+    """`V(s) = w . RMSNorm(f(s)) + b` for every position of a sequence, `f` the trunk of a transformer.
+
+    The seed's 8.5.1: actor and critic as separate networks, so that neither's gradient washes out the other's. The
+    head starts at zero, so the first values are 0 whatever the trunk was trained for.
+
+    Args:
+        trunk: Transformer without a head, such as `AutoModel` loads; its forward takes `input_ids` and
+            `attention_mask` and returns a `last_hidden_state`.
+    """
+
+    def __init__(self, trunk: PreTrainedModel) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = ValueHead(trunk.config.get_text_config().hidden_size, 1e-6).to(trunk.dtype)
+        self.head.to(trunk.device)
+        self.tap: ValueTap | None = None
+        self.policy_hook: RemovableHandle | None = None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Values (B, S), float32, of the states that token ids (B, S) lead to."""
+        output = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return self.head(output.last_hidden_state)
+
+    @contextmanager
+    def tapped(self, tap: ValueTap) -> Iterator[None]:
+        """Run on the input of every forward pass of the policy inside the block, and give `tap` the values.
+
+        Inside the policy's forward DDP and DeepSpeed see the parameters, so one engine trains both networks.
+        """
+        outer, self.tap = self.tap, tap
+        try:
+            yield
+        finally:
+            self.tap = outer
+
+    def on_policy_forward(self, policy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the policy, registered by `attach_value_model`."""
+        if self.tap is not None:
+            self.tap(self(kwargs["input_ids"] if "input_ids" in kwargs else args[0], kwargs.get("attention_mask")))
+
+    def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the trunk as transformers does (`AutoModel.from_pretrained` reads it) and the head beside it.
+
+        Args:
+            directory: Made if missing.
+            state_dict: Whole weights, where this module's own are shards.
+        """
+        weights = self.state_dict() if state_dict is None else state_dict
+        trunk = {key.removeprefix("trunk."): w for key, w in weights.items() if key.startswith("trunk.")}
+        head = {
+            key.removeprefix("head."): w.contiguous().cpu() for key, w in weights.items() if key.startswith("head.")
+        }
+        self.trunk.save_pretrained(directory, state_dict=trunk)
+        save_file(head, Path(directory) / HEAD_NAME)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "ValueModel":
+        """Load a saved value model, or start one from the trunk of any transformers checkpoint.
+
+        Args:
+            path: Folder that `save_pretrained` wrote, or a folder or hub id of any model that `AutoModel` loads: a
+                language model, a reward model, a smaller one.
+            kwargs: For `AutoModel.from_pretrained`.
+        """
+        model = cls(AutoModel.from_pretrained(path, **kwargs))
+        head = Path(path) / HEAD_NAME
+        if head.is_file():
+            model.head.load_state_dict(load_file(head))
+        return model
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Load weights that `save_pretrained` wrote into this model.
+
+        Raises:
+            FileNotFoundError: If `path` holds none.
+        """
+        if not is_value_model_folder(path):
+            raise FileNotFoundError(
+                f"{path} has no {HEAD_NAME}: it was not written by PPOTrainer. Resume from a checkpoint that was, or "
+                "start a new run from it with model=... instead of resume_from_checkpoint."
+            )
+        saved = type(self).from_pretrained(path, dtype=self.trunk.dtype)
+        self.load_state_dict(saved.state_dict())
+
+
+def is_value_model_folder(path: str | Path) -> bool:
+    """Whether `ValueModel.save_pretrained` wrote this folder."""
+    return (Path(path) / HEAD_NAME).is_file()
+
+
+def get_value_model(policy: nn.Module) -> ValueModel | None:
+    """The value model attached to `policy`, or `None`."""
+    found = base_model_of(policy)._modules.get(CRITIC_ATTRIBUTE)
+    return found if isinstance(found, ValueModel) else None
+
+
+def attach_value_model(policy: nn.Module, value_model: ValueModel) -> None:
+    """Make the value model a submodule of the policy, run by its forward whenever it is tapped.
+
+    Optimizers, DDP and DeepSpeed then see it. Logits, generation and `save_pretrained` of the policy stay as they
+    were.
+
+    Args:
+        policy: Causal language model, or a PEFT model around one.
+        value_model: Reads the same token ids.
+
+    Raises:
+        ValueError: If the policy has a value model already, or the token ids of the policy do not fit the value
+            model's vocabulary.
+    """
+    base = base_model_of(policy)
+    if get_value_model(policy) is not None:
+        raise ValueError(f"{type(base).__name__} has a value model already.")
+    ours, theirs = value_model.trunk.config.get_text_config().vocab_size, base.config.get_text_config().vocab_size
+    if ours < theirs:
+        raise ValueError(
+            f"The value model knows {ours} tokens and the policy {theirs}: both read the same token ids. Choose a "
+            "value model with the policy's tokenizer."
+        )
+    value_model.requires_grad_(True)
+    value_model.to(base.device)
+    base.add_module(CRITIC_ATTRIBUTE, value_model)
+    keys = {f"{CRITIC_ATTRIBUTE}.{key}" for key in value_model.state_dict()}
+    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | keys
+    value_model.policy_hook = base.register_forward_pre_hook(value_model.on_policy_forward, with_kwargs=True)

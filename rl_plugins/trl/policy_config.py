@@ -1,0 +1,144 @@
+"""Options of the policy loss, for every trainer that has one."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+from rl_plugins.functional.aggregation import AGGREGATIONS
+from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss
+
+# Which of TRL's loss types averages like this; it carries the KL term, so that KL and policy loss share their units.
+CARRIERS = {
+    "token": "dapo",
+    "micro_batch": "bnpo",
+    "sequence": "grpo",
+    "constant": "dr_grpo",
+    "sequence_sum": "luspo",
+}
+# TRL's field for an option of a loss.
+HOST_FIELDS = {
+    "epsilon_low": "epsilon",
+    "epsilon_high": "epsilon_high",
+    "delta": "delta",
+    "level": "importance_sampling_level",
+    "temperature_pos": "sapo_temperature_pos",
+    "temperature_neg": "sapo_temperature_neg",
+    "k_pos": "vespo_k_pos",
+    "lambda_pos": "vespo_lambda_pos",
+    "k_neg": "vespo_k_neg",
+    "lambda_neg": "vespo_lambda_neg",
+}
+
+
+class SingleGeneration(int):
+    """1 that passes GRPO's check for at least two generations, which advantages without a group do not need."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
+def check_unit_interval(**values: float | None) -> None:
+    """Raise ValueError for the first value that is given and outside [0, 1]."""
+    for name, value in values.items():
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {value}.")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raise ValueError if `value` is not among `choices`."""
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
+
+
+def field_default(config: type, name: str) -> Any:
+    """Default of a field of a dataclass."""
+    (found,) = [f for f in fields(config) if f.name == name]
+    return found.default
+
+
+@dataclass
+class PolicyLossArguments:
+    r"""
+    Options of the policy loss, mixed into the trainers' configs.
+
+    Parameters:
+        > Parameters that control the policy loss
+
+        policy_loss (`str`, *optional*):
+            Loss per token, by name: those of TRL (`"grpo"`, `"dapo"`, `"dr_grpo"`, `"bnpo"`, `"luspo"`, `"cispo"`,
+            `"sapo"`, `"vespo"`) and `"ppo_clip"`, `"vanilla"`, `"gpg"`, `"gspo_token"`, `"gmpo"`, `"dppo"`, `"fipo"`,
+            `"bapo"`, `"cpgd"`, `"clip_cov"`, `"kl_cov"`, `"gvpo"`. `None` leaves the loss to TRL's `loss_type`.
+        policy_loss_kwargs (`dict` or `str`, *optional*):
+            Options of the loss, such as `{"ratio": 0.0002}` for `"clip_cov"`. What is not given comes from TRL's
+            field of that meaning (`epsilon`, `epsilon_high`, `delta`, ...) where that is set, else from the paper.
+        aggregation (`str`, *optional*):
+            How the loss is averaged: `"token"` (DAPO), `"sequence"` (GRPO), `"constant"` (Dr. GRPO),
+            `"sequence_sum"` (LUSPO) or `"micro_batch"` (BNPO). Defaults to what the loss is used with.
+    """
+
+    policy_loss: str | None = field(
+        default=None,
+        metadata={"help": "Policy loss by name (None: TRL's loss_type).", "choices": [*POLICY_LOSSES]},
+    )
+    policy_loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the policy loss, as a dict or a JSON string."}
+    )
+    aggregation: str | None = field(
+        default=None,
+        metadata={"help": "How the policy loss is averaged (default: as usual for it).", "choices": [*AGGREGATIONS]},
+    )
+
+    @property
+    def groupless(self) -> bool:
+        """Whether advantages need no group, so that one completion per prompt will do."""
+        return True
+
+    def __post_init__(self) -> None:
+        generations: Any = getattr(self, "num_generations", None)
+        if self.groupless and generations == 1:
+            self.num_generations: Any = SingleGeneration(1)
+        super().__post_init__()  # type: ignore[misc]  # the host's, which parses JSON strings
+        self.num_generations = generations
+        self.settle_policy_loss()
+
+    def make_policy_loss(self) -> PolicyLoss | None:
+        """The loss that the options name; `None` leaves it to the host.
+
+        Raises:
+            ValueError: If a name or an option is unknown.
+        """
+        name = self.policy_loss
+        if name is None:
+            if self.aggregation is None and not self.policy_loss_kwargs:
+                return None
+            name = str(getattr(self, "loss_type", "dapo"))
+        check_choice("policy_loss", name, POLICY_LOSSES)
+        kwargs = self.policy_loss_kwargs or {}
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"policy_loss_kwargs must be a dict or JSON of one, got {kwargs!r}.")
+        return PolicyLoss(name, self.aggregation or "", {**self._host_options(name), **kwargs})
+
+    def _host_options(self, name: str) -> dict[str, Any]:
+        """What TRL's own fields say about the options of a loss: those that differ from TRL's defaults."""
+        accepted = PolicyLoss.accepted(name)
+        options = {
+            option: getattr(self, host)
+            for option, host in HOST_FIELDS.items()
+            if option in accepted and getattr(self, host) != field_default(GRPOConfig, host)
+        }
+        if "epsilon_low" in options and "epsilon_high" in accepted:
+            options.setdefault("epsilon_high", options["epsilon_low"])  # as in TRL
+        return options
+
+    def settle_policy_loss(self) -> None:
+        """Validate, and let TRL's `loss_type` carry the terms beside the policy loss in the same units.
+
+        Raises:
+            ValueError: If a name or an option is unknown.
+        """
+        loss = self.make_policy_loss()
+        if loss is None:
+            return
+        self.policy_loss, self.aggregation = loss.name, loss.aggregation
+        self.loss_type: str = CARRIERS[loss.aggregation]

@@ -1,0 +1,245 @@
+"""GRPO's trainer with a policy loss of our own, and what every trainer built on it needs."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from rl_plugins.objectives.policy import clip_shares, policy_loss
+from rl_plugins.trl.base import PluginTrainer
+from rl_plugins.trl.rewards import naming
+
+Batch = dict[str, Any]
+
+HOST_CLIP_METRICS = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
+
+
+class PolicyLossTrainer(PluginTrainer, GRPOTrainer):
+    """`GRPOTrainer` whose policy loss may come from `functional/`; base of our online trainers.
+
+    The host still computes everything around the policy loss (log-probabilities, KL term, entropy bonus, router loss):
+    it is given advantages of zero, so its own policy term vanishes, and ours is added. Off-policy mask, entropy
+    quantile and the correction for vLLM weigh our loss as they weigh the host's.
+
+    Also here: the scores of a batch before the host turns them into advantages, and exact resumption in the middle of
+    a generation batch.
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any, args: Any, *host_args: Any, **host_kwargs: Any) -> None:
+        if isinstance(reward_funcs, list):
+            reward_funcs = [naming(func) for func in reward_funcs]
+        else:
+            reward_funcs = naming(reward_funcs)
+        super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
+        self._policy_loss = args.make_policy_loss()
+        self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
+        self._scores: Tensor | None = None
+
+    # Rewards
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        infinite = rewards.isinf()
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        unusable = rewards.isnan().all(dim=1) | infinite.any(dim=1)
+        # Of all ranks, NaN where a completion cannot be scored.
+        self._scores = weighted.masked_fill(unusable, torch.nan)
+        # The host leaves NaN out of its means, but not infinity.
+        return rewards.masked_fill(infinite, torch.nan)
+
+    def _own_rows(self, x: Tensor) -> Tensor:
+        """This rank's rows of a tensor gathered from all ranks."""
+        num_rows = len(x) // self.accelerator.num_processes
+        start = self.accelerator.process_index * num_rows
+        return x[start : start + num_rows]
+
+    # Log-probabilities
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._loss_passes is not None:
+            self._loss_passes.append(result)
+        return result
+
+    def _modality_inputs(self, batch: Batch) -> Batch:
+        """Keyword arguments of the log-probability pass that a batch carries (images and the like)."""
+        accepted = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        own = ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
+        return {name: batch[name] for name in accepted if name in batch and name not in own}
+
+    def _logps(self, model: nn.Module, batch: Batch, batch_size: int | None = None) -> Tensor:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        return self._get_per_token_logps_and_entropies(
+            model, ids, mask, batch["completion_ids"].shape[1], batch_size, **self._modality_inputs(batch)
+        )[0]
+
+    def _score(self, batch: Batch) -> Tensor:
+        """Log-probabilities of a batch under the current policy, without gradient, in training-sized chunks."""
+        train = self.model.training
+        size = self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
+            return self._logps(self.model, batch, size)
+
+    # Loss
+
+    def _loss_mask(self, batch: Batch) -> Tensor:
+        mask = batch["completion_mask"]
+        return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+    def _num_items(self, inputs: Batch) -> Tensor:
+        """Real tokens that a loss is averaged over: the accumulation window's, over all ranks, as DAPO counts them."""
+        items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            items = items * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return items
+
+    def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
+        if self._policy_loss is None:
+            return super()._compute_loss(model, inputs)
+        self._loss_passes = []
+        try:
+            host_loss = super()._compute_loss(model, {**inputs, "advantages": torch.zeros_like(inputs["advantages"])})
+            ((logps, entropies, _),) = self._loss_passes
+        finally:
+            self._loss_passes = None
+        return host_loss + self._policy_term(logps, entropies, inputs)
+
+    def _policy_term(self, logps: Tensor, entropies: Tensor | None, inputs: Batch) -> Tensor:
+        loss = self._policy_loss
+        assert loss is not None
+        mask, advantages = self._loss_mask(inputs), inputs["advantages"]
+        term, cut = policy_loss(
+            loss,
+            logps,
+            self._anchor(logps, inputs),
+            advantages,
+            mask,
+            weights=self._token_weights(logps, entropies, inputs),
+            num_items=self._num_items(inputs),
+            max_length=self.max_completion_length,
+            batch={
+                "groups": inputs.get("groups"),
+                "sampler_weights": inputs.get("importance_sampling_ratio"),
+                "reduce": self._sum_over_ranks,
+            },
+        )
+        self._replace_clip_metrics(cut, advantages, mask)
+        if self._entropy_bonus_enabled:
+            # The host has logged its share, which is the KL term.
+            self._metrics[self._mode]["policy_loss"][-1] += self.accelerator.gather(term.detach()).mean().item()
+        if loss.aggregation != "token" and self.model.training:
+            term = term / self.current_gradient_accumulation_steps
+        return term
+
+    def _anchor(self, logps: Tensor, inputs: Batch) -> Tensor:
+        """Log-probabilities that the ratio starts from."""
+        old_logps = inputs.get("old_per_token_logps")
+        old_logps = logps.detach() if old_logps is None else old_logps
+        sampler = inputs.get("sampling_per_token_logps")
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        if self._policy_loss is None or self._policy_loss.name != "dppo" or sampler is None or corrected:
+            return old_logps
+        # DPPO's trust region is around the engine that sampled (2602.04879, section 5.2). vLLM leaves some out.
+        return torch.where(sampler.isnan(), old_logps, sampler)
+
+    def _token_weights(self, logps: Tensor, entropies: Tensor | None, inputs: Batch) -> Tensor | None:
+        """The factors that the host puts on its own loss per token; `None` for none."""
+        mask, weights = self._loss_mask(inputs), []
+        if self.off_policy_mask_threshold is not None:
+            advantages = inputs["advantages"]
+            sampler = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps", logps.detach()))
+            weights.append(
+                self.get_off_policy_mask(
+                    advantages if advantages.ndim == 2 else advantages[:, None],
+                    logps,
+                    sampler,
+                    mask,
+                    self.off_policy_mask_threshold,
+                )
+            )
+        if self.top_entropy_quantile < 1.0:
+            weights.append(self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile))
+        corrects_itself = self._policy_loss is not None and "sampler_weights" in self._policy_loss.batch_arguments
+        if self.use_vllm and self.vllm_importance_sampling_correction and not corrects_itself:
+            weights.append(inputs["importance_sampling_ratio"])
+        return torch.stack([w.expand_as(logps) for w in weights]).prod(dim=0) if weights else None
+
+    def _replace_clip_metrics(self, cut: Tensor, advantages: Tensor, mask: Tensor) -> None:
+        """What the host logged about clipping is about advantages of zero."""
+        metrics = self._metrics[self._mode]
+        for name in HOST_CLIP_METRICS:
+            if metrics.get(f"clip_ratio/{name}"):
+                metrics[f"clip_ratio/{name}"].pop()
+        means, rows = clip_shares(cut, advantages, mask, reduce=self._sum_over_ranks)
+        rows = self.accelerator.gather(rows)
+        self._log_metrics({**means, "clip_ratio/low_min": rows[:, 0].min(), "clip_ratio/high_max": rows[:, 1].max()})
+
+    @contextmanager
+    def _without_kl_term(self) -> Iterator[None]:
+        """Leave the KL out of the host's loss where the rewards carry it."""
+        beta: float = self.beta
+        if self.args.kl_in_reward:
+            self.beta: float = 0.0
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    # Metrics
+
+    def _retable_advantages(self, advantages: Tensor) -> None:
+        """Put our advantages, one per completion of all ranks, in place of the newest ones of the host's table."""
+        table = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(table))):
+            table.pop()
+        table.extend(advantages.tolist())
+
+    # Checkpoints
+
+    def _rollout_state(self) -> dict[str, Any]:
+        cycle = self.args.steps_per_generation * self.num_iterations
+        return {
+            "step": self._step,
+            # Between two generations the rest of the batch is still to be learnt from.
+            "buffered_inputs": self._buffered_inputs if self._step % cycle else None,
+        }
+
+    def _load_rollout_state(self, state: dict[str, Any]) -> None:
+        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+
+    def _rollout_file(self, directory: Path) -> Path:
+        return directory / f"rollout_{self.accelerator.process_index}.pt"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Ours first: a checkpoint that has the host's files is then whole, even if the job dies in between.
+        directory = self._checkpoint_dir(trial)
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(self._rollout_state(), self._rollout_file(directory))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = self._rollout_file(Path(checkpoint))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} has no {path.name}. Resume with as many processes as wrote the checkpoint, from "
+                "storage that all of them see."
+            )
+        # Not map_location=device: torch does not know the "cpu:0" that accelerate names a rank's CPU.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self._load_rollout_state(send_to_device(state, self.accelerator.device))
