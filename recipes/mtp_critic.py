@@ -69,18 +69,15 @@ class Script:
 
 
 @dataclass
-class Config(MTPCriticConfig):
-    """`MTPCriticConfig` with defaults that suit the small model."""
+class Defaults:
+    """Defaults of online training that suit the small model, for the configs of all recipes."""
 
-    output_dir: str = field(default="outputs/mtp_critic", metadata={"help": "Where to write."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Completions per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Completions per step in evaluation."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the trunk."})
-    head_learning_rate: float | None = field(default=1e-3, metadata={"help": "Learning rate of the heads."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
     max_steps: int = field(default=1200, metadata={"help": "Optimizer steps of reinforcement learning."})
     steps_per_generation: int | None = field(default=4, metadata={"help": "Optimizer steps per generated batch."})
-    value_loss_coef: float = field(default=0.5, metadata={"help": "lambda_2, weight of the value loss."})
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature."})
     max_completion_length: int = field(default=24, metadata={"help": "Longest completion, in tokens."})
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
@@ -94,6 +91,16 @@ class Config(MTPCriticConfig):
     report_to: str = field(default="none", metadata={"help": "Where to log: none, tensorboard, wandb, trackio, ..."})
 
 
+@dataclass
+class Config(Defaults, MTPCriticConfig):
+    """`MTPCriticConfig` with defaults that suit the small model."""
+
+    output_dir: str = field(default="outputs/mtp_critic", metadata={"help": "Where to write."})
+    head_learning_rate: float | None = field(default=1e-3, metadata={"help": "Learning rate of the heads."})
+    value_loss_coef: float = field(default=0.5, metadata={"help": "lambda_2, weight of the value loss."})
+
+
+ACCURACY = "eval_rewards/accuracy/mean"  # the task's own score, without what a variant adds to the reward
 SHOWN = (
     "loss",
     "mean_token_accuracy",
@@ -102,7 +109,8 @@ SHOWN = (
     "entropy",
     "critic/value_loss",
     "critic/explained_variance",
-    "eval_reward",
+    "sampling/draws",
+    ACCURACY,
     "eval_critic/explained_variance",
 )
 
@@ -215,7 +223,7 @@ def final_answer(completion: Any) -> str:
     return numbers[-1] if numbers else text.strip().rsplit("\n", 1)[-1]
 
 
-def warm_start(script: Script, args: Config, train: Dataset) -> str:
+def warm_start(script: Script, args: Any, train: Dataset) -> str:
     """Train the small model on demonstrations, with its heads; returns where it was saved."""
     directory = str(Path(args.output_dir) / "warm_start")
     if args.resume_from_checkpoint and Path(directory, "config.json").is_file():
@@ -227,8 +235,8 @@ def warm_start(script: Script, args: Config, train: Dataset) -> str:
         max_steps=script.warm_start_steps,
         per_device_train_batch_size=64,
         learning_rate=4e-3,
-        head_learning_rate=args.head_learning_rate,
-        num_mtp_heads=args.num_mtp_heads,
+        head_learning_rate=getattr(args, "head_learning_rate", 1e-3),  # recipes without heads start alike
+        num_mtp_heads=getattr(args, "num_mtp_heads", 2),
         lr_scheduler_type="cosine",
         warmup_steps=20,
         logging_steps=500,
@@ -273,12 +281,12 @@ def show_briefly(trainer: Any) -> None:
         trainer.add_callback(BriefProgress)
 
 
-def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str, Any]:
+def report(trainer: Any, script: Script, args: Any) -> dict[str, Any]:
     """Pictures and a summary of what was reached."""
     history = trainer.state.log_history
-    accuracy = [row["eval_reward"] for row in history if "eval_reward" in row]
+    accuracy = [row[ACCURACY] for row in history if ACCURACY in row]
     # Undefined, and left out of the log, where all completions are right or all are wrong.
-    variance = [row.get("eval_critic/explained_variance") for row in history if "eval_reward" in row]
+    variance = [row.get("eval_critic/explained_variance") for row in history if ACCURACY in row]
     summary = {
         "accuracy_before": accuracy[0],
         "accuracy_after": accuracy[-1],
@@ -288,11 +296,13 @@ def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str,
         "steps": trainer.state.global_step,
     }
     output = Path(args.output_dir)
-    held_out = Panel("Accuracy on held-out items", "share right", "eval_reward", floor=0.0)
+    held_out = Panel("Accuracy on held-out items", "share right", ACCURACY, floor=0.0)
     name = Path(script.gguf_file or script.model or "small Qwen3").name
-    title = f"{script.task}: {name}, critic = {args.num_mtp_heads} MTP heads"
+    title = f"{script.task}: {name}, {type(trainer).__name__}"
+    if getattr(args, "preset", None):
+        title += f" ({args.preset})"
     plot_training_curves(history, output / "curves.png", title=title, panels=(held_out, *DEFAULT_PANELS))
-    if trainer.last_rollout:  # there are no values with --use_critic False
+    if getattr(trainer, "last_rollout", None):  # there are no values without a critic
         write_token_values_html(
             traces_from_rollout(trainer.processing_class, trainer.last_rollout, 48),
             output / "token_values.html",
@@ -304,14 +314,14 @@ def report(trainer: MTPCriticTrainer, script: Script, args: Config) -> dict[str,
     return summary
 
 
-def main() -> None:
-    """Parse, warm-start, train, report."""
+def run(config_class: type, trainer_class: Any) -> None:
+    """Parse, warm-start, train, report: the whole of a recipe, for any online trainer and its config."""
     # transformers renamed gradient_checkpointing to activation_checkpointing; TRL still uses the old name.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings(
         "ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning
     )  # a CPU run
-    parser = TrlParser((Script, Config))
+    parser = TrlParser((Script, config_class))
     script, args = parser.parse_args_and_config()
     if script.gguf_file is not None and script.model is None:
         parser.error("--gguf_file needs --model, the folder that the file is in")
@@ -327,7 +337,7 @@ def main() -> None:
         model = load_gguf(script.model, script.gguf_file)
     else:
         model = script.model or warm_start(script, args, train)
-    trainer = MTPCriticTrainer(
+    trainer = trainer_class(
         model,
         make_reward(script),
         args,
@@ -338,18 +348,19 @@ def main() -> None:
     show_briefly(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
-    evaluated = [row["step"] for row in trainer.state.log_history if "eval_reward" in row]
-    if evaluated[-1:] != [trainer.state.global_step] or (args.use_critic and not trainer.last_rollout):
+    evaluated = [row["step"] for row in trainer.state.log_history if ACCURACY in row]
+    if evaluated[-1:] != [trainer.state.global_step] or getattr(trainer, "last_rollout", None) == {}:
         trainer.evaluate()  # the report is on the last rollout, which shall be of the trained policy on held-out items
+    trainer.save_state()
     if trainer.accelerator.is_main_process:
         summary = report(trainer, script, args)
         before, after = summary["accuracy_before"], summary["accuracy_after"]
         print(f"\nAccuracy on {len(held_out)} held-out items: {before:.1%} -> {after:.1%}.")
-        if args.use_critic:
+        if getattr(trainer, "last_rollout", None):
             variance = summary["explained_variance_after"]
             print(f"Explained variance of the critic: {'undefined' if variance is None else format(variance, '.2f')}.")
         print(f"The policy and all pictures are in {args.output_dir}.")
 
 
 if __name__ == "__main__":
-    main()
+    run(Config, MTPCriticTrainer)

@@ -5,11 +5,13 @@ On several processes, launch the module: `accelerate launch -m rl_plugins.cli mt
 
 import argparse
 import sys
-from importlib import import_module
 
-# Modules with `main(argv, prog)`. They are named, not imported: `rl-plugins --help` should not wait for torch.
-COMMANDS = {"mtp-critic": "rl_plugins.trl.scripts.mtp_critic"}
-HELP = {"mtp-critic": "train a policy with a critic inside it (the arguments of `trl grpo`, and those of the critic)"}
+# Named here without their trainers: `rl-plugins --help` should not wait for torch.
+COMMANDS = {
+    "mtp-critic": "train a policy with a critic inside it (the arguments of `trl grpo`, and those of the critic)",
+    "grpo-variant": "train with a variant of GRPO, such as --preset dapo (those of `trl grpo`, and the variants')",
+    "ppo": "train with PPO and a separate value model (those of `trl grpo`, and PPO's)",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,11 +25,13 @@ def main(argv: list[str] | None = None) -> None:
         prog="rl-plugins", description="Plugin components for TRL: training from the command line."
     )
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        commands.add_parser(name, help=HELP[name], add_help=False)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
     # The command parses what follows its name.
     command = parser.parse_args(argv[:1]).command
-    import_module(COMMANDS[command]).main(argv[1:], prog=f"rl-plugins {command}")
+    from rl_plugins.trl.scripts import online
+
+    online.main(command, argv[1:], prog=f"rl-plugins {command}")
 
 
 if __name__ == "__main__":

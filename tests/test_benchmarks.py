@@ -1,4 +1,4 @@
-"""The overhead benchmark: it compares like with like, and its figures are figures."""
+"""The benchmarks: they compare like with like, and their figures are figures."""
 
 import importlib.util
 import json
@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "recipes" / "benchmarks" / "overhead.py"
+from rl_plugins.objectives import POLICY_LOSSES
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks"
+SCRIPT = FOLDER / "overhead.py"
 TINY = [
     "--vocab-size=128",
     "--hidden-size=64",
@@ -21,14 +24,18 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def overhead() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("overhead", SCRIPT)
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["overhead"] = module  # where dataclasses look up the annotations
+    sys.modules[name] = module  # where dataclasses look up the annotations, and memory.py the other benchmark
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def overhead() -> ModuleType:
+    return load("overhead")
 
 
 def run(trainer: str, step: list[float], completions: list[str]) -> dict[str, Any]:
@@ -74,3 +81,37 @@ def test_both_trainers_run_on_the_same_completions(tmp_path: Path) -> None:
     for r in (grpo, critic):
         assert all(abs(s - a - b) < 1e-6 for s, a, b in zip(r["step"], r["rollout"], r["update"], strict=True))
     assert 0 < report["ratio"]["critic"]["step"] < 10
+
+
+def test_memory_is_compared_by_medians(overhead: ModuleType) -> None:
+    memory = load("memory")
+    runs = [
+        {"trainer": name, "total_memory": peak, "completions": ["a"]}
+        for name, peaks in {"grpo": [1.0, 9.0, 2.0], "critic": [2.0, 2.2, 2.1], "ppo": [4.2, 4.0, 9.0]}.items()
+        for peak in peaks
+    ]
+    report = memory.compare(runs)
+    assert report["peak_mib"] == {"grpo": 2.0, "critic": 2.1, "ppo": 4.2}
+    assert report["critic_over"] == {"ppo": 0.5, "grpo": 1.05}
+    with pytest.raises(RuntimeError, match="different completions"):
+        memory.compare([*runs, {**runs[0], "completions": ["b"]}])
+
+
+@pytest.mark.slow
+def test_memory_of_all_three_on_the_same_completions(tmp_path: Path) -> None:
+    path = tmp_path / "memory.json"
+    command = [sys.executable, str(FOLDER / "memory.py"), *TINY, "--repeats=1", f"--json={path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "identical completions in all 3 runs" in done.stdout
+    grpo, critic, ppo = json.loads(path.read_text())["runs"]
+    assert grpo["parameters"] < critic["parameters"]
+    trunk = grpo["parameters"]  # embeddings are tied: the value model has them, too
+    assert 2 * trunk < ppo["parameters"] < 2.01 * trunk, "PPO has a second network"
+
+
+def test_every_policy_loss_is_timed() -> None:
+    report = load("functional_speed").measure(rows=8, length=64, repeats=2)
+    assert set(report) == set(POLICY_LOSSES)
+    assert report["ppo_clip"]["ratio"] == 1.0
+    assert all(figures["ms"] > 0 and figures["ratio"] > 0 for figures in report.values())

@@ -19,8 +19,7 @@ from trl.rewards import think_format_reward
 from trl.scripts import grpo
 
 from rl_plugins import cli
-from rl_plugins.trl import MTPCriticConfig
-from rl_plugins.trl.scripts import mtp_critic
+from rl_plugins.trl.scripts import online
 
 COMMAND = Path(sys.executable).parent / "rl-plugins"
 REWARD = """
@@ -38,14 +37,17 @@ def test_help_is_there_at_once() -> None:
     done = run("--help")
     assert done.returncode == 0 and time.perf_counter() - start < 1.0
     assert all(name in done.stdout for name in cli.COMMANDS)
-    assert set(cli.HELP) == set(cli.COMMANDS)
+    assert set(online.TRAINERS) == set(cli.COMMANDS)
     loaded = "import sys, rl_plugins.cli; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["grpo"], "invalid choice: 'grpo' (choose from 'mtp-critic')"), ([], "are required: COMMAND")],
+    [
+        (["grpo"], "invalid choice: 'grpo' (choose from 'mtp-critic', 'grpo-variant', 'ppo')"),
+        ([], "are required: COMMAND"),
+    ],
 )
 def test_what_is_no_command(arguments: list[str], message: str) -> None:
     done = run(*arguments)
@@ -57,25 +59,37 @@ def options(parser: Any) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
-def test_it_takes_all_that_trl_grpo_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    ours, host = options(mtp_critic.make_parser()), options(grpo.make_parser())
+OWN = {
+    "mtp-critic": {"--num_mtp_heads", "--lam_policy", "--use_critic", "--phasic_every", "--policy_loss"},
+    "grpo-variant": {"--preset", "--advantage", "--policy_loss", "--dynamic_sampling", "--replay_buffer_size"},
+    "ppo": {"--preset", "--value_model_path", "--value_learning_rate", "--lam_policy", "--policy_loss"},
+}
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_it_takes_all_that_trl_grpo_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, host = options(online.make_parser(command)), options(grpo.make_parser())
     assert len(host) > 400 and host < ours
-    fields = set(MTPCriticConfig.__dataclass_fields__)
+    fields = set(online.TRAINERS[command][0].__dataclass_fields__)
     assert {option.lstrip("-").replace("-", "_").removeprefix("no_") for option in ours - host} <= fields
-    assert {"--num_mtp_heads", "--lam_policy", "--use_critic", "--phasic_every"} <= ours - host
+    assert OWN[command] <= ours - host
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["mtp-critic", "--help"])
+        cli.main([command, "--help"])
     shown = capsys.readouterr().out
-    assert shown.startswith("usage: rl-plugins mtp-critic [-h]")
+    assert shown.startswith(f"usage: rl-plugins {command} [-h]")
     assert all(option in shown for option in ours)
 
 
-def test_it_can_be_a_command_of_another_parser() -> None:
+def test_they_can_be_commands_of_another_parser() -> None:
     parser = TrlParser()
-    mtp_critic.make_parser(parser.add_subparsers())
-    args = ["mtp-critic", "--lam_policy", "0.9", "--use_cpu", "--bf16", "False"]
+    subparsers = parser.add_subparsers()
+    for command in cli.COMMANDS:
+        online.make_parser(command, subparsers)
+    on_cpu = ["--use_cpu", "--bf16", "False"]
     # The parser of several commands fills one namespace.
-    assert parser.parse_args(args).lam_policy == 0.9
+    assert parser.parse_args(["mtp-critic", "--lam_policy", "0.9", *on_cpu]).lam_policy == 0.9
+    assert parser.parse_args(["grpo-variant", "--preset", "gspo", *on_cpu]).preset == "gspo"
+    assert parser.parse_args(["ppo", "--preset", "vpg", *on_cpu]).preset == "vpg"
 
 
 def test_unknown_option() -> None:
@@ -84,21 +98,21 @@ def test_unknown_option() -> None:
 
 
 def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mtp_critic.find_reward("think_format_reward") is think_format_reward
-    overlong = mtp_critic.find_reward("get_soft_overlong_punishment")
+    assert online.find_reward("think_format_reward") is think_format_reward
+    overlong = online.find_reward("get_soft_overlong_punishment")
     assert overlong([[0] * 1280, [0] * 10]) == [-1.0, 0.0]
     (tmp_path / "rewards_in_cwd.py").write_text(REWARD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert mtp_critic.find_reward("rewards_in_cwd.odd_digits")(["135", "24"]) == [3.0, 0.0]
+    assert online.find_reward("rewards_in_cwd.odd_digits")(["135", "24"]) == [3.0, 0.0]
     with pytest.raises(
         ValueError, match="Unknown reward function 'odd_digits'; choose one of accuracy_reward, .*path"
     ):
-        mtp_critic.find_reward("odd_digits")
+        online.find_reward("odd_digits")
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
-        mtp_critic.find_reward("nowhere.odd_digits")
+        online.find_reward("nowhere.odd_digits")
     with pytest.raises(AttributeError, match="even_digits"):
-        mtp_critic.find_reward("rewards_in_cwd.even_digits")
+        online.find_reward("rewards_in_cwd.even_digits")
 
 
 ON_CPU = ["--use_cpu", "--bf16", "False", "--report_to", "none"]
@@ -116,7 +130,8 @@ def test_what_is_missing_is_named(arguments: list[str], message: str) -> None:
         cli.main(["mtp-critic", *ON_CPU, *arguments])
 
 
-def test_arguments_reach_the_trainer(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["mtp-critic", "ppo"])
+def test_arguments_reach_the_trainer(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
 
     class Recorder:
@@ -127,14 +142,14 @@ def test_arguments_reach_the_trainer(workplace: Path, monkeypatch: pytest.Monkey
         def __getattr__(self, name: str) -> Callable[..., None]:
             return lambda *args, **kwargs: calls.append((name, args or kwargs))
 
-    monkeypatch.setattr(mtp_critic, "MTPCriticTrainer", Recorder)
+    monkeypatch.setitem(online.TRAINERS, command, (online.TRAINERS[command][0], Recorder))
     monkeypatch.chdir(workplace)
     config = {"datasets": [{"path": "data"}], "reward_model_name_or_path": "a/judge", "lam_policy": 0.5}
     Path("config.yaml").write_text(json.dumps(config))
     arguments = ["--model_name_or_path", "model", "--output_dir", "out", "--config", "config.yaml"]
     arguments += ["--model_revision", "v2", "--model_init_kwargs", '{"attn_implementation": "eager"}']
     arguments += ["--reward_funcs", "think_format_reward", "--use_peft", "--lora_r", "3", "--push_to_hub"]
-    cli.main(["mtp-critic", *ON_CPU, *arguments, "--resume_from_checkpoint", "out/checkpoint-1"])
+    cli.main([command, *ON_CPU, *arguments, "--resume_from_checkpoint", "out/checkpoint-1"])
     (_, ((model, rewards, args), kwargs)), *rest = calls
     assert model == "model" and rewards == ["a/judge", think_format_reward] and args.lam_policy == 0.5
     assert args.model_init_kwargs["revision"] == "v2" and args.model_init_kwargs["attn_implementation"] == "eager"
@@ -147,7 +162,7 @@ def test_arguments_reach_the_trainer(workplace: Path, monkeypatch: pytest.Monkey
         ("end", {}),
     ]
     with pytest.raises(ValueError, match="Give either --dataset_name"):
-        cli.main(["mtp-critic", *ON_CPU, *arguments, "--dataset_name", "data"])
+        cli.main([command, *ON_CPU, *arguments, "--dataset_name", "data"])
 
 
 @pytest.fixture
@@ -181,7 +196,7 @@ def test_a_run_from_the_command_line(workplace: Path) -> None:
     environment = {**os.environ, "HF_HOME": str(workplace / "cache")}
     done = run("mtp-critic", *ON_CPU, *arguments, cwd=workplace, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "Policy and heads are in out." in done.stdout
+    assert "The policy is in out." in done.stdout
     out = workplace / "out"
     written = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "mtp_heads.safetensors", "mtp_heads_config.json", "checkpoint-1"} <= written

@@ -590,7 +590,7 @@ def test_heads_that_are_there_are_kept(make: Make, tiny_model: Callable[..., Any
 
 
 def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="args must be an MTPCriticConfig, got GRPOConfig"):
+    with pytest.raises(TypeError, match="args must be of type MTPCriticConfig, got GRPOConfig"):
         MTPCriticTrainer(tiny_model(), failing_reward, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))  # type: ignore
     with pytest.raises(FileNotFoundError, match="No mtp_heads.safetensors in .*nowhere"):
         make(mtp_heads_path=str(tmp_path / "nowhere"))

@@ -9,7 +9,9 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -23,14 +25,27 @@ import pytest
 from torch.distributed.run import get_args_parser
 from trl import GRPOConfig, SFTConfig, TrlParser
 
-from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, MTPSFTConfig
-from rl_plugins.trl.scripts import mtp_critic
+from rl_plugins import functional
+from rl_plugins.functional import AGGREGATIONS
+from rl_plugins.objectives import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
+from rl_plugins.trl import (
+    GRPOVariantConfig,
+    GRPOVariantTrainer,
+    MTPCriticConfig,
+    MTPCriticTrainer,
+    MTPSFTConfig,
+    PPOConfig,
+    PPOTrainer,
+)
+from rl_plugins.trl.presets import GRPO_PRESETS, PPO_PRESETS, Preset
+from rl_plugins.trl.scripts import online
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-CRITIC = ROOT / "docs" / "critic.md"
+CRITIC, VARIANTS, PPO = (ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo"))
 LAYERS = ("functional", "modules", "generation", "objectives", "tabular", "report", "trl")
-METRICS = ("critic/", "mtp/", "phasic/")
+METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ratio/")
+RECIPES = ("mtp_critic", "grpo_variants", "ppo")
 STOCK_MODEL = "Qwen/Qwen3-0.6B"
 ON_CPU = {
     "use_cpu": True,
@@ -76,7 +91,7 @@ def versions(block: Block) -> list[str]:
 def adapted(source: str, model: Path) -> str:
     source = source.replace(STOCK_MODEL, str(model))
     source = re.sub(r"\bmax_steps=\d+", "max_steps=2", source)
-    return re.sub(r"\b((?:GRPO|MTPCritic|MTPSFT)Config)\(", r"\1(**ON_CPU, ", source)
+    return re.sub(r"\b((?:GRPO|GRPOVariant|MTPCritic|MTPSFT|PPO)Config)\(", r"\1(**ON_CPU, ", source)
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +144,23 @@ def commands(path: Path) -> Iterator[list[str]]:
                 yield words
 
 
-def load_recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("recipe_mtp_critic", ROOT / "recipes" / "mtp_critic.py")
+def load_recipe(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe_mtp_critic"] = module  # where dataclasses look up the annotations
+    sys.modules[f"recipe_{name}"] = module  # where dataclasses look up the annotations
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def recipe_options() -> set[str]:
-    recipe = load_recipe()
-    return options(TrlParser((recipe.Script, recipe.Config)))
+def recipe_options() -> dict[str, set[str]]:
+    """Options of every recipe, by its path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "recipes")  # the others import from mtp_critic
+        script = load_recipe("mtp_critic").Script
+        configs = {f"recipes/{name}.py": load_recipe(name).Config for name in RECIPES}
+    return {program: options(TrlParser((script, config))) for program, config in configs.items()}
 
 
 def options(parser: Any) -> set[str]:
@@ -152,27 +171,29 @@ def flags(words: list[str]) -> set[str]:
     return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
-def check_command(words: list[str], recipe: set[str]) -> None:
+def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
     program, *arguments = words
     if program == "make":
         targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
         assert arguments and set(arguments) <= targets
     elif program == "rl-plugins":
-        assert arguments[0] == "mtp-critic"
-        assert flags(arguments) <= options(mtp_critic.make_parser())
+        assert arguments[0] in online.TRAINERS
+        assert flags(arguments) <= options(online.make_parser(arguments[0]))
     elif program == "pip":
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         extras = re.fullmatch(r"\.\[(.+)\]", arguments[-1])
         assert arguments[:2] == ["install", "-e"] and extras and set(extras[1].split(",")) <= set(known)
     elif program == "torchrun":
         parsed = get_args_parser().parse_args(arguments)
-        check_command([parsed.training_script, *parsed.training_script_args], recipe)
+        check_command([parsed.training_script, *parsed.training_script_args], recipes)
     elif program == "python":
-        check_command(arguments, recipe)
+        check_command(arguments, recipes)
     else:
         assert (ROOT / program).is_file()
-        assert program == "recipes/mtp_critic.py" or program.startswith("recipes/launch/")
-        assert flags(arguments) <= recipe
+        if program not in recipes:
+            assert program.startswith("recipes/launch/")
+            program = "recipes/mtp_critic.py"  # what they launch
+        assert flags(arguments) <= recipes[program]
         assert all((ROOT / word).exists() for word in arguments if word.startswith("recipes/"))
 
 
@@ -180,7 +201,7 @@ SHELLS = [path for path in DOCS if blocks(path, "bash")]
 
 
 @pytest.mark.parametrize("path", SHELLS, ids=names(SHELLS))
-def test_commands_exist(path: Path, recipe_options: set[str]) -> None:
+def test_commands_exist(path: Path, recipe_options: dict[str, set[str]]) -> None:
     for words in commands(path):
         check_command(words, recipe_options)
 
@@ -206,10 +227,12 @@ def test_every_layer_is_checked() -> None:
     assert {path.parent.name for path in (ROOT / "rl_plugins").glob("*/__init__.py")} == set(LAYERS)
 
 
-def rows(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading of critic.md."""
-    section = CRITIC.read_text().split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    table = [line for line in section.splitlines() if line.startswith("|")][2:]
+def rows(path: Path, heading: str) -> list[list[str]]:
+    """Cells of the first table under a heading."""
+    section = re.split(rf"^##+ {re.escape(heading)}$", path.read_text(), flags=re.M)[1]
+    lines = section.split("\n#", 1)[0].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
     return [[cell.strip() for cell in line.strip("|").replace(r"\|", "/").split("|")] for line in table]
 
 
@@ -218,9 +241,15 @@ def default(config: type, name: str) -> Any:
     return option.default if option.default is not MISSING else option.default_factory()  # type: ignore[misc]
 
 
+def own_options(config: type, host: type) -> set[str]:
+    """Options that the host does not have, or that have another default there."""
+    theirs = {f.name for f in fields(host)}
+    return {f.name for f in fields(config) if f.name not in theirs or default(config, f.name) != default(host, f.name)}
+
+
 def test_options_and_their_defaults() -> None:
-    table = {row[0].strip("`"): row[1] for row in rows("Options")}
-    critic = {f.name for f in fields(MTPCriticConfig)} - {f.name for f in fields(GRPOConfig)} | {"num_generations"}
+    table = {row[0].strip("`"): row[1] for row in rows(CRITIC, "Options")}
+    critic = own_options(MTPCriticConfig, GRPOConfig)
     sft = {f.name for f in fields(MTPSFTConfig)} - {f.name for f in fields(SFTConfig)}
     assert set(table) == critic | sft
     for name, cell in table.items():
@@ -233,8 +262,15 @@ def test_options_and_their_defaults() -> None:
             assert default(MTPSFTConfig, name) == default(MTPCriticConfig, name), name
 
 
+@pytest.mark.parametrize(("path", "config"), [(VARIANTS, GRPOVariantConfig), (PPO, PPOConfig)])
+def test_options_of_the_other_trainers(path: Path, config: type) -> None:
+    table = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows(path, "Options")}
+    assert table == {name: default(config, name) for name in own_options(config, GRPOConfig)}
+
+
 def test_options_in_prose_exist() -> None:
-    known = {f.name for config in (MTPCriticConfig, MTPSFTConfig) for f in fields(config)}
+    configs = (MTPCriticConfig, MTPSFTConfig, GRPOVariantConfig, PPOConfig)
+    known = {f.name for config in configs for f in fields(config)}
     for path in DOCS:
         prose = BLOCK.sub("", path.read_text())
         spans = re.findall(r"`([^`\n]+)`", prose)
@@ -242,23 +278,133 @@ def test_options_in_prose_exist() -> None:
         assert named <= known, path.name
 
 
+# Tables of variants.md and ppo.md
+
+
+def keyed(path: Path, heading: str) -> dict[str, list[str]]:
+    """Rows of a table by the name in their first cell, each of which is there once."""
+    table = rows(path, heading)
+    found = {row[0].strip("`"): row[1:] for row in table}
+    assert len(found) == len(table)
+    return found
+
+
+def settings(cell: str) -> dict[str, Any]:
+    """What the spans `name=value` of a cell set."""
+    return {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+)=([^`]+)`", cell)}
+
+
+def keywords(cell: str) -> dict[str, Any]:
+    """Options and defaults in a cell such as "`k`, `eps` 1e-6"; `...` stands for no default."""
+    pairs = re.findall(r"`(\w+)`(?: (\([^)]*\)|[^,]+))?(?:, |$)", cell)
+    return {name: ast.literal_eval(value) if value else ... for name, value in pairs}
+
+
+def defaults(function: Callable[..., Any], names: list[str]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    given = {name: parameters[name].default for name in names if name in parameters}
+    return {name: ... if given.get(name, ...) is inspect.Parameter.empty else given.get(name, ...) for name in names}
+
+
+def test_advantages_and_their_options() -> None:
+    table = keyed(VARIANTS, "Advantages")
+    assert list(table) == [*ADVANTAGES]
+    for name, cells in table.items():
+        function = getattr(functional, name, functional.forget_factor)  # the one that value_tracker hands options to
+        assert keywords(cells[-1]) == defaults(function, advantage_options(name)), name
+
+
+def test_policy_losses_and_their_options() -> None:
+    table = keyed(VARIANTS, "Policy losses")
+    assert list(table) == [*POLICY_LOSSES]
+    for name, cells in table.items():
+        function, aggregation = POLICY_LOSSES[name]
+        assert cells[-2].strip("`") == aggregation, name
+        assert keywords(cells[-1]) == defaults(function, PolicyLoss.accepted(name)), name
+
+
+def test_aggregations() -> None:
+    assert list(keyed(VARIANTS, "Aggregation")) == [*AGGREGATIONS]
+
+
+def test_ways_of_sampling() -> None:
+    named = {name for row in rows(VARIANTS, "Sampling") for name in re.findall(r"`(\w+)`", row[0])}
+    sampling = {"dynamic_sampling", "reject_uniform", "replay_buffer_size", "overlong_shaping"}
+    assert named == sampling and named <= {f.name for f in fields(GRPOVariantConfig)}
+
+
+def check_preset(preset: Preset, written: dict[str, Any]) -> None:
+    loss = PolicyLoss(preset["policy_loss"], preset.get("aggregation", ""))
+    assert written == {**preset, "aggregation": loss.aggregation}
+
+
+def test_presets_of_the_variants() -> None:
+    table = keyed(VARIANTS, "Presets")
+    assert list(table) == [*GRPO_PRESETS]
+    for name, (_, advantage, loss, aggregation, rest, _) in table.items():
+        cells = {"advantage": advantage, "policy_loss": loss, "aggregation": aggregation}
+        check_preset(GRPO_PRESETS[name], {k: v.strip("`") for k, v in cells.items()} | settings(rest))
+
+
+def test_presets_of_ppo() -> None:
+    table = keyed(PPO, "Presets")
+    assert list(table) == [*PPO_PRESETS]
+    for name, (_, loss, aggregation, rest) in table.items():
+        cells = {"policy_loss": loss, "aggregation": aggregation}
+        check_preset(PPO_PRESETS[name], {k: v.strip("`") for k, v in cells.items()} | settings(rest))
+
+
+# Metrics
+
+
+QUICK = {
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 6,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+
+
+class Run(NamedTuple):
+    trainer: type
+    config: type
+    options: dict[str, Any]
+
+
+MTP_RUN = Run(MTPCriticTrainer, MTPCriticConfig, {"phasic_every": 1})
+PPO_RUN = Run(PPOTrainer, PPOConfig, {"beta": 0.0})  # a reference model is loaded from a path
+VARIANT_RUNS = [
+    Run(GRPOVariantTrainer, GRPOVariantConfig, {"preset": "dapo", "replay_buffer_size": 2}),
+    Run(GRPOVariantTrainer, GRPOVariantConfig, {"preset": "spo"}),
+]
+
+
+RUNS = {CRITIC: [MTP_RUN], VARIANTS: VARIANT_RUNS, PPO: [PPO_RUN]}
+
+
+@pytest.mark.parametrize(("path", "runs"), RUNS.items(), ids=names([*RUNS]))
 def test_metrics(
+    path: Path,
+    runs: list[Run],
     tiny_model: Callable[..., Any],
     tokenizer: Any,
     dataset: Any,
     reward: Any,
-    critic_args: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    args = critic_args(tmp_path, phasic_every=1, max_steps=2, eval_strategy="steps", eval_steps=2)
-    data = dataset.select(range(16))
-    trainer = MTPCriticTrainer(tiny_model(), reward, args, data, data.select(range(8)), processing_class=tokenizer)
-    trainer.train()
-    seen = {name.removeprefix("eval_") for entry in trainer.state.log_history for name in entry}
-    logged = {re.sub(r"head_\d+$", "head_k", name) for name in seen if name.startswith(METRICS)}
-    named = {name for row in rows("Metrics") for name in re.findall(r"`([^`]+)`", row[0])}
+    logged: set[str] = set()
+    for run in runs:
+        args = run.config(str(tmp_path), **ON_CPU, **QUICK, **run.options)
+        data = dataset.select(range(16))
+        trainer = run.trainer(tiny_model(), reward, args, data, data.select(range(8)), processing_class=tokenizer)
+        trainer.train()
+        seen = {name.removeprefix("eval_") for entry in trainer.state.log_history for name in entry}
+        logged |= {re.sub(r"head_\d+$", "head_k", name) for name in seen if name.startswith(METRICS)}
+    named = {name for row in rows(path, "Metrics") for name in re.findall(r"`([^`]+)`", row[0])}
     assert {name for name in named if name.startswith(METRICS)} == logged
-    mentioned = set(re.findall(rf"`((?:{'|'.join(METRICS)})[a-z_/]+)`", CRITIC.read_text()))
+    mentioned = set(re.findall(rf"`((?:{'|'.join(METRICS)})[a-z_/]+)`", path.read_text()))
     assert mentioned <= logged
 
 

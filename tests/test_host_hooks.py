@@ -30,6 +30,14 @@ HOOKS: dict[tuple[type | Any, str], list[str]] = {
     (GRPOTrainer, "_compute_loss"): ["model", "inputs"],
     (GRPOTrainer, "_save_checkpoint"): ["model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["checkpoint"],
+    (GRPOTrainer, "get_off_policy_mask"): [
+        "advantages",
+        "per_token_logps",
+        "sampling_per_token_logps",
+        "mask",
+        "off_policy_threshold",
+    ],
+    (GRPOTrainer, "get_high_entropy_mask"): ["entropies", "mask", "threshold"],
     (SFTTrainer, "_set_signature_columns_if_needed"): [],
     (VLLMGeneration, "_iter_named_params"): [],
     (Trainer, "_save"): ["output_dir", "state_dict"],
@@ -55,7 +63,7 @@ PREFIXES: dict[tuple[type, str], list[str]] = {
     ],
     (SFTTrainer, "_prepare_dataset"): ["dataset", "processing_class", "args", "packing"],
 }
-ATTRIBUTES = {"_metrics", "_logs", "_step", "_buffered_inputs", "_dist"}
+ATTRIBUTES = {"_metrics", "_logs", "_step", "_buffered_inputs", "_dist", "_tokenizer", "_entropy_bonus_enabled"}
 
 
 def parameters(owner: Any, name: str) -> list[str]:
@@ -74,7 +82,7 @@ def test_first_parameters(hook: tuple[Any, str], expected: list[str]) -> None:
 
 
 def test_host_lists_every_hook_that_is_tested_and_the_other_way_round() -> None:
-    functions = "maybe_gather_lm_head_ctx|get_dataset_column_names"
+    functions = "maybe_gather_lm_head_ctx|get_dataset_column_names|get_off_policy_mask|get_high_entropy_mask"
     listed = set(re.findall(rf"`(?:\w+\.)*(_\w+|{functions})`", host.__doc__ or ""))
     assert listed == {name for _, name in HOOKS} | {name for _, name in PREFIXES} | ATTRIBUTES
 
@@ -92,6 +100,7 @@ def test_private_attributes_of_a_live_trainer(
     assert set(trainer._metrics) == {"train", "eval"} and isinstance(trainer._metrics["train"], defaultdict)
     assert trainer._metrics["train"]["new"] == []
     assert isinstance(trainer._logs["advantages"], deque) and isinstance(trainer._logs["extra"]["value"], deque)
+    assert trainer._entropy_bonus_enabled is False and trainer._tokenizer.pad_token_id == tokenizer.pad_token_id
     weights = list(trainer.model.parameters())[:1]
     with trainer._dist.gather_params(weights):
         assert weights[0].shape == (16, 32)

@@ -1,4 +1,4 @@
-"""Every recipe, run as a user would, and what the MTP critic's recipe is made of."""
+"""Every recipe, run as a user would, and what the MTP critic's recipe, which the others build on, is made of."""
 
 import importlib.util
 import json
@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_plugins.modules import load_mtp_heads
+from rl_plugins.modules import ValueModel, load_mtp_heads
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.py"))
+CRITICS = {"mtp_critic": "heads", "grpo_variants": "", "ppo": "value model"}
 TINY = [
     *("--warm_start_steps=2", "--max_steps=2", "--train_items=200", "--eval_items=16", "--hidden_size=32"),
     *("--per_device_train_batch_size=8", "--per_device_eval_batch_size=16", "--steps_per_generation=1"),
@@ -51,27 +52,33 @@ def check_report(output: Path, done: subprocess.CompletedProcess[str], *, steps:
     summary = json.loads((output / "summary.json").read_text())
     assert summary["steps"] == steps
     assert all(0 <= summary[f"accuracy_{when}"] <= 1 for when in ("before", "after"))
-    variance = summary["explained_variance_after"]
-    assert variance is None or math.isfinite(variance)
-    assert (variance is None) == ("variance of the critic: undefined" in done.stdout)
     assert f"{summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%}" in done.stdout
     picture = (output / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 20_000
-    values = Tokens(output / "token_values.html").values
-    assert len(values) >= 4 and all(map(math.isfinite, values))
     assert "FutureWarning" not in done.stderr and "pin_memory" not in done.stderr
 
 
-def check_policy(output: Path) -> None:
-    """The folder is a stock model with a stock tokenizer, and holds heads that fit it."""
+def check_critic(output: Path, done: subprocess.CompletedProcess[str]) -> None:
+    variance = json.loads((output / "summary.json").read_text())["explained_variance_after"]
+    assert variance is None or math.isfinite(variance)
+    assert (variance is None) == ("variance of the critic: undefined" in done.stdout)
+    values = Tokens(output / "token_values.html").values
+    assert len(values) >= 4 and all(map(math.isfinite, values))
+
+
+def check_policy(output: Path, critic: str) -> None:
+    """The folder is a stock model with a stock tokenizer, and holds a critic that fits it."""
     model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert not getattr(model, "is_quantized", False)
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer.padding_side == "left"
     assert len(tokenizer("1+2", return_tensors="pt").input_ids[0]) == 3
-    heads = load_mtp_heads(model, output)
-    assert all(p.isfinite().all() for p in heads.parameters())
+    if critic == "heads":
+        assert all(p.isfinite().all() for p in load_mtp_heads(model, output).parameters())
+    if critic == "value model":
+        ids = tokenizer("1+2", return_tensors="pt").input_ids
+        assert ValueModel.from_pretrained(output / "value_model")(ids).isfinite().all()
 
 
 @pytest.mark.slow
@@ -79,8 +86,11 @@ def check_policy(output: Path) -> None:
 def test_recipe_runs_and_resumes(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     done = run_recipe(recipe, output, "--save_strategy=steps", "--save_steps=1")
+    critic = CRITICS[recipe.stem]
     check_report(output, done, steps=2)
-    check_policy(output)
+    check_policy(output, critic)
+    if critic:
+        check_critic(output, done)
     whole = (output / "model.safetensors").read_bytes()
 
     resumed = run_recipe(recipe, output, f"--resume_from_checkpoint={output / 'checkpoint-1'}")
@@ -104,7 +114,8 @@ def test_gguf_model(tmp_path: Path) -> None:
         *("--max_steps=1", "--eval_steps=1", "--eval_items=4", "--per_device_train_batch_size=4"),
     )
     check_report(output, done, steps=1)
-    check_policy(output)
+    check_critic(output, done)
+    check_policy(output, "heads")
     (output / "model.safetensors").unlink()  # 0.5 GB, and pytest keeps the folders of the last three runs
 
 
@@ -205,9 +216,9 @@ def test_undefined_explained_variance_is_null_in_the_summary(
     trainer = SimpleNamespace(
         state=SimpleNamespace(
             log_history=[
-                {"step": 0, "eval_reward": 0.5, "eval_critic/explained_variance": 0.25},
+                {"step": 0, "eval_rewards/accuracy/mean": 0.5, "eval_critic/explained_variance": 0.25},
                 {"step": 1, "reward": 1.0},
-                {"step": 1, "eval_reward": 1.0},
+                {"step": 1, "eval_rewards/accuracy/mean": 1.0},
             ],
             global_step=1,
         ),
@@ -252,7 +263,7 @@ def test_mistakes_are_told_before_any_work(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["mtp_critic.py", f"--output_dir={tmp_path / 'run'}", *options])
     with pytest.raises(SystemExit) as stopped:
-        recipe.main()
+        recipe.run(recipe.Config, recipe.MTPCriticTrainer)
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()

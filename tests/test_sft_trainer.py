@@ -552,7 +552,7 @@ def test_resuming_is_as_if_nothing_had_happened(make: Make, tmp_path: Path) -> N
 
 
 def test_wrong_arguments(make: Make, tiny_model: Model, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="args must be an MTPSFTConfig, got SFTConfig"):
+    with pytest.raises(TypeError, match="args must be of type MTPSFTConfig, got SFTConfig"):
         MTPSFTTrainer(tiny_model(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False))  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="No mtp_heads.safetensors in .*nowhere"):
         make(mtp_heads_path=str(tmp_path / "nowhere"))

@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-TRAINERS = ("grpo", "critic", "values-only")
+TRAINERS = ("grpo", "critic", "values-only", "ppo")
 GOALS = {"step": 1.15, "memory": 1.05}
 MIB = 2**20
 
@@ -57,6 +57,7 @@ class Settings:
     vocab_size: int = field(default=32_768, metadata={"help": "tokens of the model"})
     hidden_size: int = field(default=384, metadata={"help": "width of the model"})
     layers: int = field(default=16, metadata={"help": "depth of the model"})
+    checkpointing: int = field(default=0, metadata={"help": "1 recomputes activations, as TRL does by default"})
     steps: int = field(default=2, metadata={"help": "counted steps per run"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
@@ -119,7 +120,7 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
+    from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
 
     options: dict[str, Any] = dict(
         output_dir=output_dir,
@@ -128,7 +129,7 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
         max_completion_length=settings.completion_length,
         generation_kwargs={"min_new_tokens": settings.completion_length},
         learning_rate=0.0,
-        gradient_checkpointing=False,
+        gradient_checkpointing=bool(settings.checkpointing),
         bf16=settings.device == "cuda",
         use_cpu=settings.device == "cpu",
         shuffle_dataset=False,
@@ -147,6 +148,10 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
     )
     if name == "grpo":
         return GRPOTrainer(args=GRPOConfig(num_generations=settings.generations, **options), **shared)
+    if name == "ppo":
+        # One epoch and no KL penalty, so that all three do the same to the policy.
+        options |= {"num_iterations": 1, "beta": 0.0, "value_learning_rate": 0.0}
+        return PPOTrainer(args=PPOConfig(**options), **shared)
     if name == "values-only":
         options["mtp_loss_coef"] = 0.0
     return MTPCriticTrainer(args=MTPCriticConfig(**options), **shared)
@@ -170,9 +175,13 @@ def run_worker(name: str, settings: Settings) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
 
+    def held() -> int:
+        return torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+
+    empty = held()
     model = make_model(settings)
     with tempfile.TemporaryDirectory() as output_dir:
-        loaded = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        loaded = held()
         trainer = make_trainer(name, settings, model, output_dir)
         ends: list[tuple[float, float]] = []
         rollouts: list[float] = []
@@ -205,6 +214,7 @@ def run_worker(name: str, settings: Settings) -> dict[str, Any]:
         "update": [step - rollout for step, rollout in zip(steps, rollouts[1:], strict=True)],
         "memory": [(peak - loaded) / MIB],
         "loaded": loaded / MIB,
+        "total_memory": (peak - empty) / MIB,
         "parameters": sum(p.numel() for p in model.parameters()),
         "completions": hashes,
     }

@@ -12,7 +12,7 @@ from rl_plugins.modules.serialization import (
     read_mtp_heads,
     save_mtp_heads,
 )
-from rl_plugins.modules.value_model import ValueModel, attach_value_model, get_value_model
+from rl_plugins.modules.value_model import ValueModel, attach_value_model, detach_value_model, get_value_model
 from rl_plugins.modules.value_tracker import ValueTracker, prompt_key
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "base_model_of",
     "clamp_gradient",
     "detach_mtp_heads",
+    "detach_value_model",
     "get_mtp_heads",
     "get_value_model",
     "has_mtp_heads_file",

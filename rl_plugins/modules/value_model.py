@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import cached_file
 
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.heads import ValueHead
@@ -87,8 +88,8 @@ class ValueModel(nn.Module):
             kwargs: For `AutoModel.from_pretrained`.
         """
         model = cls(AutoModel.from_pretrained(path, **kwargs))
-        head = Path(path) / HEAD_NAME
-        if head.is_file():
+        head = find_head(path, **kwargs)
+        if head is not None:
             model.head.load_state_dict(load_file(head))
         return model
 
@@ -105,6 +106,24 @@ class ValueModel(nn.Module):
             )
         saved = type(self).from_pretrained(path, dtype=self.trunk.dtype)
         self.load_state_dict(saved.state_dict())
+
+
+def find_head(path: str | Path, **kwargs: Any) -> str | None:
+    """The file of a saved head in a folder or on the hub; `None` where there is none.
+
+    Args:
+        path: Folder or hub id.
+        kwargs: For `AutoModel.from_pretrained`, of which those that say where a file is are used.
+    """
+    accepted = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+    where = {key: kwargs[key] for key in accepted if key in kwargs}
+    return cached_file(
+        path,
+        HEAD_NAME,
+        **where,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def is_value_model_folder(path: str | Path) -> bool:
@@ -134,7 +153,10 @@ def attach_value_model(policy: nn.Module, value_model: ValueModel) -> None:
     """
     base = base_model_of(policy)
     if get_value_model(policy) is not None:
-        raise ValueError(f"{type(base).__name__} has a value model already.")
+        raise ValueError(
+            f"{type(base).__name__} has a value model already. Use get_value_model(policy) to reach it, or "
+            "detach_value_model(policy) first."
+        )
     ours, theirs = value_model.trunk.config.get_text_config().vocab_size, base.config.get_text_config().vocab_size
     if ours < theirs:
         raise ValueError(
@@ -144,6 +166,27 @@ def attach_value_model(policy: nn.Module, value_model: ValueModel) -> None:
     value_model.requires_grad_(True)
     value_model.to(base.device)
     base.add_module(CRITIC_ATTRIBUTE, value_model)
-    keys = {f"{CRITIC_ATTRIBUTE}.{key}" for key in value_model.state_dict()}
-    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | keys
+    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | _state_keys(value_model)
     value_model.policy_hook = base.register_forward_pre_hook(value_model.on_policy_forward, with_kwargs=True)
+
+
+def detach_value_model(policy: nn.Module) -> ValueModel:
+    """Take the value model off; the policy is as it was before [`attach_value_model`].
+
+    Raises:
+        ValueError: If there is none.
+    """
+    base = base_model_of(policy)
+    value_model = get_value_model(policy)
+    if value_model is None:
+        raise ValueError(f"{type(base).__name__} has no value model to detach.")
+    assert value_model.policy_hook is not None
+    value_model.policy_hook.remove()
+    value_model.policy_hook = None
+    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) - _state_keys(value_model)
+    delattr(base, CRITIC_ATTRIBUTE)
+    return value_model
+
+
+def _state_keys(value_model: ValueModel) -> set[str]:
+    return {f"{CRITIC_ATTRIBUTE}.{key}" for key in value_model.state_dict()}

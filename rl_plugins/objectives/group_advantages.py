@@ -21,7 +21,7 @@ from rl_plugins.functional.group_advantages import (
 )
 from rl_plugins.functional.group_losses import gpg_scale
 from rl_plugins.functional.traces import lambda_trace
-from rl_plugins.functional.value_tracking import forget_factor
+from rl_plugins.functional.value_tracking import forget_factor, tracker_update
 
 
 def _reward(scores: Tensor, group_size: int) -> Tensor:
@@ -79,6 +79,39 @@ def advantage_options(name: str) -> list[str]:
 
 def _keywords(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def check_advantage(name: str, options: Mapping[str, Any], group_size: int) -> None:
+    """Try the options of an advantage on a group of zeros.
+
+    Raises:
+        ValueError: If the advantage or an option is unknown, or the advantage does not take these values.
+    """
+    unknown = sorted(set(options) - set(advantage_options(name)))
+    if unknown:
+        raise ValueError(
+            f"The advantage {name!r} has no option {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(advantage_options(name)) or 'none'}."
+        )
+    zeros = torch.zeros(group_size)
+    try:
+        if name == "lambda_trace":
+            lambda_trace(zeros, torch.ones(group_size, 2), **options)
+        elif name == "value_tracker":
+            _check_tracker(dict(options))
+        else:
+            group_advantages(name, zeros, group_size, torch.ones(group_size), options=options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"advantage_kwargs={dict(options)} do not suit {name!r}: {error}") from error
+
+
+def _check_tracker(options: dict[str, Any]) -> None:
+    if "forget" not in options:
+        forget_factor(torch.zeros(1), **options)
+        return
+    if len(options) > 1:
+        raise ValueError("a constant forget leaves nothing for the other options to do; give it alone")
+    tracker_update(torch.ones(1), torch.ones(1), torch.ones(1), float(options["forget"]))
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class PolicyLoss:
             paper's.
 
     Raises:
-        ValueError: If a name is unknown; the message lists the valid ones.
+        ValueError: If a name is unknown (the message lists the valid ones) or the loss refuses the value of an option.
     """
 
     name: str
@@ -90,6 +90,14 @@ class PolicyLoss:
                 f"The policy loss {self.name!r} has no option {', '.join(map(repr, unknown))}; it has "
                 f"{', '.join(valid) or 'none'}."
             )
+        self._try_options()
+
+    def _try_options(self) -> None:
+        x = torch.zeros(2, 2)
+        try:
+            self.per_token(x, x, x[:, 0], x, {"groups": torch.zeros(2, dtype=torch.long)})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The options {dict(self.options)} do not suit {self.name!r}: {error}") from error
 
     @staticmethod
     def accepted(name: str) -> list[str]:

@@ -11,6 +11,8 @@ Batch = dict[str, Any]
 
 LEFT_PADDED = ("prompt_ids", "prompt_mask")
 TOKEN_IDS = ("prompt_ids", "completion_ids")
+# What TRL has on padding; its vespo multiplies the ratios of a row without looking at the mask.
+ONE_PADDED = ("tool_mask", "importance_sampling_ratio")
 
 
 def num_rows(batch: Batch) -> int:
@@ -43,7 +45,7 @@ def join_rows(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         parts = [batch[key] for batch in batches]
         if first.ndim == 2:
             width = max(part.shape[1] for part in parts)
-            fill = pad_token_id if key in TOKEN_IDS else 0
+            fill = pad_token_id if key in TOKEN_IDS else int(key in ONE_PADDED)
             parts = [_padded(part, width, fill, left=key in LEFT_PADDED) for part in parts]
         joined[key] = torch.cat(parts)
     return joined

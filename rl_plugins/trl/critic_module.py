@@ -14,6 +14,15 @@ from rl_plugins.objectives.critic import value_loss, value_losses
 from rl_plugins.trl.base import PluginTrainer
 
 
+def whole_parameters(params: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Read whole parameters under ZeRO-3; does nothing elsewhere."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(params)
+
+
 class CriticModuleTrainer(PluginTrainer):
     """Life cycle of a critic that is a submodule of the policy, trained with it and kept out of its checkpoint: MTP
     heads, or a whole value model.
@@ -46,12 +55,7 @@ class CriticModuleTrainer(PluginTrainer):
         raise NotImplementedError
 
     def _whole(self, params: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Read whole parameters under ZeRO-3; does nothing elsewhere."""
-        if not is_deepspeed_zero3_enabled():
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(params)
+        return whole_parameters(params)
 
     # Loss
 

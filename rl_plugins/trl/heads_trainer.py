@@ -54,7 +54,7 @@ def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{name.split('/')[-1]}-{suffix}")
     if not isinstance(args, config_class):
-        raise TypeError(f"args must be an {config_class.__name__}, got {type(args).__name__}.")
+        raise TypeError(f"args must be of type {config_class.__name__}, got {type(args).__name__}.")
     return args
 
 

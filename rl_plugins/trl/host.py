@@ -4,14 +4,15 @@ Private hooks (tests/test_host_hooks.py checks each signature):
 
 - `GRPOTrainer._generate_and_score_completions`, `_generate_single_turn`, `_calculate_rewards`, `_prepare_inputs`,
   `_get_per_token_logps_and_entropies`, `_compute_loss`; attributes `_metrics`, `_logs`, `_step`, `_buffered_inputs`,
-  `_dist`.
+  `_dist`, `_tokenizer`, `_entropy_bonus_enabled`.
 - `SFTTrainer._prepare_dataset`, `_set_signature_columns_if_needed`, `_metrics`.
 - `VLLMGeneration._iter_named_params`.
 - `Trainer._save`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`,
   `_issue_warnings_after_load`, `_get_output_dir`.
 - `trl.trainer.utils.maybe_gather_lm_head_ctx`, `trl.data_utils.get_dataset_column_names`.
 
-Not private, but not documented either: `trl.scripts.grpo.GRPOScriptArguments`.
+Not private, but not documented either: `trl.scripts.grpo.GRPOScriptArguments`, `GRPOTrainer.get_off_policy_mask`,
+`get_high_entropy_mask`.
 """
 
 from collections.abc import Iterator

@@ -6,12 +6,12 @@ from typing import Any
 from trl import GRPOConfig
 
 from rl_plugins.trl.host import require_tested_trl
-from rl_plugins.trl.presets import PPO_PRESETS, apply_preset
+from rl_plugins.trl.presets import PPO_PRESETS, NamedArguments, apply_preset
 from rl_plugins.trl.value_config import OnlineValueArguments
 
 
 @dataclass
-class PPOConfig(OnlineValueArguments, GRPOConfig):
+class PPOConfig(NamedArguments, OnlineValueArguments, GRPOConfig):
     r"""
     Configuration class for the [`PPOTrainer`].
 
@@ -22,13 +22,14 @@ class PPOConfig(OnlineValueArguments, GRPOConfig):
 
     Parameters:
         preset (`str`, *optional*):
-            `"vpg"`: REINFORCE with a learned baseline (the return minus the value, no clipping, one epoch). A preset
-            sets the fields that still have their defaults.
+            `"vpg"`: REINFORCE with a learned baseline (the return minus the value, no clipping, one epoch). What you
+            set wins. (On the command line a field set to its own default cannot be told from one that was not set.)
         value_model_path (`str`, *optional*):
             Where the value model comes from: a folder or hub id of any model with the policy's tokenizer. By default
             it has the policy's architecture and starts from the policy's weights.
         value_model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for loading it; `model_init_kwargs` by default.
+            Keyword arguments for loading it, on top of the policy's `model_init_kwargs` (of which another model shares
+            `dtype` and `attn_implementation`).
         value_learning_rate (`float`, *optional*, defaults to `1e-5`):
             Learning rate of the value model; `None` uses `learning_rate`.
         beta (`float`, *optional*, defaults to `0.05`):

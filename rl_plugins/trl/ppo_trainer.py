@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl.trainer.utils import disable_dropout_in_model
 
 from rl_plugins.functional.mtp import completion_states
 from rl_plugins.modules.value_model import (
     CRITIC_ATTRIBUTE,
     ValueModel,
     attach_value_model,
-    is_value_model_folder,
+    detach_value_model,
+    find_head,
+    get_value_model,
 )
 from rl_plugins.trl.batches import reordered
+from rl_plugins.trl.critic_module import whole_parameters
 from rl_plugins.trl.heads_trainer import complete_args
 from rl_plugins.trl.host import hide_critics_from_vllm
 from rl_plugins.trl.policy_trainer import Batch
@@ -39,8 +43,9 @@ class PPOTrainer(ValueTrainer):
     `args`, and shares everything but the origin of the values with [`MTPCriticTrainer`].
 
     Args:
-        value_model: A [`ValueModel`], a transformers model whose trunk becomes one, or a path or hub id. By default
-            `args.value_model_path`, else a copy of the policy's trunk as it is before training.
+        value_model: A [`ValueModel`], a transformers model whose trunk is copied, or a path or hub id. By default
+            `args.value_model_path`, else the one attached to or saved with the policy, else a copy of the policy's
+            trunk as it is before training.
 
     Example:
 
@@ -96,6 +101,8 @@ class PPOTrainer(ValueTrainer):
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
         attach_value_model(self.model, critic)
         self.value_model = critic
+        if args.disable_dropout:  # the host has done so for the policy
+            disable_dropout_in_model(critic)
         if args.gradient_checkpointing:
             critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self._check_optimizer_can_split()
@@ -120,18 +127,21 @@ class PPOTrainer(ValueTrainer):
         self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         host_pass = super()._get_per_token_logps_and_entropies
-        # The first pass of a rollout is the policy's; a second one is the reference of a PEFT model.
+        # The first pass of a rollout gives the values: the policy's, or that of a PEFT model's reference.
         if not self._in_rollout or model is not self.model or self._new_values is not None:
             return host_pass(model, input_ids, *args, **kwargs)
         assert self.value_model is not None
         chunks: list[Tensor] = []
         with self.value_model.tapped(chunks.append):
             result = host_pass(model, input_ids, *args, **kwargs)
-        self._new_values = torch.cat(chunks)[: len(input_ids)]
+        self._new_values = torch.cat(chunks)
         return result
 
     def _recorded_values(self, output: Batch) -> tuple[Tensor, Tensor]:
-        if self._new_values is None:  # the host had no use for the old log-probabilities
+        charged = self.args.kl_in_reward and self.beta != 0.0
+        # The host may have had no use for the old log-probabilities; values then come from its pass for a PEFT
+        # model's reference, if it made one.
+        if self._new_values is None or (charged and "old_per_token_logps" not in output):
             output["old_per_token_logps"] = self._score(output)
         assert self._new_values is not None
         values = completion_states(self._new_values, output["completion_ids"].shape[1]).unsqueeze(-1)
@@ -194,16 +204,24 @@ def make_value_model(source: Any, policy: Any, args: PPOConfig) -> ValueModel:
     """
     if isinstance(source, ValueModel):
         return source
-    if isinstance(source, PreTrainedModel):
-        return ValueModel(source.base_model)
+    if source is None and isinstance(policy, nn.Module) and get_value_model(policy) is not None:
+        return detach_value_model(policy)  # of an earlier trainer; it goes on
+    shared: Any = args.model_init_kwargs or {}
+    if source is not None:  # where a file is says nothing about another model
+        shared = {key: shared[key] for key in ("dtype", "attn_implementation") if key in shared}
+    own: Any = args.value_model_init_kwargs or {}
+    kwargs: dict[str, Any] = {"dtype": "float32", **shared, **own}
     if source is None and isinstance(policy, str):
-        saved = Path(policy) / CRITIC_ATTRIBUTE
-        source = str(saved) if is_value_model_folder(saved) else policy
+        source = policy
+        if find_head(policy, **{**kwargs, "subfolder": CRITIC_ATTRIBUTE}) is not None:
+            kwargs["subfolder"] = CRITIC_ATTRIBUTE
     if isinstance(source, str):
-        kwargs: Any = args.value_model_init_kwargs or args.model_init_kwargs or {}  # parsed by the config
-        return ValueModel.from_pretrained(source, **{"dtype": "float32", **kwargs})
-    if source is None and isinstance(policy, PreTrainedModel):
-        return ValueModel(copy.deepcopy(policy.base_model))
+        return ValueModel.from_pretrained(source, **kwargs)
+    model = policy if source is None else source
+    if isinstance(model, PreTrainedModel):
+        # A copy: the same object may also be the policy, or a reward function that must stay as it is.
+        with whole_parameters(list(model.base_model.parameters())):
+            return ValueModel(copy.deepcopy(model.base_model))
     raise TypeError(
         f"Cannot make a value model from {type(source).__name__} for a policy of {type(policy).__name__}. Give "
         "value_model a path, a transformers model or a ValueModel."

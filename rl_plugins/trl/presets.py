@@ -4,8 +4,8 @@ Only what makes the method is here. Learning rate, batch size and completions pe
 machine; docs/variants.md lists what the papers used.
 """
 
-from dataclasses import MISSING, fields
-from typing import Any
+from dataclasses import fields
+from typing import Any, Self
 
 Preset = dict[str, Any]
 
@@ -105,8 +105,21 @@ PPO_PRESETS: dict[str, Preset] = {
 }
 
 
+class NamedArguments:
+    """A config that knows which fields the caller named, so that a preset leaves them alone, whatever their value."""
+
+    _named: frozenset[str] = frozenset()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        config = super().__new__(cls)
+        config._named = frozenset(kwargs)
+        return config
+
+
 def apply_preset(config: Any, presets: dict[str, Preset]) -> None:
-    """Set the fields of a preset that still have their default, so that what the user sets wins.
+    """Set the fields of a preset that the caller did not set.
+
+    A command-line parser names every field; there a field counts as set if it differs from its default.
 
     Raises:
         ValueError: If the preset is unknown; the message lists the valid ones.
@@ -115,7 +128,10 @@ def apply_preset(config: Any, presets: dict[str, Preset]) -> None:
         return
     if config.preset not in presets:
         raise ValueError(f"Unknown preset {config.preset!r}; choose one of {', '.join(presets)}.")
-    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    for name, value in presets[config.preset].items():
-        if getattr(config, name) == defaults[name]:
-            setattr(config, name, value)
+    parsed = config._named >= {f.name for f in fields(config) if f.init}
+    for f in fields(config):
+        if f.name not in presets[config.preset]:
+            continue
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if getattr(config, f.name) == default and (parsed or f.name not in config._named):
+            setattr(config, f.name, presets[config.preset][f.name])

@@ -9,7 +9,7 @@ from torch import Tensor
 from rl_plugins.trl.batches import LEFT_PADDED, Batch
 
 
-@dataclass
+@dataclass(eq=False)  # found again by identity: tensors have no truth value
 class StoredGroup:
     """Completions of one prompt.
 
@@ -61,7 +61,7 @@ class ReplayBuffer:
     def add(self, rows: Batch, priority: float, step: int) -> None:
         """Store one group."""
         self.groups.append(StoredGroup(trimmed(rows), priority, step))
-        if len(self.groups) > self.capacity:
+        while len(self.groups) > self.capacity:  # once, or more often after resuming with less room
             self.groups.remove(min(self.groups, key=lambda group: (group.priority, group.step)))
 
     def draw(self, count: int, step: int) -> list[Batch]:
@@ -70,7 +70,8 @@ class ReplayBuffer:
         count = min(count, len(self.groups))
         if count == 0:
             return []
-        weights = torch.tensor([group.priority for group in self.groups])
+        # Not 0: a penalty on length may level the scores of a group whose rewards differ.
+        weights = torch.tensor([group.priority for group in self.groups]).clamp(min=1e-6)
         chosen = torch.multinomial(weights, count, generator=self.generator)
         return [self.groups[i].rows for i in chosen.tolist()]
 

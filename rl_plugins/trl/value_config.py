@@ -117,6 +117,11 @@ class OnlineValueArguments(ValueArguments, PolicyLossArguments):
             raise ValueError(f"reward_range must be [smallest, largest], got {self.reward_range}.")
         if self.value_warmup_steps < 0:
             raise ValueError(f"value_warmup_steps must be at least 0, got {self.value_warmup_steps}.")
+        if self.policy_loss == "gvpo":
+            raise ValueError(
+                "policy_loss='gvpo' compares the completions of a prompt as wholes; a critic's advantages are one per "
+                "token. Choose another loss, or GRPOVariantConfig(preset='gvpo')."
+            )
         if getattr(self, "sync_ref_model", False):
             raise ValueError(
                 "sync_ref_model=True cannot work with a critic attached to the policy: TRL zips the parameters of "

@@ -123,3 +123,13 @@ class ValueTrainer(CriticModuleTrainer, PolicyLossTrainer):
             policy_loss = super()._compute_loss(model, inputs)
         # Times zero, not dropped: every parameter stays in the graph, which DDP and ZeRO count on.
         return (0.0 if warming_up else 1.0) * policy_loss + self._critic_loss(record, inputs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the host's step; while only the critic learns, without weight decay, which needs no gradient."""
+        if self.critic_module is not None and self.args.value_warmup_steps:
+            warming_up = self.state.global_step < self.args.value_warmup_steps
+            for group in self.optimizer.param_groups:
+                # Kept in the group, so that a checkpoint of the warm-up knows it.
+                decay = group.setdefault("weight_decay_after_warmup", group["weight_decay"])
+                group["weight_decay"] = 0.0 if warming_up else decay
+        return super().training_step(*args, **kwargs)

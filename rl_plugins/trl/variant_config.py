@@ -5,14 +5,14 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from rl_plugins.objectives.group_advantages import ADVANTAGES, GROUPLESS, advantage_options
+from rl_plugins.objectives.group_advantages import ADVANTAGES, GROUPLESS, check_advantage
 from rl_plugins.trl.host import require_tested_trl
-from rl_plugins.trl.policy_config import PolicyLossArguments
-from rl_plugins.trl.presets import GRPO_PRESETS, apply_preset
+from rl_plugins.trl.policy_config import PolicyLossArguments, check_choice
+from rl_plugins.trl.presets import GRPO_PRESETS, NamedArguments, apply_preset
 
 
 @dataclass
-class GRPOVariantConfig(PolicyLossArguments, GRPOConfig):
+class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
     r"""
     Configuration class for the [`GRPOVariantTrainer`].
 
@@ -21,8 +21,8 @@ class GRPOVariantConfig(PolicyLossArguments, GRPOConfig):
 
     Parameters:
         preset (`str`, *optional*):
-            The settings of a paper in one word, such as `"dapo"`, `"gspo"` or `"maxrl"`. A preset sets the fields
-            that still have their defaults: what you set wins.
+            The settings of a paper in one word, such as `"dapo"`, `"gspo"` or `"maxrl"`. What you set wins. (On the
+            command line a field set to its own default cannot be told from one that was not set.)
 
         > Parameters that control the advantage
 
@@ -110,6 +110,11 @@ class GRPOVariantConfig(PolicyLossArguments, GRPOConfig):
         """Whether anything is done about groups that teach nothing."""
         return self.dynamic_sampling or self.reject_uniform or self.replay_buffer_size > 0
 
+    @property
+    def moves_rows(self) -> bool:
+        """Whether completions leave the place in the batch that the host gave them."""
+        return self.dynamic_sampling or self.replay_buffer_size > 0 or self.policy_loss == "gvpo"
+
     def _check_advantage(self) -> None:
         kwargs = self.advantage_kwargs or {}
         if not isinstance(kwargs, dict):
@@ -118,17 +123,35 @@ class GRPOVariantConfig(PolicyLossArguments, GRPOConfig):
             if kwargs:
                 raise ValueError("advantage_kwargs are options of an advantage, but advantage is None. Name one.")
         else:
-            valid = advantage_options(self.advantage)
-            unknown = sorted(set(kwargs) - set(valid))
-            if unknown:
+            check_choice("advantage", self.advantage, ADVANTAGES)
+            if self.multi_objective_aggregation != "sum_then_normalize":
                 raise ValueError(
-                    f"The advantage {self.advantage!r} has no option {', '.join(map(repr, unknown))}; it has "
-                    f"{', '.join(valid) or 'none'}."
+                    f"advantage={self.advantage!r} starts from the weighted sum of the rewards, which "
+                    f"multi_objective_aggregation={self.multi_objective_aggregation!r} does not have. Leave one of "
+                    "the two at its default."
                 )
-        if self.advantage == "pass_at_k" and not 1 <= kwargs.get("k", 0) <= (self.num_generations or 0):
+        if self.advantage == "pass_at_k" and not 1 <= int(kwargs.get("k", 0)) < (self.num_generations or 0):
             raise ValueError(
                 f"pass_at_k draws k of the num_generations={self.num_generations} completions of a prompt, but k is "
-                f"{kwargs.get('k')}. Set advantage_kwargs={{'k': ...}} between 1 and {self.num_generations}."
+                f"{kwargs.get('k')}. Set advantage_kwargs={{'k': ...}} to at least 1 and less than num_generations: "
+                "with all of them drawn every advantage is 0."
+            )
+        if self.advantage is not None:
+            check_advantage(self.advantage, kwargs, self.num_generations or 1)
+        if self.advantage == "max_likelihood" and self.overlong_shaping:
+            raise ValueError(
+                "advantage='max_likelihood' divides by the mean reward, which overlong_shaping=True can make "
+                "negative. Set one or the other."
+            )
+        if self.advantage == "group_centered_rescaled" and self.reject_uniform:
+            raise ValueError(
+                "advantage='group_centered_rescaled' makes up for groups that teach nothing, and reject_uniform=True "
+                "takes them out: together they would correct twice. Set one or the other."
+            )
+        if self.policy_loss == "gvpo" and (self.advantage == "lambda_trace" or self.kl_in_reward):
+            raise ValueError(
+                "policy_loss='gvpo' compares whole completions: it takes one advantage for each, and "
+                "advantage='lambda_trace' or kl_in_reward=True gives one for each token."
             )
         if self.kl_in_reward and (self.advantage != "batch_normalized" or self.beta == 0.0):
             raise ValueError(
@@ -141,6 +164,11 @@ class GRPOVariantConfig(PolicyLossArguments, GRPOConfig):
             raise ValueError(
                 "dynamic_sampling, reject_uniform and replay_buffer_size compare the completions of a prompt, but "
                 "num_generations is 1. Set it to at least 2."
+            )
+        if self.samples and self.advantage == "value_tracker":
+            raise ValueError(
+                "advantage='value_tracker' needs no groups and counts every reward of a prompt, but dynamic_sampling, "
+                "reject_uniform and replay_buffer_size take some prompts out of the batch. Set one or the other."
             )
         if self.max_draws < 1:
             raise ValueError(f"max_draws must be at least 1, got {self.max_draws}.")

@@ -85,6 +85,10 @@ class GRPOVariantTrainer(PolicyLossTrainer):
         args = complete_args(args, GRPOVariantConfig, model, "GRPOVariant")
         if args.overlong_shaping:
             reward_funcs = with_overlong_penalty(reward_funcs, args)
+            classes = host_kwargs.get("reward_processing_classes")
+            if classes is not None:
+                classes = classes if isinstance(classes, list) else [classes]
+                host_kwargs["reward_processing_classes"] = [*classes, None]
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
         if args.dynamic_sampling and not hasattr(self.train_dataset, "__len__"):
             raise TypeError(
@@ -104,11 +108,18 @@ class GRPOVariantTrainer(PolicyLossTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        assert self._scores is not None
         self._judged = self._scores
         if self.args.overlong_shaping:
-            # Whether a group teaches something is for the task's rewards to say, not for lengths.
-            weighted = (rewards * self.reward_weights.to(rewards.device))[:, :-1]
-            self._judged = weighted.nansum(dim=1).masked_fill(weighted.isnan().all(dim=1), torch.nan)
+            # Whether a group teaches something, or a completion can be scored at all, is for the task's rewards to
+            # say, not for lengths.
+            lengths = [name == OVERLONG_NAME for name in self.reward_func_names]
+            of_lengths = torch.tensor(lengths, device=rewards.device)
+            weighted = (rewards * self.reward_weights.to(rewards.device))[:, ~of_lengths]
+            unscorable = weighted.isnan().all(dim=1) | self._scores.isnan()
+            self._judged = weighted.nansum(dim=1).masked_fill(unscorable, torch.nan)
+            self._scores = self._scores.masked_fill(unscorable, torch.nan)
+            rewards = rewards.masked_fill(unscorable[:, None] & of_lengths, torch.nan)
         return rewards
 
     # Sampling
@@ -135,6 +146,11 @@ class GRPOVariantTrainer(PolicyLossTrainer):
     def _draw(self, inputs: list[dict[str, Any]]) -> Batch:
         """One batch from the host, with the scores of its completions and whether their groups are informative."""
         batch = super()._generate_and_score_completions(inputs)
+        if "num_images" in batch and self.args.moves_rows:
+            raise NotImplementedError(
+                "dynamic_sampling, replay_buffer_size and policy_loss='gvpo' move completions within and between "
+                "batches, which images do not follow yet. Choose others for prompts with images."
+            )
         assert self._scores is not None and self._judged is not None
         informative = informative_groups(self._judged, self._group_size).repeat_interleave(self._group_size)
         rows = torch.arange(len(self._scores), device=self._scores.device) + self._table_rows
@@ -206,7 +222,7 @@ class GRPOVariantTrainer(PolicyLossTrainer):
         replayed = self.replay_buffer.draw(len(empty), step)
         for g in informative.nonzero().flatten().tolist():
             rows = select_rows(batch, torch.arange(g * group, (g + 1) * group))
-            spread = rows[SCORES].nan_to_num(0.0).std().item()
+            spread = rows[SCORES][~rows[SCORES].isnan()].std().item()
             self.replay_buffer.add({**rows, TABLE_ROW: torch.full_like(rows[TABLE_ROW], -1)}, spread, step)
         used = torch.tensor([float(len(replayed))], device=self.accelerator.device)
         self._log_metrics({"sampling/replayed_groups": self._sum_over_ranks(used)[0]})
@@ -368,7 +384,8 @@ def with_overlong_penalty(reward_funcs: Any, args: GRPOVariantConfig) -> list[An
         return overlong_penalty(lengths, max_length=max_length, cache=cache).tolist()
 
     penalty.__name__ = OVERLONG_NAME
-    functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    functions = [func for func in listed if func is not None]  # none where environments give the rewards
     if args.reward_weights is not None and len(args.reward_weights) == len(functions):
         args.reward_weights = [*args.reward_weights, 1.0]
     return [*functions, penalty]

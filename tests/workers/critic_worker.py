@@ -1,14 +1,17 @@
-"""Trains tiny MTP critics as a list of runs says: `torchrun --nproc_per_node 2 critic_worker.py runs.json`.
+"""Trains tiny policies with a critic as a list of runs says: `torchrun --nproc_per_node 2 critic_worker.py runs.json`.
 
 Every run is a fresh process, forked after the slow imports, so that a run may be killed and a list of runs costs
 little more than one. A run leaves in its directory: `log.json` (history and what was captured) and, per rank,
-`target_<rank>.safetensors` and `heads_<rank>.safetensors`; if it fails, `error_<rank>.txt` instead.
+`target_<rank>.safetensors` and `heads_<rank>.safetensors` (MTP critic) or `value_model_<rank>.safetensors` (PPO); if
+it fails, `error_<rank>.txt` instead.
 
 A run is a dictionary:
     out: directory of the run, also the trainer's `output_dir`
     model: directory with model and tokenizer
     port: free port for this run's rendezvous
-    args: options of MTPCriticConfig (`deepspeed` among them)
+    trainer: `mtp` (the default) or `ppo`
+    args: options of its config (`deepspeed` among them)
+    loaded: whether the trainer gets the model itself: `before` the config is made, or `after`
     lora: whether to train a LoRA adapter
     kill_at: number of optimizer steps after which every rank kills itself
     resume: checkpoint directory to go on from
@@ -20,7 +23,6 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,11 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rl_plugins.generation.value_capture import ValueRecorder
-from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
+from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
+from rl_plugins.trl.critic_module import whole_parameters
 
 Run = dict[str, Any]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -52,10 +55,13 @@ DEFAULTS = {
     "max_completion_length": 6,
     "logging_steps": 1,
     "learning_rate": 1e-3,
-    "head_learning_rate": 1e-2,
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
+}
+TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mtp": (MTPCriticTrainer, MTPCriticConfig, {"head_learning_rate": 1e-2}),
+    "ppo": (PPOTrainer, PPOConfig, {"value_learning_rate": 1e-2}),
 }
 
 finished: list[bool] = []
@@ -90,6 +96,11 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c in "13579" for c in text) / max(len(text), 1) for text in completions]
 
 
+def load(run: Run) -> Any:
+    """The policy as an object."""
+    return AutoModelForCausalLM.from_pretrained(run["model"], dtype="float32")
+
+
 def train(run: Run) -> None:
     """One run, on this rank."""
     import rl_plugins.trl.critic_trainer as critic_trainer
@@ -99,10 +110,16 @@ def train(run: Run) -> None:
         # Compiling the shared-memory collectives takes a minute and brings nothing here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=60))
-    args = MTPCriticConfig(**{"output_dir": run["out"], **DEFAULTS, **run["args"]})
+    trainer_class, config_class, own_defaults = TRAINERS[run.get("trainer", "mtp")]
+    model = load(run) if run.get("loaded") == "before" else run["model"]
+    args = config_class(**{"output_dir": run["out"], **DEFAULTS, **own_defaults, **run["args"]})
+    if run.get("loaded") == "after":
+        model = load(run)
+    if run.get("loaded"):
+        args.model_init_kwargs = None
     torch.manual_seed(0)
-    trainer = MTPCriticTrainer(
-        run["model"],
+    trainer = trainer_class(
+        model,
         reward,
         args,
         Dataset.from_dict({"prompt": [f"{i}+{7 * i}=" for i in range(64)]}),
@@ -119,14 +136,16 @@ def train(run: Run) -> None:
         trainer.save_model(run["save"])
 
 
-def write_results(trainer: MTPCriticTrainer, out: Path) -> None:
+def write_results(trainer: Any, out: Path) -> None:
     """What the tests compare."""
-    heads = trainer.mtp_heads
-    params = list(heads.parameters())
-    sharded = hasattr(params[0], "ds_id")
-    with deepspeed.zero.GatheredParameters(params) if sharded else nullcontext():
-        save_file({k: v.detach().clone() for k, v in heads.state_dict().items()}, out / f"heads_{RANK}.safetensors")
-    save_file(trainer.polyak_target.state_dict(), out / f"target_{RANK}.safetensors")
+    params = list(trainer.critic_module.parameters())
+    sharded = hasattr(params[0], "ds_id") and all(p.numel() == 0 for p in params)
+    with whole_parameters(params):
+        weights = {k: v.detach().clone() for k, v in trainer.critic_module.state_dict().items()}
+    name = "heads" if isinstance(trainer, MTPCriticTrainer) else "value_model"
+    save_file(weights, out / f"{name}_{RANK}.safetensors")
+    if isinstance(trainer, MTPCriticTrainer):
+        save_file(trainer.polyak_target.state_dict(), out / f"target_{RANK}.safetensors")
     if RANK == 0:
         log = {"history": trainer.state.log_history, "captured": finished, "sharded": sharded}
         (out / "log.json").write_text(json.dumps(log))
