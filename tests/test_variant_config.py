@@ -45,7 +45,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"advantage": "lambda_trace", "advantage_kwargs": {"style": "late"}}, "do not suit 'lambda_trace'"),
     ({"advantage": "kalman", "advantage_kwargs": {"measurement_var": "big"}}, "do not suit 'kalman'"),
-    ({"advantage": "max_likelihood", "overlong_shaping": True}, "overlong_shaping=True can make negative"),
+    ({"advantage": "max_likelihood", "overlong_shaping": True}, "max_likelihood. needs rewards of at least 0"),
     ({"advantage": "group_centered_rescaled", "reject_uniform": True}, "correct twice"),
     ({"advantage": "lambda_trace", "policy_loss": "gvpo"}, "gvpo' compares whole completions"),
     ({"policy_loss": "dppo", "policy_loss_kwargs": {"threshold": -1.0}}, "do not suit 'dppo'"),

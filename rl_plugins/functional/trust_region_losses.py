@@ -1,6 +1,6 @@
 """Policy losses per token that replace PPO's fixed clip of the ratio by another trust region.
 
-Reduce them with `masked_mean`. Advantages and old log-probabilities come under stop-gradient; the masks and bounds
+Average them with `aggregate`. Advantages and old log-probabilities come under stop-gradient; the masks and bounds
 that a loss derives from the data are constants in its gradient.
 """
 

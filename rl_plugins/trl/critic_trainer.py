@@ -28,7 +28,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
     output a value. One network, one completion per prompt, an advantage for every token.
 
     `L = L_policy + lambda_1 L_MTP + lambda_2 L_TD`, where `L_policy` is any TRL loss type, or any loss of
-    [`~rl_plugins.objectives.POLICY_LOSSES`], on the critic's advantages (see
+    [`~rl_plugins.objectives.POLICY_LOSSES`] but `gvpo`, on the critic's advantages (see
     [`~rl_plugins.objectives.critic_targets`] for the equations).
 
     Takes the arguments of [`~trl.GRPOTrainer`], with an [`MTPCriticConfig`] for `args`. With `use_critic=False` it is

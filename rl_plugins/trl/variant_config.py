@@ -138,10 +138,10 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
             )
         if self.advantage is not None:
             check_advantage(self.advantage, kwargs, self.num_generations or 1)
-        if self.advantage == "max_likelihood" and self.overlong_shaping:
+        if self.advantage in ("max_likelihood", "value_tracker") and self.overlong_shaping:
             raise ValueError(
-                "advantage='max_likelihood' divides by the mean reward, which overlong_shaping=True can make "
-                "negative. Set one or the other."
+                f"advantage={self.advantage!r} needs rewards of at least 0, and the penalty of overlong_shaping=True "
+                "is negative. Set one or the other."
             )
         if self.advantage == "group_centered_rescaled" and self.reject_uniform:
             raise ValueError(
