@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from rl_plugins.functional.value_tracking import forget_factor, initial_counts, tracker_update, tracker_value
+from rl_plugins.functional.value_tracking import (
+    forget_factor,
+    initial_counts,
+    policy_distance,
+    tracker_update,
+    tracker_value,
+)
 
 NAN = math.nan
 
@@ -95,3 +101,11 @@ def test_arguments_are_checked() -> None:
             initial_counts(torch.tensor([value]))
     with pytest.raises(ValueError, match="0 or more"):
         initial_counts(one, trials=-1)
+
+
+def test_policy_distance_by_hand() -> None:
+    then = torch.tensor([[-1.0, -2.0, float("nan")], [-1.0, float("inf"), 0.0]])
+    now = torch.tensor([[-1.5, -1.0, 0.0], [-1.0, 0.0, float("nan")]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    torch.testing.assert_close(policy_distance(then, now, mask), torch.tensor([0.75, 0.0]))
+    assert policy_distance(then, now, torch.zeros(2, 3)).tolist() == [0.0, 0.0]

@@ -23,7 +23,7 @@ from rl_plugins.modules.value_tracker import prompt_key
 from rl_plugins.objectives.group_advantages import ADVANTAGES, GROUPLESS, group_advantages
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
 from rl_plugins.trl import batches as batches_module
-from rl_plugins.trl import variant_trainer as module
+from rl_plugins.trl import sampling_trainer as module
 from rl_plugins.trl.presets import GRPO_PRESETS
 
 Make = Callable[..., GRPOVariantTrainer]

@@ -70,7 +70,13 @@ from rl_plugins.functional.sampling import informative_groups
 from rl_plugins.functional.traces import lambda_trace, trace_weights
 from rl_plugins.functional.trust_region_losses import bapo, bapo_bounds, cpgd, dppo
 from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
-from rl_plugins.functional.value_tracking import forget_factor, initial_counts, tracker_update, tracker_value
+from rl_plugins.functional.value_tracking import (
+    forget_factor,
+    initial_counts,
+    policy_distance,
+    tracker_update,
+    tracker_value,
+)
 
 __all__ = [
     "AGGREGATIONS",
@@ -127,6 +133,7 @@ __all__ = [
     "pass_at_k",
     "periodic_update",
     "polyak_update",
+    "policy_distance",
     "ppo_clip",
     "predicted_mask",
     "sapo",

@@ -1,7 +1,7 @@
 """Policy losses per token that hold back the tokens which lower the entropy most: those of high covariance.
 
 Cui et al., arXiv 2505.22617: to first order the entropy falls by the covariance of `ln pi` and the advantage, and a
-few tokens carry most of it. Reduce the losses with `masked_mean`. Which tokens are chosen is data, not differentiated.
+few tokens carry most of it. Average the losses with `aggregate`. Which tokens are chosen is data, not differentiated.
 """
 
 import torch

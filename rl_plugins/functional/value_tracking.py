@@ -8,7 +8,7 @@ batch. The paper's text was not at hand: formulas and numbers after the authors'
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.masking import upcast
+from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
 
 
 def tracker_value(alpha: Tensor, beta: Tensor) -> Tensor:
@@ -61,6 +61,22 @@ def tracker_update(alpha: Tensor, beta: Tensor, rewards: Tensor, forget: float |
         torch.where(scorable, rho * old_alpha + r, old_alpha),
         torch.where(scorable, rho * old_beta + (1 - r), old_beta),
     )
+
+
+def policy_distance(logps_then: Tensor, logps_now: Tensor, mask: Tensor) -> Tensor:
+    """How far the policy has moved on an answer: `D = 1/|y| sum_t |ln pi_then(y_t) - ln pi_now(y_t)|`.
+
+    The stand-in for the divergence of the two policies that the authors' code takes.
+
+    Args:
+        logps_then: log-probabilities of the answer's tokens when it was sampled `(N, T)`.
+        logps_now: under the policy of today `(N, T)`.
+        mask: real tokens `(N, T)`.
+
+    Returns:
+        `(N,)`, in nats, at least 0.
+    """
+    return masked_mean((zero_masked(logps_then, mask) - zero_masked(logps_now, mask)).abs(), mask, dim=1)
 
 
 def forget_factor(kl: Tensor, *, half_life: float = 0.06, low: float = 0.875, high: float = 0.96) -> Tensor:

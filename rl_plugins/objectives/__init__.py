@@ -12,7 +12,13 @@ from rl_plugins.objectives.critic import (
     value_loss,
     value_losses,
 )
-from rl_plugins.objectives.group_advantages import ADVANTAGES, advantage_options, group_advantages
+from rl_plugins.objectives.group_advantages import (
+    ADVANTAGES,
+    advantage_options,
+    check_advantage,
+    group_advantages,
+    penalised_returns,
+)
 from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss, clip_shares, policy_loss
 
 __all__ = [
@@ -23,10 +29,12 @@ __all__ = [
     "CriticTargets",
     "PolicyLoss",
     "advantage_options",
+    "check_advantage",
     "clip_shares",
     "critic_targets",
     "group_advantages",
     "initial_values",
+    "penalised_returns",
     "policy_loss",
     "rollout_metrics",
     "scale_advantages",

@@ -20,6 +20,8 @@ from rl_plugins.functional.group_advantages import (
     pass_at_k,
 )
 from rl_plugins.functional.group_losses import gpg_scale
+from rl_plugins.functional.returns import discounted_returns
+from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
 from rl_plugins.functional.traces import lambda_trace
 from rl_plugins.functional.value_tracking import forget_factor, tracker_update
 
@@ -79,6 +81,26 @@ def advantage_options(name: str) -> list[str]:
 
 def _keywords(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+@torch.no_grad()
+def penalised_returns(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    """REINFORCE++: what is left at each token of the score and the KL penalties.
+
+    `R_t = r - beta sum_{i>=t} (ln pi - ln pi_ref)(y_i|s_i)` (2501.03262).
+
+    Args:
+        scores: `r` (B,), NaN where the mask of the row is empty.
+        logps: `ln pi` of the policy that sampled (B, T).
+        ref_logps: Under the reference (B, T).
+        mask: Real tokens of completions with a score (B, T).
+        beta: Coefficient of the KL penalty.
+
+    Returns:
+        (B, T), 0 at masked positions.
+    """
+    rewards = terminal_rewards(scores.nan_to_num(0.0), mask)
+    return discounted_returns(kl_shaped_rewards(rewards, logps, ref_logps, mask, beta=beta), mask, gamma=1.0)
 
 
 def check_advantage(name: str, options: Mapping[str, Any], group_size: int) -> None:

@@ -2,14 +2,17 @@
 
 Every run is a fresh process, forked after the slow imports, so that a run may be killed and a list of runs costs
 little more than one. A run leaves in its directory: `log.json` (history and what was captured) and, per rank,
-`target_<rank>.safetensors` and `heads_<rank>.safetensors` (MTP critic) or `value_model_<rank>.safetensors` (PPO); if
-it fails, `error_<rank>.txt` instead.
+`target_<rank>.safetensors` and `heads_<rank>.safetensors` (MTP critic), `value_model_<rank>.safetensors` (PPO) or
+`policy_<rank>.safetensors`, `batches_<rank>.json`, `tracker_<rank>.json` and `replay_<rank>.pt` (GRPO variants, the
+last two where there is one); if it fails, `error_<rank>.txt` instead.
 
 A run is a dictionary:
     out: directory of the run, also the trainer's `output_dir`
     model: directory with model and tokenizer
     port: free port for this run's rendezvous
-    trainer: `mtp` (the default) or `ppo`
+    trainer: `mtp` (the default), `ppo` or `variant`
+    reward: name of the reward, of `REWARDS`; `odd` by default
+    prompts: size of the dataset, 64 by default
     args: options of its config (`deepspeed` among them)
     loaded: whether the trainer gets the model itself: `before` the config is made, or `after`
     lora: whether to train a LoRA adapter
@@ -41,7 +44,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rl_plugins.generation.value_capture import ValueRecorder
-from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
+from rl_plugins.trl import (
+    GRPOVariantConfig,
+    GRPOVariantTrainer,
+    MTPCriticConfig,
+    MTPCriticTrainer,
+    PPOConfig,
+    PPOTrainer,
+)
 from rl_plugins.trl.critic_module import whole_parameters
 
 Run = dict[str, Any]
@@ -59,11 +69,6 @@ DEFAULTS = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "mtp": (MTPCriticTrainer, MTPCriticConfig, {"head_learning_rate": 1e-2}),
-    "ppo": (PPOTrainer, PPOConfig, {"value_learning_rate": 1e-2}),
-}
-
 finished: list[bool] = []
 """Of every finished recorder: whether it had the values of the whole completion."""
 
@@ -96,6 +101,59 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c in "13579" for c in text) / max(len(text), 1) for text in completions]
 
 
+def spread(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """In [0, 1), different for nearly any two completions."""
+    return [sum((k + 1) * (i + 3) ** 2 for k, i in enumerate(ids)) % 97 / 97 for ids in completion_ids]
+
+
+def thirds(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """As `spread`, but for every third prompt all completions get the same."""
+    rewards = spread(completion_ids)
+    return [0.5 if int(p.split("+")[0]) % 3 == 0 else r for p, r in zip(prompts, rewards, strict=True)]
+
+
+REWARDS: dict[str, Any] = {"odd": reward, "spread": spread, "thirds": thirds}
+
+
+class SteadyVariantTrainer(GRPOVariantTrainer):
+    """Under greedy decoding its completions depend on prompt, weights and place in the group alone, so that they are
+    those of one process and differ within a group all the same. Notes every batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches: list[dict[str, Any]] = []
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        completions, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        first = self.accelerator.process_index * len(prompt_ids)
+        return [twisted(ids, (first + i) % self.num_generations) for i, ids in enumerate(completions)], logps
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        batch = super()._generate_and_score_completions(inputs)
+        prompts, ids = (
+            [row[mask.bool()].tolist() for row, mask in zip(batch[f"{x}_ids"], batch[f"{x}_mask"], strict=True)]
+            for x in ("prompt", "completion")
+        )
+        texts = self.processing_class.batch_decode(prompts)
+        note = {"prompts": texts, "rewards": self.reward_funcs[0](prompts=texts, completion_ids=ids)}
+        counts = {"items": int(batch["num_items_in_batch"]), "tokens": int(self._loss_mask(batch).sum())}
+        self.batches.append({**note, **counts})
+        return batch
+
+
+def twisted(ids: list[int], place: int) -> list[int]:
+    """Other characters, and fewer of them, for each place but 0; the end stays the end."""
+    moved = [i if i == 1 else 2 + (i - 2 + place * (k + 1)) % 14 for k, i in enumerate(ids)]
+    return moved[: max(1, len(ids) - place)]
+
+
+TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mtp": (MTPCriticTrainer, MTPCriticConfig, {"head_learning_rate": 1e-2}),
+    "ppo": (PPOTrainer, PPOConfig, {"value_learning_rate": 1e-2}),
+    "variant": (SteadyVariantTrainer, GRPOVariantConfig, {}),
+}
+
+
 def load(run: Run) -> Any:
     """The policy as an object."""
     return AutoModelForCausalLM.from_pretrained(run["model"], dtype="float32")
@@ -120,9 +178,9 @@ def train(run: Run) -> None:
     torch.manual_seed(0)
     trainer = trainer_class(
         model,
-        reward,
+        REWARDS[run.get("reward", "odd")],
         args,
-        Dataset.from_dict({"prompt": [f"{i}+{7 * i}=" for i in range(64)]}),
+        Dataset.from_dict({"prompt": [f"{i}+{7 * i}=" for i in range(run.get("prompts", 64))]}),
         processing_class=AutoTokenizer.from_pretrained(run["model"]),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if run.get("lora") else None,
         callbacks=[KillAt(run["kill_at"])] if run.get("kill_at") else None,
@@ -138,14 +196,23 @@ def train(run: Run) -> None:
 
 def write_results(trainer: Any, out: Path) -> None:
     """What the tests compare."""
-    params = list(trainer.critic_module.parameters())
+    if isinstance(trainer, SteadyVariantTrainer):
+        name, named = "policy", dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    else:
+        name = "heads" if isinstance(trainer, MTPCriticTrainer) else "value_model"
+        named = dict(trainer.critic_module.named_parameters())
+    params = list(named.values())
     sharded = hasattr(params[0], "ds_id") and all(p.numel() == 0 for p in params)
     with whole_parameters(params):
-        weights = {k: v.detach().clone() for k, v in trainer.critic_module.state_dict().items()}
-    name = "heads" if isinstance(trainer, MTPCriticTrainer) else "value_model"
-    save_file(weights, out / f"{name}_{RANK}.safetensors")
+        save_file({key: p.detach().clone() for key, p in named.items()}, out / f"{name}_{RANK}.safetensors")
     if isinstance(trainer, MTPCriticTrainer):
         save_file(trainer.polyak_target.state_dict(), out / f"target_{RANK}.safetensors")
+    if isinstance(trainer, SteadyVariantTrainer):
+        (out / f"batches_{RANK}.json").write_text(json.dumps(trainer.batches))
+        if trainer.value_tracker is not None:
+            trainer.value_tracker.save(out / f"tracker_{RANK}.json")
+        if trainer.replay_buffer is not None:
+            torch.save(trainer.replay_buffer.state_dict(), out / f"replay_{RANK}.pt")
     if RANK == 0:
         log = {"history": trainer.state.log_history, "captured": finished, "sharded": sharded}
         (out / "log.json").write_text(json.dumps(log))

@@ -1,0 +1,254 @@
+"""GRPO variants on two gloo ranks equal one process under DDP, ZeRO-2 and ZeRO-3, and a killed run goes on unharmed."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.slow
+
+
+def sibling(name: str) -> Any:
+    """Another test file, for its helpers."""
+    spec = importlib.util.spec_from_file_location(f"helpers_of_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+distributed = sibling("test_distributed")
+zero, largest_gap = distributed.zero, distributed.largest_gap
+STEPS, CHECKPOINT, KILL_AT = distributed.STEPS, distributed.CHECKPOINT, distributed.KILL_AT
+
+GROUP, ROWS = 4, 8  # completions of a prompt, and of a rank
+BACKENDS: dict[str, dict[str, Any]] = {"ddp": {}, "zero2": {"deepspeed": zero(2)}, "zero3": {"deepspeed": zero(3)}}
+# Not Adam, which hides the scale of gradients and makes steps of rounding errors; no clipping, which hides it too.
+GREEDY: dict[str, Any] = {
+    "max_steps": 4,
+    "num_generations": GROUP,
+    "generation_kwargs": {"do_sample": False},
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "max_grad_norm": 1e4,
+}
+TWICE = {"num_iterations": 2}  # the second pass over a batch is off-policy
+UNEVEN = {"batch": 6}  # 3 groups of 4 on two ranks
+# By what is trained the same on one process and on two: `batch` is a rank's, `reward` and `prompts` the worker's.
+CASES: dict[str, dict[str, Any]] = {
+    "dapo": {"preset": "dapo"},
+    "reject_uniform": {"advantage": "group_normalized", "reject_uniform": True, "reward": "thirds", **UNEVEN},
+    "tracker": {
+        "preset": "spo", "advantage_kwargs": {"half_life": 0.06, "low": 0.5, "high": 1.0}, "num_generations": 2,
+        "batch": 5, "prompts": 10,
+    },
+    "gvpo": {"preset": "gvpo", **TWICE},
+    "gpg": {"preset": "gpg", "reward": "thirds", **UNEVEN},
+    "reinforce++": {"preset": "reinforce++", "num_generations": 1, "beta": 0.1},
+    "batch_scaled": {"preset": "cispo", **TWICE, **UNEVEN},
+    "bapo": {"preset": "bapo", **TWICE, "max_steps": 6},
+    "clip_cov": {"preset": "clip_cov", "policy_loss_kwargs": {"ratio": 0.0}, **TWICE},
+}  # fmt: skip
+# Each rank draws or keeps its own groups: no one process does the same.
+OWN_DRAWS: dict[str, dict[str, Any]] = {
+    "redraw": {"preset": "dapo", "reward": "thirds", "max_draws": 20},
+    "replay": {"advantage": "group_normalized", "replay_buffer_size": 4, "reward": "thirds"},
+}
+# Kills between two slices of a generation batch.
+SLICED = {"num_generations": GROUP, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
+RESUMED: dict[str, dict[str, Any]] = {
+    "replay_resumed": {**SLICED, "preset": "dapo", "max_draws": 1, "replay_buffer_size": 4, "reward": "thirds"},
+    "tracker_resumed": {**SLICED, **CASES["tracker"]},
+}
+
+
+class Workplace(distributed.Workplace):  # type: ignore[misc]
+    """Runs of `GRPOVariantTrainer`."""
+
+    def run(self, name: str, model: str = "tied", batch: int = ROWS, **options: Any) -> dict[str, Any]:
+        worker = {"reward": options.pop("reward", "spread"), "prompts": options.pop("prompts", 64)}
+        return {**super().run(name, model, batch, **options), "trainer": "variant", **worker}
+
+    def batches(self, name: str) -> list[list[dict[str, Any]]]:
+        """What each rank noted of its batches."""
+        self.log(name)
+        return [json.loads((self.root / name / f"batches_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Workplace:
+    place = Workplace(tmp_path_factory.mktemp("variants"))
+    # Weights large enough that greedy completions differ in length and in reward.
+    tiny_model(initializer_range=0.2).save_pretrained(place.root / "tied")
+    tokenizer.save_pretrained(place.root / "tied")
+    return place
+
+
+@pytest.fixture(scope="module")
+def one(place: Workplace) -> Workplace:
+    """All runs of one process."""
+    runs = []
+    for name, case in CASES.items():
+        runs.append(place.run(f"{name}_one", **{**GREEDY, **case, "batch": 2 * case.get("batch", ROWS)}))
+    place.start(runs, ranks=1)
+    return place
+
+
+@pytest.fixture(scope="module")
+def two(one: Workplace) -> Workplace:
+    """All runs of two ranks."""
+    runs = [
+        one.run(f"{name}_{backend}", **{**GREEDY, **case, **options})
+        for backend, options in BACKENDS.items()
+        for name, case in {**CASES, **OWN_DRAWS}.items()
+    ]
+    for name, options in RESUMED.items():
+        runs += one.resumed(name, **{"batch": ROWS, **options, "deepspeed": zero(3)})
+    one.start(runs, ranks=2)
+    return one
+
+
+def assert_ranks_agree(place: Workplace, name: str) -> None:
+    """Both ranks have the same weights, which are not those of the start, on the backend that the name says."""
+    first, second = (place.tensors(name, "policy", rank) for rank in (0, 1))
+    start = AutoModelForCausalLM.from_pretrained(place.root / "tied").state_dict()
+    assert first.keys() == second.keys() <= start.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(not torch.equal(first[key], start[key]) for key in first)
+    assert place.log(name)["sharded"] == ("zero3" in name)
+
+
+def assert_items_are_counted(place: Workplace, name: str) -> None:
+    """Losses are averaged over the tokens of all ranks."""
+    for mine, other in zip(*place.batches(name), strict=True):
+        assert mine["items"] == other["items"] == mine["tokens"] + other["tokens"] > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+class TestTwoRanksEqualOneProcess:
+    def test_metrics(self, two: Workplace, case: str, backend: str) -> None:
+        mine, other = two.history(f"{case}_{backend}"), two.history(f"{case}_one")
+        assert len(mine) == {**GREEDY, **CASES[case]}["max_steps"]
+        assert len({entry["grad_norm"] for entry in mine}) > 1 and all(entry["grad_norm"] > 0 for entry in mine)
+        names = ("loss", "reward", "kl", "clip_ratio/", "sampling/", "value_tracker/", "completions/")
+        gaps = {name: largest_gap(mine, other, name) for name in names}
+        norms = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(mine, other, strict=True))
+        print(case, backend, "norms", norms, gaps)
+        assert max(gaps.values()) < 1e-5 and norms < 1e-4
+
+    def test_weights(self, two: Workplace, case: str, backend: str) -> None:
+        name = f"{case}_{backend}"
+        assert_ranks_agree(two, name)
+        assert_items_are_counted(two, name)
+        expected, found = two.tensors(f"{case}_one", "policy"), two.tensors(name, "policy")
+        print(name, "weights", max((found[key] - expected[key]).abs().max().item() for key in expected))
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestOwnDraws:
+    def check(self, place: Workplace, name: str) -> None:
+        assert_ranks_agree(place, name)
+        assert_items_are_counted(place, name)
+        for batch in [batch for rank in place.batches(name) for batch in rank]:
+            assert len(batch["prompts"]) == ROWS
+            for i in range(0, ROWS, GROUP):
+                assert len(set(batch["prompts"][i : i + GROUP])) == 1  # a whole group
+
+    @staticmethod
+    def informative(batch: dict[str, Any]) -> list[bool]:
+        return [len(set(batch["rewards"][i : i + GROUP])) > 1 for i in range(0, ROWS, GROUP)]
+
+    def test_every_group_teaches_something(self, two: Workplace, backend: str) -> None:
+        self.check(two, f"redraw_{backend}")
+        first, second = two.batches(f"redraw_{backend}")
+        assert all(all(self.informative(batch)) for batch in first + second)
+        history = two.history(f"redraw_{backend}")
+        assert sum(entry["sampling/draws"] for entry in history) > 0
+        assert all(entry["sampling/unfilled_groups"] == 0 for entry in history)
+        assert [batch["prompts"] for batch in first] != [batch["prompts"] for batch in second]
+
+    def test_groups_are_replayed(self, two: Workplace, backend: str) -> None:
+        self.check(two, f"replay_{backend}")
+        history = two.history(f"replay_{backend}")
+        assert sum(entry["sampling/replayed_groups"] for entry in history) > 0
+        for i, entry in enumerate(history):
+            groups = [informs for rank in two.batches(f"replay_{backend}") for informs in self.informative(rank[i])]
+            assert groups.count(False) == entry["sampling/unfilled_groups"]
+        for rank, batches in enumerate(two.batches(f"replay_{backend}")):
+            state = torch.load(two.root / f"replay_{backend}" / f"replay_{rank}.pt", weights_only=True)
+            assert 0 < len(state["groups"]) <= 4
+            assert all(step <= len(batches) for _, _, step in state["groups"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestWhatACaseIsAbout:
+    """Runs exercise what they are named after."""
+
+    def test_uniform_groups_are_rejected(self, two: Workplace, backend: str) -> None:
+        for case in ("reject_uniform", "gpg"):
+            for rank in two.batches(f"{case}_{backend}"):
+                assert any(prompt.split("+")[0] in ("0", "3", "6", "9") or True for prompt in rank[0]["prompts"])
+        history = two.history(f"reject_uniform_{backend}")
+        assert 0 < sum(entry["sampling/unfilled_groups"] for entry in history) < 3 * len(history)
+        first, second = two.batches(f"reject_uniform_{backend}")
+        assert any(a["prompts"][-1] == b["prompts"][0] for a, b in zip(first, second, strict=True))  # cut in two
+
+    def test_full_batches_are_not_redrawn(self, two: Workplace, backend: str) -> None:
+        history = two.history(f"dapo_{backend}")
+        assert [entry["sampling/draws"] for entry in history] == [0.0] * len(history)
+
+    def test_tracker(self, two: Workplace, backend: str) -> None:
+        two.log(f"tracker_{backend}")
+        first, second = (
+            json.loads((two.root / f"tracker_{backend}" / f"tracker_{r}.json").read_text()) for r in (0, 1)
+        )
+        expected = json.loads((two.root / "tracker_one" / "tracker_0.json").read_text())
+        assert first == second and first.keys() == expected.keys() and len(first) == 10
+        gap = max(abs(a - b) for key in expected for a, b in zip(first[key], expected[key], strict=True))
+        print("tracker", backend, gap)
+        assert gap < 1e-5
+        forget = [entry["value_tracker/forget_mean"] for entry in two.history(f"tracker_{backend}")[1:]]
+        assert all(0.5 < rho < 1.0 for rho in forget)
+
+    def test_kl_in_the_reward(self, two: Workplace, backend: str) -> None:
+        assert any(abs(entry["kl"]) > 1e-4 for entry in two.history(f"reinforce++_{backend}"))
+
+    @pytest.mark.parametrize("case", ["bapo", "batch_scaled"])
+    def test_second_passes_are_clipped(self, two: Workplace, case: str, backend: str) -> None:
+        assert any(entry["clip_ratio/region_mean"] > 0 for entry in two.history(f"{case}_{backend}"))
+
+    def test_clip_cov_cuts_nothing(self, two: Workplace, backend: str) -> None:
+        assert all(entry["clip_ratio/region_mean"] == 0 for entry in two.history(f"clip_cov_{backend}"))
+
+
+def load(place: Workplace, name: str, rank: int) -> Any:
+    """Replay buffer of a finished run."""
+    return torch.load(place.root / name / f"replay_{rank}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+class TestResume:
+    def test_as_if_nothing_had_happened(self, two: Workplace, name: str) -> None:
+        killed = two.root / f"{name}_killed"
+        assert not (killed / "log.json").exists() and not list(killed.glob("error_*"))
+        for rank in (0, 1):
+            state = torch.load(killed / f"checkpoint-{CHECKPOINT}" / f"rollout_{rank}.pt", weights_only=True)
+            assert state["step"] == CHECKPOINT and len(state["buffered_inputs"]) == 2  # between two slices
+        whole, resumed = two.history(f"{name}_whole"), two.history(f"{name}_resumed")
+        assert len(whole) == STEPS > KILL_AT
+        assert resumed == whole
+        assert_ranks_agree_on_resumed = [two.tensors(f"{name}_{end}", "policy", 0) for end in ("whole", "resumed")]
+        expected, found = assert_ranks_agree_on_resumed
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
