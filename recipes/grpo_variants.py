@@ -6,8 +6,8 @@ The task, the small model and its warm start are those of `recipes/mtp_critic.py
     python recipes/grpo_variants.py --preset dapo --output_dir outputs/dapo
     python recipes/grpo_variants.py --advantage max_likelihood --policy_loss gmpo --reject_uniform True
 
-    accelerate launch recipes/grpo_variants.py --preset gspo --model Qwen/Qwen3-0.6B --output_dir outputs/qwen3-gspo \\
-        --learning_rate 1e-6 --max_completion_length 512 --deepspeed recipes/launch/ds_zero2.json
+    RECIPE=grpo_variants recipes/launch/single_node.sh --preset gspo --model Qwen/Qwen3-0.6B \\
+        --output_dir outputs/qwen3-gspo --learning_rate 1e-6 --max_completion_length 512
 
 Writes the policy, `curves.png` and `summary.json`.
 """

@@ -5,8 +5,8 @@ The task, the small model and its warm start are those of `recipes/mtp_critic.py
 
     python recipes/ppo.py --output_dir outputs/ppo
 
-    accelerate launch recipes/ppo.py --model Qwen/Qwen3-0.6B --output_dir outputs/qwen3-ppo --learning_rate 1e-6 \\
-        --max_completion_length 512 --deepspeed recipes/launch/ds_zero2.json
+    RECIPE=ppo recipes/launch/single_node.sh --model Qwen/Qwen3-0.6B --output_dir outputs/qwen3-ppo \\
+        --learning_rate 1e-6 --max_completion_length 512
 
 Writes the policy, the value model (`value_model/`), `curves.png`, `token_values.html` and `summary.json`.
 """

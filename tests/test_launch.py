@@ -18,12 +18,13 @@ CONFIGS = sorted(path.stem for path in LAUNCH.glob("*.json"))
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 
-def called_with(script: Path, folder: Path, *arguments: str) -> list[str]:
+def called_with(script: Path, folder: Path, *arguments: str, **variables: str) -> list[str]:
     """What `script` passes to torchrun, and in which directory (last)."""
     fake = folder / "torchrun"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$PWD"\n')
     fake.chmod(0o755)
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "NODES": "2", "HEAD_NODE": "node0", "GPUS": "2"}
+    env |= variables
     done = subprocess.run([script, *arguments], env=env, capture_output=True, text=True, check=True, cwd=folder)
     return done.stdout.splitlines()
 
@@ -41,10 +42,17 @@ def test_script_gives_torchrun_what_it_accepts(script: Path, tmp_path: Path) -> 
     assert option == "--deepspeed" and (ROOT / config).is_file()
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_another_recipe(script: Path, tmp_path: Path) -> None:
+    *arguments, _ = called_with(script, tmp_path, RECIPE="grpo_variants")
+    assert get_args_parser().parse_args(arguments).training_script == "recipes/grpo_variants.py"
+
+
 @pytest.mark.slow
-def test_recipe_has_the_options_that_are_named() -> None:
+@pytest.mark.parametrize("recipe", ["mtp_critic", "grpo_variants", "ppo"])
+def test_recipe_has_the_options_that_are_named(recipe: str) -> None:
     done = subprocess.run(
-        [sys.executable, "recipes/mtp_critic.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, f"recipes/{recipe}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for option in ("--deepspeed", "--model", "--output_dir", "--resume_from_checkpoint"):
         assert f"{option} " in done.stdout

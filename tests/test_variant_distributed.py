@@ -1,4 +1,4 @@
-"""GRPO variants on two gloo ranks equal one process under DDP, ZeRO-2 and ZeRO-3, and a killed run goes on unharmed."""
+"""GRPO variants on two gloo ranks equal one process under DDP and ZeRO-2/3, and a killed run goes on unharmed."""
 
 import importlib.util
 import json
@@ -23,6 +23,7 @@ def sibling(name: str) -> Any:
 
 
 distributed = sibling("test_distributed")
+Base: Any = distributed.Workplace
 zero, largest_gap = distributed.zero, distributed.largest_gap
 STEPS, CHECKPOINT, KILL_AT = distributed.STEPS, distributed.CHECKPOINT, distributed.KILL_AT
 
@@ -30,44 +31,50 @@ GROUP, ROWS = 4, 8  # completions of a prompt, and of a rank
 BACKENDS: dict[str, dict[str, Any]] = {"ddp": {}, "zero2": {"deepspeed": zero(2)}, "zero3": {"deepspeed": zero(3)}}
 # Not Adam, which hides the scale of gradients and makes steps of rounding errors; no clipping, which hides it too.
 GREEDY: dict[str, Any] = {
-    "max_steps": 4,
+    "max_steps": 3,
     "num_generations": GROUP,
     "generation_kwargs": {"do_sample": False},
     "optim": "sgd",
     "learning_rate": 0.05,
     "max_grad_norm": 1e4,
 }
-TWICE = {"num_iterations": 2}  # the second pass over a batch is off-policy
+TWICE = {"num_iterations": 2, "max_steps": 4}  # the second pass over a batch is off-policy
 UNEVEN = {"batch": 6}  # 3 groups of 4 on two ranks
 # By what is trained the same on one process and on two: `batch` is a rank's, `reward` and `prompts` the worker's.
 CASES: dict[str, dict[str, Any]] = {
     "dapo": {"preset": "dapo"},
     "reject_uniform": {"advantage": "group_normalized", "reject_uniform": True, "reward": "thirds", **UNEVEN},
     "tracker": {
-        "preset": "spo", "advantage_kwargs": {"half_life": 0.06, "low": 0.5, "high": 1.0}, "num_generations": 2,
+        "preset": "spo", "advantage_kwargs": {"half_life": 1.0, "low": 0.1, "high": 1.0}, "num_generations": 2,
         "batch": 5, "prompts": 10,
     },
     "gvpo": {"preset": "gvpo", **TWICE},
     "gpg": {"preset": "gpg", "reward": "thirds", **UNEVEN},
     "reinforce++": {"preset": "reinforce++", "num_generations": 1, "beta": 0.1},
     "batch_scaled": {"preset": "cispo", **TWICE, **UNEVEN},
-    "bapo": {"preset": "bapo", **TWICE, "max_steps": 6},
+    # A share that both signs are near, so that the bounds of a rank by itself would be others.
+    "bapo": {"preset": "bapo", "policy_loss_kwargs": {"target_share": 0.5}, **TWICE},
     "clip_cov": {"preset": "clip_cov", "policy_loss_kwargs": {"ratio": 0.0}, **TWICE},
 }  # fmt: skip
 # Each rank draws or keeps its own groups: no one process does the same.
 OWN_DRAWS: dict[str, dict[str, Any]] = {
     "redraw": {"preset": "dapo", "reward": "thirds", "max_draws": 20},
-    "replay": {"advantage": "group_normalized", "replay_buffer_size": 4, "reward": "thirds"},
+    "replay": {"advantage": "group_normalized", "replay_buffer_size": 4, "reward": "thirds", "max_steps": 5},
 }
-# Kills between two slices of a generation batch.
+# Kills between two slices of a generation batch. Not shuffled where there is a second epoch: after resuming, the host
+# shuffles that one as if it were the first.
 SLICED = {"num_generations": GROUP, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
 RESUMED: dict[str, dict[str, Any]] = {
-    "replay_resumed": {**SLICED, "preset": "dapo", "max_draws": 1, "replay_buffer_size": 4, "reward": "thirds"},
-    "tracker_resumed": {**SLICED, **CASES["tracker"]},
-}
+    "replay_resumed": {
+        "preset": "dapo", "max_draws": 1, "replay_buffer_size": 4, "reward": "thirds", **SLICED, **BACKENDS["zero2"],
+    },
+    "tracker_resumed": {
+        **SLICED, **CASES["tracker"], "shuffle_dataset": False, **BACKENDS["zero3"],
+    },
+}  # fmt: skip
 
 
-class Workplace(distributed.Workplace):  # type: ignore[misc]
+class Workplace(Base):
     """Runs of `GRPOVariantTrainer`."""
 
     def run(self, name: str, model: str = "tied", batch: int = ROWS, **options: Any) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def two(one: Workplace) -> Workplace:
         for name, case in {**CASES, **OWN_DRAWS}.items()
     ]
     for name, options in RESUMED.items():
-        runs += one.resumed(name, **{"batch": ROWS, **options, "deepspeed": zero(3)})
+        runs += one.resumed(name, **{"batch": ROWS, **options})
     one.start(runs, ranks=2)
     return one
 
@@ -197,13 +204,17 @@ class TestWhatACaseIsAbout:
     """Runs exercise what they are named after."""
 
     def test_uniform_groups_are_rejected(self, two: Workplace, backend: str) -> None:
-        for case in ("reject_uniform", "gpg"):
-            for rank in two.batches(f"{case}_{backend}"):
-                assert any(prompt.split("+")[0] in ("0", "3", "6", "9") or True for prompt in rank[0]["prompts"])
         history = two.history(f"reject_uniform_{backend}")
-        assert 0 < sum(entry["sampling/unfilled_groups"] for entry in history) < 3 * len(history)
-        first, second = two.batches(f"reject_uniform_{backend}")
-        assert any(a["prompts"][-1] == b["prompts"][0] for a, b in zip(first, second, strict=True))  # cut in two
+        rejected = [entry["sampling/unfilled_groups"] for entry in history]
+        assert all(count < 3 for count in rejected) and sum(rejected) > 0
+
+    def test_groups_are_cut_across_ranks(self, two: Workplace, backend: str) -> None:
+        for case in ("gpg", "batch_scaled"):
+            for first, second in zip(*two.batches(f"{case}_{backend}"), strict=True):
+                assert len(first["prompts"]) == 6 and set(first["prompts"][4:]) == set(second["prompts"][:2])
+
+    def test_gpg_makes_up_for_uniform_groups(self, two: Workplace, backend: str) -> None:
+        assert any(0 < entry["frac_reward_zero_std"] < 1 for entry in two.history(f"gpg_{backend}"))
 
     def test_full_batches_are_not_redrawn(self, two: Workplace, backend: str) -> None:
         history = two.history(f"dapo_{backend}")
@@ -220,22 +231,27 @@ class TestWhatACaseIsAbout:
         print("tracker", backend, gap)
         assert gap < 1e-5
         forget = [entry["value_tracker/forget_mean"] for entry in two.history(f"tracker_{backend}")[1:]]
-        assert all(0.5 < rho < 1.0 for rho in forget)
+        assert len(forget) == 2 and all(0.1 < rho < 0.9 for rho in forget)
 
     def test_kl_in_the_reward(self, two: Workplace, backend: str) -> None:
         assert any(abs(entry["kl"]) > 1e-4 for entry in two.history(f"reinforce++_{backend}"))
 
-    @pytest.mark.parametrize("case", ["bapo", "batch_scaled"])
+    @pytest.mark.parametrize("case", ["bapo", "clip_cov"])
     def test_second_passes_are_clipped(self, two: Workplace, case: str, backend: str) -> None:
-        assert any(entry["clip_ratio/region_mean"] > 0 for entry in two.history(f"{case}_{backend}"))
-
-    def test_clip_cov_cuts_nothing(self, two: Workplace, backend: str) -> None:
-        assert all(entry["clip_ratio/region_mean"] == 0 for entry in two.history(f"clip_cov_{backend}"))
+        shares = [entry["clip_ratio/region_mean"] for entry in two.history(f"{case}_{backend}")]
+        assert shares[0::2] == [0.0, 0.0] and max(shares[1::2]) > 0
 
 
-def load(place: Workplace, name: str, rank: int) -> Any:
-    """Replay buffer of a finished run."""
-    return torch.load(place.root / name / f"replay_{rank}.pt", weights_only=True)
+def kept(run: Path, rank: int) -> Any:
+    """What a finished run knew of earlier batches: tracker or replay buffer."""
+    tracker = run / f"tracker_{rank}.json"
+    if tracker.exists():
+        counts = json.loads(tracker.read_text())
+        assert len(counts) == 10
+        return counts
+    state = torch.load(run / f"replay_{rank}.pt", weights_only=True)
+    assert len(state["groups"]) > 0
+    return state
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -249,6 +265,8 @@ class TestResume:
         whole, resumed = two.history(f"{name}_whole"), two.history(f"{name}_resumed")
         assert len(whole) == STEPS > KILL_AT
         assert resumed == whole
-        assert_ranks_agree_on_resumed = [two.tensors(f"{name}_{end}", "policy", 0) for end in ("whole", "resumed")]
-        expected, found = assert_ranks_agree_on_resumed
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        for rank in (0, 1):
+            expected, found = (two.tensors(f"{name}_{end}", "policy", rank) for end in ("whole", "resumed"))
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+            expected, found = (kept(two.root / f"{name}_{end}", rank) for end in ("whole", "resumed"))
+            torch.testing.assert_close(found, expected, atol=0.0, rtol=0.0)

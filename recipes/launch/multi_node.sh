@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 torchrun --nnodes "$NODES" --nproc_per_node "${GPUS:-gpu}" --rdzv_backend c10d --rdzv_id "${RUN_ID:-mtp-critic}" \
-    --rdzv_endpoint "$HEAD_NODE:${PORT:-29500}" recipes/mtp_critic.py --deepspeed recipes/launch/ds_zero3.json "$@"
+    --rdzv_endpoint "$HEAD_NODE:${PORT:-29500}" "recipes/${RECIPE:-mtp_critic}.py" --deepspeed recipes/launch/ds_zero3.json "$@"

@@ -21,6 +21,7 @@ A run is a dictionary:
     save: directory for `save_model` after training
 """
 
+import gc
 import json
 import os
 import signal
@@ -142,9 +143,9 @@ class SteadyVariantTrainer(GRPOVariantTrainer):
 
 
 def twisted(ids: list[int], place: int) -> list[int]:
-    """Other characters, and fewer of them, for each place but 0; the end stays the end."""
-    moved = [i if i == 1 else 2 + (i - 2 + place * (k + 1)) % 14 for k, i in enumerate(ids)]
-    return moved[: max(1, len(ids) - place)]
+    """Other characters, and fewer of them, for each place but 0."""
+    moved = [2 + (i - 2 + place * (k + 1)) % 14 for k, i in enumerate(ids)]
+    return moved[: max(1, len(ids) - place)] if place else ids
 
 
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -239,5 +240,9 @@ def in_child(run: Run) -> int:
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for run in json.loads(Path(sys.argv[1]).read_text()):
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    # What every run would do again: fill the caches of transformers, walk through all that was imported.
+    load(runs[0])
+    gc.freeze()
+    for run in runs:
         print(run["out"], "ended with status", in_child(run), flush=True)
