@@ -99,7 +99,7 @@ def assert_equal_to_trl(trainer: GRPOVariantTrainer, name: str, batch: dict[str,
     theirs, gradient = loss_and_gradient(trainer, lambda *a: GRPOTrainer._compute_loss(trainer, *a), batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     for mine, other in zip(our_gradient, gradient, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
     assert any(g.abs().max() > 1e-3 for g in gradient)
     for key, values in trainer._metrics["train"].items():
         if key.startswith(("kl", "entropy", "policy_loss", "aux_loss")):

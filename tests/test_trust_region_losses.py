@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional import ppo_clip, vanilla
-from rl_plugins.functional.trust_region_losses import bapo, bapo_bounds, clipped_objective, cpgd, dppo
+from rl_plugins.functional.ratios import clipped_objective
+from rl_plugins.functional.trust_region_losses import bapo, bapo_bounds, cpgd, dppo
 
 LOSSES = {
     "dppo_tv": dppo,

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import masked_mean, zero_masked
-from rl_plugins.functional.ratios import check_widths, policy_inputs
-from rl_plugins.functional.trust_region_losses import check_shares, clipped_objective
+from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, policy_inputs
 
 
 def token_covariance(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

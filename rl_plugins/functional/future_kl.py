@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.ratios import check_widths, policy_inputs
+from rl_plugins.functional.ratios import check_widths, clipped_objective, policy_inputs
 from rl_plugins.functional.returns import discounted_returns
-from rl_plugins.functional.trust_region_losses import clipped_objective
 
 
 def fipo(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import upcast, zero_masked
-from rl_plugins.functional.ratios import check_widths, log_importance_weights, policy_inputs
+from rl_plugins.functional.ratios import check_widths, clipped_objective, log_importance_weights, policy_inputs
 
 # VESPO: the limits of the authors' code, which TRL took over: no log weight beyond 20, no weight below 1e-8.
 _LOG_LIMIT = 20.0
@@ -80,7 +80,7 @@ def ppo_clip(
     check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta or 0.0)
     log_ratio, _, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
     ratio = torch.exp(log_importance_weights(log_ratio, mask, level))
-    return _clipped_surrogate(ratio, advantages, epsilon_low, epsilon_high, delta)
+    return -clipped_objective(ratio, advantages, 1 - epsilon_low, 1 + epsilon_high, cap=delta)
 
 
 def gspo_token(
@@ -117,7 +117,7 @@ def gspo_token(
     log_ratio, logps, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
     sequence = log_importance_weights(log_ratio.detach(), mask, "sequence")
     ratio = torch.exp(sequence + (logps - logps.detach()))
-    return _clipped_surrogate(ratio, advantages, epsilon_low, epsilon_high)
+    return -clipped_objective(ratio, advantages, 1 - epsilon_low, 1 + epsilon_high)
 
 
 def gmpo(
@@ -294,13 +294,3 @@ def _gamma_weight(log_weight: Tensor, k: float, rate: float) -> Tensor:
     rate = max(rate, 1e-4)
     phi = torch.exp(rate + k * log_weight - rate * log_weight.exp())
     return phi.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None = None
-) -> Tensor:
-    """`-min(min(rho, delta) A, clip(rho, 1 - eps_low, 1 + eps_high) A)`."""
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    if delta is not None:
-        ratio = ratio.clamp(max=delta)
-    return -torch.minimum(ratio * advantages, clipped * advantages)

@@ -67,3 +67,32 @@ def check_widths(**bounds: float) -> None:
     for name, value in bounds.items():
         if value < 0:
             raise ValueError(f"{name}={value}: give a width, not a negative number.")
+
+
+def clipped_objective(
+    x: Tensor, advantages: Tensor, low: float | Tensor, high: float | Tensor, *, cap: float | None = None
+) -> Tensor:
+    """PPO's pessimistic objective `min(min(x, cap) A, clip(x, low, high) A)`, to be maximised.
+
+    Args:
+        x: ratios or log-ratios `(B, T)`.
+        advantages: `A_t (B, T)`.
+        low: lower bound of `x`, a float or 0-d.
+        high: upper bound of `x`, of the same kind.
+        cap: bound on `x` where it is not clipped; `None` for no bound.
+
+    Returns:
+        `(B, T)`.
+    """
+    # mypy knows no overload for a union of both kinds.
+    clipped = torch.clamp(x, low, high)  # type: ignore[arg-type]
+    if cap is not None:
+        x = x.clamp(max=cap)
+    return torch.minimum(x * advantages, clipped * advantages)
+
+
+def check_shares(**shares: float) -> None:
+    """Raise ValueError for the first share outside `[0, 1]`."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: give a share in [0, 1].")

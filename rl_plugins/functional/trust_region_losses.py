@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import Reduce
-from rl_plugins.functional.ratios import check_widths, policy_inputs
+from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, policy_inputs
 
 DPPO_THRESHOLDS = {"tv": 0.15, "kl": 0.05}
 """The thresholds of the DPPO paper's stability runs (appendix C.1), by divergence."""
@@ -199,30 +199,6 @@ def cpgd(
     # The weight is cut, not the penalty: a ratio above c + 1 is still pulled back.
     drift = torch.expm1(log_ratio.detach()).clamp(max=drift_clip) * logps
     return drift_coef * drift - gain
-
-
-def clipped_objective(x: Tensor, advantages: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """PPO's pessimistic objective `min(x A, clip(x, low, high) A)`, to be maximised.
-
-    Args:
-        x: ratios or log-ratios `(B, T)`.
-        advantages: `A_t (B, T)`.
-        low: lower bound of `x`, a float or 0-d.
-        high: upper bound of `x`, of the same kind.
-
-    Returns:
-        `(B, T)`.
-    """
-    # mypy knows no overload for a union of both kinds.
-    clipped = torch.clamp(x, low, high)  # type: ignore[arg-type]
-    return torch.minimum(x * advantages, clipped * advantages)
-
-
-def check_shares(**shares: float) -> None:
-    """Raise ValueError for the first share outside `[0, 1]`."""
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value}: give a share in [0, 1].")
 
 
 def _binary_divergence(logps: Tensor, log_ratio: Tensor, divergence: str) -> Tensor:
