@@ -115,3 +115,42 @@ def test_every_policy_loss_is_timed() -> None:
     assert set(report) == set(POLICY_LOSSES)
     assert report["ppo_clip"]["ratio"] == 1.0
     assert all(figures["ms"] > 0 and figures["ratio"] > 0 for figures in report.values())
+
+
+def test_methods_are_compared_by_their_means(tmp_path: Path) -> None:
+    presets = load("presets")
+    runs = [
+        {"method": method, "seed": seed, "curve": [(0, 0.2), (10, final)], "million_tokens": 1.0, "minutes": minutes}
+        for method, seed, final, minutes in [("ppo", 1, 0.5, 2.0), ("ppo", 2, 0.3, 4.0), ("dapo", 1, 0.6, 1.0)]
+    ]
+    best, other = presets.summarise(runs)
+    assert (best["method"], best["after"]) == ("dapo", 0.6)
+    assert other == {
+        "method": "ppo",
+        "before": 0.2,
+        "after": 0.4,
+        "lowest": 0.3,
+        "highest": 0.5,
+        "million_tokens": 1.0,
+        "minutes": 3.0,
+    }
+    presets.draw(runs, [best, other], tmp_path / "presets.png")
+    assert (tmp_path / "presets.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_methods_start_from_one_warm_start_and_are_not_repeated(tmp_path: Path) -> None:
+    tiny = ["--warm_start_steps=2", "--max_steps=1", "--train_items=100", "--eval_items=8", "--hidden_size=32"]
+    tiny += ["--per_device_train_batch_size=8", "--per_device_eval_batch_size=8", "--steps_per_generation=1"]
+    tiny += ["--max_completion_length=6", "--eval_steps=1", "--use_cpu=True", "--bf16=False"]
+    command = [sys.executable, str(FOLDER / "presets.py"), "--methods", "vpg", "dr_grpo", f"--output_dir={tmp_path}"]
+    for _ in range(2):
+        done = subprocess.run([*command, *tiny], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        written = {path: path.stat().st_mtime for path in tmp_path.rglob("summary.json")}
+    assert {path.parent.name for path in written} == {"vpg_42", "dr_grpo_42"}
+    assert (tmp_path / "warm_start_42" / "config.json").is_file()
+    first = min(path.stat().st_mtime for path in tmp_path.rglob("presets.json"))
+    assert all(time < first for time in written.values()), "the second call has only read them"
+    rows = json.loads((tmp_path / "presets.json").read_text())["rows"]
+    assert len({row["before"] for row in rows}) == 1, "both start from the same policy"

@@ -4,8 +4,8 @@
 
 A method is a preset of `GRPOVariantConfig`, or `mtp_critic`, `ppo` or `vpg`. Every run is one of the recipes with its
 own defaults, from the warm start of its seed; other options (`--max_steps 300`, `--use_cpu True`) go to all of them.
-Methods differ in how many completions they draw for a step (dynamic sampling draws more, PPO's epochs draw fewer) and
-in time, so both stand beside the accuracy. Runs that are done already are not repeated.
+Methods differ in time and in how many tokens (prompts and completions) they need for a step: dynamic sampling draws
+more, PPO's epochs fewer. So both stand beside the accuracy. Runs that are done already are not repeated.
 
 Writes `presets.png`, `presets.json` and one folder per run.
 """
@@ -85,15 +85,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
     """Held-out accuracy over optimizer steps, mean over seeds, one line per method in the order of the table."""
+    colors = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, row in enumerate(rows):
         curves = [run["curve"] for run in runs if run["method"] == row["method"]]
         steps = [step for step, _ in curves[0]]
         means = [statistics.mean(curve[k][1] for curve in curves) for k in range(len(steps))]
         style = "-" if row["method"] in CRITICS else "--"
-        axes.plot(
-            steps, means, style, color=plt.get_cmap("tab20")(i % 20), label=f"{row['method']} {row['after']:.1%}"
-        )
+        axes.plot(steps, means, style, color=colors(i % 20), label=f"{row['method']} {row['after']:.1%}")
     axes.set(xlabel="optimizer step", ylabel="held-out accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
