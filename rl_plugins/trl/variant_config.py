@@ -102,6 +102,7 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
         if self.overlong_shaping and self.overlong_cache is None:
             self.overlong_cache = max(1, self.max_completion_length // 5)
         self._check_advantage()
+        self._check_combinations()
         self._check_sampling()
         self._check_whole_groups()
 
@@ -138,6 +139,8 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
             )
         if self.advantage is not None:
             check_advantage(self.advantage, kwargs, self.num_generations or 1)
+
+    def _check_combinations(self) -> None:
         if self.advantage in ("max_likelihood", "value_tracker") and self.overlong_shaping:
             raise ValueError(
                 f"advantage={self.advantage!r} needs rewards of at least 0, and the penalty of overlong_shaping=True "
