@@ -1,6 +1,7 @@
 """A critic's module: attached to the policy, trained by the same engine, saved beside it."""
 
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -37,25 +38,22 @@ class CriticModuleTrainer(PluginTrainer):
     """Name of the submodule in the policy."""
 
     @property
+    @abstractmethod
     def critic_module(self) -> nn.Module | None:
         """The submodule; `None` while there is none."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def critic_learning_rate(self) -> float | None:
         """Its learning rate; `None` for the policy's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _save_critic(self, directory: str, state_dict: dict[str, Tensor] | None) -> None:
         """Write it into `directory`, from the whole model's `state_dict` where the host gathered one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _load_critic(self, directory: str) -> None:
         """Read what `_save_critic` wrote."""
-        raise NotImplementedError
-
-    def _whole(self, params: Sequence[Tensor]) -> AbstractContextManager[None]:
-        return whole_parameters(params)
 
     # Loss
 

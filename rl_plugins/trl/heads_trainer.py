@@ -29,7 +29,7 @@ from rl_plugins.modules import (
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.serialization import HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME
 from rl_plugins.trl.callbacks import PolyakCallback
-from rl_plugins.trl.critic_module import CriticModuleTrainer
+from rl_plugins.trl.critic_module import CriticModuleTrainer, whole_parameters
 from rl_plugins.trl.host import require_tested_trl
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class MTPHeadsTrainer(CriticModuleTrainer):
         self._check_optimizer_can_split()
         self.mtp_heads = heads
         self._logit_divisor = logit_divisor(self.model.config) if args.mtp_loss_coef else 1.0
-        with self._whole(list(heads.parameters())):
+        with whole_parameters(list(heads.parameters())):
             self.polyak_target = PolyakTarget(heads, tau=args.target_tau, period=args.target_update_every)
         self.polyak_target.to(self.accelerator.device)
         self.add_callback(PolyakCallback(self._update_target))
@@ -130,7 +130,7 @@ class MTPHeadsTrainer(CriticModuleTrainer):
     def _update_target(self, step: int) -> None:
         assert self.mtp_heads is not None
         params = list(self.mtp_heads.parameters())
-        with self._whole(params):
+        with whole_parameters(params):
             self.polyak_target.update(params, step=step)
 
     def _lm_head(self) -> torch.nn.Module:

@@ -5,6 +5,7 @@ import random
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 
 from rl_plugins.functional.rewards import overlong_penalty
@@ -42,7 +43,7 @@ class SamplingTrainer(PolicyLossTrainer):
                 classes = classes if isinstance(classes, list) else [classes]
                 host_kwargs["reward_processing_classes"] = [*classes, None]
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
-        if args.dynamic_sampling and not hasattr(self.train_dataset, "__len__"):
+        if args.dynamic_sampling and isinstance(self.train_dataset, IterableDataset):
             raise TypeError(
                 "dynamic_sampling=True draws further prompts by index, but the training dataset is a stream. Give a "
                 "dataset with a length, or set dynamic_sampling=False."
