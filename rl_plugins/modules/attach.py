@@ -22,8 +22,19 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     return get_base_model()
 
 
-def _state_keys(heads: MTPHeads) -> set[str]:
-    return {f"{HEADS_ATTRIBUTE}.{key}" for key in heads.state_dict()}
+def add_submodule(base: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Make `module` a submodule of a model, so that optimizers and engines see it, without changing what
+    `save_pretrained` writes: stock `AutoModelForCausalLM` then reloads the policy without surprises."""
+    base.add_module(name, module)
+    keys = {f"{name}.{key}" for key in module.state_dict()}
+    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | keys
+
+
+def remove_submodule(base: PreTrainedModel, name: str) -> None:
+    """Undo [`add_submodule`]."""
+    keys = {key for key in base._keys_to_ignore_on_save or () if key.startswith(f"{name}.")}
+    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) - keys
+    delattr(base, name)
 
 
 def get_mtp_heads(model: nn.Module) -> MTPHeads | None:
@@ -82,9 +93,7 @@ def attach_mtp_heads(
             f"{hidden_size}. Attach new heads, or load the model that the heads were trained with."
         )
     heads.to(device=lm_head.weight.device, dtype=base.dtype)
-    base.add_module(HEADS_ATTRIBUTE, heads)
-    # save_pretrained drops these keys, so that stock AutoModelForCausalLM reloads the policy without surprises.
-    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | _state_keys(heads)
+    add_submodule(base, HEADS_ATTRIBUTE, heads)
     heads.trunk_hook = base.base_model.register_forward_hook(heads.on_trunk_forward)
     return heads
 
@@ -102,6 +111,5 @@ def detach_mtp_heads(model: nn.Module) -> MTPHeads:
     assert heads.trunk_hook is not None
     heads.trunk_hook.remove()
     heads.trunk_hook = None
-    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) - _state_keys(heads)
-    delattr(base, HEADS_ATTRIBUTE)
+    remove_submodule(base, HEADS_ATTRIBUTE)
     return heads

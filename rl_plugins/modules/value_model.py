@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
-from rl_plugins.modules.attach import base_model_of
+from rl_plugins.modules.attach import add_submodule, base_model_of, remove_submodule
 from rl_plugins.modules.heads import ValueHead
 
 CRITIC_ATTRIBUTE = "value_model"
@@ -165,8 +165,7 @@ def attach_value_model(policy: nn.Module, value_model: ValueModel) -> None:
         )
     value_model.requires_grad_(True)
     value_model.to(base.device)
-    base.add_module(CRITIC_ATTRIBUTE, value_model)
-    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) | _state_keys(value_model)
+    add_submodule(base, CRITIC_ATTRIBUTE, value_model)
     value_model.policy_hook = base.register_forward_pre_hook(value_model.on_policy_forward, with_kwargs=True)
 
 
@@ -183,10 +182,5 @@ def detach_value_model(policy: nn.Module) -> ValueModel:
     assert value_model.policy_hook is not None
     value_model.policy_hook.remove()
     value_model.policy_hook = None
-    base._keys_to_ignore_on_save = set(base._keys_to_ignore_on_save or ()) - _state_keys(value_model)
-    delattr(base, CRITIC_ATTRIBUTE)
+    remove_submodule(base, CRITIC_ATTRIBUTE)
     return value_model
-
-
-def _state_keys(value_model: ValueModel) -> set[str]:
-    return {f"{CRITIC_ATTRIBUTE}.{key}" for key in value_model.state_dict()}
