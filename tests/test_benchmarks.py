@@ -154,3 +154,11 @@ def test_methods_start_from_one_warm_start_and_are_not_repeated(tmp_path: Path) 
     assert all(time < first for time in written.values()), "the second call has only read them"
     rows = json.loads((tmp_path / "presets.json").read_text())["rows"]
     assert len({row["before"] for row in rows}) == 1, "both start from the same policy"
+
+
+def test_balance_losses_are_compared_on_the_same_routers() -> None:
+    report = load("routing_speed").measure(layers=2, tokens=64, experts=8, k=2, repeats=2)
+    assert set(report) == {"no mask", "mask"}
+    for figures in report.values():
+        assert figures["value_difference"] < 1e-6 and figures["gradient_difference"] < 1e-4
+        assert all(figures[f"{part}_{what}"] > 0 for part in ("forward", "both") for what in ("ms", "ratio"))

@@ -1,7 +1,8 @@
 """The book of equations: pure functions on tensors, without state, configuration or process groups.
 
 Shapes: `B` sequences, `T` completion tokens, `P` prompt tokens, `L` tokens of a whole row, `K` heads,
-`D` hidden, `V` vocabulary.
+`D` hidden, `V` vocabulary. Of mixtures of experts: `N` routed tokens (`B T`, flattened), `E` experts, `k` experts
+per token.
 
 Time index. The completion is `y_0 .. y_{T-1}`. State `s_t` is the prompt and `y_{<t}`; the action in it is
 `y_t`; the reward `r_t` is paid after `y_t`; `V(s_t) = E[sum_i gamma^i r_{t+i}]`; `V = 0` after the last real
@@ -66,6 +67,20 @@ from rl_plugins.functional.returns import (
     td_targets,
 )
 from rl_plugins.functional.rewards import kl_shaped_rewards, overlong_penalty, terminal_rewards
+from rl_plugins.functional.routing import (
+    BIAS_RULES,
+    BiasRule,
+    Scoring,
+    expert_counts,
+    load_entropy,
+    max_violation,
+    router_probabilities,
+    router_z_loss,
+    selection_bias_quantile,
+    selection_bias_update,
+    sequence_balance_loss,
+    switch_balance_loss,
+)
 from rl_plugins.functional.sampling import informative_groups
 from rl_plugins.functional.traces import lambda_trace, trace_weights
 from rl_plugins.functional.trust_region_losses import bapo, bapo_bounds, cpgd, dppo
@@ -80,7 +95,10 @@ from rl_plugins.functional.value_tracking import (
 
 __all__ = [
     "AGGREGATIONS",
+    "BIAS_RULES",
+    "BiasRule",
     "Reduce",
+    "Scoring",
     "aggregate",
     "bapo",
     "bapo_bounds",
@@ -92,6 +110,7 @@ __all__ = [
     "cpgd",
     "discounted_returns",
     "dppo",
+    "expert_counts",
     "explained_variance",
     "fipo",
     "forget_factor",
@@ -119,6 +138,7 @@ __all__ = [
     "leave_one_out",
     "length_adaptive_lambda",
     "length_weighted",
+    "load_entropy",
     "log_importance_weights",
     "lookahead_values",
     "masked_mean",
@@ -126,19 +146,26 @@ __all__ = [
     "masked_sum",
     "masked_whiten",
     "max_likelihood",
+    "max_violation",
     "mtp_labels",
     "n_step_returns",
     "next_state_values",
     "overlong_penalty",
     "pass_at_k",
     "periodic_update",
-    "polyak_update",
     "policy_distance",
+    "polyak_update",
     "ppo_clip",
     "predicted_mask",
+    "router_probabilities",
+    "router_z_loss",
     "sapo",
+    "selection_bias_quantile",
+    "selection_bias_update",
+    "sequence_balance_loss",
     "shift_real",
     "squared_error",
+    "switch_balance_loss",
     "td_errors",
     "td_targets",
     "terminal_rewards",

@@ -1,0 +1,387 @@
+"""Balance of mixture-of-experts routers: losses on their logits, updates of their selection bias, and measures.
+
+Which experts a token goes to is taken from the router and never chosen again here: a bias on the selection, sigmoid
+scores or groups of experts make the largest logits something else than the experts used.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
+
+Scoring = Literal["softmax", "sigmoid"]
+"""What makes scores of a router's logits."""
+
+BiasRule = Literal["sign", "proportional", "quantile"]
+"""One of `BIAS_RULES`."""
+
+
+def router_probabilities(logits: Tensor, scoring: Scoring = "softmax") -> Tensor:
+    """A router's scores, normalised over the experts.
+
+    - `softmax`: `p_i = exp(x_i) / sum_j exp(x_j)`.
+    - `sigmoid`: `p_i = s_i / sum_j s_j`, `s_i = 1 / (1 + exp(-x_i))` (DeepSeek-V3, arXiv 2412.19437, eq. 19).
+
+    Args:
+        logits: `x (..., E)`.
+        scoring: the router's own scores.
+
+    Returns:
+        `(..., E)`, sums to 1 over the last dimension.
+
+    Raises:
+        ValueError: `scoring` is unknown.
+    """
+    logits = upcast(logits)
+    if scoring == "softmax":
+        return logits.softmax(-1)
+    if scoring == "sigmoid":
+        # The same as dividing by the sum, but not 0 / 0 where all scores underflow.
+        return F.logsigmoid(logits).softmax(-1)
+    raise ValueError(f"Unknown scoring {scoring!r}; choose 'softmax' or 'sigmoid', whichever the router uses.")
+
+
+def expert_counts(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """How many real tokens went to each expert: `c_i = sum_t m_t [i in indices_t]`.
+
+    Does not wait for the device.
+
+    Args:
+        indices: experts of each token `(N, k)`; rows of masked tokens may hold anything.
+        num_experts: `E`.
+        mask: real tokens `(N,)`; `None` means all.
+
+    Returns:
+        `c (E,)`, int64, sums to `k` times the real tokens.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check_indices(indices, 2, "(N, k)")
+    if mask is not None:
+        mask = _check_mask(mask, indices)
+    return _count(indices[None], num_experts, None if mask is None else mask[None])[0]
+
+
+def switch_balance_loss(
+    logits: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    mask: Tensor | None = None,
+    *,
+    pooled: bool = False,
+    scoring: Scoring = "softmax",
+    fractions: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The balance loss of Switch Transformers: `E sum_i f_i P_i`, mean over the layers.
+
+    `f_i = c_i / n` is the share of the `n` real tokens that went to expert `i`, a constant to the gradient, and
+    `P_i = 1/n sum_t p_i(x_t)` the mean probability of that expert (Fedus et al., arXiv 2101.03961, eq. 4 to 6). The
+    shares sum to `k`, as in transformers, so that its coefficients carry over: a balanced router has `k`.
+
+    `pooled` averages `f` and `P` over the layers before it multiplies them, which is transformers'
+    `load_balancing_loss_func`. It asks too little: two layers that have collapsed onto opposite experts are balanced
+    on average (huggingface/transformers#31464). Hence each layer on its own by default.
+
+    `fractions` counted over more than these tokens, over the accumulation window or over all ranks, asks for balance
+    there instead of within each micro-batch, where it costs specialisation (Qiu et al., arXiv 2501.11873).
+
+    Args:
+        logits: of each layer's router, `(N, E)`; masked tokens may hold anything.
+        indices: experts of each token in each layer, `(N, k)`; not read when `fractions` are given.
+        mask: real tokens `(N,)`, the same in all layers; `None` means all.
+        pooled: whether to average over the layers before the product.
+        scoring: the routers' own scores.
+        fractions: `f (E,)` of each layer, summing to `k`; by default those of `indices`.
+
+    Returns:
+        0-d; 0 where no token is real.
+
+    Raises:
+        ValueError: there is no layer, the lengths or shapes do not fit, or `pooled` layers differ in `E`.
+    """
+    shares = indices if fractions is None else fractions
+    if not logits or len(shares) != len(logits):
+        what = "indices" if fractions is None else "fractions"
+        raise ValueError(f"{len(logits)} logits and {len(shares)} {what}: give one of each per MoE layer.")
+    if pooled and len({x.shape[-1] for x in logits}) > 1:
+        raise ValueError("pooled=True averages over the layers, which must have equally many experts.")
+    device = logits[0].device
+    f, p = [], []
+    for layer_logits, layer_shares in zip(logits, shares, strict=True):
+        layer_p, tokens = _mean_probabilities(layer_logits, mask, scoring)
+        if fractions is None:
+            _check_routed(layer_logits, layer_shares)
+            layer_shares = expert_counts(layer_shares, layer_logits.shape[-1], mask) / tokens
+        elif layer_shares.shape != layer_p.shape:
+            raise ValueError(f"fractions {tuple(layer_shares.shape)}: give (E,), here {tuple(layer_p.shape)}.")
+        f.append(upcast(layer_shares.detach()).to(device))
+        p.append(layer_p.to(device))
+    if pooled:
+        f, p = [torch.stack(f).mean(0)], [torch.stack(p).mean(0)]
+    return torch.stack(
+        [len(layer_p) * (layer_f * layer_p).sum() for layer_f, layer_p in zip(f, p, strict=True)]
+    ).mean()
+
+
+def sequence_balance_loss(
+    logits: Tensor, indices: Tensor, mask: Tensor | None = None, *, scoring: Scoring = "sigmoid"
+) -> Tensor:
+    """DeepSeek-V3's balance loss within each sequence, of one layer: `sum_i f_i P_i`, mean over the sequences.
+
+    `f_i = E / (k n) c_i` from the `n` real tokens of a sequence, a constant to the gradient, and
+    `P_i = 1/n sum_t p_i(x_t)` (arXiv 2412.19437, eq. 17 to 20). 1 where a sequence is balanced. The counts are of the
+    `indices` given, the router's own: those of the unbiased scores, as eq. 18 writes, are other experts once the
+    selection has a bias.
+
+    Args:
+        logits: `x (B, T, E)`; masked tokens may hold anything.
+        indices: experts of each token `(B, T, k)`.
+        mask: real tokens `(B, T)`; `None` means all.
+        scoring: the router's own scores.
+
+    Returns:
+        0-d: mean over the sequences that have a real token, 0 where none has.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check_indices(indices, 3, "(B, T, k)")
+    _check_routed(logits, indices)
+    real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask
+    real = _check_mask(real, indices)
+    tokens = real.sum(1, keepdim=True)
+    experts, k = logits.shape[-1], indices.shape[-1]
+    p = (router_probabilities(zero_masked(logits, real), scoring) * real[..., None]).sum(1) / tokens.clamp(min=1)
+    f = _count(indices, experts, real) * (experts / k) / tokens.clamp(min=1)
+    return masked_mean((f * p).sum(-1), tokens.squeeze(1) > 0)
+
+
+def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The z-loss of ST-MoE, which keeps logits small: `1/n sum_t (ln sum_i exp(x_ti))^2`.
+
+    Zoph et al., arXiv 2202.08906, eq. 5.
+
+    Args:
+        logits: `x (N, E)`; masked tokens may hold anything.
+        mask: real tokens `(N,)`; `None` means all.
+
+    Returns:
+        0-d; 0 where no token is real.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check_logits(logits)
+    real = torch.ones_like(logits[:, 0], dtype=torch.bool) if mask is None else _check_mask(mask, logits)
+    return masked_mean(zero_masked(logits, real).logsumexp(-1) ** 2, real)
+
+
+def _sign(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
+    """`sign(mean c - c_i)`."""
+    return _shortfall(counts).sign()
+
+
+def _proportional(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
+    """`(mean c - c_i) / mean c`."""
+    return _over_total(_shortfall(counts), counts)
+
+
+def _quantile(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
+    """`targets_i - b_i`."""
+    if targets is None or targets.shape != bias.shape:
+        raise ValueError(
+            f"rule 'quantile' moves to targets: give those of selection_bias_quantile, {tuple(bias.shape)}."
+        )
+    return upcast(targets) - bias
+
+
+BIAS_RULES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "sign": _sign,
+    "proportional": _proportional,
+    "quantile": _quantile,
+}
+"""Name to direction, from the bias, the counts and the targets."""
+
+
+def selection_bias_update(
+    bias: Tensor, counts: Tensor, *, rate: float, rule: BiasRule = "sign", targets: Tensor | None = None
+) -> Tensor:
+    """Balance without a loss: the next bias on the scores that experts are selected by, `b + d - mean d`.
+
+    - `sign`: `d_i = rate sign(mean c - c_i)` (Wang et al., arXiv 2408.15664, algorithm 1).
+    - `proportional`: `d_i = rate (mean c - c_i) / mean c`: smaller steps where the load is nearly balanced.
+    - `quantile`: `d_i = rate (targets_i - b_i)`, towards the bias that would have balanced these tokens.
+
+    The bias chooses experts and weighs none. A constant added to all biases of a layer chooses the same experts, so
+    the mean of `d` would only let the bias drift away from the scores, until half precision no longer resolves the
+    differences: it is taken out (as in pytorch/torchtitan#1506).
+
+    Args:
+        bias: `b (..., E)`: one layer, or several stacked.
+        counts: `c (..., E)` tokens of each expert, over all ranks and the whole optimizer step.
+        rate: how far to go; 0 leaves the bias.
+        rule: one of `BIAS_RULES`.
+        targets: `(..., E)` from `selection_bias_quantile`, for `quantile`.
+
+    Returns:
+        The new bias `(..., E)`, float32 or wider: keep it so, in bfloat16 0.5 + 0.001 is 0.5. Layers without any
+        token keep theirs.
+
+    Raises:
+        ValueError: `rule` is unknown or lacks its `targets`, `rate` is negative or the shapes differ.
+    """
+    if rule not in BIAS_RULES:
+        raise ValueError(f"Unknown rule {rule!r}; choose one of {', '.join(BIAS_RULES)}.")
+    if not rate >= 0:
+        raise ValueError(f"rate={rate}: must not be negative, or busy experts get busier.")
+    if bias.shape != counts.shape:
+        raise ValueError(f"bias {tuple(bias.shape)} and counts {tuple(counts.shape)} differ: give both as (..., E).")
+    bias = upcast(bias)
+    step = rate * BIAS_RULES[rule](bias, counts, targets)
+    return torch.where(counts.sum(-1, keepdim=True) > 0, bias + step - step.mean(-1, keepdim=True), bias)
+
+
+def selection_bias_quantile(scores: Tensor, bias: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+    """Quantile Balancing: the bias with which each expert would pass the threshold of `k / E` of the tokens.
+
+    `b_j = -Q_{1 - k/E}(s_tj - a_t)` over the real tokens `t`. The threshold `a_t` is the `(k + 1)`-th largest of
+    `s_t + b` with the bias in use: what must be exceeded to be chosen. One of two alternating steps that solve the
+    balanced assignment (Jianlin Su, MoE travelogue 6, kexue.fm/archives/11619; tried at scale at
+    openathena.ai/blog/quantile-balancing).
+
+    Args:
+        scores: `s (N, E)` that the selection adds the bias to; masked tokens may hold anything.
+        bias: `b (E,)` in use.
+        k: experts per token.
+        mask: real tokens `(N,)`; `None` means all.
+
+    Returns:
+        Targets `(E,)` for `selection_bias_update`; `b` where no token is real.
+
+    Raises:
+        ValueError: `k` is not in `[1, E - 1]` or the shapes do not fit.
+    """
+    _check_logits(scores)
+    experts = scores.shape[1]
+    if not 1 <= k < experts:
+        raise ValueError(f"k={k} of {experts} experts: with k outside [1, E - 1] there is nothing to select.")
+    if bias.shape != (experts,):
+        raise ValueError(f"bias {tuple(bias.shape)}: give one per expert, ({experts},).")
+    real = torch.ones_like(scores[:, 0], dtype=torch.bool) if mask is None else _check_mask(mask, scores)
+    scores, bias = zero_masked(scores, real), upcast(bias)
+    threshold = (scores + bias).topk(k + 1, dim=-1).values[:, -1:]
+    quantile = _upper_quantile(torch.where(real[:, None], scores - threshold, -torch.inf), real.sum(), k, experts)
+    return torch.where(real.any(), -quantile, bias)
+
+
+def max_violation(counts: Tensor) -> Tensor:
+    """How much more than its share the busiest expert has: `(max c - mean c) / mean c`.
+
+    MaxVio of Wang et al., arXiv 2408.15664, eq. 4: 0 where balanced, `E / k - 1` where all tokens go to the
+    same experts.
+
+    Args:
+        counts: `c (..., E)`.
+
+    Returns:
+        `(...)`; 0 where there are no tokens.
+    """
+    return _over_total(-_shortfall(counts), counts).amax(-1)
+
+
+def load_entropy(counts: Tensor) -> Tensor:
+    """Entropy of the load over that of a balanced one: `-sum_i q_i ln q_i / ln E`, `q_i = c_i / sum_j c_j`.
+
+    Args:
+        counts: `c (..., E)`.
+
+    Returns:
+        `(...)` in `[0, 1]`, 1 where balanced; also where there are no tokens, or one expert.
+    """
+    experts = counts.shape[-1]
+    if experts == 1:
+        return torch.ones_like(upcast(counts[..., 0]))
+    entropy = torch.special.entr(_over_total(counts, counts)).sum(-1) / math.log(experts)
+    return torch.where(counts.sum(-1) > 0, entropy, 1.0)
+
+
+def _mean_probabilities(logits: Tensor, mask: Tensor | None, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """Mean probability of each expert over the real tokens `(E,)`, and how many these are, at least 1."""
+    _check_logits(logits)
+    if mask is None:
+        tokens = torch.tensor(max(len(logits), 1))
+        return router_probabilities(logits, scoring).sum(0) / tokens, tokens
+    real = _check_mask(mask, logits)
+    tokens = real.sum().clamp(min=1)
+    if _is_free_to_select(logits):
+        rows = logits.index_select(0, real.nonzero().squeeze(1))
+        return router_probabilities(rows, scoring).sum(0) / tokens, tokens
+    # Not a matrix product, which autocast would take in bfloat16.
+    return (router_probabilities(zero_masked(logits, real), scoring) * real[:, None]).sum(0) / tokens, tokens
+
+
+def _is_free_to_select(x: Tensor) -> bool:
+    """Whether rows can be selected without waiting for their number; twice as fast as masking them."""
+    return x.device.type == "cpu"
+
+
+def _count(indices: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
+    """Counts `(B, E)` of indices `(B, T, k)` where the mask `(B, T)` is set."""
+    weights = torch.ones_like(indices, dtype=torch.int64)
+    if mask is not None:
+        weights = mask[..., None].expand_as(indices).long()
+        indices = indices * weights
+    zeros = weights.new_zeros(len(indices), num_experts)
+    # Not bincount, for which a GPU waits.
+    return zeros.scatter_add_(1, indices.flatten(1).long(), weights.flatten(1))
+
+
+def _shortfall(counts: Tensor) -> Tensor:
+    """`E (mean c - c_i)`, exact for integers."""
+    return counts.sum(-1, keepdim=True) - counts.shape[-1] * counts
+
+
+def _over_total(x: Tensor, counts: Tensor) -> Tensor:
+    """`x / sum_j c_j`, 0 where there are no tokens."""
+    total = counts.sum(-1, keepdim=True)
+    return torch.where(total > 0, x / torch.where(total > 0, total, 1), 0.0)
+
+
+def _upper_quantile(x: Tensor, rows: Tensor, k: int, of: int) -> Tensor:
+    """The `1 - k / of` quantile of the largest `rows` entries of every column of `x (N, E)`, interpolated."""
+    # Not torch.quantile, which neither takes a mask nor more than 16 million entries.
+    ordered = x.sort(dim=0, descending=True).values
+    position = (rows - 1).clamp(min=0) * k
+    low = position // of
+    above, below = (ordered.index_select(0, row.reshape(1)).squeeze(0) for row in (low, low + (position % of > 0)))
+    return torch.lerp(above, below, (position % of / of).to(x.dtype))
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"logits {tuple(logits.shape)}: give one row per token, (N, E); flatten (B, T, E).")
+
+
+def _check_indices(indices: Tensor, ndim: int, shape: str) -> None:
+    if indices.ndim != ndim or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"indices {tuple(indices.shape)} {indices.dtype}: give the chosen experts {shape}, integer.")
+
+
+def _check_routed(logits: Tensor, indices: Tensor) -> None:
+    if logits.shape[:-1] != indices.shape[:-1]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and indices {tuple(indices.shape)} differ before the last dimension: "
+            "give both for the same tokens."
+        )
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` as bool where `x` is."""
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask {tuple(mask.shape)}: give one entry per token, {tuple(x.shape[:-1])}.")
+    return mask.to(device=x.device, dtype=torch.bool)
