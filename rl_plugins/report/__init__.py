@@ -1,13 +1,21 @@
-"""Pictures: learning curves and per-token value maps."""
+"""Pictures: learning curves, per-token value maps and the load of experts."""
 
 from rl_plugins.report.curves import DEFAULT_PANELS, Panel, plot_training_curves, select_panels, smooth
+from rl_plugins.report.expert_load import LOAD_FILE_NAME, LoadHistory, append_load, read_loads
+from rl_plugins.report.expert_plots import plot_expert_load, plot_max_violation
 from rl_plugins.report.token_values import TokenTrace, traces_from_rollout, write_token_values_html
 
 __all__ = [
     "DEFAULT_PANELS",
+    "LOAD_FILE_NAME",
+    "LoadHistory",
     "Panel",
     "TokenTrace",
+    "append_load",
+    "plot_expert_load",
+    "plot_max_violation",
     "plot_training_curves",
+    "read_loads",
     "select_panels",
     "smooth",
     "traces_from_rollout",

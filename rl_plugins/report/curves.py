@@ -10,13 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+# matplotlib comes with an extra that training does not need, and the trainers write files that this layer reads:
+# functions that draw import it themselves.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 150
 PANEL_INCHES = (3.6, 2.8)
@@ -88,6 +88,10 @@ DEFAULT_PANELS: tuple[Panel, ...] = (
     Panel("Policy entropy", "nats per token", "entropy"),
     Panel("KL to the reference policy", "nats per token", "kl"),
     Panel("Completion length", "tokens, mean", "completions/mean_length"),
+    Panel("Expert load, mean of layers", "MaxVio = max / mean − 1", "moe/max_violation", log_scale=True),
+    Panel("Expert load, worst layer", "MaxVio = max / mean − 1", "moe/max_violation_worst", log_scale=True),
+    Panel("Entropy of the expert load", "entropy / ln E", "moe/load_entropy"),
+    Panel("MoE auxiliary loss", "loss", "moe/aux_loss"),
 )
 
 
@@ -205,6 +209,13 @@ def plot_training_curves(
         figure.suptitle(title, fontsize=13, color=INK)
     if marks:
         _name_marks(figure, marks)
+    return save_png(figure, path)
+
+
+def save_png(figure: Figure, path: str | Path) -> Path:
+    """Draw the figure into a file and return its path; missing folders are made."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
@@ -213,8 +224,15 @@ def plot_training_curves(
 
 def _new_figure(rows: int, columns: int, has_title: bool, has_marks: bool) -> Figure:
     height = rows * PANEL_INCHES[1] + has_title * TITLE_INCHES + has_marks * MARKS_INCHES
+    return new_figure(columns * PANEL_INCHES[0], height)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure of so many inches whose layout makes room for what is drawn."""
+    from matplotlib.figure import Figure
+
     # Not pyplot: nothing global (backend, list of open figures) changes in the caller's process.
-    figure = Figure(figsize=(columns * PANEL_INCHES[0], height), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
     return figure
 
@@ -266,6 +284,8 @@ def _draw_mark_lines(axes: Axes, marks: dict[int, str]) -> None:
 
 
 def _name_marks(figure: Figure, marks: dict[int, str]) -> None:
+    from matplotlib.lines import Line2D
+
     # Once under the panels: a label inside each panel hides the curves.
     lines = [Line2D([], [], label=f"step {step}: {text}", **MARK_STYLE) for step, text in marks.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
@@ -283,6 +303,13 @@ def _style(axes: Axes, data: PanelData, is_lowest: bool) -> None:
             {} if data.panel.floor is None else {"loc": "lower right", "bbox_to_anchor": (1.0, 0.08)}
         )
         axes.legend(fontsize=8, framealpha=0.8, edgecolor="none", handlelength=2.4, **place)
+    style_axes(axes)
+
+
+def style_axes(axes: Axes) -> None:
+    """Whole steps on the x axis, a faint grid, and no frame above and to the right."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(labelsize=8, colors=INK)
     axes.grid(color="#dddddd", linewidth=0.5)
