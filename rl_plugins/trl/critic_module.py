@@ -2,26 +2,14 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rl_plugins.objectives.critic import value_loss, value_losses
 from rl_plugins.trl.base import PluginTrainer
-
-
-def whole_parameters(params: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Read whole parameters under ZeRO-3; does nothing elsewhere."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(params)
 
 
 class CriticModuleTrainer(PluginTrainer):

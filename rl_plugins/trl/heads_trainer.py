@@ -28,8 +28,9 @@ from rl_plugins.modules import (
 )
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.serialization import HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME
+from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.trl.callbacks import PolyakCallback
-from rl_plugins.trl.critic_module import CriticModuleTrainer, whole_parameters
+from rl_plugins.trl.critic_module import CriticModuleTrainer
 from rl_plugins.trl.host import require_tested_trl
 
 logger = logging.getLogger(__name__)

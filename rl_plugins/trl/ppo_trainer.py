@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from rl_plugins.functional.mtp import completion_states
+from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.modules.value_model import (
     CRITIC_ATTRIBUTE,
     ValueModel,
@@ -22,7 +23,6 @@ from rl_plugins.modules.value_model import (
     get_value_model,
 )
 from rl_plugins.trl.batches import reordered
-from rl_plugins.trl.critic_module import whole_parameters
 from rl_plugins.trl.heads_trainer import complete_args
 from rl_plugins.trl.host import hide_critics_from_vllm
 from rl_plugins.trl.policy_trainer import Batch
