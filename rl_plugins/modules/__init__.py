@@ -1,11 +1,16 @@
 """`nn.Module`s and state: MTP value heads, their slow copies, a separate value model, and how they attach to a Hugging
-Face model."""
+Face model; the balance of its experts."""
 
 from rl_plugins.modules.attach import attach_mtp_heads, base_model_of, detach_mtp_heads, get_mtp_heads
+from rl_plugins.modules.balancing_config import BalancingConfig
+from rl_plugins.modules.bias_files import load_selection_bias, save_selection_bias
 from rl_plugins.modules.gradient import GradientStats, clamp_gradient
 from rl_plugins.modules.head_pass import HeadPass, head_token_loss, logit_divisor
 from rl_plugins.modules.heads import MTPHead, MTPHeads, MTPHeadsConfig, ValueHead
 from rl_plugins.modules.polyak import PolyakTarget
+from rl_plugins.modules.router_balancer import RouterBalancer, get_router_balancer
+from rl_plugins.modules.routers import Router, find_routers
+from rl_plugins.modules.selection_bias import remove_selection_bias
 from rl_plugins.modules.serialization import (
     has_mtp_heads_file,
     load_mtp_heads,
@@ -16,12 +21,15 @@ from rl_plugins.modules.value_model import ValueModel, attach_value_model, detac
 from rl_plugins.modules.value_tracker import ValueTracker, prompt_key
 
 __all__ = [
+    "BalancingConfig",
     "GradientStats",
     "HeadPass",
     "MTPHead",
     "MTPHeads",
     "MTPHeadsConfig",
     "PolyakTarget",
+    "Router",
+    "RouterBalancer",
     "ValueHead",
     "ValueModel",
     "ValueTracker",
@@ -31,13 +39,18 @@ __all__ = [
     "clamp_gradient",
     "detach_mtp_heads",
     "detach_value_model",
+    "find_routers",
     "get_mtp_heads",
+    "get_router_balancer",
     "get_value_model",
     "has_mtp_heads_file",
     "head_token_loss",
     "load_mtp_heads",
+    "load_selection_bias",
     "logit_divisor",
     "prompt_key",
     "read_mtp_heads",
+    "remove_selection_bias",
     "save_mtp_heads",
+    "save_selection_bias",
 ]

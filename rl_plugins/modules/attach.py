@@ -22,6 +22,14 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     return get_base_model()
 
 
+def trunk_of(base: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal LM before its LM head: what every forward goes through, whoever starts it."""
+    if base.base_model is not base:
+        return base.base_model
+    # Llama 4's text model names a prefix that it does not have, and is its own `base_model`.
+    return next((child for child in base.children() if isinstance(child, PreTrainedModel)), base)
+
+
 def add_submodule(base: PreTrainedModel, name: str, module: nn.Module) -> None:
     """Make `module` a submodule of a model, so that optimizers and engines see it, without changing what
     `save_pretrained` writes: stock `AutoModelForCausalLM` then reloads the policy without surprises."""
@@ -94,7 +102,7 @@ def attach_mtp_heads(
         )
     heads.to(device=lm_head.weight.device, dtype=base.dtype)
     add_submodule(base, HEADS_ATTRIBUTE, heads)
-    heads.trunk_hook = base.base_model.register_forward_hook(heads.on_trunk_forward)
+    heads.trunk_hook = trunk_of(base).register_forward_hook(heads.on_trunk_forward)
     return heads
 
 
