@@ -3,6 +3,7 @@
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.critic_config import MTPCriticConfig
 from rl_plugins.trl.critic_trainer import MTPCriticTrainer
+from rl_plugins.trl.moe_callback import MoEBalancingCallback
 from rl_plugins.trl.ppo_config import PPOConfig
 from rl_plugins.trl.ppo_trainer import PPOTrainer
 from rl_plugins.trl.sft_config import MTPSFTConfig
@@ -17,6 +18,7 @@ __all__ = [
     "MTPCriticTrainer",
     "MTPSFTConfig",
     "MTPSFTTrainer",
+    "MoEBalancingCallback",
     "PPOConfig",
     "PPOTrainer",
     "PolyakCallback",

@@ -1,14 +1,16 @@
-"""What all our trainers share: how they log, and where their checkpoints are."""
+"""What all our trainers share: how they log, read checkpoints, and balance experts."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer
 
 from rl_plugins.functional.masking import masked_moments
+from rl_plugins.modules.attach import base_model_of
+from rl_plugins.trl.moe_callback import MoEBalancingCallback
 
 
 class PluginTrainer(_BaseTrainer):
@@ -17,6 +19,55 @@ class PluginTrainer(_BaseTrainer):
 
     args: Any
     _metrics: Any
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
+    _are_weights_renamed = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._connect_balancing()
+
+    def _connect_balancing(self) -> None:
+        """Put balancing callbacks where trackers and vLLM hear of them, and compute the router loss where the host
+        cannot."""
+        given = [c for c in self.callback_handler.callbacks if isinstance(c, MoEBalancingCallback)]
+        for callback in given:
+            callback.add_to(self)
+        config = self.model.config.get_text_config()
+        # TRL's fused forward reads this name, which deepseek_v3, glm4_moe, llama4, granitemoe and others do not have.
+        if self.aux_loss_enabled and not hasattr(config, "num_experts"):
+            self.aux_loss_enabled = config.output_router_logits = False
+            if any(callback.config.aux_loss_coef > 0.0 for callback in given):
+                raise ValueError("Give either router_aux_loss_coef or MoEBalancingCallback(aux_loss_coef=...).")
+            callback = given[0] if given else MoEBalancingCallback(rate=0.0, record_load=False)
+            try:
+                callback.add_loss(self.router_aux_loss_coef).add_to(self)
+            except (TypeError, ValueError) as error:
+                error.add_note("Or set router_aux_loss_coef=0.0 to train without a router loss.")
+                raise
+
+    # transformers' save_pretrained writes the experts of some architectures under other names, one by one, and its
+    # Trainer reads such a file with load_state_dict(strict=False): the experts would silently stay as they are.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed_weights(str(self.state.best_model_checkpoint))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._are_weights_renamed = bool(load_result.missing_keys and load_result.unexpected_keys)
+        if not self._are_weights_renamed:
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_renamed_weights(self, directory: str) -> None:
+        if self._are_weights_renamed:
+            base = base_model_of(self.model)
+            saved = type(base).from_pretrained(directory, dtype=base.dtype)
+            base.load_state_dict(saved.state_dict(), strict=False)
+            self._are_weights_renamed = False
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         return self.accelerator.reduce(x, reduction="sum")

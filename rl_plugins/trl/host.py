@@ -12,17 +12,20 @@ Private hooks (tests/test_host_hooks.py checks each signature):
 - `trl.trainer.utils.maybe_gather_lm_head_ctx`, `trl.data_utils.get_dataset_column_names`.
 
 Not private, but not documented either: `trl.scripts.grpo.GRPOScriptArguments`, `GRPOTrainer.get_off_policy_mask`,
-`get_high_entropy_mask`.
+`get_high_entropy_mask`; `Trainer.callback_handler`, `current_gradient_accumulation_steps`,
+`TrainerState.stateful_callbacks`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import trl
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rl_plugins.modules.attach import HEADS_ATTRIBUTE
+from rl_plugins.modules.attach import HEADS_ATTRIBUTE, base_model_of
+from rl_plugins.modules.routers import Router
 from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE
 
 OLDEST_TRL, FIRST_UNTESTED_TRL = "1.15", "1.17"
@@ -53,3 +56,46 @@ def hide_critics_from_vllm(generation: VLLMGeneration) -> None:
     """vLLM loads every parameter that TRL streams to it, and does not know ours."""
     stream = generation._iter_named_params
     generation._iter_named_params = lambda: without_critics(stream())
+
+
+def own_router_loss(host: Any, model: nn.Module) -> float:
+    """Coefficient of the router loss that the host itself adds to a model's loss; 0 where it adds none.
+
+    transformers adds it where the model's config asks for router logits, TRL for every config that could ask.
+
+    Args:
+        host: The trainer, or its arguments where it is not at hand.
+        model: Its model.
+    """
+    config = base_model_of(model).config.get_text_config()
+    coef = getattr(config, "router_aux_loss_coef", 0.0)
+    if "aux_loss_enabled" in vars(host):
+        return host.router_aux_loss_coef if host.aux_loss_enabled else 0.0
+    if "router_aux_loss_coef" in vars(host):
+        coef = coef if host.router_aux_loss_coef is None else host.router_aux_loss_coef
+        return coef if hasattr(config, "output_router_logits") else 0.0
+    return coef if getattr(config, "output_router_logits", False) else 0.0
+
+
+def stream_biases_to_vllm(generation: VLLMGeneration, routers: Sequence[Router]) -> None:
+    """TRL streams parameters to vLLM, and no buffers: add the selection biases that are buffers.
+
+    Raises:
+        ValueError: If a bias was added to an architecture without one, which vLLM cannot hold.
+    """
+    added = [router.name for router in routers if router.injected is not None]
+    if added:
+        raise ValueError(
+            f"vLLM's model has no place for the selection biases of {added[0]} and the others, so it would route "
+            "otherwise than the policy. Balance with an auxiliary loss (rate=0, aux_loss_coef=0.01), or generate "
+            "without vLLM."
+        )
+    stream = generation._iter_named_params
+    buffers = [router for router in routers if not isinstance(router.bias, nn.Parameter)]
+
+    def with_biases() -> Iterator[tuple[str, Tensor]]:
+        yield from stream()
+        for router in buffers:
+            yield router.bias_key, router.bias
+
+    generation._iter_named_params = with_biases
