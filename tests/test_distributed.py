@@ -20,7 +20,6 @@ from rl_plugins.modules.serialization import HEADS_WEIGHTS_NAME
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).parent / "workers" / "critic_worker.py"
 STEPS, CHECKPOINT, KILL_AT = 6, 3, 4
 GREEDY = {"max_steps": 5, "generation_kwargs": {"do_sample": False}}
 ITERATIONS = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
@@ -54,7 +53,9 @@ def free_port() -> int:
 
 
 class Workplace:
-    """Starts lists of runs of the worker and reads what they left."""
+    """Starts lists of runs of a worker and reads what they left."""
+
+    worker = Path(__file__).parent / "workers" / "critic_worker.py"
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -81,7 +82,7 @@ class Workplace:
         file.write_text(json.dumps([{**run, "port": free_port()} for run in runs]))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
         done = subprocess.run(
-            [sys.executable, *launcher, str(WORKER), str(file)], capture_output=True, text=True, timeout=300
+            [sys.executable, *launcher, str(self.worker), str(file)], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-4000:]
 

@@ -1,10 +1,9 @@
 """Trains tiny policies with a critic as a list of runs says: `torchrun --nproc_per_node 2 critic_worker.py runs.json`.
 
-Every run is a fresh process, forked after the slow imports, so that a run may be killed and a list of runs costs
-little more than one. A run leaves in its directory: `log.json` (history and what was captured) and, per rank,
-`target_<rank>.safetensors` and `heads_<rank>.safetensors` (MTP critic), `value_model_<rank>.safetensors` (PPO) or
-`policy_<rank>.safetensors`, `batches_<rank>.json`, `tracker_<rank>.json` and `replay_<rank>.pt` (GRPO variants, the
-last two where there is one); if it fails, `error_<rank>.txt` instead.
+A run leaves in its directory: `log.json` (history and what was captured) and, per rank, `target_<rank>.safetensors`
+and `heads_<rank>.safetensors` (MTP critic), `value_model_<rank>.safetensors` (PPO) or `policy_<rank>.safetensors`,
+`batches_<rank>.json`, `tracker_<rank>.json` and `replay_<rank>.pt` (GRPO variants, the last two where there is one);
+if it fails, `error_<rank>.txt` instead.
 
 A run is a dictionary:
     out: directory of the run, also the trainer's `output_dir`
@@ -21,30 +20,20 @@ A run is a dictionary:
     save: directory for `save_model` after training
 """
 
-import gc
 import json
-import os
-import signal
-import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
-os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "CI": "1"}
+from common import DEFAULTS, RANK, KillAt, Run, check_backend, main, start_deepspeed  # isort: skip  sets the environment
 
-import deepspeed
-import deepspeed.ops
 import torch
-import transformers
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_plugins.generation.value_capture import ValueRecorder
+from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -53,23 +42,8 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
-from rl_plugins.trl.critic_module import whole_parameters
 
-Run = dict[str, Any]
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEFAULTS = {
-    "use_cpu": True,
-    "bf16": False,
-    "optim": "adamw_torch",
-    "dataloader_pin_memory": False,
-    "model_init_kwargs": {"dtype": "float32"},
-    "max_completion_length": 6,
-    "logging_steps": 1,
-    "learning_rate": 1e-3,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+TRL_DEFAULTS = {**DEFAULTS, "model_init_kwargs": {"dtype": "float32"}, "max_completion_length": 6}
 finished: list[bool] = []
 """Of every finished recorder: whether it had the values of the whole completion."""
 
@@ -84,17 +58,6 @@ class RecordingRecorder(ValueRecorder):
         values = super().finish(num_tokens)
         finished.append(values is not None)
         return values
-
-
-class KillAt(TrainerCallback):
-    """Dies as a preempted job does: without a word, some steps after its last checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def reward(completions: list[str], **kwargs: Any) -> list[float]:
@@ -166,12 +129,10 @@ def train(run: Run) -> None:
 
     critic_trainer.ValueRecorder = RecordingRecorder
     if run["args"].get("deepspeed"):
-        # Compiling the shared-memory collectives takes a minute and brings nothing here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=60))
+        start_deepspeed()
     trainer_class, config_class, own_defaults = TRAINERS[run.get("trainer", "mtp")]
     model = load(run) if run.get("loaded") == "before" else run["model"]
-    args = config_class(**{"output_dir": run["out"], **DEFAULTS, **own_defaults, **run["args"]})
+    args = config_class(**{"output_dir": run["out"], **TRL_DEFAULTS, **own_defaults, **run["args"]})
     if run.get("loaded") == "after":
         model = load(run)
     if run.get("loaded"):
@@ -186,9 +147,7 @@ def train(run: Run) -> None:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if run.get("lora") else None,
         callbacks=[KillAt(run["kill_at"])] if run.get("kill_at") else None,
     )
-    assert trainer.accelerator.num_processes == WORLD
-    if args.deepspeed is not None:
-        assert trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    check_backend(trainer)
     trainer.train(resume_from_checkpoint=run.get("resume"))
     write_results(trainer, Path(run["out"]))
     if run.get("save"):
@@ -219,30 +178,5 @@ def write_results(trainer: Any, out: Path) -> None:
         (out / "log.json").write_text(json.dumps(log))
 
 
-def in_child(run: Run) -> int:
-    """Run `train` in a forked process; return its wait status."""
-    out = Path(run["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    pid = os.fork()
-    if pid:
-        return os.waitpid(pid, 0)[1]
-    os.environ["MASTER_PORT"] = str(run["port"])
-    try:
-        train(run)
-    except BaseException:
-        (out / f"error_{RANK}.txt").write_text(traceback.format_exc())
-        traceback.print_exc()
-        os._exit(1)
-    sys.stdout.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    runs = json.loads(Path(sys.argv[1]).read_text())
-    # What every run would do again: fill the caches of transformers, walk through all that was imported.
-    load(runs[0])
-    gc.freeze()
-    for run in runs:
-        print(run["out"], "ended with status", in_child(run), flush=True)
+    main(train, load)

@@ -1,0 +1,102 @@
+"""What workers share: a list of runs, each in a process of its own, on every rank.
+
+Every run is a fresh process, forked after the slow imports, so that a run may be killed and a list of runs costs
+little more than one. A run that fails leaves `error_<rank>.txt` in its directory.
+
+Import this module first: it sets the environment.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "CI": "1"}
+
+import deepspeed
+import deepspeed.ops
+import torch
+import transformers
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+
+Run = dict[str, Any]
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DEFAULTS = {
+    "use_cpu": True,
+    "bf16": False,
+    "optim": "adamw_torch",
+    "dataloader_pin_memory": False,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+class KillAt(TrainerCallback):
+    """Dies as a preempted job does: without a word, some steps after its last checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_deepspeed() -> None:
+    """Before the trainer's arguments are made."""
+    # Compiling the shared-memory collectives takes a minute and brings nothing here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=60))
+
+
+def check_backend(trainer: Any) -> None:
+    """A host that silently trains otherwise than it was told would make the comparisons worthless."""
+    assert trainer.accelerator.num_processes == WORLD
+    if trainer.args.deepspeed is not None:
+        assert trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def in_child(run: Run, train: Callable[[Run], None]) -> int:
+    """Call `train` in a forked process; return its wait status."""
+    out = Path(run["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    os.environ["MASTER_PORT"] = str(run["port"])
+    try:
+        train(run)
+    except BaseException:
+        (out / f"error_{RANK}.txt").write_text(traceback.format_exc())
+        traceback.print_exc()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main(train: Callable[[Run], None], warm_up: Callable[[Run], Any]) -> None:
+    """All runs of the list that the command line names, one after the other.
+
+    Args:
+        train: One run, on this rank.
+        warm_up: Called with the first run, for what every run would do again: fill the caches of transformers, walk
+            through all that was imported.
+    """
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    warm_up(runs[0])
+    gc.freeze()
+    for run in runs:
+        print(run["out"], "ended with status", in_child(run, train), flush=True)
