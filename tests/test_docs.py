@@ -1,8 +1,8 @@
 """The documentation: its code runs, its commands exist, and nothing that it should name is missing.
 
-In a Markdown file the code blocks run in order, in one namespace, in an empty directory, with a tiny model in place
-of Qwen/Qwen3-0.6B, on the CPU, for two steps. A `diff` block runs twice, before and after the change. Lines `# -> ...`
-are what a block prints. `<!-- skip-test: reason -->` before a block skips it.
+In a Markdown file the code blocks run in order, in one namespace, in an empty directory, with tiny models in place
+of Qwen/Qwen3-0.6B and Qwen/Qwen3-30B-A3B, on the CPU, for two steps. A `diff` block runs twice, before and after the
+change. Lines `# -> ...` are what a block prints. `<!-- skip-test: reason -->` before a block skips it.
 """
 
 import ast
@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 from trl import GRPOConfig, SFTConfig, TrlParser
 
 from rl_plugins import functional
 from rl_plugins.functional import AGGREGATIONS
+from rl_plugins.modules import BalancingConfig, RouterBalancer
 from rl_plugins.objectives import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
 from rl_plugins.trl import (
     GRPOVariantConfig,
@@ -39,14 +41,15 @@ from rl_plugins.trl import (
 )
 from rl_plugins.trl.presets import GRPO_PRESETS, PPO_PRESETS, Preset
 from rl_plugins.trl.scripts import online
+from tests.moe_models import make_moe_model
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-CRITIC, VARIANTS, PPO = (ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo"))
-LAYERS = ("functional", "modules", "generation", "objectives", "tabular", "report", "trl")
-METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ratio/")
+CRITIC, VARIANTS, PPO, MOE = (ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo", "moe"))
+LAYERS = ("functional", "modules", "generation", "objectives", "tabular", "report", "trl", "lightning")
+METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ratio/", "moe/")
 RECIPES = ("mtp_critic", "grpo_variants", "ppo")
-STOCK_MODEL = "Qwen/Qwen3-0.6B"
+STOCK_MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B")
 ON_CPU = {
     "use_cpu": True,
     "bf16": False,
@@ -88,25 +91,30 @@ def versions(block: Block) -> list[str]:
     return ["\n".join(line[1:] for line in lines if line[:1] != drop) for drop in "+-"]
 
 
-def adapted(source: str, model: Path) -> str:
-    source = source.replace(STOCK_MODEL, str(model))
+def adapted(source: str, models: dict[str, Path]) -> str:
+    for name, path in models.items():
+        source = source.replace(name, str(path))
     source = re.sub(r"\bmax_steps=\d+", "max_steps=2", source)
-    return re.sub(r"\b((?:GRPO|GRPOVariant|MTPCritic|MTPSFT|PPO)Config)\(", r"\1(**ON_CPU, ", source)
+    return re.sub(r"\b((?:GRPO|SFT|GRPOVariant|MTPCritic|MTPSFT|PPO)Config)\(", r"\1(**ON_CPU, ", source)
 
 
 @pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tokenizer: Any) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def small_models(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tokenizer: Any
+) -> dict[str, Path]:
+    folders = {}
+    for name, model in zip(STOCK_MODELS, (tiny_model(), make_moe_model("qwen3_moe")), strict=True):
+        folders[name] = tmp_path_factory.mktemp("model")
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
 
 
 PROGRAMS = [path for path in DOCS if blocks(path, "python", "diff")]
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=names(PROGRAMS))
-def test_code_runs(path: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_runs(path: Path, small_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__", "ON_CPU": ON_CPU}
     for block in blocks(path, "python", "diff"):
@@ -115,7 +123,7 @@ def test_code_runs(path: Path, small_model: Path, tmp_path: Path, monkeypatch: p
         for source in versions(block):
             printed = io.StringIO()
             # Newlines in front, so that a traceback has the line of the file.
-            code = compile("\n" * block.line + adapted(source, small_model), str(path), "exec")
+            code = compile("\n" * block.line + adapted(source, small_models), str(path), "exec")
             with contextlib.redirect_stdout(printed):
                 exec(code, namespace)
             expected = re.findall(r"^# -> (.*)$", source, re.M)
@@ -268,9 +276,14 @@ def test_options_of_the_other_trainers(path: Path, config: type) -> None:
     assert table == {name: default(config, name) for name in own_options(config, GRPOConfig)}
 
 
+def test_options_of_balancing() -> None:
+    table = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows(MOE, "Options")}
+    assert table == {f.name: f.default for f in fields(BalancingConfig)}
+
+
 def test_options_in_prose_exist() -> None:
-    configs = (MTPCriticConfig, MTPSFTConfig, GRPOVariantConfig, PPOConfig)
-    known = {f.name for config in configs for f in fields(config)}
+    configs = (MTPCriticConfig, MTPSFTConfig, GRPOVariantConfig, PPOConfig, BalancingConfig)
+    known = {f.name for config in configs for f in fields(config)} | {"record_load", "extra_modules", "callbacks"}
     for path in DOCS:
         prose = BLOCK.sub("", path.read_text())
         spans = re.findall(r"`([^`\n]+)`", prose)
@@ -406,6 +419,16 @@ def test_metrics(
     assert {name for name in named if name.startswith(METRICS)} == logged
     mentioned = set(re.findall(rf"`((?:{'|'.join(METRICS)})[a-z_/]+)`", path.read_text()))
     assert mentioned <= logged
+
+
+def test_metrics_of_balancing() -> None:
+    model = make_moe_model("qwen3_moe").train()
+    balancer = RouterBalancer(model, BalancingConfig(aux_loss_coef=0.1, z_loss_coef=0.1))
+    ids = torch.randint(2, 10, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    named = [name for row in rows(MOE, "Metrics") for name in re.findall(r"`([^`]+)`", row[0])]
+    assert sorted(named) == sorted(balancer.update())
+    assert set(re.findall(r"`(moe/[a-z_]+)`", MOE.read_text())) <= set(named)
 
 
 # Links
