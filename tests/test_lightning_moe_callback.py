@@ -440,6 +440,12 @@ def test_a_module_without_a_language_model(fit: Fit, tiny_model: Callable[..., A
         fit(Module(tiny_model()), [MoEBalancingCallback()])
 
 
+def test_a_model_in_evaluation_mode(fit: Fit) -> None:
+    # As `from_pretrained` returns it; Lightning keeps the mode.
+    with pytest.raises(RuntimeError, match=r"in evaluation mode.* Call model.train\(\)"):
+        fit(Module(make_moe_model("mixtral").eval()), [MoEBalancingCallback(rate=0.01)])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -36,6 +36,7 @@ class MoEBalancingCallback(Callback):
         TypeError: When training starts, if the module holds no Hugging Face model, or one that cannot be balanced.
         ValueError: For settings out of range; when training starts, for a schedule that never starts, or an auxiliary
             loss in float16.
+        RuntimeError: At the first step, if the model is in evaluation mode, or its routers have not run.
     """
 
     def __init__(self, config: BalancingConfig | None = None, *, record_load: bool = True, **settings: Any) -> None:
@@ -46,8 +47,18 @@ class MoEBalancingCallback(Callback):
         self._log = LoadLog()
         self._step = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach to a model that is there already: best before DDP or DeepSpeed wrap it.
+
+        DDP waits for the gradient of a bias that is a parameter unless it is frozen by then, and ZeRO-3 puts its own
+        nodes between a router's logits and what is computed of them.
+        """
+        model = _find_language_model(pl_module)
+        if stage == "fit" and self.balancer is None and model is not None:
+            self.balancer = RouterBalancer(model, self.config)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach to the model, and go on from a checkpoint."""
+        """Attach to a model that came later, and go on from a checkpoint."""
         if self.config.has_loss and trainer.precision in ("16-mixed", "16-true"):
             raise ValueError(
                 "Auxiliary losses of MoEBalancingCallback do not know float16's loss scale. Train with "
@@ -56,7 +67,11 @@ class MoEBalancingCallback(Callback):
         if math.isfinite(trainer.estimated_stepping_batches):
             self.config.check_schedule(int(trainer.estimated_stepping_batches))
         if self.balancer is None:
-            self.balancer = RouterBalancer(_language_model(pl_module), self.config)
+            model = _find_language_model(pl_module)
+            if model is None:
+                name = type(pl_module).__name__
+                raise TypeError(f"{name} holds no Hugging Face model; MoEBalancingCallback balances those only.")
+            self.balancer = RouterBalancer(model, self.config)
         if self._saved is not None:
             self.balancer.load_state_dict(self._saved)
 
@@ -67,7 +82,9 @@ class MoEBalancingCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Weigh each micro-batch's auxiliary loss like Lightning weighs its loss."""
         assert self.balancer is not None
-        self.balancer.loss_scale = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+        scale = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+        # DeepSpeed accumulates by itself, and Lightning does not know: both divide the loss.
+        self.balancer.loss_scale = scale**2 if trainer.strategy.handles_gradient_accumulation else scale
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -76,6 +93,11 @@ class MoEBalancingCallback(Callback):
         assert self.balancer is not None
         if trainer.global_step == self._step:
             return
+        if not (self.balancer.last_counts or self.balancer.routers[0].module.training):
+            raise RuntimeError(
+                "The model is in evaluation mode, as from_pretrained leaves it and Lightning keeps it. Call "
+                "model.train() where the LightningModule loads it; MoEBalancingCallback counts in training mode only."
+            )
         metrics = self.balancer.update(self._step / trainer.estimated_stepping_batches)
         self._step = trainer.global_step
         pl_module.log_dict(metrics)
@@ -117,9 +139,9 @@ class MoEBalancingCallback(Callback):
             self.balancer.load_state_dict(self._saved)
 
 
-def _language_model(module: nn.Module) -> nn.Module:
+def _find_language_model(module: nn.Module) -> nn.Module | None:
     """The outermost Hugging Face (or PEFT) model in a module."""
-    for child in module.modules():
-        if isinstance(child, PreTrainedModel) or callable(getattr(child, "get_base_model", None)):
-            return child
-    raise TypeError(f"{type(module).__name__} holds no Hugging Face model; MoEBalancingCallback balances those only.")
+    found = (
+        x for x in module.modules() if isinstance(x, PreTrainedModel) or callable(getattr(x, "get_base_model", None))
+    )
+    return next(found, None)

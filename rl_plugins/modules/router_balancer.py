@@ -99,7 +99,11 @@ class RouterBalancer:
         self._handles = [
             trunk.register_forward_pre_hook(self._on_trunk_start, with_kwargs=True),
             trunk.register_forward_hook(self._on_trunk_end, always_call=True),
-            *(r.module.register_forward_hook(partial(self._on_router, i)) for i, r in enumerate(self.routers)),
+            # Before an engine's hooks, which put other tensors in place of the outputs that the graph goes on from.
+            *(
+                router.module.register_forward_hook(partial(self._on_router, i), prepend=True)
+                for i, router in enumerate(self.routers)
+            ),
         ]
 
     # Set-up
@@ -247,6 +251,9 @@ class RouterBalancer:
         rate = self.config.rate_at(progress)
         if rate > 0.0:
             self._move_biases(rate)
+        elif self.config.rate > 0.0:
+            # An engine that took the parameters over after they were frozen may have put old values back.
+            self._write_biases()
         self._counts, self._targets = {}, {}
         losses = self.losses.flush(self.reduce, self.last_counts[0].device)
         return self._metrics() | {f"moe/{name}": value for name, value in losses.items()}

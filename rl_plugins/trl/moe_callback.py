@@ -147,7 +147,9 @@ class MoEBalancingCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
         if self._trainer is None:
-            if getattr(args, "use_vllm", False) and self.config.rate > 0.0:
+            assert self.balancer is not None
+            added = any(router.injected is not None for router in self.balancer.routers)
+            if getattr(args, "use_vllm", False) and (self.config.rate > 0.0 or added):
                 raise ValueError("vLLM needs the biases: use MoEBalancingCallback(...).add_to(trainer).")
             if args.report_to:
                 warnings.warn(

@@ -25,7 +25,11 @@ import deepspeed.ops
 import torch
 import transformers
 from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import TrainerCallback
+
+from rl_plugins.modules.sharding import whole_parameters
 
 Run = dict[str, Any]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -65,6 +69,15 @@ def check_backend(trainer: Any) -> None:
     assert trainer.accelerator.num_processes == WORLD
     if trainer.args.deepspeed is not None:
         assert trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def save_whole(named: dict[str, Tensor], out: Path, what: str) -> None:
+    """Gather what is sharded; the file says whether anything was, and whether engines keep it whole between steps."""
+    sharded = any(x.numel() == 0 for x in named.values())
+    persistent = all(vars(x).get("ds_persist", False) for x in named.values())
+    with whole_parameters(list(named.values())):
+        whole = {name: x.detach().clone().contiguous() for name, x in named.items()}
+    save_file(whole, out / f"{what}_{RANK}.safetensors", {"sharded": str(sharded), "persistent": str(persistent)})
 
 
 def in_child(run: Run, train: Callable[[Run], None]) -> int:

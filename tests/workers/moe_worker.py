@@ -26,7 +26,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import DEFAULTS, RANK, KillAt, Run, check_backend, main, start_deepspeed  # isort: skip  sets the environment
+from common import DEFAULTS, RANK, KillAt, Run, check_backend, main, save_whole, start_deepspeed  # isort: skip  sets env
 
 import torch
 from critic_worker import reward
@@ -38,7 +38,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from trl import SFTConfig, SFTTrainer
 
 from rl_plugins.modules import bias_files
-from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.trl import MoEBalancingCallback, MTPCriticConfig, MTPCriticTrainer
 
 # Not Adam, which hides the scale of gradients and makes steps of rounding errors; no clipping, which hides it too.
@@ -126,15 +125,6 @@ def write_results(trainer: Any, out: Path) -> None:
             save_file(balancer.state_dict(), out / f"masters_{RANK}.safetensors")
             save_whole({router.name: router.bias for router in balancer.routers if router.has_bias}, out, "live")
     save_whole(dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters()), out, "weights")
-
-
-def save_whole(named: dict[str, Tensor], out: Path, what: str) -> None:
-    """Gather what is sharded; the file says whether anything was, and whether engines keep it whole between steps."""
-    sharded = any(x.numel() == 0 for x in named.values())
-    persistent = all(vars(x).get("ds_persist", False) for x in named.values())
-    with whole_parameters(list(named.values())):
-        whole = {name: x.detach().clone().contiguous() for name, x in named.items()}
-    save_file(whole, out / f"{what}_{RANK}.safetensors", {"sharded": str(sharded), "persistent": str(persistent)})
 
 
 if __name__ == "__main__":
