@@ -162,3 +162,18 @@ def test_balance_losses_are_compared_on_the_same_routers() -> None:
     for figures in report.values():
         assert figures["value_difference"] < 1e-6 and figures["gradient_difference"] < 1e-4
         assert all(figures[f"{part}_{what}"] > 0 for part in ("forward", "both") for what in ("ms", "ratio"))
+
+
+@pytest.mark.slow
+def test_balancing_overhead(tmp_path: Path) -> None:
+    """Both copies take the same batches, and the balancer's own time is a part of the step."""
+    figures = tmp_path / "figures.json"
+    tiny = ["--hidden-size=64", "--layers=2", "--experts=32", "--top-k=4", "--vocab-size=64", "--batch-size=2"]
+    command = [sys.executable, str(FOLDER / "balancing_overhead.py"), *tiny, "--length=16", "--steps=2"]
+    done = subprocess.run([*command, f"--json={figures}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(figures.read_text())["results"]
+    assert list(results) == [f"{f} {kind}" for f in ("qwen3_moe", "deepseek_v3") for kind in ("loss_free", "aux")]
+    for name, row in results.items():
+        assert row["step"] == pytest.approx(row["balanced_s"] / row["plain_s"])
+        assert 0 < row["inside"] < 1 and f"{row['inside']:.2%}" in done.stdout, name
