@@ -48,7 +48,7 @@ DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").gl
 CRITIC, VARIANTS, PPO, MOE = (ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo", "moe"))
 LAYERS = ("functional", "modules", "generation", "objectives", "tabular", "report", "trl", "lightning")
 METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ratio/", "moe/")
-RECIPES = ("mtp_critic", "grpo_variants", "ppo")
+RECIPES = ("mtp_critic", "grpo_variants", "ppo", "moe_balancing")
 STOCK_MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B")
 ON_CPU = {
     "use_cpu": True,
@@ -166,9 +166,12 @@ def recipe_options() -> dict[str, set[str]]:
     """Options of every recipe, by its path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "recipes")  # the others import from mtp_critic
-        script = load_recipe("mtp_critic").Script
-        configs = {f"recipes/{name}.py": load_recipe(name).Config for name in RECIPES}
-    return {program: options(TrlParser((script, config))) for program, config in configs.items()}
+        modules = {f"recipes/{name}.py": load_recipe(name) for name in RECIPES}
+    shared = modules["recipes/mtp_critic.py"].Script
+    return {
+        program: options(TrlParser((vars(module).get("Script", shared), module.Config)))
+        for program, module in modules.items()
+    }
 
 
 def options(parser: Any) -> set[str]:

@@ -15,10 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_plugins.modules import ValueModel, load_mtp_heads
+from rl_plugins.report import read_loads
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-RECIPES = sorted(FOLDER.glob("*.py"))
 CRITICS = {"mtp_critic": "heads", "grpo_variants": "", "ppo": "value model"}
+RECIPES = [FOLDER / f"{name}.py" for name in CRITICS]
 TINY = [
     *("--warm_start_steps=2", "--max_steps=2", "--train_items=200", "--eval_items=16", "--hidden_size=32"),
     *("--per_device_train_batch_size=8", "--per_device_eval_batch_size=16", "--steps_per_generation=1"),
@@ -119,17 +120,55 @@ def test_gguf_model(tmp_path: Path) -> None:
     (output / "model.safetensors").unlink()  # 0.5 GB, and pytest keeps the folders of the last three runs
 
 
+def test_every_recipe_is_run_by_a_test() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*CRITICS, "moe_balancing"}
+
+
+@pytest.mark.slow
+def test_moe_balancing(tmp_path: Path) -> None:
+    """A sixth of the recipe's steps, a larger rate: the balance is there already."""
+    output = tmp_path / "run"
+    command = [sys.executable, str(FOLDER / "moe_balancing.py"), f"--output_dir={output}", "--use_cpu=True"]
+    options = ["--max_steps=100", "--eval_items=200", "--rate=0.03", "--logging_steps=50", "--disable_tqdm=True"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = json.loads((output / "results.json").read_text())["runs"]
+    assert list(runs) == ["none", "aux", "loss_free"]
+    none, aux, loss_free = (runs[name]["max_violation"] for name in runs)
+    assert loss_free < 0.2 and 1.3 * loss_free < aux < none / 2
+    assert all(run["loss"] < 5.5 and math.isclose(math.exp(run["loss"]), run["perplexity"]) for run in runs.values())
+    assert all(f"{run['max_violation']:.3f}" in done.stdout for run in runs.values()) and "9.50" in done.stdout
+    history = read_loads(output / "loss_free" / "moe_load.jsonl")
+    assert history.steps == [50, 100]
+    for picture in [output / "max_violation.png", *(output / name / "expert_load.png" for name in runs)]:
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_moe_balancing_holds_out_whole_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("moe_balancing")
+    texts = {f"{i:02}": f"{'abcdefgh'[i % 8]}" * 50 for i in range(16)}
+    monkeypatch.setattr(recipe, "documents", lambda: texts)
+    script = recipe.Script(sequence_length=4, eval_items=1000, vocabulary=300)
+    train, held_out = recipe.build_blocks(script)
+    assert train.shape[1] == held_out.shape[1] == 4
+    assert not {tuple(row) for row in train.tolist()} & {tuple(row) for row in held_out.tolist()}
+
+
 # ---------------------------------------------------------------------------------------------- its parts
+
+
+def load_recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[f"{name}_recipe"] = module  # where dataclasses look up the annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mtp_critic_recipe", FOLDER / "mtp_critic.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mtp_critic_recipe"] = module  # where dataclasses look up the annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("mtp_critic")
 
 
 def entry(expression: str, answer: str) -> dict[str, Any]:

@@ -180,9 +180,9 @@ def _add_colorbar(figure: Figure, share: float) -> None:
     bar.set_ticks(list(LOAD_TICKS), labels=list(LOAD_TICKS.values()))
     bar.set_label("load / mean", fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)
-    # As far from the bar as the numbers of the ticks, in the middle of the foot.
-    place: dict[str, Any] = {"xy": (1, -size["extendfrac"] / 2), "xycoords": "axes fraction", "xytext": (7, 0)}
-    bar.ax.annotate("0 tokens", **place, textcoords="offset points", fontsize=8, color=INK, va="center")
+    # As far from the bar as the numbers of the ticks, at the end of the foot, clear of the lowest number.
+    place: dict[str, Any] = {"xy": (1, -size["extendfrac"]), "xycoords": "axes fraction", "xytext": (7, -2)}
+    bar.ax.annotate("0 tokens", **place, textcoords="offset points", fontsize=8, color=INK, va="bottom")
 
 
 def _add_heading(figure: Figure, title: str | None, n_shown: int, n_layers: int) -> None:
