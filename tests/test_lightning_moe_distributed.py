@@ -2,7 +2,6 @@
 run goes on as if it had not been interrupted."""
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from . import moe_models
+from . import test_distributed as distributed
+
 pytestmark = pytest.mark.slow
 
-
-def sibling(name: str) -> Any:
-    """Another test file, for its helpers."""
-    spec = importlib.util.spec_from_file_location(f"helpers_of_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-distributed, moe_models = sibling("test_distributed"), sibling("moe_models")
 
 FAMILIES = ("mixtral", "deepseek_v3", "afmoe")  # added bias; own buffer; own parameters
 VOCABULARY, LENGTH, PADDING = 17, 12, 2

@@ -1,7 +1,6 @@
 """Experts balanced on two gloo ranks equal those of one process under DDP and ZeRO-1/2/3, and a killed run goes on as
 if it had not been killed."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from rl_plugins.modules import load_selection_bias
 from rl_plugins.modules.bias_files import SELECTION_BIAS_NAME
 
+from . import moe_models
+from . import test_distributed as distributed
+
 pytestmark = pytest.mark.slow
 
 
-def sibling(name: str) -> Any:
-    """Another test file, for its helpers."""
-    spec = importlib.util.spec_from_file_location(f"helpers_of_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-distributed, moe_models = sibling("test_distributed"), sibling("moe_models")
 zero, largest_gap = distributed.zero, distributed.largest_gap
 
 FAMILIES = ("mixtral", "deepseek_v3", "afmoe", "ernie4_5_moe")  # added bias; own buffer; own parameters

@@ -1,8 +1,6 @@
 """PPO on two gloo ranks equals one process under DDP and ZeRO-1/2/3, and a killed run goes on unharmed."""
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +11,11 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 
 from rl_plugins.modules import ValueModel
 
+from . import test_distributed as distributed
+
 pytestmark = pytest.mark.slow
 
 
-def sibling(name: str) -> Any:
-    """Another test file, for its helpers."""
-    spec = importlib.util.spec_from_file_location(f"helpers_of_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-distributed = sibling("test_distributed")
 zero, largest_gap = distributed.zero, distributed.largest_gap
 STEPS, CHECKPOINT, KILL_AT = distributed.STEPS, distributed.CHECKPOINT, distributed.KILL_AT
 

@@ -1,9 +1,7 @@
 """The separate value model against exact values: on a frozen policy every estimator must find them."""
 
-import importlib.util
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,21 +12,11 @@ from rl_plugins.modules import ValueModel
 from rl_plugins.tabular import TokenMDP
 from rl_plugins.trl import PPOConfig, PPOTrainer
 
+from . import test_critic_exact as exact
+
 pytestmark = pytest.mark.slow
 
 ENOUGH = 0.9
-
-
-def sibling(name: str) -> Any:
-    """Another test file, for its helpers."""
-    spec = importlib.util.spec_from_file_location(f"helpers_of_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-exact = sibling("test_critic_exact")
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """GRPO variants on two gloo ranks equal one process under DDP and ZeRO-2/3, and a killed run goes on unharmed."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from . import test_distributed as distributed
+
 pytestmark = pytest.mark.slow
 
 
-def sibling(name: str) -> Any:
-    """Another test file, for its helpers."""
-    spec = importlib.util.spec_from_file_location(f"helpers_of_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-distributed = sibling("test_distributed")
 Base: Any = distributed.Workplace
 zero, largest_gap = distributed.zero, distributed.largest_gap
 STEPS, CHECKPOINT, KILL_AT = distributed.STEPS, distributed.CHECKPOINT, distributed.KILL_AT
