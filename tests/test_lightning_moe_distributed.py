@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import moe_models
 from . import test_distributed as distributed
+from .test_moe_distributed import assert_same_biases, gap
 
 pytestmark = pytest.mark.slow
 
@@ -121,25 +122,6 @@ def two(one: Workplace) -> Workplace:
         runs.append({**run, "out": f"{run['out']}_stopped"})
     one.start(runs, ranks=2)
     return one
-
-
-def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Largest difference of two sets of tensors."""
-    assert a.keys() == b.keys() and a
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def assert_same_biases(place: Workplace, name: str) -> dict[str, Tensor]:
-    """Both ranks have the same masters, which moved, and route with them; returns them."""
-    place.log(name)
-    first, second = (place.tensors(name, "masters", rank) for rank in (0, 1))
-    assert first.keys() == second.keys() and first
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert all(bias.dtype == torch.float32 and bias.any() for bias in first.values())
-    for rank in (0, 1):
-        live = place.tensors(name, "live", rank)
-        assert all(torch.equal(live[key].view(-1), first[key]) for key in first)
-    return first
 
 
 def test_biases_change_the_routing(one: Workplace) -> None:

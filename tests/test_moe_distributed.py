@@ -219,6 +219,7 @@ def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def assert_same_biases(place: Workplace, name: str) -> dict[str, Tensor]:
     """Both ranks have the same masters, which moved, and route with them; returns them."""
+    place.log(name)
     first, second = (place.tensors(name, "masters", rank) for rank in (0, 1))
     assert first.keys() == second.keys() and first
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -13,6 +13,7 @@ from rl_plugins.functional import (
     Scoring,
     expert_counts,
     load_entropy,
+    load_fractions,
     max_violation,
     router_probabilities,
     router_z_loss,
@@ -453,3 +454,8 @@ def test_bias_update_errors() -> None:
         selection_bias_update(bias, counts, rate=0.1, rule="quantile")
     with pytest.raises(ValueError, match=r"\(\.\.\., E\)"):
         selection_bias_update(bias, counts[:2], rate=0.1)
+
+
+def test_load_fractions_by_hand() -> None:
+    counts = torch.tensor([[3, 1, 0, 4], [0, 0, 0, 0]])
+    assert load_fractions(counts, 2).tolist() == [[0.75, 0.25, 0.0, 1.0], [0.0] * 4]

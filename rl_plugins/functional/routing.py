@@ -68,6 +68,21 @@ def expert_counts(indices: Tensor, num_experts: int, mask: Tensor | None = None)
     return _count(indices[None], num_experts, None if mask is None else mask[None])[0]
 
 
+def load_fractions(counts: Tensor, k: int) -> Tensor:
+    """Share of the tokens that each expert has: `f_i = k c_i / sum_j c_j`, which is `c_i / n` for `n` tokens.
+
+    Fedus et al., arXiv 2101.03961, eq. 5, for `k` experts per token.
+
+    Args:
+        counts: `c (..., E)`, from [`expert_counts`]; sums to `k n`.
+        k: experts per token.
+
+    Returns:
+        `f (..., E)`, sums to `k`; 0 where there are no tokens.
+    """
+    return _over_total(k * counts, counts)
+
+
 def switch_balance_loss(
     logits: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -113,10 +128,12 @@ def switch_balance_loss(
     device = logits[0].device
     f, p = [], []
     for layer_logits, layer_shares in zip(logits, shares, strict=True):
-        layer_p, tokens = _mean_probabilities(layer_logits, mask, scoring)
+        layer_p = _mean_probabilities(layer_logits, mask, scoring)
         if fractions is None:
             _check_routed(layer_logits, layer_shares)
-            layer_shares = expert_counts(layer_shares, layer_logits.shape[-1], mask) / tokens
+            layer_shares = load_fractions(
+                expert_counts(layer_shares, layer_logits.shape[-1], mask), layer_shares.shape[-1]
+            )
         elif layer_shares.shape != layer_p.shape:
             raise ValueError(f"fractions {tuple(layer_shares.shape)}: give (E,), here {tuple(layer_p.shape)}.")
         f.append(upcast(layer_shares.detach()).to(device))
@@ -157,7 +174,7 @@ def sequence_balance_loss(
     tokens = real.sum(1, keepdim=True)
     experts, k = logits.shape[-1], indices.shape[-1]
     p = (router_probabilities(zero_masked(logits, real), scoring) * real[..., None]).sum(1) / tokens.clamp(min=1)
-    f = _count(indices, experts, real) * (experts / k) / tokens.clamp(min=1)
+    f = load_fractions(_count(indices, experts, real), k) * (experts / k)
     return masked_mean((f * p).sum(-1), tokens.squeeze(1) > 0)
 
 
@@ -310,19 +327,18 @@ def load_entropy(counts: Tensor) -> Tensor:
     return torch.where(counts.sum(-1) > 0, entropy, 1.0)
 
 
-def _mean_probabilities(logits: Tensor, mask: Tensor | None, scoring: Scoring) -> tuple[Tensor, Tensor]:
-    """Mean probability of each expert over the real tokens `(E,)`, and how many these are, at least 1."""
+def _mean_probabilities(logits: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """Mean probability of each expert over the real tokens `(E,)`; 0 where no token is real."""
     _check_logits(logits)
     if mask is None:
-        tokens = torch.tensor(max(len(logits), 1))
-        return router_probabilities(logits, scoring).sum(0) / tokens, tokens
+        return router_probabilities(logits, scoring).sum(0) / max(len(logits), 1)
     real = _check_mask(mask, logits)
     tokens = real.sum().clamp(min=1)
     if _is_free_to_select(logits):
         rows = logits.index_select(0, real.nonzero().squeeze(1))
-        return router_probabilities(rows, scoring).sum(0) / tokens, tokens
+        return router_probabilities(rows, scoring).sum(0) / tokens
     # Not a matrix product, which autocast would take in bfloat16.
-    return (router_probabilities(zero_masked(logits, real), scoring) * real[:, None]).sum(0) / tokens, tokens
+    return (router_probabilities(zero_masked(logits, real), scoring) * real[:, None]).sum(0) / tokens
 
 
 def _is_free_to_select(x: Tensor) -> bool:

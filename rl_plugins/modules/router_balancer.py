@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from rl_plugins.functional.routing import (
     expert_counts,
     load_entropy,
+    load_fractions,
     max_violation,
     router_probabilities,
     selection_bias_quantile,
@@ -116,11 +117,12 @@ class RouterBalancer:
             router.add_bias()
             if router.injected is not None:
                 router.injected.keep_scores = self.config.rule == "quantile"
-                save_beside(self._model)
             elif self.config.rule == "quantile":
                 self.losses.scoring(router)
             # `from_pretrained` makes every parameter trainable, also biases that their architecture freezes.
             router.bias.requires_grad_(False)
+        if any(router.injected is not None for router in self.routers):
+            save_beside(self._model)
 
     def detach(self) -> None:
         """Stop counting. Added biases stay, since the model was trained with them (`remove_selection_bias`)."""
@@ -189,9 +191,7 @@ class RouterBalancer:
         counts = [current.counts[i] if self.config.batch == "local" else self._counts[i] for i in current.counts]
         if self.config.batch == "global":
             counts = list(self.reduce(torch.cat(counts)).split([len(c) for c in counts]))
-        shares = [
-            self.routers[i].top_k * c / c.sum().clamp(min=1) for i, c in zip(current.counts, counts, strict=True)
-        ]
+        shares = [load_fractions(c, self.routers[i].top_k) for i, c in zip(current.counts, counts, strict=True)]
         if self.config.aux_loss_type == "pooled":
             shares = [torch.stack(shares).mean(dim=0)] * len(shares)
         return dict(zip(current.counts, shares, strict=True))

@@ -32,8 +32,7 @@ class Router:
         top_k: k, experts per token.
         scoring: How logits become affinities; `None` where the code does not tell.
         bias_owner: The module that holds a selection bias of the architecture's own; `None` without one.
-        bias_name: Its attribute there.
-        bias_key: Its dotted name in the model.
+        bias_key: Its dotted name in the model, which ends in its attribute there.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Router:
     top_k: int
     scoring: Scoring | None
     bias_owner: nn.Module | None = None
-    bias_name: str = ""
     bias_key: str = ""
 
     @property
@@ -59,7 +57,7 @@ class Router:
     def bias(self) -> Tensor:
         """The live bias with E entries, looked up anew each time since engines replace it."""
         if self.bias_owner is not None:
-            return getattr(self.bias_owner, self.bias_name)
+            return getattr(self.bias_owner, self.bias_key.rpartition(".")[2])
         assert self.injected is not None
         return self.injected.bias
 
@@ -177,8 +175,7 @@ def _describe(name: str, module: nn.Module, parent: nn.Module) -> Router:
             "as transformers' routers do. This architecture cannot be balanced."
         )
     owner, bias_key = _own_bias(name, module, parent, num_experts)
-    bias_name = bias_key.rpartition(".")[2]
-    return Router(name, module, num_experts, top_k, _scoring(module), owner, bias_name, bias_key)
+    return Router(name, module, num_experts, top_k, _scoring(module), owner, bias_key)
 
 
 def _integer(module: nn.Module, names: tuple[str, ...]) -> int | None:

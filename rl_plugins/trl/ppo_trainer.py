@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from rl_plugins.functional.mtp import completion_states
+from rl_plugins.modules.attach import trunk_of
 from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.modules.value_model import (
     CRITIC_ATTRIBUTE,
@@ -220,8 +221,9 @@ def make_value_model(source: Any, policy: Any, args: PPOConfig) -> ValueModel:
     model = policy if source is None else source
     if isinstance(model, PreTrainedModel):
         # A copy: the same object may also be the policy, or a reward function that must stay as it is.
-        with whole_parameters(list(model.base_model.parameters())):
-            return ValueModel(copy.deepcopy(model.base_model))
+        trunk = trunk_of(model)
+        with whole_parameters(list(trunk.parameters())):
+            return ValueModel(copy.deepcopy(trunk))
     raise TypeError(
         f"Cannot make a value model from {type(source).__name__} for a policy of {type(policy).__name__}. Give "
         "value_model a path, a transformers model or a ValueModel."
