@@ -17,6 +17,7 @@ from rl_plugins.functional import (
     next_state_values,
     td_errors,
     td_targets,
+    vtrace,
 )
 
 REWARDS = torch.tensor([[1.0, math.nan, 2.0, 4.0, math.inf]])
@@ -141,6 +142,75 @@ def test_identities(gamma: float) -> None:
         )
 
 
+def test_several_episodes_in_a_row() -> None:
+    """lam = 0 at the end of an episode, and an own next value there, cut a row into rows of one episode each."""
+    rewards, values, following, mask = random_batch(23, 0.8, torch.float64)
+    mask[:, 0] = True  # every row has a first episode
+    ends = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.2
+    lam = torch.where(ends, 0.0, torch.rand(mask.shape, generator=torch.Generator().manual_seed(2)).double())
+    lam = lam.masked_fill(~mask, math.nan)  # a masked token has no lambda
+    returns = lambda_returns(rewards, values, mask, gamma=0.9, lam=lam, next_values=following)
+    advantages = gae(rewards, values, mask, gamma=0.9, lam=lam, next_values=following)
+    assert (ends & mask).sum() > 10
+    for b in range(mask.shape[0]):
+        real = [t for t in range(mask.shape[1]) if mask[b, t]]
+        # The loop runs over episodes, in which the last step bootstraps with its whole weight.
+        g, advantage, last = 0.0, 0.0, True
+        for t in reversed(real):
+            last = last or bool(ends[b, t])
+            r, v, following_v = rewards[b, t].item(), values[b, t].item(), following[b, t].item()
+            trace = lam[b, t].item()
+            g = r + 0.9 * (following_v if last else (1 - trace) * following_v + trace * g)
+            advantage = r + 0.9 * following_v - v + (0.0 if last else 0.9 * trace * advantage)
+            assert returns[b, t].item() == pytest.approx(g)
+            assert advantages[b, t].item() == pytest.approx(advantage)
+            last = False
+
+
+def test_lam_per_token_by_hand() -> None:
+    """gamma = 1/2, lam = 1, 0, 1 at the real tokens: G_3 = 4, G_2 = 2 + 15, G_0 = 1 + 17 / 2."""
+    lam = torch.tensor([[1.0, math.nan, 0.0, 1.0, math.nan]])
+    assert lambda_returns(REWARDS, VALUES, MASK, gamma=0.5, lam=lam).tolist() == [[9.5, 0.0, 17.0, 4.0, 0.0]]
+    # A_3 = -26, A_2 = -3, A_0 = 1 - 3 / 2
+    assert gae(REWARDS, VALUES, MASK, gamma=0.5, lam=lam).tolist() == [[-0.5, 0.0, -3.0, -26.0, 0.0]]
+
+
+def test_vtrace_by_hand() -> None:
+    """gamma = lam = 1/2, ratios 2, 1/2 and 4, clipped at 3 and 1; errors 1, -3 and -26 as in `test_by_hand`."""
+    ratios = torch.tensor([[2.0, math.nan, 0.5, 4.0, math.inf]])
+    targets, advantages = vtrace(REWARDS, VALUES, ratios, MASK, gamma=0.5, lam=0.5, clip_rho=3.0)
+    # v - V: at 3, 3 * -26 = -78; at 2, -3 / 2 - 78 / 8 = -11.25; at 0, 2 - 11.25 / 4 = -0.8125.
+    assert targets.tolist() == [[9.1875, 0.0, 8.75, -48.0, 0.0]]
+    assert advantages.tolist() == [[1 - 11.25 / 4, 0.0, -3 - 78 / 4, -26.0, 0.0]]
+    with pytest.raises(ValueError, match="clip_c=2"):
+        vtrace(REWARDS, VALUES, ratios, MASK, clip_c=2.0)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
+def test_vtrace_on_policy_is_the_lambda_return(lam: float) -> None:
+    rewards, values, _, mask = random_batch(dtype=torch.float64)
+    shared = {"gamma": 0.9, "lam": lam}
+    targets, advantages = vtrace(rewards, values, torch.ones_like(values), mask, **shared)
+    torch.testing.assert_close(targets, lambda_returns(rewards, values, mask, **shared))
+    torch.testing.assert_close(advantages, gae(rewards, values, mask, **shared))
+
+
+def test_vtrace_against_the_sum_of_the_paper() -> None:
+    """`v_s = V_s + sum_t gamma^(t-s) (prod_{i<t} c_i) rho_t delta_t`, Espeholt et al., eq. 1, in Python floats."""
+    rewards, values, _, _ = random_batch(12, 1.1, torch.float64)
+    ratios = torch.rand(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2.5
+    mask = torch.ones(5, 12, dtype=torch.bool)
+    targets, _ = vtrace(rewards, values, ratios, mask, gamma=0.9, clip_rho=1.5, clip_c=0.8)
+    errors = td_errors(rewards, values, mask, gamma=0.9)
+    for b in range(5):
+        for s in range(12):
+            v, trace = values[b, s].item(), 1.0
+            for t in range(s, 12):
+                v += 0.9 ** (t - s) * trace * min(1.5, ratios[b, t].item()) * errors[b, t].item()
+                trace *= min(0.8, ratios[b, t].item())
+            assert targets[b, s].item() == pytest.approx(v)
+
+
 def test_holes_are_as_if_cut_out() -> None:
     rewards, values, _, mask = random_batch()
     holed = gae(rewards, values, mask)
@@ -198,7 +268,17 @@ def test_gamma_is_checked(gamma: float) -> None:
 
 @pytest.mark.parametrize(
     "lam",
-    [-0.1, 1.1, math.nan, torch.tensor([1.5]), torch.tensor([math.nan]), torch.ones(2), torch.tensor(0.5)],
+    [
+        -0.1,
+        1.1,
+        math.nan,
+        torch.tensor([1.5]),
+        torch.tensor([math.nan]),
+        torch.ones(2),
+        torch.ones(1, 4),
+        torch.full((1, 5), 1.5),
+        torch.tensor(0.5),
+    ],
 )
 def test_lam_is_checked(lam: float | Tensor) -> None:
     for function in (gae, lambda_returns):

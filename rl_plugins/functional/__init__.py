@@ -17,11 +17,18 @@ Arithmetic is float32 or wider: half-precision inputs are upcast; functions that
 Stop-gradients are the caller's: nothing here detaches, except where an equation itself writes sg[.].
 """
 
+from rl_plugins.functional.action_values import (
+    double_q_targets,
+    expected_sarsa_targets,
+    q_learning_targets,
+    sarsa_targets,
+    stochastic_update,
+)
 from rl_plugins.functional.advantages import value_implied_std, value_scaled
 from rl_plugins.functional.aggregation import AGGREGATIONS, aggregate
 from rl_plugins.functional.averaging import periodic_update, polyak_update
 from rl_plugins.functional.covariance_losses import clip_cov, kl_cov
-from rl_plugins.functional.divergences import kl_k1, kl_to_sampler
+from rl_plugins.functional.divergences import kl_k1, kl_k3, kl_to_sampler
 from rl_plugins.functional.future_kl import fipo
 from rl_plugins.functional.group_advantages import (
     batch_normalized,
@@ -36,6 +43,7 @@ from rl_plugins.functional.group_advantages import (
     pass_at_k,
 )
 from rl_plugins.functional.group_losses import gpg_scale, gvpo
+from rl_plugins.functional.log_probs import token_entropies, token_log_probs
 from rl_plugins.functional.masking import (
     Reduce,
     explained_variance,
@@ -46,6 +54,7 @@ from rl_plugins.functional.masking import (
     zero_masked,
 )
 from rl_plugins.functional.mtp import (
+    completion_labels,
     completion_states,
     head_targets,
     last_real,
@@ -54,6 +63,12 @@ from rl_plugins.functional.mtp import (
     next_state_values,
     predicted_mask,
     shift_real,
+)
+from rl_plugins.functional.natural_gradient import (
+    conjugate_gradient,
+    flat_gradient,
+    hessian_product,
+    trust_region_step,
 )
 from rl_plugins.functional.policy_losses import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
 from rl_plugins.functional.ratios import log_importance_weights
@@ -65,6 +80,7 @@ from rl_plugins.functional.returns import (
     n_step_returns,
     td_errors,
     td_targets,
+    vtrace,
 )
 from rl_plugins.functional.rewards import kl_shaped_rewards, overlong_penalty, terminal_rewards
 from rl_plugins.functional.routing import (
@@ -107,13 +123,18 @@ __all__ = [
     "cispo",
     "clip_cov",
     "clipped_squared_error",
+    "completion_labels",
     "completion_states",
+    "conjugate_gradient",
     "cpgd",
     "discounted_returns",
+    "double_q_targets",
     "dppo",
+    "expected_sarsa_targets",
     "expert_counts",
     "explained_variance",
     "fipo",
+    "flat_gradient",
     "forget_factor",
     "gae",
     "gmpo",
@@ -125,12 +146,14 @@ __all__ = [
     "gspo_token",
     "gvpo",
     "head_targets",
+    "hessian_product",
     "huber",
     "informative_groups",
     "initial_counts",
     "kalman",
     "kl_cov",
     "kl_k1",
+    "kl_k3",
     "kl_shaped_rewards",
     "kl_to_sampler",
     "lambda_returns",
@@ -159,24 +182,31 @@ __all__ = [
     "polyak_update",
     "ppo_clip",
     "predicted_mask",
+    "q_learning_targets",
     "router_probabilities",
     "router_z_loss",
     "sapo",
+    "sarsa_targets",
     "selection_bias_quantile",
     "selection_bias_update",
     "sequence_balance_loss",
     "shift_real",
     "squared_error",
+    "stochastic_update",
     "switch_balance_loss",
     "td_errors",
     "td_targets",
     "terminal_rewards",
+    "token_entropies",
+    "token_log_probs",
     "trace_weights",
     "tracker_update",
     "tracker_value",
+    "trust_region_step",
     "value_implied_std",
     "value_scaled",
     "vanilla",
     "vespo",
+    "vtrace",
     "zero_masked",
 ]

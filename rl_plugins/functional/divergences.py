@@ -33,3 +33,18 @@ def kl_to_sampler(logps: Tensor, sampler_logps: Tensor) -> Tensor:
     """
     log_ratio = logps - sampler_logps
     return log_ratio.exp() - 1 - log_ratio
+
+
+def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Per-token estimate of `KL(pi || ref)` on tokens sampled from `pi`: `r - 1 - ln r`, `r = ref / pi`.
+
+    Unbiased and non-negative (Schulman, 2020, estimator k3); the KL term of GRPO (2402.03300, equation 4).
+
+    Args:
+        logps: `(B, T)` log-probabilities under the policy that sampled.
+        ref_logps: `(B, T)` under the reference.
+
+    Returns:
+        `(B, T)`, in nats.
+    """
+    return kl_to_sampler(ref_logps, logps)

@@ -168,6 +168,25 @@ def completion_states(hidden: Tensor, num_tokens: int) -> Tensor:
     return hidden[:, -(num_tokens + 1) : -1]
 
 
+def completion_labels(prompt_ids: Tensor, completion_ids: Tensor, mask: Tensor, num_heads: int) -> Tensor:
+    """Token labels of the heads along a completion: at `y_t`, head `k` takes `y_{t+k}`.
+
+    Args:
+        prompt_ids: `(B, P)`.
+        completion_ids: `(B, T)`.
+        mask: real tokens of the completion `(B, T)`.
+        num_heads: `K`.
+
+    Returns:
+        `(B, T, K)`, -100 where there is no such token.
+
+    Raises:
+        ValueError: `num_heads` is below 1, or there is no prompt.
+    """
+    tokens = torch.cat([prompt_ids, completion_ids.masked_fill(~mask.bool(), -100)], dim=1)
+    return completion_states(mtp_labels(tokens, num_heads), completion_ids.shape[1])
+
+
 def predicted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Which actions of a labelled row count: action `t` is token `t + 1`, chosen in the state of token `t`.
 

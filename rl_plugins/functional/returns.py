@@ -126,7 +126,8 @@ def lambda_returns(
         values: `V(s_t) (B, T)`.
         mask: `(B, T)`.
         gamma: discount in `[0, 1]`.
-        lam: trace decay in `[0, 1]`, a float or per sequence `(B,)` or `(B, 1)`; 1 is Monte Carlo, 0 is TD.
+        lam: trace decay in `[0, 1]`, a float, per sequence `(B,)` or `(B, 1)`, or per token `(B, T)`; 1 is Monte
+            Carlo, 0 is TD. A 0 where an episode ends lets a row hold several (with an own `next_values`).
         next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
 
     Returns:
@@ -159,7 +160,8 @@ def gae(
         values: `V(s_t) (B, T)`.
         mask: `(B, T)`.
         gamma: discount in `[0, 1]`.
-        lam: trace decay in `[0, 1]`, a float or per sequence `(B,)` or `(B, 1)`.
+        lam: trace decay in `[0, 1]`, a float, per sequence `(B,)` or `(B, 1)`, or per token `(B, T)`. A 0 where an
+            episode ends lets a row hold several (with an own `next_values`).
         next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
 
     Returns:
@@ -170,6 +172,52 @@ def gae(
     """
     lam = _check_lam(lam, mask)
     return _scan_real(td_errors(rewards, values, mask, gamma=gamma, next_values=next_values), gamma * lam, mask)
+
+
+def vtrace(
+    rewards: Tensor,
+    values: Tensor,
+    ratios: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 1.0,
+    clip_rho: float = 1.0,
+    clip_c: float = 1.0,
+    next_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """V-trace: targets for `V` of a policy `pi`, and its advantages, from the steps of another policy, `beta`.
+
+    `v_t = V(s_t) + rho_t delta_t + gamma c_t (v_{t+1} - V(s_{t+1}))`, with `rho_t = min(clip_rho, pi / beta)` and
+    `c_t = lam min(clip_c, pi / beta)` (Espeholt et al., arXiv 1802.01561, eq. 1 and remarks 1 and 2), and
+    `A_t = delta_t + gamma lam (v_{t+1} - V(s_{t+1}))`, yet to be weighed by `rho_t` in a policy gradient (section
+    4.2). Where `pi = beta`, these are `lambda_returns` and `gae`; at `lam = 0`, `V(s_t) + rho_t delta_t` and
+    `delta_t`.
+
+    Args:
+        rewards: `(B, T)`.
+        values: `V(s_t) (B, T)`.
+        ratios: `pi(y_t|s_t) / beta(y_t|s_t) (B, T)`.
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+        lam: trace decay, as in `gae`.
+        clip_rho: largest weight of a TD error; it decides what the values converge to.
+        clip_c: largest weight of the trace, at most 1; it decides how fast.
+        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
+
+    Returns:
+        `(targets, advantages)`, both `(B, T)`.
+
+    Raises:
+        ValueError: a setting is out of range, or the shapes do not fit.
+    """
+    if clip_rho <= 0 or not 0 <= clip_c <= 1:
+        raise ValueError(f"clip_rho={clip_rho}, clip_c={clip_c}: give a positive clip_rho, and clip_c in [0, 1].")
+    ratios, lam = _clean(ratios, mask), _check_lam(lam, mask)
+    errors = td_errors(rewards, values, mask, gamma=gamma, next_values=next_values)
+    corrections = _scan_real(ratios.clamp(max=clip_rho) * errors, gamma * lam * ratios.clamp(max=clip_c), mask)
+    advantages = errors + zero_masked(gamma * lam * shift_real(corrections, mask, 1)[0], mask)
+    return _clean(values, mask) + corrections, advantages
 
 
 def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
@@ -247,13 +295,16 @@ def _check_gamma(gamma: float) -> None:
 
 
 def _check_lam(lam: float | Tensor, mask: Tensor) -> float | Tensor:
-    """`lam` as a float or `(B, 1)`."""
+    """`lam` as a float, `(B, 1)` or `(B, T)`."""
     if not isinstance(lam, Tensor):
         if not 0 <= lam <= 1:
             raise ValueError(f"lam={lam}: give a trace decay in [0, 1].")
         return lam
-    if lam.shape not in ((mask.shape[0],), (mask.shape[0], 1)):
-        raise ValueError(f"lam {tuple(lam.shape)}: give a float, or one per sequence, (B,) or (B, 1).")
+    if lam.shape not in ((mask.shape[0],), (mask.shape[0], 1), mask.shape):
+        raise ValueError(
+            f"lam {tuple(lam.shape)}: give a float, one per sequence, (B,) or (B, 1), or one per token, (B, T)."
+        )
+    lam = zero_masked(lam, mask) if lam.shape == mask.shape else upcast(lam).reshape(-1, 1)
     if not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError("lam has entries outside [0, 1]: clamp it, as length_adaptive_lambda does.")
-    return upcast(lam).reshape(-1, 1)
+    return lam
