@@ -180,6 +180,7 @@ def plot_training_curves(
     panels: Sequence[Panel] | None = None,
     marks: dict[int, str] | None = None,
     window: int | None = None,
+    xlabel: str = "optimizer step",
 ) -> Path:
     """Write the learning curves of one run as a PNG and return its path.
 
@@ -193,6 +194,7 @@ def plot_training_curves(
         panels: Panels to draw instead of `DEFAULT_PANELS`.
         marks: Optimizer step -> text; vertical lines such as the end of the value warm-up.
         window: Odd number of points of the moving average; by default about a twentieth of the run.
+        xlabel: What `step` counts.
 
     Raises:
         ValueError: The log holds none of the panels' metrics.
@@ -204,7 +206,7 @@ def plot_training_curves(
         axes = figure.add_subplot(rows, columns, index + 1)
         _draw_panel(axes, item, window)
         _draw_mark_lines(axes, marks or {})
-        _style(axes, item, is_lowest=index + columns >= len(data))
+        _style(axes, item, xlabel if index + columns >= len(data) else None)
     if title:
         figure.suptitle(title, fontsize=13, color=INK)
     if marks:
@@ -291,12 +293,12 @@ def _name_marks(figure: Figure, marks: dict[int, str]) -> None:
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
 
 
-def _style(axes: Axes, data: PanelData, is_lowest: bool) -> None:
+def _style(axes: Axes, data: PanelData, xlabel: str | None) -> None:
     has_band = any(line.band is not None for line in data.lines)
     axes.set_title(data.panel.title + (" (band: ± std)" if has_band else ""), fontsize=10, color=INK)
     axes.set_ylabel(data.panel.ylabel + (", log" if axes.get_yscale() == "log" else ""), fontsize=9, color=INK)
-    if is_lowest:
-        axes.set_xlabel("optimizer step", fontsize=9, color=INK)
+    if xlabel is not None:
+        axes.set_xlabel(xlabel, fontsize=9, color=INK)
     if len(data.lines) > 1:
         # Above the note on cut-off points, where there may be one.
         place: dict[str, Any] = (

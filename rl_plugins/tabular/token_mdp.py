@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rl_plugins.tabular.mdp import MDP
+
 MAX_STRINGS = 20_000_000  # 160 MB for each float64 table of the last depth
 CHUNK = 1 << 16  # strings for one call of `policy` or `reward`
 
@@ -137,6 +139,33 @@ class TokenMDP:
             rewards = torch.where(ends, self.action_values[t][index, action], rewards)
             tokens[:, t], index = action, child
         return tokens, self.completion_mask(tokens), rewards
+
+    def to_mdp(self) -> tuple[MDP, Tensor]:
+        """The same process as a general MDP, with a state for every prefix and one for the end.
+
+        Prefixes come depth by depth in the order of the tables, so the values are those of
+        `torch.cat([*self.values[:-1], torch.zeros(1)])`.
+
+        Returns:
+            the MDP of `S` states, and the policy `(S, V)`.
+        """
+        sizes = [self.vocab_size**depth for depth in range(self.max_length)]
+        end = sum(sizes)
+        goes_on = torch.cat([exists.view(-1, self.vocab_size) for exists in self._exists[1:]])
+        # Children in the order of their parents are the prefixes from the second depth on; the last ones are the end.
+        children = torch.arange(1, end * self.vocab_size + 1).view(-1, self.vocab_size)
+        children = torch.cat([children.where(goes_on, end), torch.full((1, self.vocab_size), end)])
+        rewards = torch.cat(self.action_values).masked_fill(goes_on, 0.0)
+        rewards = torch.cat([rewards, torch.zeros(1, self.vocab_size, dtype=torch.float64)])
+        start = torch.zeros(end + 1, dtype=torch.float64).index_fill(0, torch.tensor([0]), 1.0)
+        states = torch.arange(end + 1)[:, None].expand_as(children)
+        tokens = torch.arange(self.vocab_size).expand_as(children)
+        index = torch.stack([states, tokens, children]).flatten(1)
+        shape = (end + 1, self.vocab_size, end + 1)
+        sure = torch.ones(index.shape[1], dtype=torch.float64)
+        transitions = torch.sparse_coo_tensor(index, sure, shape, check_invariants=True)
+        uniform = torch.full((1, self.vocab_size), 1 / self.vocab_size, dtype=torch.float64)
+        return MDP(transitions, rewards, self.gamma, start=start), torch.cat([*self.probabilities, uniform])
 
     def _existing_states(self) -> list[Tensor]:
         """For d = 0 .. max_length, whether a token is still drawn after a prefix: `(V^d,)`."""
