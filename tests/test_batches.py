@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_plugins.trl.batches import join_rows, num_rows, reordered, select_rows
+from rl_plugins.generation.batches import join_rows, num_rows, reordered, select_rows
 
 PAD = 9
 

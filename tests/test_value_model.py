@@ -14,9 +14,9 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2Model,
 
 from rl_plugins.functional.mtp import completion_states
 from rl_plugins.modules import ValueModel, attach_value_model, detach_value_model, get_value_model
+from rl_plugins.modules import value_model as value_models
 from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE, HEAD_NAME, is_value_model_folder
 from rl_plugins.trl import PPOConfig
-from rl_plugins.trl.ppo_trainer import make_value_model
 
 TinyModel = Callable[..., Any]
 
@@ -36,6 +36,16 @@ def randomised(model: ValueModel, seed: int = 1) -> ValueModel:
 @pytest.fixture
 def options(tmp_path: Path) -> PPOConfig:
     return PPOConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none")
+
+
+def make_value_model(source: Any, policy: Any, options: PPOConfig) -> ValueModel:
+    """As `PPOTrainer` makes it."""
+    return value_models.make_value_model(
+        source,
+        policy,
+        policy_init_kwargs=options.model_init_kwargs,
+        init_kwargs=options.value_model_init_kwargs,
+    )
 
 
 def assert_same_weights(left: Any, right: Any) -> None:

@@ -19,10 +19,10 @@ from rl_plugins.functional.group_losses import gvpo
 from rl_plugins.functional.rewards import overlong_penalty
 from rl_plugins.functional.traces import lambda_trace
 from rl_plugins.functional.value_tracking import forget_factor
+from rl_plugins.generation import batches as batches_module
 from rl_plugins.modules.value_tracker import prompt_key
 from rl_plugins.objectives.group_advantages import ADVANTAGES, GROUPLESS, group_advantages
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
-from rl_plugins.trl import batches as batches_module
 from rl_plugins.trl import sampling_trainer as module
 from rl_plugins.trl.presets import GRPO_PRESETS
 
@@ -296,10 +296,10 @@ def test_evaluation_changes_no_state(make: Make, dataset: Dataset) -> None:
 
     spo = make(advantage="value_tracker", advantage_kwargs={"forget": 0.9}, num_generations=1, **common)
     generate(spo)
-    pending = spo._unabsorbed
+    pending = spo._tracked.unabsorbed
     spo.model.eval()
     assert math.isfinite(spo.evaluate()["eval_loss"])
-    assert spo._unabsorbed is pending and pending is not None
+    assert spo._tracked.unabsorbed is pending and pending is not None
     assert spo.value_tracker is not None and len(spo.value_tracker) == 0
 
 
@@ -816,7 +816,7 @@ def test_the_tracker_is_in_checkpoints(make: Make, tmp_path: Path, kwargs: dict[
     options = {**spo_options(**kwargs), "save_strategy": "steps", "save_steps": 1}
     trainer = make(**options)
     trainer.train()
-    assert trainer.value_tracker is not None and trainer._unabsorbed is not None
+    assert trainer.value_tracker is not None and trainer._tracked.unabsorbed is not None
     counts = trainer.value_tracker.counts
     assert len(counts) == 8  # of the first batch; the second is still to be absorbed
     checkpoint = tmp_path / "run" / "checkpoint-2"
@@ -826,9 +826,12 @@ def test_the_tracker_is_in_checkpoints(make: Make, tmp_path: Path, kwargs: dict[
     resumed = make(**options, output_dir="resumed")
     resumed.create_optimizer_and_scheduler(2)
     resumed._load_optimizer_and_scheduler(str(checkpoint))
-    assert resumed.value_tracker is not None and resumed._unabsorbed is not None
-    assert resumed.value_tracker.counts == counts and resumed._unabsorbed["keys"] == trainer._unabsorbed["keys"]
-    assert torch.equal(resumed._unabsorbed["scores"], trainer._unabsorbed["scores"])
+    assert resumed.value_tracker is not None and resumed._tracked.unabsorbed is not None
+    assert (
+        resumed.value_tracker.counts == counts
+        and resumed._tracked.unabsorbed["keys"] == trainer._tracked.unabsorbed["keys"]
+    )
+    assert torch.equal(resumed._tracked.unabsorbed["scores"], trainer._tracked.unabsorbed["scores"])
     resumed.model.load_state_dict(trainer.model.state_dict())
     generate(trainer, first=40)
     generate(resumed, first=40)

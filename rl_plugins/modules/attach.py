@@ -1,6 +1,10 @@
 """Attach MTP heads to a Hugging Face causal language model, and take them off again."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from rl_plugins.modules.heads import MTPHeads, MTPHeadsConfig
@@ -102,8 +106,21 @@ def attach_mtp_heads(
         )
     heads.to(device=lm_head.weight.device, dtype=base.dtype)
     add_submodule(base, HEADS_ATTRIBUTE, heads)
-    heads.trunk_hook = trunk_of(base).register_forward_hook(heads.on_trunk_forward)
+    hook_mtp_heads(model)
     return heads
+
+
+def hook_mtp_heads(model: nn.Module) -> None:
+    """Have attached heads run in the model's forward, if they do not already: Lightning's DeepSpeed strategy takes off
+    all hooks before it evaluates."""
+    heads, trunk = get_mtp_heads(model), trunk_of(base_model_of(model))
+    if heads is not None and not is_registered(heads.trunk_hook, trunk._forward_hooks):
+        heads.trunk_hook = trunk.register_forward_hook(heads.on_trunk_forward)
+
+
+def is_registered(handle: RemovableHandle | None, hooks: Mapping[int, Any]) -> bool:
+    """Whether a hook is among those of a module."""
+    return handle is not None and handle.id in hooks
 
 
 def detach_mtp_heads(model: nn.Module) -> MTPHeads:

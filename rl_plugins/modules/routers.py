@@ -13,6 +13,7 @@ from rl_plugins.functional.routing import Scoring
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.selection_bias import SelectionBias, get_selection_bias
 from rl_plugins.modules.sharding import whole_size
+from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE
 
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """What the architectures with a selection bias of their own call it."""
@@ -118,7 +119,8 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
     recorded = _recorded_classes(base)
     routers: list[Router] = []
     for prefix, root in [("", base), *((f"extra.{i}.", module) for i, module in enumerate(extra_modules))]:
-        modules = dict(root.named_modules())
+        # A value model beside the policy has a trunk of its own, whose experts are not the policy's.
+        modules = {name: x for name, x in root.named_modules() if CRITIC_ATTRIBUTE not in name.split(".")}
         for name, module in _candidates(modules, recorded):
             parent = modules[re.sub(r"\.modules_to_save\.[^.]+$", "", name).rpartition(".")[0]]
             routers.append(_describe(prefix + _without_peft(name), module, parent))

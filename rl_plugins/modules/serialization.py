@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE, attach_mtp_heads, base_model_of, get_mtp_heads
 from rl_plugins.modules.heads import MTPHeads, MTPHeadsConfig
@@ -17,6 +18,28 @@ HEADS_CONFIG_NAME = "mtp_heads_config.json"
 def has_mtp_heads_file(directory: str | Path) -> bool:
     """Whether `directory` holds heads saved by [`save_mtp_heads`]."""
     return (Path(directory) / HEADS_WEIGHTS_NAME).is_file()
+
+
+def find_mtp_heads(path: str, *, revision: str | None = None) -> str | None:
+    """Folder of the heads that were saved with a model; `None` where there are none.
+
+    Args:
+        path: Folder or hub id of the model.
+        revision: Of the hub's repository.
+    """
+    if Path(path).is_dir():
+        return path if has_mtp_heads_file(path) else None
+    found = [
+        cached_file(
+            path,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        for name in (HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME)
+    ]
+    return None if None in found else str(Path(str(found[1])).parent)
 
 
 def save_mtp_heads(model: nn.Module, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> Path:

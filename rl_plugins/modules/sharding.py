@@ -11,6 +11,11 @@ def is_partitioned(param: Tensor) -> bool:
     return "ds_id" in vars(param)
 
 
+def is_in_use(param: Tensor) -> bool:
+    """Whether a module whose forward runs now has made a partitioned `param` whole, and will let go of it."""
+    return bool(vars(param).get("ds_active_sub_modules"))
+
+
 def whole_size(param: Tensor) -> int:
     """Number of entries of the whole parameter."""
     return int(vars(param)["ds_numel"]) if is_partitioned(param) else param.numel()
@@ -24,6 +29,9 @@ def whole_parameters(params: Sequence[Tensor], *, writing: bool = False) -> Abst
         writing: Keep what is written, taken from rank 0. Without it DeepSpeed drops writes silently.
     """
     partitioned = [param for param in params if is_partitioned(param)]
+    if not writing:
+        # DeepSpeed refuses to part what it gathered for a module that still runs: tied weights in the trunk's hook.
+        partitioned = [param for param in partitioned if not is_in_use(param)]
     if not partitioned:
         return nullcontext()
     import deepspeed

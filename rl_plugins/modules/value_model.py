@@ -1,6 +1,7 @@
 """A separate critic: a second transformer with a scalar head, run inside the policy's forward."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
-from rl_plugins.modules.attach import add_submodule, base_model_of, remove_submodule
+from rl_plugins.modules.attach import add_submodule, base_model_of, is_registered, remove_submodule, trunk_of
 from rl_plugins.modules.heads import ValueHead
+from rl_plugins.modules.sharding import whole_parameters
 
 CRITIC_ATTRIBUTE = "value_model"
 """Name of the submodule in the policy, and of the folder that it is saved in."""
@@ -166,7 +168,14 @@ def attach_value_model(policy: nn.Module, value_model: ValueModel) -> None:
     value_model.requires_grad_(True)
     value_model.to(base.device)
     add_submodule(base, CRITIC_ATTRIBUTE, value_model)
-    value_model.policy_hook = base.register_forward_pre_hook(value_model.on_policy_forward, with_kwargs=True)
+    hook_value_model(policy)
+
+
+def hook_value_model(policy: nn.Module) -> None:
+    """Have an attached value model run in the policy's forward, if it does not already."""
+    value_model, base = get_value_model(policy), base_model_of(policy)
+    if value_model is not None and not is_registered(value_model.policy_hook, base._forward_pre_hooks):
+        value_model.policy_hook = base.register_forward_pre_hook(value_model.on_policy_forward, with_kwargs=True)
 
 
 def detach_value_model(policy: nn.Module) -> ValueModel:
@@ -184,3 +193,48 @@ def detach_value_model(policy: nn.Module) -> ValueModel:
     value_model.policy_hook = None
     remove_submodule(base, CRITIC_ATTRIBUTE)
     return value_model
+
+
+def make_value_model(
+    source: Any,
+    policy: Any,
+    *,
+    policy_init_kwargs: Mapping[str, Any] | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
+) -> ValueModel:
+    """The value model that a run starts from.
+
+    Args:
+        source: A `ValueModel`, a transformers model, a path or hub id, or `None` for the policy's trunk.
+        policy: The policy as the user gave it.
+        policy_init_kwargs: Keyword arguments that the policy is loaded with, of which another model shares `dtype` and
+            `attn_implementation`.
+        init_kwargs: Keyword arguments for loading the value model, on top of those.
+
+    Raises:
+        TypeError: If the source is none of these, or there is none and the policy has no trunk to copy.
+    """
+    if isinstance(source, ValueModel):
+        return source
+    if source is None and isinstance(policy, nn.Module) and get_value_model(policy) is not None:
+        return detach_value_model(policy)  # of an earlier trainer; it goes on
+    shared = dict(policy_init_kwargs or {})
+    if source is not None:  # where a file is says nothing about another model
+        shared = {key: shared[key] for key in ("dtype", "attn_implementation") if key in shared}
+    kwargs: dict[str, Any] = {"dtype": "float32", **shared, **(init_kwargs or {})}
+    if source is None and isinstance(policy, str):
+        source = policy
+        if find_head(policy, **{**kwargs, "subfolder": CRITIC_ATTRIBUTE}) is not None:
+            kwargs["subfolder"] = CRITIC_ATTRIBUTE
+    if isinstance(source, str):
+        return ValueModel.from_pretrained(source, **kwargs)
+    model = policy if source is None else source
+    if isinstance(model, PreTrainedModel):
+        # A copy: the same object may also be the policy, or a reward function that must stay as it is.
+        trunk = trunk_of(model)
+        with whole_parameters(list(trunk.parameters())):
+            return ValueModel(copy.deepcopy(trunk))
+    raise TypeError(
+        f"Cannot make a value model from {type(source).__name__} for a policy of {type(policy).__name__}. Give "
+        "value_model a path, a transformers model or a ValueModel."
+    )

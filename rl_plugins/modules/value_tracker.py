@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.value_tracking import tracker_update, tracker_value
+from rl_plugins.functional.group_advantages import batch_normalized
+from rl_plugins.functional.value_tracking import forget_factor, tracker_update, tracker_value
 
 
 def prompt_key(prompt: Any) -> str:
@@ -65,3 +66,74 @@ class ValueTracker:
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote."""
         self.counts = {key: (float(a), float(b)) for key, (a, b) in json.loads(Path(path).read_text()).items()}
+
+
+class TrackedAdvantages:
+    """SPO's advantages, `A = normalise(r - v(prompt))` over the batch (2509.13232), with one step of delay.
+
+    The tracker takes in the rewards of a batch only when the policy has learnt from it: old counts fade by how far the
+    policy has moved on it since, as in SPO's own code, or by a constant `forget`.
+
+    Args:
+        options: `forget`, or keyword arguments of [`~rl_plugins.functional.forget_factor`].
+
+    Attributes:
+        tracker: The counts.
+        unabsorbed: The batch to take in next: `keys`, `scores` of all ranks, `rows` of this one.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = dict(options)
+        self.tracker = ValueTracker()
+        self.unabsorbed: dict[str, Any] | None = None
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether forgetting depends on how far the policy moves, which takes the completions."""
+        return "forget" not in self.options
+
+    def advantages(self, keys: Sequence[str], scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Advantages (N,) of the completions of all ranks, and metrics.
+
+        Args:
+            keys: Prompts, from [`prompt_key`].
+            scores: (N,), NaN where a completion cannot be scored.
+
+        Raises:
+            ValueError: If a score is outside [0, 1].
+        """
+        usable = scores[~scores.isnan()]
+        if len(usable) and not (float(usable.min()) >= 0.0 and float(usable.max()) <= 1.0):
+            raise ValueError(
+                f"advantage='value_tracker' tracks the success of prompts, with rewards in [0, 1], but there are "
+                f"rewards from {float(usable.min()):g} to {float(usable.max()):g}. Scale them (reward_weights)."
+            )
+        values = self.tracker.values(keys).to(scores)
+        size = torch.tensor(float(len(self.tracker)))
+        metrics = {"value_tracker/value_mean": values.mean(), "value_tracker/prompts": size}
+        return batch_normalized(scores - values), metrics
+
+    def remember(self, keys: Sequence[str], scores: Tensor, rows: Any) -> None:
+        """Keep what will be taken in once the policy has learnt from it."""
+        self.unabsorbed = {"keys": list(keys), "scores": scores, "rows": rows}
+
+    def absorb(self, distances: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Take in the last batch.
+
+        Args:
+            distances: Gives, for the rows that were kept, how far the policy has moved on each completion since (N,),
+                of all ranks. Called only where `needs_rows`.
+
+        Returns:
+            Metrics; empty if there is nothing to take in.
+        """
+        if self.unabsorbed is None:
+            return {}
+        keys, scores, rows = (self.unabsorbed[key] for key in ("keys", "scores", "rows"))
+        self.unabsorbed = None
+        if self.needs_rows:
+            forget = forget_factor(distances(rows), **self.options)
+        else:
+            forget = torch.full_like(scores, float(self.options["forget"]))
+        self.tracker.update(keys, scores, forget)
+        return {"value_tracker/forget_mean": forget.mean()} if self.needs_rows else {}

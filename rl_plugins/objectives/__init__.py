@@ -4,8 +4,10 @@ from rl_plugins.objectives.critic import (
     ESTIMATORS,
     SCALINGS,
     CriticTargets,
+    critic_signal,
     critic_targets,
     initial_values,
+    per_head_means,
     rollout_metrics,
     scale_advantages,
     sequence_means,
@@ -19,6 +21,7 @@ from rl_plugins.objectives.group_advantages import (
     group_advantages,
     penalised_returns,
 )
+from rl_plugins.objectives.online import completion_metrics, online_loss, reward_metrics
 from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss, clip_shares, policy_loss
 
 __all__ = [
@@ -31,11 +34,16 @@ __all__ = [
     "advantage_options",
     "check_advantage",
     "clip_shares",
+    "completion_metrics",
+    "critic_signal",
     "critic_targets",
     "group_advantages",
     "initial_values",
+    "online_loss",
     "penalised_returns",
+    "per_head_means",
     "policy_loss",
+    "reward_metrics",
     "rollout_metrics",
     "scale_advantages",
     "sequence_means",

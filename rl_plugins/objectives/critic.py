@@ -1,7 +1,7 @@
 """The critic's training signal: what to advantage the policy by, and what the value heads regress on."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -243,6 +243,62 @@ def rollout_metrics(
     return metrics
 
 
+@torch.no_grad()
+def critic_signal(
+    rewards: Tensor,
+    values: Tensor,
+    target_values: Tensor,
+    mask: Tensor,
+    *,
+    scaling: str = "whiten",
+    reward_range: tuple[float, float] = (0.0, 1.0),
+    reduce: Reduce | None = None,
+    **options: Any,
+) -> tuple[CriticTargets, Tensor, dict[str, Tensor]]:
+    """Everything that the critic says about a batch just generated.
+
+    Args:
+        rewards: Token rewards (B, T).
+        values: Values of all heads when the completion was made (B, T, K).
+        target_values: The same from the target heads (B, T, K).
+        mask: Real tokens that count (B, T).
+        scaling: See [`scale_advantages`].
+        reward_range: See [`scale_advantages`].
+        reduce: Sums statistics over ranks.
+        options: Keyword arguments of [`critic_targets`].
+
+    Returns:
+        The targets, the policy's scaled advantages (B, T), and metrics (0-d): [`rollout_metrics`], and
+        `critic/skipped_completions`, of which no token counts.
+    """
+    targets = critic_targets(rewards, values, target_values, mask, **options)
+    advantages = scale_advantages(
+        targets.advantages, values[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
+    )
+    metrics = rollout_metrics(targets, values, target_values, mask, reduce=reduce)
+    skipped = (~mask.any(dim=1)).sum().float().view(1)
+    metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]
+    return targets, advantages, metrics
+
+
 def sequence_means(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens of each sequence, (B, T) -> (B,); 0 where there are none."""
     return masked_mean(x, mask, dim=1)
+
+
+def per_head_means(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Metrics of a loss per head: `<name>/head_k`, and `name` over all heads.
+
+    Args:
+        name: Of the loss.
+        sums: Summed losses of all ranks (K,).
+        counts: Numbers of targets of all ranks (K,).
+
+    Returns:
+        0-d tensors, 0 where there is no target.
+    """
+    means = sums / counts.clamp(min=1.0)
+    return {
+        name: sums.sum() / counts.sum().clamp(min=1.0),
+        **{f"{name}/head_{k + 1}": mean for k, mean in enumerate(means)},
+    }

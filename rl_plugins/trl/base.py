@@ -10,6 +10,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from rl_plugins.functional.masking import masked_moments
 from rl_plugins.modules.attach import base_model_of
+from rl_plugins.objectives.critic import per_head_means
 from rl_plugins.trl.moe_callback import MoEBalancingCallback
 
 
@@ -87,8 +88,7 @@ class PluginTrainer(_BaseTrainer):
 
     def _log_per_head(self, name: str, sums: Tensor, counts: Tensor) -> None:
         sums, counts = self._sum_over_ranks(torch.stack([sums, counts]).flatten()).view(2, -1)
-        self._log_metrics({f"{name}/head_{k + 1}": mean for k, mean in enumerate(sums / counts.clamp(min=1.0))})
-        self._log_metrics({name: sums.sum() / counts.sum().clamp(min=1.0)})
+        self._log_metrics(per_head_means(name, sums, counts))
 
     def _checkpoint_dir(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rl_plugins.functional.divergences import kl_to_sampler
-from rl_plugins.functional.mtp import completion_states, mtp_labels
+from rl_plugins.functional.mtp import completion_labels, completion_states
 from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.trl.critic_config import MTPCriticConfig
@@ -167,9 +166,8 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         args, num_tokens = self.args, inputs["completion_ids"].shape[1]
         labels = None
         if args.mtp_loss_coef:
-            real = self._loss_mask(inputs).bool()
-            tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"].masked_fill(~real, -100)], dim=1)
-            labels = completion_states(mtp_labels(tokens, args.num_mtp_heads), num_tokens)
+            mask = self._loss_mask(inputs)
+            labels = completion_labels(inputs["prompt_ids"], inputs["completion_ids"], mask, args.num_mtp_heads)
         select = partial(completion_states, num_tokens=num_tokens)
         return self._make_head_pass(select, labels, self._num_items(inputs), value_grad_scale, heads_only=heads_only)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rl_plugins.trl.policy_config import check_unit_interval
+from rl_plugins.objectives.checks import check_unit_interval
 from rl_plugins.trl.value_config import ValueArguments
 
 

@@ -1,7 +1,6 @@
 """What both trainers do with their heads: create, optimise, save, load, average."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import cached_file
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from rl_plugins.modules import (
@@ -21,13 +19,12 @@ from rl_plugins.modules import (
     attach_mtp_heads,
     base_model_of,
     get_mtp_heads,
-    has_mtp_heads_file,
     load_mtp_heads,
     logit_divisor,
     save_mtp_heads,
 )
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
-from rl_plugins.modules.serialization import HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME
+from rl_plugins.modules.serialization import find_mtp_heads
 from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.critic_module import CriticModuleTrainer
@@ -65,19 +62,7 @@ def find_saved_heads(model: Any, args: Any) -> str | None:
         return args.mtp_heads_path
     if not isinstance(model, str):
         return None
-    if os.path.isdir(model):
-        return model if has_mtp_heads_file(model) else None
-    found = [
-        cached_file(
-            model,
-            name,
-            revision=(args.model_init_kwargs or {}).get("revision"),
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        for name in (HEADS_CONFIG_NAME, HEADS_WEIGHTS_NAME)
-    ]
-    return None if None in found else str(Path(str(found[1])).parent)
+    return find_mtp_heads(model, revision=(args.model_init_kwargs or {}).get("revision"))
 
 
 class MTPHeadsTrainer(CriticModuleTrainer):

@@ -6,6 +6,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from rl_plugins.functional.aggregation import AGGREGATIONS
+from rl_plugins.objectives.checks import check_choice
 from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss
 
 # Which of TRL's loss types averages like this; it carries the KL term, so that KL and policy loss share their units.
@@ -36,19 +37,6 @@ class SingleGeneration(int):
 
     def __lt__(self, other: object) -> bool:
         return False
-
-
-def check_unit_interval(**values: float | None) -> None:
-    """Raise ValueError for the first value that is given and outside [0, 1]."""
-    for name, value in values.items():
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be in [0, 1], got {value}.")
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raise ValueError if `value` is not among `choices`."""
-    if value not in choices:
-        raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
 
 
 def field_default(config: type, name: str) -> Any:

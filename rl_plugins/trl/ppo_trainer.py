@@ -1,6 +1,5 @@
 """PPO with a separate value model, on GRPO's trainer."""
 
-import copy
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +12,13 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from rl_plugins.functional.mtp import completion_states
-from rl_plugins.modules.attach import trunk_of
-from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.generation.batches import reordered
 from rl_plugins.modules.value_model import (
     CRITIC_ATTRIBUTE,
     ValueModel,
     attach_value_model,
-    detach_value_model,
-    find_head,
-    get_value_model,
+    make_value_model,
 )
-from rl_plugins.trl.batches import reordered
 from rl_plugins.trl.heads_trainer import complete_args
 from rl_plugins.trl.host import hide_critics_from_vllm
 from rl_plugins.trl.policy_trainer import Batch
@@ -98,7 +93,13 @@ class PPOTrainer(ValueTrainer):
         **host_kwargs: Any,
     ) -> None:
         args = complete_args(args, PPOConfig, model, "PPO")
-        critic = make_value_model(value_model or args.value_model_path, model, args)
+        own: Any = args.value_model_init_kwargs  # a command line's JSON has been parsed by now
+        critic = make_value_model(
+            value_model or args.value_model_path,
+            model,
+            policy_init_kwargs=args.model_init_kwargs,
+            init_kwargs=own,
+        )
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
         attach_value_model(self.model, critic)
         self.value_model = critic
@@ -190,41 +191,3 @@ class PPOTrainer(ValueTrainer):
     def _load_critic(self, directory: str) -> None:
         assert self.value_model is not None
         self.value_model.load_pretrained(Path(directory) / CRITIC_ATTRIBUTE)
-
-
-def make_value_model(source: Any, policy: Any, args: PPOConfig) -> ValueModel:
-    """The value model that a run starts from.
-
-    Args:
-        source: A `ValueModel`, a transformers model, a path or hub id, or `None` for the policy's trunk.
-        policy: The policy as the user gave it.
-        args: Options of the run.
-
-    Raises:
-        TypeError: If the source is none of these, or there is none and the policy has no trunk to copy.
-    """
-    if isinstance(source, ValueModel):
-        return source
-    if source is None and isinstance(policy, nn.Module) and get_value_model(policy) is not None:
-        return detach_value_model(policy)  # of an earlier trainer; it goes on
-    shared: Any = args.model_init_kwargs or {}
-    if source is not None:  # where a file is says nothing about another model
-        shared = {key: shared[key] for key in ("dtype", "attn_implementation") if key in shared}
-    own: Any = args.value_model_init_kwargs or {}
-    kwargs: dict[str, Any] = {"dtype": "float32", **shared, **own}
-    if source is None and isinstance(policy, str):
-        source = policy
-        if find_head(policy, **{**kwargs, "subfolder": CRITIC_ATTRIBUTE}) is not None:
-            kwargs["subfolder"] = CRITIC_ATTRIBUTE
-    if isinstance(source, str):
-        return ValueModel.from_pretrained(source, **kwargs)
-    model = policy if source is None else source
-    if isinstance(model, PreTrainedModel):
-        # A copy: the same object may also be the policy, or a reward function that must stay as it is.
-        trunk = trunk_of(model)
-        with whole_parameters(list(trunk.parameters())):
-            return ValueModel(copy.deepcopy(trunk))
-    raise TypeError(
-        f"Cannot make a value model from {type(source).__name__} for a policy of {type(policy).__name__}. Give "
-        "value_model a path, a transformers model or a ValueModel."
-    )

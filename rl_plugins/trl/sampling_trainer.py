@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rl_plugins.functional.rewards import overlong_penalty
 from rl_plugins.functional.sampling import informative_groups
-from rl_plugins.trl.batches import Batch, join_rows, num_rows, select_rows
+from rl_plugins.generation.batches import Batch, join_rows, num_rows, select_rows
 from rl_plugins.trl.policy_trainer import PolicyLossTrainer
 from rl_plugins.trl.replay import ReplayBuffer
 from rl_plugins.trl.variant_config import GRPOVariantConfig

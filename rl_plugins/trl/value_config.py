@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from rl_plugins.objectives.checks import check_choice, check_unit_interval
 from rl_plugins.objectives.critic import ESTIMATORS, SCALINGS, value_losses
-from rl_plugins.trl.policy_config import PolicyLossArguments, check_choice, check_unit_interval
+from rl_plugins.trl.policy_config import PolicyLossArguments
 
 
 @dataclass

@@ -10,13 +10,8 @@ from torch import Tensor, nn
 
 from rl_plugins.functional.divergences import kl_k1
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
-from rl_plugins.objectives.critic import (
-    critic_targets,
-    initial_values,
-    rollout_metrics,
-    scale_advantages,
-    sequence_means,
-)
+from rl_plugins.modules.warmup import pause_weight_decay
+from rl_plugins.objectives.critic import critic_signal, initial_values, sequence_means
 from rl_plugins.trl.critic_module import CriticModuleTrainer
 from rl_plugins.trl.policy_trainer import Batch, PolicyLossTrainer
 from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
@@ -78,11 +73,14 @@ class ValueTrainer(CriticModuleTrainer, PolicyLossTrainer):
         scores = self._own_rows(self._scores)
         values, target_values = self._recorded_values(output)
         mask = self._loss_mask(output).bool() & scores.isfinite().unsqueeze(1)
-        targets = critic_targets(
+        targets, output["advantages"], metrics = critic_signal(
             self._token_rewards(output, scores, mask),
             values,
             target_values,
             mask,
+            scaling=args.advantage_scaling,
+            reward_range=(args.reward_range[0], args.reward_range[1]),
+            reduce=self._sum_over_ranks,
             estimator=args.advantage_estimator,
             gamma=args.gamma,
             lam_policy=args.lam_policy,
@@ -90,21 +88,11 @@ class ValueTrainer(CriticModuleTrainer, PolicyLossTrainer):
             length_alpha=args.length_adaptive_alpha,
             lookahead=getattr(args, "bootstrap_lookahead", False),
         )
-        output["advantages"] = scale_advantages(
-            targets.advantages,
-            values[..., 0],
-            mask,
-            scaling=args.advantage_scaling,
-            reward_range=(args.reward_range[0], args.reward_range[1]),
-            reduce=self._sum_over_ranks,
-        )
+        self._log_metrics(metrics)
         output.update(returns=targets.returns, old_values=values, critic_mask=mask)
         images = self._modality_inputs(output)  # large, and nothing that looks at values needs them
         kept = {name: tensor for name, tensor in output.items() if name not in images}
         self.last_rollout = {**kept, "td_errors": targets.td_errors, "scores": scores}
-        metrics = rollout_metrics(targets, values, target_values, mask, reduce=self._sum_over_ranks)
-        metrics["critic/skipped_completions"] = self._sum_over_ranks((~mask.any(dim=1)).sum().float().view(1))[0]
-        self._log_metrics(metrics)
         self._log_completion_values(output["advantages"], initial_values(values[..., 0], mask), mask)
 
     def _log_completion_values(self, advantages: Tensor, start_values: Tensor, mask: Tensor) -> None:
@@ -128,8 +116,5 @@ class ValueTrainer(CriticModuleTrainer, PolicyLossTrainer):
         """Run the host's step; while only the critic learns, without weight decay, which needs no gradient."""
         if self.critic_module is not None and self.args.value_warmup_steps:
             warming_up = self.state.global_step < self.args.value_warmup_steps
-            for group in self.optimizer.param_groups:
-                # Kept in the group, so that a checkpoint of the warm-up knows it.
-                decay = group.setdefault("weight_decay_after_warmup", group["weight_decay"])
-                group["weight_decay"] = 0.0 if warming_up else decay
+            pause_weight_decay(self.optimizer, warming_up)
         return super().training_step(*args, **kwargs)

@@ -5,9 +5,10 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from rl_plugins.objectives.checks import check_choice
 from rl_plugins.objectives.group_advantages import ADVANTAGES, GROUPLESS, check_advantage
 from rl_plugins.trl.host import require_tested_trl
-from rl_plugins.trl.policy_config import PolicyLossArguments, check_choice
+from rl_plugins.trl.policy_config import PolicyLossArguments
 from rl_plugins.trl.presets import GRPO_PRESETS, NamedArguments, apply_preset
 
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from rl_plugins.functional.divergences import kl_k1
 from rl_plugins.functional.group_advantages import batch_normalized, group_normalized
 from rl_plugins.functional.traces import lambda_trace
-from rl_plugins.functional.value_tracking import forget_factor, policy_distance
-from rl_plugins.modules.value_tracker import ValueTracker, prompt_key
+from rl_plugins.functional.value_tracking import policy_distance
+from rl_plugins.generation.batches import Batch, num_rows, reordered
+from rl_plugins.modules.value_tracker import TrackedAdvantages, ValueTracker, prompt_key
 from rl_plugins.objectives.critic import sequence_means
 from rl_plugins.objectives.group_advantages import group_advantages, penalised_returns
-from rl_plugins.trl.batches import Batch, num_rows, reordered
 from rl_plugins.trl.heads_trainer import complete_args
 from rl_plugins.trl.sampling_trainer import INFORMATIVE, SCORES, TABLE_ROW, SamplingTrainer
 from rl_plugins.trl.variant_config import GRPOVariantConfig
@@ -75,13 +75,20 @@ class GRPOVariantTrainer(SamplingTrainer):
     ) -> None:
         args = complete_args(args, GRPOVariantConfig, model, "GRPOVariant")
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
-        self.value_tracker = ValueTracker() if args.advantage == "value_tracker" else None
-        self._unabsorbed: dict[str, Any] | None = None
+        tracked = args.advantage == "value_tracker"
+        options: Any = args.advantage_kwargs or {}
+        self._tracked = TrackedAdvantages(options) if tracked else None
+
+    @property
+    def value_tracker(self) -> ValueTracker | None:
+        """Success of every prompt so far; `None` where the advantage does not track it."""
+        return None if self._tracked is None else self._tracked.tracker
 
     # Advantages
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        self._absorb_rewards()
+        if self._tracked is not None and self.model.training:
+            self._log_metrics(self._tracked.absorb(self._policy_distances))
         batch = super()._generate_and_score_completions(inputs)
         if self.args.advantage is not None:
             self._set_advantages(batch, inputs)
@@ -131,52 +138,25 @@ class GRPOVariantTrainer(SamplingTrainer):
     # Value tracker
 
     def _tracked_advantages(self, batch: Batch, inputs: list[dict[str, Any]]) -> Tensor:
-        assert self.value_tracker is not None
+        assert self._tracked is not None
         keys = gather_object([prompt_key(row["prompt"]) for row in inputs])
         scores = self.accelerator.gather(batch[SCORES])
-        usable = scores[~scores.isnan()]
-        if len(usable) and not (float(usable.min()) >= 0.0 and float(usable.max()) <= 1.0):
-            raise ValueError(
-                f"advantage='value_tracker' tracks the success of prompts, with rewards in [0, 1], but there are "
-                f"rewards from {float(usable.min()):g} to {float(usable.max()):g}. Scale them (reward_weights)."
-            )
-        values = self.value_tracker.values(keys).to(scores)
-        size = torch.tensor(float(len(self.value_tracker)))
-        self._log_metrics({"value_tracker/value_mean": values.mean(), "value_tracker/prompts": size})
+        advantages, metrics = self._tracked.advantages(keys, scores)
+        self._log_metrics(metrics)
         if self.model.training:
-            self._remember(batch, keys, scores)
-        return self._own_rows(batch_normalized(scores - values))
+            rows = None
+            if self._tracked.needs_rows:
+                if "old_per_token_logps" not in batch:
+                    batch["old_per_token_logps"] = self._score(batch)
+                images = self._modality_inputs(batch)
+                rows = {key: value for key, value in batch.items() if isinstance(value, Tensor) or key in images}
+            self._tracked.remember(keys, scores, rows)
+        return self._own_rows(advantages)
 
-    def _remember(self, batch: Batch, keys: list[str], scores: Tensor) -> None:
-        """Keep what the tracker will absorb once the policy has learnt from this batch."""
-        assert self.value_tracker is not None
-        rows = None
-        if "forget" not in (self.args.advantage_kwargs or {}):
-            if "old_per_token_logps" not in batch:
-                batch["old_per_token_logps"] = self._score(batch)
-            images = self._modality_inputs(batch)
-            rows = {key: value for key, value in batch.items() if isinstance(value, Tensor) or key in images}
-        self._unabsorbed = {"keys": keys, "scores": scores, "rows": rows}
-
-    def _absorb_rewards(self) -> None:
-        """Update the tracker with the last batch: old counts fade by how far the policy has moved on it since.
-
-        `D` is the mean of `|ln pi_then - ln pi_now|` over a completion's tokens, as in SPO's own code; a constant
-        `forget` saves the forward pass for it.
-        """
-        if self._unabsorbed is None or not self.model.training:
-            return
-        assert self.value_tracker is not None
-        keys, scores, rows = (self._unabsorbed[key] for key in ("keys", "scores", "rows"))
-        self._unabsorbed = None
-        options = dict(self.args.advantage_kwargs or {})
-        if rows is None:
-            forget = torch.full_like(scores, float(options["forget"]))
-        else:
-            distance = policy_distance(rows["old_per_token_logps"], self._score(rows), self._loss_mask(rows))
-            forget = forget_factor(self.accelerator.gather(distance), **options)
-            self._log_metrics({"value_tracker/forget_mean": forget.mean()})
-        self.value_tracker.update(keys, scores, forget)
+    def _policy_distances(self, rows: Batch) -> Tensor:
+        """How far the policy has moved on completions of all ranks (N,)."""
+        distance = policy_distance(rows["old_per_token_logps"], self._score(rows), self._loss_mask(rows))
+        return self.accelerator.gather(distance)
 
     # Loss
 
@@ -197,11 +177,12 @@ class GRPOVariantTrainer(SamplingTrainer):
     # Checkpoints
 
     def _rollout_state(self) -> dict[str, Any]:
-        return {**super()._rollout_state(), "unabsorbed": self._unabsorbed}
+        return {**super()._rollout_state(), "unabsorbed": self._tracked and self._tracked.unabsorbed}
 
     def _load_rollout_state(self, state: dict[str, Any]) -> None:
         super()._load_rollout_state(state)
-        self._unabsorbed = state["unabsorbed"]
+        if self._tracked is not None:
+            self._tracked.unabsorbed = state["unabsorbed"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.value_tracker is not None and self.args.should_save:

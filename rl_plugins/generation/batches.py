@@ -1,4 +1,4 @@
-"""Cutting and joining the batches of completions that TRL hands from scoring to the loss."""
+"""Cutting and joining the batches of completions on their way from scoring to the loss; the names are TRL's."""
 
 from collections.abc import Sequence
 from typing import Any
