@@ -1,4 +1,4 @@
-"""Signatures of the private hooks of TRL and transformers that `rl_plugins/trl/host.py` lists."""
+"""Signatures of the private hooks that `rl_plugins/trl/host.py` and `rl_plugins/lightning/host.py` list."""
 
 import inspect
 import re
@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 import trl.data_utils
 import trl.trainer.utils
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import Trainer
 from trl import GRPOTrainer, SFTTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
+from rl_plugins.lightning import PromptDataModule
+from rl_plugins.lightning import host as lightning_host
 from rl_plugins.trl import MTPCriticTrainer, host
 
 HOOKS: dict[tuple[type | Any, str], list[str]] = {
@@ -105,3 +111,15 @@ def test_private_attributes_of_a_live_trainer(
     with trainer._dist.gather_params(weights):
         assert weights[0].shape == (16, 32)
     assert callable(trainer.model.forward) and trainer.temperature == 1.0 and trainer.beta == 0.0
+
+
+def test_hooks_of_lightning() -> None:
+    listed = set(re.findall(r"`(?:\w+\.)*(_\w+)`", lightning_host.__doc__ or ""))
+    assert listed == {"_trainer", "_parse_ckpt_path", "_init_deepspeed_distributed"}
+    assert LightningModule()._trainer is None
+    assert parameters(LightningCLI, "_parse_ckpt_path") == []
+    assert parameters(DeepSpeedStrategy, "_init_deepspeed_distributed") == []
+    assert parameters(Strategy, "setup_environment") == parameters(DeepSpeedStrategy, "setup_environment") == []
+    rows = [{"prompt": "1"}]
+    assert is_overridden("val_dataloader", PromptDataModule(rows, rows))
+    assert not is_overridden("val_dataloader", PromptDataModule(rows))

@@ -2,6 +2,7 @@
 if it had not been killed."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,15 @@ CASES: list[tuple[str, list[str], dict[str, Any]]] = [
     ("deepseek_v3", ["zero3"], {"loaded": "before"}),
     ("afmoe", ["ddp", "zero1", "zero3"], {}),
     ("ernie4_5_moe", ["zero2", "zero3", "zero3_persistent"], {}),
-    ("proportional", ["ddp", "zero2", "zero3"], {}),
-    ("aux", ["ddp", "zero2", "zero3"], {"balance": {**AUX, **GLOBAL}}),
+    # What is made of the loads of all ranks is the same under every backend, so that one or two of them will do.
+    ("proportional", ["ddp"], {}),
+    ("aux", ["ddp", "zero3"], {"balance": {**AUX, **GLOBAL}}),
     ("pooled", ["zero3"], {"balance": {**AUX, **GLOBAL, "aux_loss_type": "pooled"}}),
-    ("both", ["zero2", "zero3"], {"balance": {**BOTH, **GLOBAL, "z_loss_coef": 0.01}}),
-    ("window", ["ddp", "zero2", "zero3"], {"balance": {**AUX, **GLOBAL}}),
-    ("lora", ["zero2", "zero3"], {"balance": {**BOTH, **GLOBAL}, **EVALUATE}),
-    ("sft", ["zero2", "zero3"], {"balance": {**BOTH, **GLOBAL}, "given": True}),
-    ("local", ["ddp", "zero3"], {"gradient_accumulation_steps": 1}),
+    ("both", ["zero2"], {"balance": {**BOTH, **GLOBAL, "z_loss_coef": 0.01}}),
+    ("window", ["ddp", "zero2"], {"balance": {**AUX, **GLOBAL}}),
+    ("lora", ["zero3"], {"balance": {**BOTH, **GLOBAL}, **EVALUATE}),
+    ("sft", ["zero3"], {"balance": {**BOTH, **GLOBAL}, "given": True}),
+    ("local", ["ddp"], {"gradient_accumulation_steps": 1}),
     ("sequence", ["zero2"], {"gradient_accumulation_steps": 1}),
     ("quantile", ["ddp"], {"gradient_accumulation_steps": 1}),
 ]
@@ -97,7 +99,7 @@ CHECKPOINTING: list[tuple[str, list[str], dict[str, Any]]] = [
     (reference, backends, {"balance": {**REFERENCES[reference]["balance"], **GLOBAL}, **how})
     for reference, backends, how in (
         ("aux", ["ddp", "zero3"], NON_REENTRANT),
-        ("aux", ["zero2", "zero3"], REENTRANT),
+        ("aux", ["zero2"], REENTRANT),
         ("both", ["zero3"], REENTRANT),
         ("window", ["zero3"], REENTRANT),
     )
@@ -134,6 +136,12 @@ class Workplace(distributed.Workplace):  # type: ignore[misc]
         self.log(name)
         with safe_open(self.root / name / f"{what}_0.safetensors", "pt") as file:
             return bool(file.metadata()[state] == "True")
+
+
+def start_both(place: distributed.Workplace, one: list[Run], two: list[Run]) -> None:
+    """Runs of one process beside those of two ranks, which wait for each other often enough."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(place.start, (one, two), (1, 2)))
 
 
 def make_rows(*, even: bool) -> dict[str, Tensor]:
@@ -180,17 +188,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 
 
 @pytest.fixture(scope="module")
-def one(place: Workplace) -> Workplace:
-    """All runs of one process."""
-    place.start([place.run(name, **options) for name, options in REFERENCES.items()], ranks=1)
-    return place
-
-
-@pytest.fixture(scope="module")
-def two(one: Workplace) -> Workplace:
-    """All runs of two ranks."""
+def two(place: Workplace) -> Workplace:
+    """All runs, those of one process beside those of two ranks."""
     runs = [
-        one.run(name, **{**REFERENCES[reference], "batch": BATCH // 2, **options})
+        place.run(name, **{**REFERENCES[reference], "batch": BATCH // 2, **options})
         for name, reference, options in named(CASES + CHECKPOINTING)
     ]
     for run in runs:
@@ -199,16 +200,15 @@ def two(one: Workplace) -> Workplace:
             run["args"] |= {"save_strategy": "steps", "save_steps": CHECKPOINT}
     for name, options in RESUMED.items():
         options = {**options, "save_strategy": "steps", "save_steps": CHECKPOINT, "batch": BATCH // 2}
-        checkpoint = str(one.root / f"{name}_killed" / f"checkpoint-{CHECKPOINT}")
-        runs.append(one.run(f"{name}_whole", **options))
-        runs.append(one.run(f"{name}_killed", **options, kill_at=KILL_AT))
-        runs.append(one.run(f"{name}_continued", **options, resume=checkpoint))
+        checkpoint = str(place.root / f"{name}_killed" / f"checkpoint-{CHECKPOINT}")
+        runs.append(place.run(f"{name}_whole", **options))
+        runs.append(place.run(f"{name}_killed", **options, kill_at=KILL_AT))
+        runs.append(place.run(f"{name}_continued", **options, resume=checkpoint))
     half = {"balance": BIAS, "batch": BATCH // 2, "bf16": True, "dtype": "bfloat16", **BACKENDS["zero3"]}
-    runs += [one.run(name, model=name.removesuffix("_bf16"), **half) for name in HALF]
-    for backend in ("zero2", "zero3"):
-        runs.append(one.run(f"mtp_{backend}", trainer="mtp", balance=BIAS, **BACKENDS[backend]))
-    one.start(runs, ranks=2)
-    return one
+    runs += [place.run(name, model=name.removesuffix("_bf16"), **half) for name in HALF]
+    runs.append(place.run("mtp_zero3", trainer="mtp", balance=BIAS, **BACKENDS["zero3"]))
+    start_both(place, [place.run(name, **options) for name, options in REFERENCES.items()], runs)
+    return place
 
 
 def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -282,15 +282,15 @@ class TestTwoRanksEqualOneProcess:
 class TestWhatACaseIsAbout:
     """Runs exercise what they are named after."""
 
-    def test_biases_change_the_routing(self, one: Workplace) -> None:
+    def test_biases_change_the_routing(self, two: Workplace) -> None:
         for name in ("lora", "sft", *FAMILIES):
-            biases = one.tensors(name, "masters")
+            biases = two.tensors(name, "masters")
             assert all(bias.max() - bias.min() > 1.5 * RATE for bias in biases.values())
-        first, *_ = one.tensors("proportional", "masters").values()
+        first, *_ = two.tensors("proportional", "masters").values()
         assert len(first.unique()) > 5  # not steps of the sign
 
-    def test_losses_have_a_gradient(self, one: Workplace) -> None:
-        weights = {name: one.tensors(name, "weights") for name in ("none", "aux", "pooled")}
+    def test_losses_have_a_gradient(self, two: Workplace) -> None:
+        weights = {name: two.tensors(name, "weights") for name in ("none", "aux", "pooled")}
         assert gap(weights["none"], weights["aux"]) > 1e-2
         assert gap(weights["pooled"], weights["aux"]) > 1e-3
 
@@ -375,9 +375,9 @@ class TestHalfPrecision:
         assert (rounding > 0.0) == (HALF[name] == torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["mtp_zero2", "mtp_zero3"])
 class TestCritic:
-    def test_biases(self, two: Workplace, name: str) -> None:
+    def test_biases(self, two: Workplace) -> None:
+        name = "mtp_zero3"
         two.log(name)
         assert_same_biases(two, name)
         history = two.history(name)

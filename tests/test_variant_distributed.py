@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import test_distributed as distributed
+from .test_moe_distributed import start_both
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,22 @@ OWN_DRAWS: dict[str, dict[str, Any]] = {
     "redraw": {"preset": "dapo", "reward": "thirds", "max_draws": 20},
     "replay": {"advantage": "group_normalized", "replay_buffer_size": 4, "reward": "thirds", "max_steps": 5},
 }
+# What ranks exchange is the same under every backend. Each has an on-policy and an off-policy case, one with uneven
+# groups or draws of its own, and ZeRO-3 all that makes more forward passes.
+ON: dict[str, tuple[str, ...]] = {
+    "dapo": ("ddp", "zero2", "zero3"),
+    "reject_uniform": ("ddp",),
+    "tracker": ("ddp", "zero3"),
+    "gvpo": ("ddp", "zero2"),
+    "gpg": ("zero2",),
+    "reinforce++": ("ddp", "zero3"),
+    "batch_scaled": ("ddp",),
+    "bapo": ("zero2",),
+    "clip_cov": ("zero3",),
+    "redraw": ("ddp", "zero3"),
+    "replay": ("zero2",),
+}
+PAIRS = [(case, backend) for case in CASES for backend in ON[case]]
 # Kills between two slices of a generation batch. Not shuffled where there is a second epoch: after resuming, the host
 # shuffles that one as if it were the first.
 SLICED = {"num_generations": GROUP, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
@@ -92,27 +109,21 @@ def place(
 
 
 @pytest.fixture(scope="module")
-def one(place: Workplace) -> Workplace:
-    """All runs of one process."""
-    runs = []
-    for name, case in CASES.items():
-        runs.append(place.run(f"{name}_one", **{**GREEDY, **case, "batch": 2 * case.get("batch", ROWS)}))
-    place.start(runs, ranks=1)
-    return place
-
-
-@pytest.fixture(scope="module")
-def two(one: Workplace) -> Workplace:
-    """All runs of two ranks."""
+def two(place: Workplace) -> Workplace:
+    """All runs, those of one process beside those of two ranks."""
+    one = [
+        place.run(f"{name}_one", **{**GREEDY, **case, "batch": 2 * case.get("batch", ROWS)})
+        for name, case in CASES.items()
+    ]
     runs = [
-        one.run(f"{name}_{backend}", **{**GREEDY, **case, **options})
-        for backend, options in BACKENDS.items()
+        place.run(f"{name}_{backend}", **{**GREEDY, **case, **BACKENDS[backend]})
         for name, case in {**CASES, **OWN_DRAWS}.items()
+        for backend in ON[name]
     ]
     for name, options in RESUMED.items():
-        runs += one.resumed(name, **{"batch": ROWS, **options})
-    one.start(runs, ranks=2)
-    return one
+        runs += place.resumed(name, **{"batch": ROWS, **options})
+    start_both(place, one, runs)
+    return place
 
 
 def assert_ranks_agree(place: Workplace, name: str) -> None:
@@ -131,8 +142,7 @@ def assert_items_are_counted(place: Workplace, name: str) -> None:
         assert mine["items"] == other["items"] == mine["tokens"] + other["tokens"] > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "backend"), PAIRS)
 class TestTwoRanksEqualOneProcess:
     def test_metrics(self, two: Workplace, case: str, backend: str) -> None:
         mine, other = two.history(f"{case}_{backend}"), two.history(f"{case}_one")
@@ -154,7 +164,6 @@ class TestTwoRanksEqualOneProcess:
             torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=0.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 class TestOwnDraws:
     def check(self, place: Workplace, name: str) -> None:
         assert_ranks_agree(place, name)
@@ -168,6 +177,7 @@ class TestOwnDraws:
     def informative(batch: dict[str, Any]) -> list[bool]:
         return [len(set(batch["rewards"][i : i + GROUP])) > 1 for i in range(0, ROWS, GROUP)]
 
+    @pytest.mark.parametrize("backend", ON["redraw"])
     def test_every_group_teaches_something(self, two: Workplace, backend: str) -> None:
         self.check(two, f"redraw_{backend}")
         first, second = two.batches(f"redraw_{backend}")
@@ -177,6 +187,7 @@ class TestOwnDraws:
         assert all(entry["sampling/unfilled_groups"] == 0 for entry in history)
         assert [batch["prompts"] for batch in first] != [batch["prompts"] for batch in second]
 
+    @pytest.mark.parametrize("backend", ON["replay"])
     def test_groups_are_replayed(self, two: Workplace, backend: str) -> None:
         self.check(two, f"replay_{backend}")
         history = two.history(f"replay_{backend}")
@@ -190,27 +201,30 @@ class TestOwnDraws:
             assert all(step <= len(batches) for _, _, step in state["groups"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 class TestWhatACaseIsAbout:
     """Runs exercise what they are named after."""
 
+    @pytest.mark.parametrize("backend", ON["reject_uniform"])
     def test_uniform_groups_are_rejected(self, two: Workplace, backend: str) -> None:
         history = two.history(f"reject_uniform_{backend}")
         rejected = [entry["sampling/unfilled_groups"] for entry in history]
         assert all(count < 3 for count in rejected) and sum(rejected) > 0
 
-    def test_groups_are_cut_across_ranks(self, two: Workplace, backend: str) -> None:
-        for case in ("gpg", "batch_scaled"):
-            for first, second in zip(*two.batches(f"{case}_{backend}"), strict=True):
-                assert len(first["prompts"]) == 6 and set(first["prompts"][4:]) == set(second["prompts"][:2])
+    @pytest.mark.parametrize("name", ["gpg_zero2", "batch_scaled_ddp"])
+    def test_groups_are_cut_across_ranks(self, two: Workplace, name: str) -> None:
+        for first, second in zip(*two.batches(name), strict=True):
+            assert len(first["prompts"]) == 6 and set(first["prompts"][4:]) == set(second["prompts"][:2])
 
+    @pytest.mark.parametrize("backend", ON["gpg"])
     def test_gpg_makes_up_for_uniform_groups(self, two: Workplace, backend: str) -> None:
         assert any(0 < entry["frac_reward_zero_std"] < 1 for entry in two.history(f"gpg_{backend}"))
 
+    @pytest.mark.parametrize("backend", ON["dapo"])
     def test_full_batches_are_not_redrawn(self, two: Workplace, backend: str) -> None:
         history = two.history(f"dapo_{backend}")
         assert [entry["sampling/draws"] for entry in history] == [0.0] * len(history)
 
+    @pytest.mark.parametrize("backend", ON["tracker"])
     def test_tracker(self, two: Workplace, backend: str) -> None:
         two.log(f"tracker_{backend}")
         first, second = (
@@ -224,12 +238,13 @@ class TestWhatACaseIsAbout:
         forget = [entry["value_tracker/forget_mean"] for entry in two.history(f"tracker_{backend}")[1:]]
         assert len(forget) == 2 and all(0.1 < rho < 0.9 for rho in forget)
 
+    @pytest.mark.parametrize("backend", ON["reinforce++"])
     def test_kl_in_the_reward(self, two: Workplace, backend: str) -> None:
         assert any(abs(entry["kl"]) > 1e-4 for entry in two.history(f"reinforce++_{backend}"))
 
-    @pytest.mark.parametrize("case", ["bapo", "clip_cov"])
-    def test_second_passes_are_clipped(self, two: Workplace, case: str, backend: str) -> None:
-        shares = [entry["clip_ratio/region_mean"] for entry in two.history(f"{case}_{backend}")]
+    @pytest.mark.parametrize("name", ["bapo_zero2", "clip_cov_zero3"])
+    def test_second_passes_are_clipped(self, two: Workplace, name: str) -> None:
+        shares = [entry["clip_ratio/region_mean"] for entry in two.history(name)]
         assert shares[0::2] == [0.0, 0.0] and max(shares[1::2]) > 0
 
 

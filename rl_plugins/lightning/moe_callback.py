@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
+from rl_plugins.lightning.models import find_language_model
 from rl_plugins.modules.balancing_config import BalancingConfig
 from rl_plugins.modules.load_log import LoadLog
 from rl_plugins.modules.router_balancer import RouterBalancer
@@ -53,7 +53,7 @@ class MoEBalancingCallback(Callback):
         DDP waits for the gradient of a bias that is a parameter unless it is frozen by then, and ZeRO-3 puts its own
         nodes between a router's logits and what is computed of them.
         """
-        model = _find_language_model(pl_module)
+        model = find_language_model(pl_module)
         if stage == "fit" and self.balancer is None and model is not None:
             self.balancer = RouterBalancer(model, self.config)
 
@@ -67,7 +67,7 @@ class MoEBalancingCallback(Callback):
         if math.isfinite(trainer.estimated_stepping_batches):
             self.config.check_schedule(int(trainer.estimated_stepping_batches))
         if self.balancer is None:
-            model = _find_language_model(pl_module)
+            model = find_language_model(pl_module)
             if model is None:
                 name = type(pl_module).__name__
                 raise TypeError(f"{name} holds no Hugging Face model; MoEBalancingCallback balances those only.")
@@ -137,11 +137,3 @@ class MoEBalancingCallback(Callback):
         if self.balancer is not None and self._saved is not None:
             # DeepSpeed and FSDP restore after `on_fit_start`.
             self.balancer.load_state_dict(self._saved)
-
-
-def _find_language_model(module: nn.Module) -> nn.Module | None:
-    """The outermost Hugging Face (or PEFT) model in a module."""
-    found = (
-        x for x in module.modules() if isinstance(x, PreTrainedModel) or callable(getattr(x, "get_base_model", None))
-    )
-    return next(found, None)

@@ -30,17 +30,17 @@ from typing import Any
 from common import RANK, WORLD, Run, main, save_whole, start_deepspeed  # isort: skip  sets the environment
 
 import torch
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM
 
 from rl_plugins.lightning import MoEBalancingCallback, moe_callback
+from rl_plugins.lightning.deepspeed import CPUDeepSpeedStrategy
 
 Batch = dict[str, Tensor]
 TIMEOUT = timedelta(seconds=60)
@@ -57,22 +57,6 @@ def noted_append(path: Path, *args: Any) -> None:
 
 
 append_load, moe_callback.append_load = moe_callback.append_load, noted_append
-
-
-class CPUDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's own refuses a CPU."""
-
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu", 0)
-
-    def setup_environment(self) -> None:
-        super(DeepSpeedStrategy, self).setup_environment()
-
-    def setup_distributed(self) -> None:
-        reset_seed()
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
 
 
 class Module(LightningModule):
@@ -149,7 +133,7 @@ def make_strategy(backend: str) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return CPUDeepSpeedStrategy(config=config, process_group_backend="gloo")
+    return CPUDeepSpeedStrategy(config=config)
 
 
 def check_backend(trainer: Trainer, run: Run) -> None:

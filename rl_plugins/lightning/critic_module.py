@@ -1,0 +1,158 @@
+"""The critic inside the policy, in Lightning."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rl_plugins.functional.mtp import completion_labels, completion_states
+from rl_plugins.generation.batches import Batch
+from rl_plugins.generation.completions import Completions
+from rl_plugins.generation.scoring import RewardFunc
+from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
+from rl_plugins.lightning.heads import HeadsModule
+from rl_plugins.lightning.online_module import Metrics, OnlineModule
+from rl_plugins.lightning.prompts import Row
+from rl_plugins.lightning.value_module import ValueModule
+from rl_plugins.modules.head_pass import HeadPass
+
+
+class MTPCriticModule(HeadsModule, ValueModule):
+    r"""Online reinforcement learning with a critic inside the policy: multi-token-prediction heads that also output a
+    value (the seed's 10). One network, one completion per prompt, an advantage for every token.
+
+    `L = L_policy + lambda_1 L_MTP + lambda_2 L_TD`; see [`~rl_plugins.objectives.critic_targets`] for the equations.
+
+    ```python
+    from lightning.pytorch import Trainer
+    from rl_plugins.lightning import MTPCriticModule, PromptDataModule
+
+    module = MTPCriticModule("Qwen/Qwen3-0.6B", reward_funcs=accuracy_reward)
+    Trainer(max_steps=1000, gradient_clip_val=1.0).fit(module, PromptDataModule(dataset, batch_size=64))
+    module.save_pretrained("qwen3-critic")  # loads in TRL: MTPCriticTrainer(model="qwen3-critic", ...)
+    ```
+
+    Brings a [`PolyakCallback`] along, for its target heads.
+
+    Args:
+        model: See [`OnlineModule`]. Heads attached to it, or saved beside its weights, are trained on.
+        tokenizer: See [`OnlineModule`].
+        reward_funcs: See [`OnlineModule`].
+        num_mtp_heads: K, number of heads. Head k predicts token t+k and the value of state t+k-1.
+        mtp_inner_size: Width of each head's residual block; the model's hidden size by default.
+        mtp_heads_path: Folder of heads saved by an earlier run.
+        head_learning_rate: Learning rate of the heads; `None` for `learning_rate`. Fresh heads need more than the
+            policy does.
+        mtp_loss_coef: lambda_1, weight of the heads' token loss.
+        mtp_detach_trunk: Keep the token loss out of the trunk.
+        value_grad_scale: Factor on the value gradient that enters the trunk; 0 detaches the trunk.
+        value_grad_clip: Largest norm of one token's value gradient into the trunk; `None` for no clamp.
+        target_tau: Step of the target heads towards the online heads after every optimizer step.
+        target_update_every: Copy the online heads every this many optimizer steps instead.
+        bootstrap_lookahead: Bootstrap from the mean of all heads' forecasts of the next state.
+        kwargs: For [`ValueModule`].
+
+    Raises:
+        TypeError: As [`OnlineModule`].
+        ValueError: As [`ValueModule`]; if the model's heads are others than the settings say.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        reward_funcs: RewardFunc | PreTrainedModel | str | list[RewardFunc | PreTrainedModel | str] | None = None,
+        *,
+        num_mtp_heads: int = 2,
+        mtp_inner_size: int | None = None,
+        mtp_heads_path: str | None = None,
+        head_learning_rate: float | None = 1e-4,
+        mtp_loss_coef: float = 0.1,
+        mtp_detach_trunk: bool = True,
+        value_grad_scale: float = 1.0,
+        value_grad_clip: float | None = 1.0,
+        target_tau: float = 0.05,
+        target_update_every: int | None = None,
+        bootstrap_lookahead: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, reward_funcs, **kwargs)
+        self.signal["lookahead"] = bootstrap_lookahead
+        self.train_heads(
+            model,
+            head_learning_rate=head_learning_rate,
+            target_tau=target_tau,
+            target_update_every=target_update_every,
+            num_heads=num_mtp_heads,
+            inner_size=mtp_inner_size,
+            heads_path=mtp_heads_path,
+            token_loss_coef=mtp_loss_coef,
+            detach_trunk=mtp_detach_trunk,
+            value_loss_coef=self.value_loss_coef,
+            value_grad_scale=value_grad_scale,
+            value_grad_clip=value_grad_clip,
+            temperature=self.temperature,
+        )
+        self._recorder: ValueRecorder | None = None
+        self._passes: list[ValuePass] = []
+
+    # Rollout: values saved while generating
+
+    def rollout(self, rows: Sequence[Row]) -> tuple[Batch, Metrics]:
+        """As [`OnlineModule.rollout`], with the values of every token saved while it is generated."""
+        self._recorder, self._passes = None, []
+        return super().rollout(rows)
+
+    def complete(self, prompts: Sequence[Any]) -> Completions:
+        """As [`OnlineModule.complete`], recording the values of every decoding step."""
+        if type(self).generate is not OnlineModule.generate:
+            return super().complete(prompts)  # whose decoding steps may be anything
+        self._recorder = ValueRecorder(self.mtp_heads, self.polyak_target)
+        with self.mtp_heads.tapped(self._recorder):
+            return super().complete(prompts)
+
+    def log_probs(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """As [`OnlineModule.log_probs`]; the policy's first pass in a rollout is kept for its values."""
+        if model is not None or self._passes:
+            return super().log_probs(batch, model)
+        record = ValuePass(self.mtp_heads, self.polyak_target, batch["completion_ids"].shape[1])
+        self._passes.append(record)
+        with self.mtp_heads.tapped(record):
+            return super().log_probs(batch)
+
+    def recorded_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Values saved while generating where the model's own `generate` made the completions, else from the pass for
+        the old log-probabilities, else from a pass of their own."""
+        rows, num_tokens = batch["completion_ids"].shape
+        saved = None if self._recorder is None else self._recorder.finish(num_tokens)
+        needs_log_probs = self.kl_in_reward and "old_per_token_logps" not in batch
+        if needs_log_probs or (saved is None and not self._passes):
+            batch["old_per_token_logps"] = self.log_probs(batch)
+        return saved if saved is not None else self._passes[0].finish(rows)
+
+    # Loss
+
+    @contextmanager
+    def training_values(self, inputs: Batch, *, warming_up: bool) -> Iterator[HeadPass]:
+        """The heads run in the policy's forward."""
+        num_tokens, mask = inputs["completion_ids"].shape[1], inputs["completion_mask"]
+        num_heads = self.mtp_heads.config.num_heads
+        head_pass = self.head_training.head_pass(
+            partial(completion_states, num_tokens=num_tokens),
+            completion_labels(inputs["prompt_ids"], inputs["completion_ids"], mask, num_heads),
+            inputs["num_items"],
+            heads_only=warming_up,
+        )
+        with self.mtp_heads.tapped(head_pass):
+            yield head_pass
+
+    def critic_loss(self, record: HeadPass, inputs: Batch) -> tuple[Tensor, Metrics]:
+        """lambda_2 L_TD + lambda_1 L_MTP."""
+        assert record.values is not None
+        value_term, metrics = self._value_term(record.values, inputs)
+        self.head_training.keep_units(value_term)
+        token_term, token_metrics = self.head_training.token_term(record, inputs["num_items"])
+        return value_term + token_term, {**metrics, **token_metrics}

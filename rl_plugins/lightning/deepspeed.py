@@ -1,0 +1,45 @@
+"""DeepSpeed without a GPU, in Lightning."""
+
+from typing import Any
+
+import deepspeed.ops
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy on CPUs with gloo, so that the code that runs on GPUs can be tried and tested
+    without one: stages 1 to 3, checkpoints, several processes.
+
+    ```python
+    Trainer(accelerator="cpu", devices=2, strategy=CPUDeepSpeedStrategy(stage=3))  # in place of "deepspeed_stage_3"
+    ```
+
+    Lightning's own strategy refuses CPUs in `setup_environment`, and would name a CPU by its rank. On a GPU machine
+    use Lightning's names; nothing else changes.
+
+    Args:
+        process_group_backend: What the processes talk through.
+        kwargs: For [`~lightning.pytorch.strategies.DeepSpeedStrategy`].
+    """
+
+    def __init__(self, *, process_group_backend: str = "gloo", **kwargs: Any) -> None:
+        super().__init__(process_group_backend=process_group_backend, **kwargs)
+
+    @property
+    def root_device(self) -> torch.device:
+        """The one CPU."""
+        return torch.device("cpu", 0)
+
+    def setup_environment(self) -> None:
+        """As every other strategy does it."""
+        # Compiled on first use, for a minute, and crashes where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        """As Lightning's, without choosing a CUDA device."""
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()

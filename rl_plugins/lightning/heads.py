@@ -1,0 +1,210 @@
+"""The MTP heads of a LightningModule: attached or loaded, run inside a training forward, and their losses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from rl_plugins.lightning.language_module import LanguageModule
+from rl_plugins.lightning.polyak_callback import polyak_callback, target_of
+from rl_plugins.lightning.ranks import sum_over_ranks
+from rl_plugins.modules.attach import HEADS_ATTRIBUTE, attach_mtp_heads, base_model_of, get_mtp_heads, hook_mtp_heads
+from rl_plugins.modules.gradient import GradientStats
+from rl_plugins.modules.head_pass import HeadPass, logit_divisor
+from rl_plugins.modules.heads import MTPHeads
+from rl_plugins.modules.polyak import PolyakTarget
+from rl_plugins.modules.serialization import find_mtp_heads, load_mtp_heads, save_mtp_heads
+from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.objectives.checks import check_at_least, check_unit_interval
+from rl_plugins.objectives.critic import per_head_means
+
+
+class HeadTraining:
+    """What [`MTPSFTModule`] and [`MTPCriticModule`] do with their heads; no module itself, since the heads are the
+    model's.
+
+    Args:
+        model: The policy.
+        source: What the policy was made from: heads beside a path's weights are loaded.
+        num_heads: K.
+        inner_size: Width of each head's residual block; the model's hidden size by default.
+        heads_path: Folder of heads saved by an earlier run.
+        token_loss_coef: lambda_1, weight of the heads' token loss.
+        detach_trunk: Keep the token loss out of the trunk.
+        value_loss_coef: lambda_2, weight of the value loss.
+        value_grad_scale: Factor on the value gradient that enters the trunk.
+        value_grad_clip: Largest norm of one token's value gradient into the trunk, in units of the unweighted squared
+            error; `None` does not clamp.
+        temperature: Of sampling.
+
+    Raises:
+        ValueError: If a setting is out of range, or the model's heads are others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: object,
+        *,
+        num_heads: int,
+        inner_size: int | None,
+        heads_path: str | None,
+        token_loss_coef: float,
+        detach_trunk: bool,
+        value_loss_coef: float,
+        value_grad_scale: float,
+        value_grad_clip: float | None,
+        temperature: float = 1.0,
+    ) -> None:
+        check_at_least(1, num_mtp_heads=num_heads, mtp_inner_size=inner_size)
+        check_at_least(0, mtp_loss_coef=token_loss_coef, value_loss_coef=value_loss_coef)
+        check_at_least(0, value_grad_scale=value_grad_scale, value_grad_clip=value_grad_clip)
+        self.model, self.token_loss_coef, self.value_loss_coef = model, token_loss_coef, value_loss_coef
+        self.detach_trunk, self.value_grad_scale, self.value_grad_clip = (
+            detach_trunk,
+            value_grad_scale,
+            value_grad_clip,
+        )
+        self.heads = self._attach(num_heads, inner_size, heads_path, source)
+        self.divisor = logit_divisor(base_model_of(model).config, temperature) if token_loss_coef else 1.0
+        self._stats: GradientStats | None = None
+        self._limit: Tensor | None = None
+
+    def _attach(self, num_heads: int, inner_size: int | None, heads_path: str | None, source: object) -> MTPHeads:
+        heads = get_mtp_heads(self.model)
+        if heads is None:
+            heads = attach_mtp_heads(self.model, num_heads, inner_size=inner_size)
+            saved = heads_path or (find_mtp_heads(source) if isinstance(source, str) else None)
+            if saved is not None:
+                load_mtp_heads(self.model, saved)
+        elif heads.config.num_heads != num_heads:
+            raise ValueError(
+                f"The model comes with {heads.config.num_heads} MTP heads, but num_mtp_heads is {num_heads}. Set "
+                f"num_mtp_heads={heads.config.num_heads}, or detach_mtp_heads(model) to start with new ones."
+            )
+        return heads.requires_grad_(True)
+
+    def head_pass(
+        self,
+        select: Callable[[Tensor], Tensor],
+        labels: Tensor | None,
+        num_items: Tensor,
+        *,
+        target: PolyakTarget | None = None,
+        heads_only: bool = False,
+    ) -> HeadPass:
+        """A tap for the next training forward.
+
+        Args:
+            select: Picks the states from the trunk's hidden states.
+            labels: Tokens of the heads (B, T, K).
+            num_items: Tokens that the losses are averaged over, the units of the gradient clamp.
+            target: Slow heads to run on the same states.
+            heads_only: Keep all gradients out of the trunk.
+        """
+        clip = self.value_grad_clip
+        self._limit = None if clip is None else (clip * self.value_loss_coef / num_items).float()
+        head_pass = HeadPass(
+            self.heads,
+            select,
+            lm_head=base_model_of(self.model).get_output_embeddings(),
+            labels=labels if self.token_loss_coef else None,
+            divisor=self.divisor,
+            detach_tokens=heads_only or self.detach_trunk,
+            value_grad_scale=0.0 if heads_only else self.value_grad_scale,
+            value_grad_norm=self._limit,
+            gather=whole_parameters,
+            target=target,
+        )
+        self._stats = head_pass.stats
+        return head_pass
+
+    def keep_units(self, value_term: Tensor) -> None:
+        """Have the clamp scaled as the host scales the loss on its way back: Lightning divides it by the number of
+        micro-batches, DeepSpeed once more, and float16 multiplies it."""
+        limit, self._limit = self._limit, None
+        if limit is None or not value_term.requires_grad:
+            return
+
+        def scale(grad: Tensor) -> None:
+            limit.mul_(grad.float())  # the very tensor that the clamp will read
+
+        value_term.register_hook(scale)
+
+    def token_term(self, head_pass: HeadPass, num_items: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """lambda_1 L_MTP and its metrics."""
+        sums, counts = head_pass.token_losses, head_pass.token_counts
+        if sums is None or counts is None:
+            return 0.0, {}
+        metrics = per_head_means("mtp/token_loss", sum_over_ranks(sums.detach()), sum_over_ranks(counts))
+        return self.token_loss_coef * sums.sum() / (len(sums) * num_items), metrics
+
+    def gradient_metrics(self, module: nn.Module) -> dict[str, Tensor]:
+        """What the backward pass showed of the value gradient into the trunk."""
+        stats, self._stats = self._stats, None
+        if stats is None:
+            return {}
+        norms, clamped, tokens = sum_over_ranks(stats.totals(next(module.parameters()).device))
+        tokens = tokens.clamp(min=1.0)
+        return {"critic/grad_norm": norms / tokens, "critic/grad_clamped": clamped / tokens}
+
+
+class HeadsModule(LanguageModule):
+    """A [`LanguageModule`] with MTP heads: their optimizer group, target heads, metrics and export."""
+
+    head_training: HeadTraining
+    head_learning_rate: float | None
+    target_tau: float
+    target_update_every: int | None
+
+    def train_heads(
+        self,
+        source: object,
+        *,
+        head_learning_rate: float | None,
+        target_tau: float,
+        target_update_every: int | None,
+        **settings: Any,
+    ) -> None:
+        """Attach heads to the model, or go on with those that it has; `settings` are [`HeadTraining`]'s.
+
+        Raises:
+            ValueError: If a setting is out of range, or the model's heads are others.
+        """
+        check_at_least(0, head_learning_rate=head_learning_rate)
+        check_at_least(1, target_update_every=target_update_every)
+        check_unit_interval(target_tau=target_tau)
+        self.head_learning_rate = head_learning_rate
+        self.target_tau, self.target_update_every = target_tau, target_update_every
+        self.head_training = HeadTraining(self.model, source, **settings)
+
+    @property
+    def mtp_heads(self) -> MTPHeads:
+        """The heads, which are a submodule of the model."""
+        return self.head_training.heads
+
+    @property
+    def polyak_target(self) -> PolyakTarget | None:
+        """The slow heads; `None` without a trainer, where the online heads stand in for them."""
+        return None if self._trainer is None else target_of(self.trainer)
+
+    def learning_rates(self) -> dict[str, float | None]:
+        """The heads have their own."""
+        return {HEADS_ATTRIBUTE: self.head_learning_rate}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The target heads, unless the Trainer has its own."""
+        return polyak_callback(self.trainer, self.target_tau, self.target_update_every)
+
+    def restore_hooks(self) -> None:
+        """The heads run in a hook of the trunk."""
+        hook_mtp_heads(self.model)
+
+    def on_after_backward(self) -> None:
+        """Log what the backward pass showed of the value gradient."""
+        self.log_metrics(self.head_training.gradient_metrics(self))
+
+    def _save_extras(self, directory: Path) -> None:
+        save_mtp_heads(self.model, directory)

@@ -1,0 +1,199 @@
+"""What our LightningModules for language models share: model, optimizer, checkpoints, export."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+
+from rl_plugins.lightning.models import check_same_shapes, load_language_model, load_tokenizer, parameter_shapes
+from rl_plugins.lightning.ranks import gather_objects, rank
+from rl_plugins.modules.attach import base_model_of
+from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.objectives.checks import check_at_least
+
+STATE = "rl_plugins"
+"""Key of our own state in Lightning's checkpoints."""
+
+# What transformers' Trainer leaves out of weight decay.
+UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+class LanguageModule(LightningModule):
+    """A Hugging Face causal language model with an optimizer, exact checkpoints and export to `save_pretrained`.
+
+    Args:
+        model: The model, a PEFT model around one, or a folder or hub id.
+        tokenizer: Its tokenizer; by default that of the model's folder or hub id.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of AdamW; biases and norms are left out.
+        lr_scheduler_type: Name of a schedule of transformers' `get_scheduler`: `linear`, `cosine`, `constant`, ...
+        warmup_steps: Optimizer steps of linear warm-up.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        model_init_kwargs: For loading a model by its name, such as `{"dtype": "bfloat16"}`; float32 by default.
+
+    Raises:
+        TypeError: If `model` is no transformers model.
+        ValueError: If the model has no LM head, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        *,
+        learning_rate: float = 1e-6,
+        weight_decay: float = 0.0,
+        lr_scheduler_type: str = "linear",
+        warmup_steps: int = 0,
+        gradient_checkpointing: bool = False,
+        model_init_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least(0, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        self.model = load_language_model(model, model_init_kwargs)
+        self.tokenizer = load_tokenizer(tokenizer, model)
+        if gradient_checkpointing:
+            base_model_of(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.lr_scheduler_type, self.warmup_steps = lr_scheduler_type, warmup_steps
+        self._resumed: dict[str, Any] | None = None
+        self._dice: dict[str, Any] = {}
+
+    # Optimizer
+
+    def learning_rates(self) -> dict[str, float | None]:
+        """Learning rates of submodules by the prefix of their parameters' names; `None` for `learning_rate`."""
+        return {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters, grouped by learning rate and weight decay."""
+        decayed = set(get_parameter_names(self, [nn.LayerNorm, nn.RMSNorm], UNDECAYED))
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, param in self.named_parameters():
+            if param.requires_grad:
+                rates = [r for prefix, r in self.learning_rates().items() if f"{prefix}." in name and r is not None]
+                key = (rates[0] if rates else self.learning_rate, self.weight_decay if name in decayed else 0.0)
+                groups.setdefault(key, []).append(param)
+        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a schedule per optimizer step. Override it for an optimizer of your own.
+
+        Raises:
+            ValueError: If the schedule needs to know how long training is, and the trainer does not.
+        """
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.learning_rate)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) and not self.lr_scheduler_type.startswith("constant"):
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} needs the number of steps: set max_steps or max_epochs "
+                "of the Trainer, or lr_scheduler_type='constant'."
+            )
+        scheduler = get_scheduler(
+            self.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=int(steps) if math.isfinite(steps) else None,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Logging
+
+    def log_metrics(
+        self, metrics: Mapping[str, Tensor], *, prefix: str = "", shown: Sequence[str] = (), rows: int = 1
+    ) -> None:
+        """Log numbers that are of all ranks already, those of `shown` in the progress bar too; undefined ones (NaN)
+        are left out. `rows` weighs them in the mean over the batches of a validation."""
+        if not metrics:
+            return
+        evaluating = (
+            prefix != ""
+        )  # Lightning warns there unless told to average over ranks, of which all have the same
+        undefined = torch.stack([value.detach().float() for value in metrics.values()]).isnan().tolist()
+        for (name, value), skip in zip(metrics.items(), undefined, strict=True):
+            if not skip:
+                self.log(f"{prefix}{name}", value, prog_bar=name in shown, batch_size=rows, sync_dist=evaluating)
+
+    # Checkpoints
+
+    def rank_state(self) -> dict[str, Any]:
+        """What this rank needs for going on exactly where it was; extend it together with `load_rank_state`."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"cpu_rng": torch.get_rng_state(), "cuda_rng": cuda}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `rank_state` gave."""
+        torch.set_rng_state(state["cpu_rng"].cpu())
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of every rank, and what tells one architecture from another."""
+        checkpoint[STATE] = {"shapes": parameter_shapes(self), "ranks": gather_objects(self.rank_state())}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and keep the ranks' state until training goes on; `validate`, and
+        `load_from_checkpoint` for a new run, take the weights only.
+
+        Raises:
+            ValueError: If it was written by another architecture.
+        """
+        state = checkpoint.get(STATE)
+        if state is not None:
+            check_same_shapes(state["shapes"], parameter_shapes(self), type(self).__name__)
+            fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+            self._resumed = state if fitting else None
+
+    def on_train_start(self) -> None:
+        """Take over the state of a checkpoint.
+
+        Raises:
+            ValueError: If it was written by another number of ranks.
+        """
+        if self._resumed is None:
+            return
+        states, self._resumed = self._resumed["ranks"], None
+        if len(states) != self.trainer.world_size:
+            raise ValueError(
+                f"The checkpoint was written by {len(states)} processes, and this run has {self.trainer.world_size}. "
+                "Resume with as many, or start a new run from its weights."
+            )
+        self.load_rank_state(states[rank()])
+
+    def restore_hooks(self) -> None:
+        """Put hooks on the model that a strategy has taken off; a subclass with hooks does."""
+
+    def on_fit_start(self) -> None:
+        """See that the hooks are there: Lightning's DeepSpeed strategy takes them off before it evaluates."""
+        self.restore_hooks()
+
+    def on_validation_start(self) -> None:
+        """The same; and keep the dice of training: a resumed run does not repeat a validation that came after its
+        checkpoint."""
+        self.restore_hooks()
+        self._dice = LanguageModule.rank_state(self)
+
+    def on_validation_end(self) -> None:
+        """Go on as if there had been no validation."""
+        LanguageModule.load_rank_state(self, self._dice)
+
+    # Export
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model and tokenizer as transformers does, with everything of ours beside them: TRL and
+        `AutoModelForCausalLM.from_pretrained` read the folder. Call it on all ranks; rank 0 writes."""
+        with whole_parameters(list(self.model.parameters())):
+            if rank() == 0:
+                self.model.save_pretrained(directory)  # type: ignore[operator]
+                self.tokenizer.save_pretrained(directory)
+                self._save_extras(Path(directory))
+
+    def _save_extras(self, directory: Path) -> None:
+        """Write what a subclass keeps beside the model, on rank 0, while all parameters are whole."""

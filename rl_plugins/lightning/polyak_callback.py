@@ -1,0 +1,112 @@
+"""Slow target heads for any LightningModule that trains a model with MTP heads."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from rl_plugins.lightning.models import find_language_model
+from rl_plugins.modules.attach import get_mtp_heads
+from rl_plugins.modules.heads import MTPHeads
+from rl_plugins.modules.polyak import PolyakTarget
+from rl_plugins.modules.sharding import whole_parameters
+
+
+class PolyakCallback(Callback):
+    """Keeps a float32 copy of the MTP heads that follows them slowly, `theta' <- tau theta + (1 - tau) theta'`.
+
+    ```python
+    polyak = PolyakCallback(tau=0.05)
+    Trainer(callbacks=[polyak]).fit(module)  # in training_step: polyak.target(hidden_states)
+    ```
+
+    [`MTPSFTModule`] and [`MTPCriticModule`] bring one along; give the Trainer one of your own to set it otherwise.
+
+    Args:
+        tau: Step towards the online heads after every optimizer step, in [0, 1].
+        period: Copy the online heads every this many optimizer steps instead.
+
+    Attributes:
+        target: The slow heads (see [`PolyakTarget`]), from `setup` on. They are outside the module, so that no engine
+            partitions them, and in Lightning's checkpoints.
+
+    Raises:
+        ValueError: When training starts, for settings out of range, or a module without MTP heads.
+    """
+
+    def __init__(self, tau: float = 0.05, period: int | None = None) -> None:
+        self.tau, self.period = tau, period
+        self.target: PolyakTarget | None = None
+        self._heads: MTPHeads | None = None
+        self._saved: dict[str, Tensor] | None = None
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copy the heads, before DDP or DeepSpeed wrap the model."""
+        self._copy(pl_module)
+
+    def _copy(self, pl_module: LightningModule) -> None:
+        model = find_language_model(pl_module)
+        heads = None if model is None else get_mtp_heads(model)
+        if self.target is None and heads is not None:
+            self._heads = heads
+            with whole_parameters(list(heads.parameters())):
+                self.target = PolyakTarget(heads, tau=self.tau, period=self.period)
+            if self._saved is not None:
+                self.target.load_state_dict(self._saved)
+
+    def _start(self, pl_module: LightningModule) -> None:
+        self._copy(pl_module)
+        if self.target is None:
+            raise ValueError(
+                f"{type(pl_module).__name__} holds no model with MTP heads for PolyakCallback to follow. "
+                "attach_mtp_heads(model) in the module's __init__."
+            )
+        self.target.to(pl_module.device)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the copy on the module's device."""
+        self._start(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for `trainer.validate`."""
+        self._start(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on from the step of a checkpoint, which Lightning knows only now."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Move the copy where the optimizer has made a step."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        assert self._heads is not None and self.target is not None
+        online = list(self._heads.parameters())
+        with whole_parameters(online):
+            self.target.update(online, step=self._step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The slow heads, for Lightning's checkpoints."""
+        return {"target": self._saved if self.target is None else self.target.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the slow heads of a checkpoint, or keep them until the module is there."""
+        self._saved = state_dict["target"]
+        if self.target is not None and self._saved is not None:
+            # DeepSpeed and FSDP restore after `on_fit_start`.
+            self.target.load_state_dict(self._saved)
+
+
+def polyak_callback(trainer: Trainer, tau: float, period: int | None) -> list[Callback]:
+    """For a module's `configure_callbacks`: target heads, unless the Trainer has a [`PolyakCallback`] already."""
+    given = any(isinstance(callback, PolyakCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return [] if given else [PolyakCallback(tau, period)]
+
+
+def target_of(trainer: Trainer) -> PolyakTarget:
+    """The target heads of a trainer's [`PolyakCallback`]."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    (target,) = [callback.target for callback in callbacks if isinstance(callback, PolyakCallback)]
+    assert target is not None
+    return target

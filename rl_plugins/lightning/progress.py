@@ -1,0 +1,53 @@
+"""A progress bar for runs whose steps are mostly generation."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+SHOWN = 4
+"""Tokens between two refreshes during a rollout."""
+
+
+class RolloutProgressBar(TQDMProgressBar):
+    """Lightning's progress bar that moves during rollouts, too: the number of tokens so far is behind the description.
+
+    ```python
+    Trainer(callbacks=[RolloutProgressBar()]).fit(module, PromptDataModule(dataset))
+    ```
+
+    Numbers are shown with three digits, without the version of the run.
+
+    Args:
+        kwargs: For [`~lightning.pytorch.callbacks.TQDMProgressBar`].
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._longest = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember how long a completion may become."""
+        super().on_train_start(trainer, pl_module)
+        self._longest = int(getattr(pl_module, "max_completion_length", 0))
+
+    def on_rollout_token(self, tokens: int) -> None:
+        """Show how far a rollout is; called by [`OnlineModule`] after every token."""
+        if self.is_disabled or not self.trainer.training or tokens % SHOWN:
+            return
+        self.train_progress_bar.set_description(f"Rollout {tokens}/{self._longest}")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Back to the epoch."""
+        if not self.is_disabled:
+            self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}", refresh=False)
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Short numbers."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {
+            name: f"{value:.3g}" if isinstance(value, float) else value
+            for name, value in metrics.items()
+            if name != "v_num"
+        }

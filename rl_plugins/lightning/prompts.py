@@ -1,0 +1,196 @@
+"""Batches of prompts for the online modules: any loader will do, and one that repeats batches and resumes exactly."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader, DistributedSampler
+
+Row = Mapping[str, Any]
+
+
+def rows_of(batch: Any) -> list[Row]:
+    """The rows of a batch: a list of rows, or a dictionary of columns as torch's default collation makes it.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it has no rows, or rows without a `prompt`.
+    """
+    if isinstance(batch, Mapping):
+        columns = {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        lengths = {len(column) for column in columns.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"The columns of a batch must be equally long, got lengths {sorted(lengths)}.")
+        batch = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if not isinstance(batch, Sequence) or not all(isinstance(row, Mapping) for row in batch):
+        raise TypeError(
+            f"A batch must be a list of rows or a dictionary of columns, got {type(batch).__name__}. Use "
+            "PromptDataModule(dataset), or DataLoader(dataset, collate_fn=list)."
+        )
+    if not batch or any("prompt" not in row for row in batch):
+        raise ValueError("Every row of a batch needs a `prompt`, and there must be at least one row.")
+    return list(batch)
+
+
+class RepeatSampler(DistributedSampler):
+    """Hands out batch-sized runs of indices, each several times, to every rank its own.
+
+    Args:
+        dataset: Something with a length.
+        batch_size: Indices of a run; what does not fill a last one is left out.
+        repeats: How often each run is handed out.
+        shuffle: Whether to draw a new order for every epoch.
+        seed: Of the order.
+        num_replicas: Number of ranks.
+        rank: Of this process.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        repeats: int = 1,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=shuffle, seed=seed, drop_last=True)
+        self.batch_size, self.repeats = batch_size, repeats
+        self.resumed = (0, 0)  # an epoch, and the batches of it that a resumed run has had
+
+    @property
+    def start(self) -> int:
+        """Batches of this epoch to leave out: none of one that a resumed run begins."""
+        epoch, batches = self.resumed
+        return batches if epoch == self.epoch else 0
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size * self.batch_size * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        indices = list(super().__iter__())
+        start, self.resumed = self.start, (0, 0)
+        for batch in range(start, len(self) // self.batch_size):
+            first = batch // self.repeats * self.batch_size
+            yield from indices[first : first + self.batch_size]
+
+
+class PromptLoader(DataLoader):
+    """A loader of rows that goes on in the middle of an epoch, which Lightning asks of it when it resumes.
+
+    Args:
+        sampler: Which rows.
+        dataset: The rows.
+    """
+
+    def __init__(self, dataset: Any, sampler: RepeatSampler) -> None:
+        # Iterators draw a seed for their workers when they start, which a resumed run does once more: not from the
+        # generator that completions are sampled with.
+        own = torch.Generator()
+        super().__init__(dataset, batch_size=sampler.batch_size, sampler=sampler, collate_fn=list, generator=own)
+        self._batches = 0
+
+    def __iter__(self) -> Iterator[list[Row]]:  # type: ignore[override]
+        assert isinstance(self.sampler, RepeatSampler)
+        self._batches = self.sampler.start
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches of this epoch so far."""
+        assert isinstance(self.sampler, RepeatSampler)
+        return {"epoch": self.sampler.epoch, "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave out the batches that were had."""
+        assert isinstance(self.sampler, RepeatSampler)
+        self.sampler.resumed = (state["epoch"], state["batches"])
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts for an [`OnlineModule`], each batch repeated as often as the module makes steps of its completions.
+
+    Args:
+        train_dataset: Rows with a `prompt`, and what the reward functions read.
+        eval_dataset: Rows to validate on.
+        batch_size: Prompts of one batch on each rank.
+        eval_batch_size: The same for validation; `batch_size` by default.
+        shuffle: Whether to shuffle the training prompts anew for every epoch.
+        seed: Of that order.
+
+    Raises:
+        ValueError: If the dataset is smaller than one batch on every rank.
+    """
+
+    def __init__(
+        self,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        shuffle: bool = True,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.shuffle, self.seed = shuffle, seed
+        self._train_loader: PromptLoader | None = None
+        self._resumed: dict[str, int] = {}
+        if eval_dataset is None:
+            self.val_dataloader = None  # type: ignore[assignment,method-assign]  # Lightning then skips validation
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks, and this one."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def train_dataloader(self) -> PromptLoader:
+        """Shuffled batches, each repeated as often as the module makes steps of it."""
+        ranks, rank = self._ranks
+        if len(self.train_dataset) < self.batch_size * ranks:
+            raise ValueError(
+                f"{len(self.train_dataset)} prompts do not fill one batch of {self.batch_size} on each of {ranks} "
+                "ranks: lower the batch size, or give more prompts."
+            )
+        module = None if self.trainer is None else self.trainer.lightning_module
+        sampler = RepeatSampler(
+            self.train_dataset,
+            self.batch_size,
+            getattr(module, "batch_repeats", 1),  # a module that only fine-tunes has no rollouts
+            shuffle=self.shuffle,
+            seed=self.seed,
+            num_replicas=ranks,
+            rank=rank,
+        )
+        self._train_loader = PromptLoader(self.train_dataset, sampler)
+        if self._resumed:
+            self._train_loader.load_state_dict(self._resumed)
+            self._resumed = {}
+        return self._train_loader
+
+    # Lightning gives a resumed loader its state only if nothing has asked for the loader before. With max_epochs the
+    # schedule of the learning rate has, to know how long training is.
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training loader is."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there, if the run trains."""
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        self._resumed = state_dict if fitting else {}
+
+    def val_dataloader(self) -> Any:
+        """The rows to validate on, in order; every rank has as many, at the cost of a few twice."""
+        sampler: DistributedSampler = DistributedSampler(self.eval_dataset, *self._ranks, shuffle=False)
+        # Its iterators draw from a generator of their own, so that training goes on as without validation.
+        return DataLoader(
+            self.eval_dataset, self.eval_batch_size, sampler=sampler, collate_fn=list, generator=torch.Generator()
+        )

@@ -1,0 +1,45 @@
+"""The policy as it was given, which the KL term holds the policy close to."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from transformers import PreTrainedModel
+
+from rl_plugins.modules.attach import base_model_of, detach_mtp_heads, get_mtp_heads
+from rl_plugins.modules.value_model import detach_value_model, get_value_model
+
+
+class Reference:
+    """A frozen copy of the policy, or the policy itself without its adapters where it is a PEFT model.
+
+    No module, so that it is in no checkpoint and no engine partitions it: every rank holds all of it. A resumed run
+    makes it from the model that it is given, as the first run did.
+
+    Args:
+        policy: As it is before training.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        self.model = policy
+        self.is_copy = isinstance(policy, PreTrainedModel)
+        if self.is_copy:
+            self.model = copy.deepcopy(policy).eval().requires_grad_(False)
+            base = base_model_of(self.model)
+            if get_mtp_heads(base) is not None:
+                detach_mtp_heads(base)
+            if get_value_model(base) is not None:
+                detach_value_model(base)
+
+    @contextmanager
+    def active(self, module: LightningModule) -> Iterator[None]:
+        """Have `model` be the reference inside the block, on the module's device."""
+        if self.is_copy:
+            self.model.to(module.device)
+            yield
+        else:
+            with torch.no_grad(), self.model.disable_adapter():  # type: ignore[operator]
+                yield

@@ -1,0 +1,57 @@
+"""A picture of what the critic thinks of each token, while training goes on."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rl_plugins.report.token_values import traces_from_rollout, write_token_values_html
+
+
+class TokenValueReport(Callback):
+    """Writes `token_values.html` after every validation and at the end: the newest completions of the first rank,
+    coloured by the critic's values and temporal-difference errors.
+
+    Goes with [`MTPCriticModule`] and [`PPOModule`].
+
+    Args:
+        path: File to write; `token_values.html` in the trainer's log directory by default.
+        limit: Completions to show.
+        title: Of the page.
+
+    Raises:
+        ValueError: When training starts, for a module without a critic.
+    """
+
+    def __init__(
+        self, path: str | Path | None = None, *, limit: int = 48, title: str = "What the critic thinks of each token"
+    ) -> None:
+        self.path, self.limit, self.title = path, limit, title
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module that has no values to show."""
+        if not callable(getattr(pl_module, "recorded_values", None)):
+            raise ValueError(
+                f"TokenValueReport shows a critic's values, and {type(pl_module).__name__} has none. Use it with "
+                "MTPCriticModule or PPOModule."
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the completions of the validation."""
+        if not trainer.sanity_checking:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the last ones."""
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        rollout: Any = pl_module.last_rollout
+        if not trainer.is_global_zero or "td_errors" not in rollout:
+            return
+        path = Path(self.path) if self.path is not None else directory / "token_values.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        traces = traces_from_rollout(pl_module.tokenizer, rollout, self.limit)
+        subtitle = f"After {trainer.global_step} optimizer steps."
+        write_token_values_html(traces, path, title=self.title, subtitle=subtitle)
