@@ -1,0 +1,140 @@
+"""Networks of the agents: perceptrons, and policies that give distributions."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+
+
+def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Tanh, *, output_gain: float | None = None) -> nn.Module:
+    """A multi-layer perceptron, without an activation after the last layer.
+
+    Args:
+        sizes: Widths from input to output, at least two.
+        activation: Class of the activations between the layers.
+        output_gain: Initialise orthogonally, hidden layers with gain sqrt(2) and the last one with this (Engstrom et
+            al., arXiv 2005.12729, count this among what makes PPO work); PyTorch's initialisation by default.
+
+    Returns:
+        A module from `(..., sizes[0])` to `(..., sizes[-1])`.
+
+    Raises:
+        ValueError: If there are fewer than two sizes.
+    """
+    if len(sizes) < 2:
+        raise ValueError(f"sizes={list(sizes)}: give at least an input and an output.")
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    layers.pop()
+    if output_gain is not None:
+        linears = layers[::2]
+        for linear in linears:
+            assert isinstance(linear, nn.Linear)
+            nn.init.orthogonal_(linear.weight, output_gain if linear is linears[-1] else 2**0.5)
+            nn.init.zeros_(linear.bias)
+    return nn.Sequential(*layers)
+
+
+class Policy(nn.Module):
+    """A distribution over actions in each state, around a network of one's own."""
+
+    def forward(self, observations: Tensor) -> Distribution:
+        """`pi(. | s)` for observations `(..., D)`."""
+        raise NotImplementedError
+
+    def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Sample actions with a generator on the CPU, or take the most likely ones where it is None.
+
+        The objects of torch.distributions cost more than a small network, and know no generators.
+        """
+        raise NotImplementedError
+
+
+class CategoricalPolicy(Policy):
+    """`pi(a | s) = softmax(logits(s))_a`, for Discrete actions.
+
+    Args:
+        network: From observations `(..., D)` to logits `(..., A)`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, observations: Tensor) -> Categorical:
+        """`pi(. | s)`, over the indices of the actions."""
+        return Categorical(logits=self.network(observations), validate_args=False)
+
+    def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Indices `(N,)` for observations `(N, D)`."""
+        logits = self.network(observations)
+        if generator is not None:
+            # argmax(ln p - ln E), with E exponential, is a sample of p: the Gumbel-max trick.
+            logits = logits - torch.empty(logits.shape).exponential_(generator=generator).log_().to(logits)
+        return logits.argmax(-1)
+
+
+class GaussianPolicy(Policy):
+    """`pi(a | s) = N(mean(s), sigma^2)`, diagonal, for Box actions; `ln sigma` is a parameter that no state changes.
+
+    Args:
+        network: From observations `(..., D)` to means `(..., A)`.
+        size: `A`.
+        log_std: Where `ln sigma` starts.
+    """
+
+    def __init__(self, network: nn.Module, size: int, *, log_std: float = 0.0) -> None:
+        super().__init__()
+        self.network = network
+        self.log_std = nn.Parameter(torch.full((size,), float(log_std)))
+
+    def forward(self, observations: Tensor) -> Independent:
+        """`pi(. | s)`, over action vectors."""
+        normal = Normal(self.network(observations), self.log_std.exp(), validate_args=False)
+        return Independent(normal, 1, validate_args=False)
+
+    def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Vectors `(N, A)` for observations `(N, D)`, not clipped to the bounds of the space."""
+        mean = self.network(observations)
+        if generator is None:
+            return mean
+        return mean + self.log_std.exp() * torch.randn(mean.shape, generator=generator).to(mean)
+
+
+class ObservationNorm(nn.Module):
+    """Scales observations to zero mean and unit variance by the statistics of all that `update` has seen.
+
+    `clamp((x - mean) / sqrt(var + eps), -limit, limit)`; before the first update, the identity inside the limits.
+
+    Args:
+        size: `D`.
+        limit: Bound of the result.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, size: int, *, limit: float = 10.0) -> None:
+        super().__init__()
+        self.limit = limit
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Normalised observations, `(..., D)`."""
+        return ((observations - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-self.limit, self.limit)
+
+    @torch.no_grad()
+    def update(self, observations: Tensor) -> None:
+        """Take in observations `(..., D)` (Chan et al. 1979, the pairwise update of mean and variance)."""
+        batch = observations.reshape(-1, observations.shape[-1])
+        total = self.count + len(batch)
+        share = len(batch) / total
+        delta = batch.mean(0) - self.mean
+        self.mean += delta * share
+        self.var += (batch.var(0, correction=0) - self.var) * share + delta**2 * share * (1 - share)
+        self.count.copy_(total)
