@@ -26,8 +26,10 @@ import torch
 from torch.distributed.run import get_args_parser
 from trl import GRPOConfig, SFTConfig, TrlParser
 
+import rl_plugins.lightning
 from rl_plugins import functional
 from rl_plugins.functional import AGGREGATIONS
+from rl_plugins.lightning import classic
 from rl_plugins.modules import BalancingConfig, RouterBalancer
 from rl_plugins.objectives import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
 from rl_plugins.trl import (
@@ -49,6 +51,7 @@ CRITIC, VARIANTS, PPO, MOE = (ROOT / "docs" / f"{name}.md" for name in ("critic"
 LAYERS = ("functional", "modules", "generation", "objectives", "tabular", "report", "trl", "lightning")
 METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ratio/", "moe/")
 RECIPES = ("mtp_critic", "grpo_variants", "ppo", "moe_balancing")
+LIGHTNING_RECIPES = ("lightning_mtp_critic", "lightning_classic")
 STOCK_MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B")
 ON_CPU = {
     "use_cpu": True,
@@ -57,6 +60,13 @@ ON_CPU = {
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
+}
+LIGHTNING_ON_CPU = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 1,
 }
 BLOCK = re.compile(r"(?:^<!-- skip-test: (?P<reason>.+) -->\n+)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
@@ -95,6 +105,8 @@ def adapted(source: str, models: dict[str, Path]) -> str:
     for name, path in models.items():
         source = source.replace(name, str(path))
     source = re.sub(r"\bmax_steps=\d+", "max_steps=2", source)
+    bar = "RolloutProgressBar()" in source  # Lightning refuses one together with none
+    source = re.sub(r"(?<![\w.])Trainer\(", f"Trainer(**LIGHTNING_ON_CPU, enable_progress_bar={bar}, ", source)
     return re.sub(r"\b((?:GRPO|SFT|GRPOVariant|MTPCritic|MTPSFT|PPO)Config)\(", r"\1(**ON_CPU, ", source)
 
 
@@ -116,7 +128,7 @@ PROGRAMS = [path for path in DOCS if blocks(path, "python", "diff")]
 @pytest.mark.parametrize("path", PROGRAMS, ids=names(PROGRAMS))
 def test_code_runs(path: Path, small_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "__main__", "ON_CPU": ON_CPU}
+    namespace: dict[str, Any] = {"__name__": "__main__", "ON_CPU": ON_CPU, "LIGHTNING_ON_CPU": LIGHTNING_ON_CPU}
     for block in blocks(path, "python", "diff"):
         if block.reason is not None:
             continue
@@ -182,6 +194,18 @@ def flags(words: list[str]) -> set[str]:
     return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
+def check_lightning_command(name: str, arguments: list[str]) -> None:
+    """Have Lightning's command line parse the arguments, and stop there."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.syspath_prepend(ROOT / "recipes")
+        patch.chdir(ROOT)
+        recipe = load_recipe(name)
+        patch.setattr(recipe, "has_chat_template", lambda model: False, raising=False)  # it would ask the hub
+        with pytest.raises(SystemExit) as end:
+            recipe.main([*arguments, "--print_config"])
+    assert end.value.code == 0 and "trainer:" in printed.getvalue()
+
+
 def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
     program, *arguments = words
     if program == "make":
@@ -199,6 +223,8 @@ def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
         check_command([parsed.training_script, *parsed.training_script_args], recipes)
     elif program == "python":
         check_command(arguments, recipes)
+    elif Path(program).stem in LIGHTNING_RECIPES:
+        check_lightning_command(Path(program).stem, arguments)
     else:
         assert (ROOT / program).is_file()
         if program not in recipes:
@@ -287,6 +313,8 @@ def test_options_of_balancing() -> None:
 def test_options_in_prose_exist() -> None:
     configs = (MTPCriticConfig, MTPSFTConfig, GRPOVariantConfig, PPOConfig, BalancingConfig)
     known = {f.name for config in configs for f in fields(config)} | {"record_load", "extra_modules", "callbacks"}
+    modules = [getattr(package, name) for package in (rl_plugins.lightning, classic) for name in package.__all__]
+    known |= {name for module in modules for name in inspect.signature(module).parameters} | {"strategy", "collate_fn"}
     for path in DOCS:
         prose = BLOCK.sub("", path.read_text())
         spans = re.findall(r"`([^`\n]+)`", prose)

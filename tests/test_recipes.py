@@ -120,8 +120,33 @@ def test_gguf_model(tmp_path: Path) -> None:
     (output / "model.safetensors").unlink()  # 0.5 GB, and pytest keeps the folders of the last three runs
 
 
+@pytest.mark.slow
+def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, str(FOLDER / "lightning_mtp_critic.py"), "fit", f"--trainer.default_root_dir={output}"]
+    command += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
+    command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.train_items=200"]
+    command += ["--data.eval_items=16", "--data.batch_size=8", "--data.eval_batch_size=16", "--model.hidden_size=32"]
+    command += ["--model.warm_start_steps=2", "--model.steps_per_generation=2", "--model.max_completion_length=8"]
+    command += ["--trainer.enable_checkpointing=true", "--trainer.callbacks=ModelCheckpoint"]
+    command += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.callbacks.save_top_k=-1"]
+    command += [f"--trainer.callbacks.dirpath={output}", "--trainer.callbacks.filename={step}"]
+
+    def run(*options: str) -> bytes:
+        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        check_report(output, done, steps=2)
+        check_critic(output, done)
+        check_policy(output / "policy", "heads")
+        return (output / "policy" / "model.safetensors").read_bytes()
+
+    whole = run()
+    assert run(f"--ckpt_path={output / 'step=1.ckpt'}") == whole, "as if it had never stopped"
+
+
 def test_every_recipe_is_run_by_a_test() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*CRITICS, "moe_balancing"}
+    others = {"moe_balancing", "lightning_mtp_critic"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*CRITICS, *others, "lightning_classic"}
 
 
 @pytest.mark.slow
