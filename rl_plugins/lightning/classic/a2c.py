@@ -70,12 +70,8 @@ class A2CModule(ActorCriticModule):
         distribution = self.policy(observations[:, :-1])
         policy_loss = vanilla(distribution.log_prob(rollout.actions), advantages).mean()
         value_loss = squared_error(values[:, :-1], returns).mean()
-        loss = policy_loss + self.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-        if self.entropy_coef:
-            metrics["entropy"] = distribution.entropy().mean()
-            loss = loss - self.entropy_coef * metrics["entropy"]
-        return loss, metrics
+        return self.with_entropy_bonus(policy_loss + self.value_coef * value_loss, distribution, metrics)
 
     def iterate(self) -> dict[str, Tensor | float]:
         """Collect, then one gradient step."""

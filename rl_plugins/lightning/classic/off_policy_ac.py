@@ -109,12 +109,8 @@ class OffPolicyACModule(ActorCriticModule):
             advantages = masked_whiten(advantages, rollout.mask)
         policy_loss = cispo(logps, behaviour_logps, advantages, epsilon_high=self.clip_rho).mean()
         value_loss = squared_error(values[:, :-1], targets).mean()
-        loss = policy_loss + self.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "ratio_max": ratios.max()}
-        if self.entropy_coef:
-            metrics["entropy"] = distribution.entropy().mean()
-            loss = loss - self.entropy_coef * metrics["entropy"]
-        return loss, metrics
+        return self.with_entropy_bonus(policy_loss + self.value_coef * value_loss, distribution, metrics)
 
     @torch.no_grad()
     def targets(self, rollout: Rollout, values: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from gymnasium.spaces import Discrete
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from rl_plugins.lightning.classic.agent import ClassicModule
 from rl_plugins.lightning.classic.environments import EnvSpec
@@ -72,6 +73,15 @@ class PolicyGradientModule(ClassicModule):
     def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
         """Sample from the policy, or take its most likely actions."""
         return self.policy.act(self.normalizer(observations), None if deterministic else self.generator)
+
+    def with_entropy_bonus(
+        self, loss: Tensor, distribution: Distribution, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A loss less `entropy_coef H`, and its metrics; the entropy is computed only where it counts."""
+        if not self.entropy_coef:
+            return loss, metrics
+        entropy = distribution.entropy().mean()
+        return loss - self.entropy_coef * entropy, {**metrics, "entropy": entropy}
 
     def collect(self) -> Rollout:
         """Rows of `rollout_steps` steps."""

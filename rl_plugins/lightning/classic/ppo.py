@@ -72,12 +72,8 @@ class PPOModule(ActorCriticModule):
         clip = value_at(self.clip_range, self.remaining)
         policy_loss = ppo_clip(logps, batch.logps, batch.advantages, epsilon_low=clip, epsilon_high=clip).mean()
         value_loss = squared_error(self.values(batch.observations), batch.returns).mean()
-        loss = policy_loss + self.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-        if self.entropy_coef:
-            metrics["entropy"] = distribution.entropy().mean()
-            loss = loss - self.entropy_coef * metrics["entropy"]
-        return loss, metrics
+        return self.with_entropy_bonus(policy_loss + self.value_coef * value_loss, distribution, metrics)
 
     def iterate(self) -> dict[str, Tensor | float]:
         """Collect, then `epochs` passes over the rollout in minibatches; the metrics are those of the last one."""

@@ -120,11 +120,7 @@ class QACModule(PolicyGradientModule):
             weights = masked_whiten(weights, rollout.mask)
         distribution = self.policy(observations)
         loss = vanilla(distribution.log_prob(rollout.actions), weights).mean()
-        metrics = {"policy_loss": loss}
-        if self.entropy_coef:
-            metrics["entropy"] = distribution.entropy().mean()
-            loss = loss - self.entropy_coef * metrics["entropy"]
-        return loss, metrics
+        return self.with_entropy_bonus(loss, distribution, {"policy_loss": loss})
 
     def iterate(self) -> dict[str, Tensor | float]:
         """Collect, then `critic_updates` gradient steps of the critic and one of the policy."""
