@@ -1,14 +1,40 @@
 """What the tests of Lightning's language-model modules share: tiny runs, and what they were like."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig
 from torch import Tensor
 
+from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, PPOModule
 from rl_plugins.lightning.polyak_callback import PolyakCallback
+
+ONLINE: dict[str, Any] = {"critic": MTPCriticModule, "grpo": GRPOModule, "ppo": PPOModule}
+KINDS: dict[str, Any] = {**ONLINE, "sft": MTPSFTModule}
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
+
+
+def module_factory(tiny_model: Callable[..., Any], tokenizer: Any, reward: Any) -> Callable[..., Any]:
+    """Makes a module on a tiny model; keywords go to the module."""
+
+    def factory(kind: str, model: Any = None, reward_funcs: Any = reward, cls: Any = None, **options: Any) -> Any:
+        model = tiny_model(initializer_range=0.2) if model is None else model
+        cls, options = cls or KINDS[kind], {"learning_rate": 1e-2, "lr_scheduler_type": "constant", **options}
+        if kind == "sft":
+            return cls(model, tokenizer, **options)
+        options = {
+            "max_completion_length": 5,
+            "beta": 0.0,
+            **({"num_generations": 2} if kind == "grpo" else {}),
+            **options,
+        }
+        return cls(model, tokenizer, reward_funcs, **options)
+
+    return factory
 
 
 class Numbers(Callback):

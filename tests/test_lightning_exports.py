@@ -16,16 +16,14 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rl_plugins.generation.scoring import reward_name
 from rl_plugins.lightning import (
-    GRPOModule,
     MoEBalancingCallback,
     MTPCriticModule,
     MTPSFTModule,
-    PPOModule,
     PromptDataModule,
     RolloutProgressBar,
     TokenValueReport,
@@ -34,7 +32,7 @@ from rl_plugins.lightning.models import find_language_model
 from rl_plugins.report.expert_load import LOAD_FILE_NAME
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
 
-from .lightning_runs import Numbers, changed, fit, perturb, prompts, weights
+from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
 from .moe_models import make_moe_model
 from .test_critic_exact import ENOUGH, PROMPT, Case, accuracy, digits_tokenizer, election, exact_mdp, random_policy
 
@@ -42,8 +40,6 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 Make = Callable[..., Any]
-KINDS: dict[str, Any] = {"critic": MTPCriticModule, "grpo": GRPOModule, "ppo": PPOModule}
-LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +50,7 @@ def dice() -> None:
 @pytest.fixture
 def make(tiny_model: Callable[..., Any], tokenizer: Any, reward: Any) -> Make:
     """Factory: a module on a tiny model; keywords go to the module."""
-
-    def factory(kind: str, model: Any = None, reward_funcs: Any = reward, cls: Any = None, **options: Any) -> Any:
-        model = tiny_model(initializer_range=0.2) if model is None else model
-        options = {"max_completion_length": 5, "learning_rate": 1e-2, "beta": 0.0, **options}
-        if kind == "grpo":
-            options = {"num_generations": 2, **options}
-        return (cls or KINDS[kind])(model, tokenizer, reward_funcs, lr_scheduler_type="constant", **options)
-
-    return factory
+    return module_factory(tiny_model, tokenizer, reward)
 
 
 # Exports
@@ -94,7 +82,7 @@ def test_there_and_back(make: Make, reward: Any, dataset: Dataset, tmp_path: Pat
     assert not changed(weights(module.model), weights(trainer.model))
     trainer.train()
     trainer.save_model(str(tmp_path / "back"))
-    back = KINDS[kind](str(tmp_path / "back"), reward_funcs=reward, beta=0.0, max_completion_length=5)
+    back = ONLINE[kind](str(tmp_path / "back"), reward_funcs=reward, beta=0.0, max_completion_length=5)
     assert not changed(weights(trainer.model), weights(back.model))
     assert changed(weights(module.model), weights(back.model))
     fit(back, PromptDataModule(prompts(), batch_size=4), max_steps=1)
@@ -214,7 +202,7 @@ def test_numbers_reach_the_logger(make: Make, tmp_path: Path) -> None:
     assert len(validated) == 2 and all(row["eval_critic/value_mean"] for row in validated)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONLINE)
 def test_experts_are_balanced_in_every_module(make: Make, tokenizer: Any, tmp_path: Path, kind: str) -> None:
     model = make_moe_model("qwen3_moe", vocab_size=16)
     numbers = Numbers()

@@ -16,9 +16,7 @@ from torch.utils.data import DataLoader
 from rl_plugins.lightning import (
     GRPOModule,
     MTPCriticModule,
-    MTPSFTModule,
     PolyakCallback,
-    PPOModule,
     PromptDataModule,
     online_module,
 )
@@ -35,13 +33,23 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .lightning_runs import Numbers, assert_equal_states, changed, every_step, fit, prompts, state_of, weights
+from .lightning_runs import (
+    KINDS,
+    Numbers,
+    assert_equal_states,
+    changed,
+    every_step,
+    fit,
+    module_factory,
+    prompts,
+    state_of,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 Make = Callable[..., Any]
-KINDS: dict[str, Any] = {"critic": MTPCriticModule, "grpo": GRPOModule, "ppo": PPOModule, "sft": MTPSFTModule}
 
 
 @pytest.fixture(autouse=True)
@@ -52,24 +60,7 @@ def dice() -> None:
 @pytest.fixture
 def make(tiny_model: Callable[..., Any], tokenizer: Any, reward: Any) -> Make:
     """Factory: a module on a tiny model; keywords go to the module."""
-
-    def factory(kind: str, model: Any = None, reward_funcs: Any = reward, cls: Any = None, **options: Any) -> Any:
-        model = tiny_model(initializer_range=0.2) if model is None else model
-        cls = cls or KINDS[kind]
-        if kind == "sft":
-            return cls(model, tokenizer, **{"learning_rate": 1e-2, "lr_scheduler_type": "constant", **options})
-        options = {
-            "max_completion_length": 5,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "beta": 0.0,
-            **options,
-        }
-        if kind == "grpo":
-            options = {"num_generations": 2, **options}
-        return cls(model, tokenizer, reward_funcs, **options)
-
-    return factory
+    return module_factory(tiny_model, tokenizer, reward)
 
 
 def demonstrations(size: int = 8) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,21 +21,18 @@ from rl_plugins.lightning import (
     MTPCriticModule,
     MTPSFTModule,
     OnlineModule,
-    PPOModule,
     PromptDataModule,
 )
 from rl_plugins.lightning.prompts import PromptLoader, RepeatSampler, rows_of
 from rl_plugins.modules import get_mtp_heads
 from rl_plugins.modules.attach import trunk_of
 
-from .lightning_runs import Numbers, changed, fit, perturb, prompts, weights
+from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 Make = Callable[..., Any]
-KINDS: dict[str, Any] = {"critic": MTPCriticModule, "grpo": GRPOModule, "ppo": PPOModule}
-LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +43,7 @@ def dice() -> None:
 @pytest.fixture
 def make(tiny_model: Callable[..., Any], tokenizer: Any, reward: Any) -> Make:
     """Factory: a module on a tiny model; keywords go to the module."""
-
-    def factory(kind: str, model: Any = None, reward_funcs: Any = reward, cls: Any = None, **options: Any) -> Any:
-        model = tiny_model(initializer_range=0.2) if model is None else model
-        options = {"max_completion_length": 5, "learning_rate": 1e-2, "beta": 0.0, **options}
-        if kind == "grpo":
-            options = {"num_generations": 2, **options}
-        return (cls or KINDS[kind])(model, tokenizer, reward_funcs, lr_scheduler_type="constant", **options)
-
-    return factory
+    return module_factory(tiny_model, tokenizer, reward)
 
 
 # Data
@@ -212,9 +201,9 @@ def echo(self: Any, texts: Sequence[str]) -> Completions:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONLINE)
 def test_rollouts_of_ones_own(make: Make, kind: str) -> None:
-    base = KINDS[kind]
+    base = ONLINE[kind]
     module = make(kind, cls=type("Echo", (base,), {"generate": echo}), num_generations=2)
     perturb(module.model)
     numbers = Numbers()
@@ -292,7 +281,7 @@ def test_advantages_of_ones_own(make: Make) -> None:
     assert numbers.rows[0]["loss"] == pytest.approx(-2.0 * float(logps[mask].mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONLINE)
 def test_an_adapter_with_its_reference(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     """The reference of a PEFT model is the model without its adapters, whatever these have learnt."""
     base = tiny_model(initializer_range=0.2)
@@ -347,7 +336,7 @@ def test_slices_of_every_pass(make: Make, kind: str, shuffled: bool) -> None:
     """Every pass is over the same completions; PPO draws its minibatches anew for each."""
     seen: list[list[str]] = []
 
-    class Spy(KINDS[kind]):  # type: ignore[misc,name-defined]
+    class Spy(ONLINE[kind]):  # type: ignore[misc,name-defined]
         def loss(self, inputs: Any) -> Any:
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
             seen.append(self.tokenizer.batch_decode(ids))

@@ -3,7 +3,8 @@
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 RewardFunc = Callable[..., Any]
 """`(prompts, completions, completion_ids, **columns) -> one number or None per completion`, sync or async."""
-
-Row = Mapping[str, Any]
 
 
 def is_conversational(prompt: Any) -> bool:
@@ -125,26 +124,26 @@ def call_rewards(
         if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__):
             waiting[i] = func
         else:
-            results[i] = _noted(func, arguments)
+            with raised_by(reward_name(func)):
+                results[i] = func(**arguments)
     results |= asyncio.run(_gather(waiting, arguments)) if waiting else {}
     return torch.stack([_as_tensor(functions[i], results[i], len(prompts)) for i in range(len(functions))], dim=1)
 
 
-def _noted(func: RewardFunc, arguments: dict[str, Any]) -> Any:
+@contextmanager
+def raised_by(name: str) -> Iterator[None]:
+    """Note the name of a reward function on whatever it raises, which keeps its type and traceback (PEP 678)."""
     try:
-        return func(**arguments)
+        yield
     except Exception as error:
-        error.add_note(f"Raised by the reward function '{reward_name(func)}'.")
+        error.add_note(f"Raised by the reward function '{name}'.")
         raise
 
 
 async def _gather(functions: Mapping[int, RewardFunc], arguments: dict[str, Any]) -> dict[int, Any]:
     async def call(func: RewardFunc) -> Any:
-        try:
+        with raised_by(reward_name(func)):
             return await func(**arguments)
-        except Exception as error:
-            error.add_note(f"Raised by the reward function '{reward_name(func)}'.")
-            raise
 
     outputs = await asyncio.gather(*(call(func) for func in functions.values()))
     return dict(zip(functions, outputs, strict=True))

@@ -1,21 +1,12 @@
 """Reward functions that say who they are when they fail."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-
-@contextmanager
-def _noted(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"Raised by the reward function '{name}'.")
-        raise
+from rl_plugins.generation.scoring import raised_by
 
 
 def naming(func: Any) -> Any:
@@ -28,11 +19,11 @@ def naming(func: Any) -> Any:
     name = get_callable_name(func)
 
     async def call_async(*args: Any, **kwargs: Any) -> Any:
-        with _noted(name):
+        with raised_by(name):
             return await func(*args, **kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _noted(name):
+        with raised_by(name):
             return func(*args, **kwargs)
 
     wrapper = call_async if is_async_callable(func) else call
