@@ -99,6 +99,13 @@ from rl_plugins.functional.routing import (
     switch_balance_loss,
 )
 from rl_plugins.functional.sampling import informative_groups
+from rl_plugins.functional.speculative import (
+    acceptance_probs,
+    count_accepted,
+    expected_tokens,
+    inverse_cdf,
+    residual_probs,
+)
 from rl_plugins.functional.traces import lambda_trace, trace_weights
 from rl_plugins.functional.trust_region_losses import bapo, bapo_bounds, cpgd, dppo
 from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
@@ -149,6 +156,11 @@ __all__ = [
     "hessian_product",
     "huber",
     "informative_groups",
+    "residual_probs",
+    "inverse_cdf",
+    "expected_tokens",
+    "count_accepted",
+    "acceptance_probs",
     "initial_counts",
     "kalman",
     "kl_cov",

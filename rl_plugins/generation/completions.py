@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from rl_plugins.generation.speculative import SpeculativeDecoder
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.sharding import is_partitioned
 
@@ -84,6 +85,7 @@ def generate_completions(
     max_completion_length: int,
     sampling: Mapping[str, Any],
     listener: Any = None,
+    decoder: SpeculativeDecoder | None = None,
 ) -> Completions:
     """Sample one completion of every prompt, in evaluation mode.
 
@@ -96,6 +98,7 @@ def generate_completions(
         sampling: `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, or any other field of transformers'
             `GenerationConfig`.
         listener: Called with the number of tokens after each decoding step.
+        decoder: Decodes speculatively; by default the model's own loop does it.
 
     Raises:
         ValueError: If a prompt is empty.
@@ -111,7 +114,11 @@ def generate_completions(
         eos_token_id=list(eos),
         bos_token_id=None,
     )
-    steps = [] if listener is None else [_Steps(ids.shape[1], listener)]
+    steps: list[StoppingCriteria] = []
+    if decoder is not None:
+        decoder.listener = listener
+    elif listener is not None:
+        steps = [_Steps(ids.shape[1], listener)]
     was_training = model.training
     model.eval()
     try:
@@ -121,6 +128,7 @@ def generate_completions(
             attention_mask=mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList(steps),
+            custom_generate=decoder,
             # Under ZeRO-3 every forward gathers from all ranks, so the first to end must go on with the last.
             synced_gpus=any(is_partitioned(param) for param in base.parameters()),
         )

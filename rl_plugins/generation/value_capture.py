@@ -12,22 +12,33 @@ from rl_plugins.modules.polyak import PolyakTarget
 
 
 class ValueRecorder:
-    """Tap that saves the values of all heads while `generate` runs, so the critic needs no forward of its own.
+    """Saves the values of all heads while a model generates, so the critic needs no forward of its own.
 
-    Decoding step t runs the trunk on `h_t`, the state that predicts `y_t` (the seed's 10.1.3 A: "we save these
-    internal value estimates into a buffer"). States wait until `flush_every` of them share one run of the heads, which
+    The state `h_t` that predicts `y_t` is in reach when `y_t` is chosen (the seed's 10.1.3 A: "we save these internal
+    value estimates into a buffer"). States wait until `flush_every` forward passes share one run of the heads, which
     keeps the cost per token low without keeping all hidden states.
+
+    As a tap of the heads it follows the model's own `generate`, one token per forward pass; speculative decoding,
+    which settles several, calls `record`.
 
     Args:
         heads: Online heads.
         target: Slow heads, recorded beside the online ones; `None` records the online values twice.
-        flush_every: States per run of the heads.
+        flush_every: Forward passes per run of the heads.
     """
 
     def __init__(self, heads: MTPHeads, target: PolyakTarget | None = None, *, flush_every: int = 64) -> None:
         self.heads, self.target, self.flush_every = heads, target, flush_every
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was recorded, for the next call of `generate`."""
         self._states: list[Tensor] = []
-        self._chunks: list[tuple[Tensor, Tensor]] = []
+        self._steps: list[Tensor] = []
+        self._rows: Tensor | None = None
+        self._num_rows = 0
+        self._chunks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._taps = 0
         self._last_length = 0
         self.usable = True
 
@@ -38,7 +49,25 @@ class ValueRecorder:
         if self._last_length and hidden.shape[1] not in (1, self._last_length + 1):
             self.usable = False
         self._last_length = hidden.shape[1]
-        self._states.append(hidden[:, -1].detach())
+        if self._rows is None:
+            self._rows = torch.arange(len(hidden), device=hidden.device)
+        self.record(hidden[:, -1:], self._rows.new_full((len(hidden), 1), self._taps), self._rows)
+        self._taps += 1
+
+    def record(self, hidden: Tensor, steps: Tensor, rows: Tensor) -> None:
+        """Take states from one forward pass.
+
+        Args:
+            hidden: States (A, S, D).
+            steps: For which token t of its completion each is the state `h_t` (A, S); below 0 for none.
+            rows: Which rows of the batch they belong to (A,); the first call has all rows.
+        """
+        if rows is not self._rows:
+            self._flush()
+            self._rows = rows
+        self._num_rows = max(self._num_rows, len(rows))
+        self._states.append(hidden.detach())
+        self._steps.append(steps)
         if len(self._states) == self.flush_every:
             self._flush()
 
@@ -46,28 +75,30 @@ class ValueRecorder:
     def _flush(self) -> None:
         if not self._states:
             return
-        hidden = torch.stack(self._states, dim=1)  # (B, flush_every, D)
-        self._states = []
+        assert self._rows is not None
+        hidden, steps = torch.cat(self._states, dim=1), torch.cat(self._steps, dim=1)
+        self._states, self._steps = [], []
         values = self.heads(hidden)
-        self._chunks.append((values, values if self.target is None else self.target(hidden)))
+        self._chunks.append((values, values if self.target is None else self.target(hidden), steps, self._rows))
 
     def finish(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """Online and target values (B, num_tokens, K), zero beyond the recorded steps; `None` if steps are missing.
+        """Online and target values (B, num_tokens, K), zero where no state was recorded; `None` if steps are missing.
 
         Args:
-            num_tokens: T, length of the padded completions.
+            num_tokens: T, length of the padded completions. They may be padded further than what was generated, or
+                cut shorter than the steps that idle ranks ran.
         """
         self._flush()
         if not self.usable or not self._chunks:
             return None
-        online, target = (torch.cat(part, dim=1) for part in zip(*self._chunks, strict=True))
-        return _fit(online, num_tokens), _fit(target, num_tokens)
-
-
-def _fit(values: Tensor, num_tokens: int) -> Tensor:
-    # Completions may be padded further (pad_to_multiple_of), or cut shorter than the steps that idle ranks ran.
-    missing = num_tokens - values.shape[1]
-    return values[:, :num_tokens] if missing <= 0 else nn.functional.pad(values, (0, 0, 0, missing))
+        first = self._chunks[0][0]
+        both = first.new_zeros(2, self._num_rows, num_tokens + 1, first.shape[-1])
+        for online, target, steps, rows in self._chunks:
+            # What is no token of the completion goes into a column of its own.
+            column = torch.where((steps >= 0) & (steps < num_tokens), steps, num_tokens)
+            both[0, rows[:, None], column] = online
+            both[1, rows[:, None], column] = target
+        return both[0, :, :num_tokens], both[1, :, :num_tokens]
 
 
 class ValuePass:

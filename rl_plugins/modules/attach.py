@@ -1,10 +1,6 @@
 """Attach MTP heads to a Hugging Face causal language model, and take them off again."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from rl_plugins.modules.heads import MTPHeads, MTPHeadsConfig
@@ -113,14 +109,9 @@ def attach_mtp_heads(
 def hook_mtp_heads(model: nn.Module) -> None:
     """Have attached heads run in the model's forward, if they do not already: Lightning's DeepSpeed strategy takes off
     all hooks before it evaluates."""
-    heads, trunk = get_mtp_heads(model), trunk_of(base_model_of(model))
-    if heads is not None and not is_registered(heads.trunk_hook, trunk._forward_hooks):
-        heads.trunk_hook = trunk.register_forward_hook(heads.on_trunk_forward)
-
-
-def is_registered(handle: RemovableHandle | None, hooks: Mapping[int, Any]) -> bool:
-    """Whether a hook is among those of a module."""
-    return handle is not None and handle.id in hooks
+    heads = get_mtp_heads(model)
+    if heads is not None:
+        heads.hook(trunk_of(base_model_of(model)))
 
 
 def detach_mtp_heads(model: nn.Module) -> MTPHeads:
@@ -133,8 +124,6 @@ def detach_mtp_heads(model: nn.Module) -> MTPHeads:
     heads = get_mtp_heads(model)
     if heads is None:
         raise ValueError(f"{type(base).__name__} has no MTP heads to detach.")
-    assert heads.trunk_hook is not None
-    heads.trunk_hook.remove()
-    heads.trunk_hook = None
+    heads.unhook()
     remove_submodule(base, HEADS_ATTRIBUTE)
     return heads

@@ -1,7 +1,7 @@
 """One differentiable run of the heads inside the model's forward pass."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -16,12 +16,14 @@ from rl_plugins.modules.polyak import PolyakTarget
 
 GatherParams = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
+"""Summed cross-entropy of features (N, D) against labels (N,), in float32."""
 
 CHUNK_LOGITS = 2**23
 """Logits held at once by the token loss: 32 MiB in float32, so that the heads add next to nothing to peak memory."""
 
 
-def _no_gather(params: Sequence[Tensor]) -> AbstractContextManager[None]:
+def no_gather(params: Sequence[Tensor]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -32,7 +34,7 @@ def head_token_loss(
     lm_head: nn.Module,
     *,
     temperature: float = 1.0,
-    gather: GatherParams = _no_gather,
+    gather: GatherParams = no_gather,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of each head's token logits, without building (B, T, K, V).
 
@@ -50,23 +52,44 @@ def head_token_loss(
     Returns:
         Summed losses (K,) and numbers of labels (K,), float32.
     """
-    weight, bias = cast(Tensor, lm_head.weight), cast(Tensor | None, getattr(lm_head, "bias", None))
     losses, counts = [], []
+    with constant_lm_head(lm_head, temperature=temperature, gather=gather) as cross_entropy:
+        for k, head in enumerate(heads):
+            chosen = labels[..., k] != -100
+            # Select before the block: positions without a label cost nothing.
+            losses.append(cross_entropy(head(hidden[chosen]), labels[..., k][chosen]))
+            counts.append(chosen.sum())
+    return torch.stack(losses), torch.stack(counts).float()
+
+
+@contextmanager
+def constant_lm_head(
+    lm_head: nn.Module, *, temperature: float = 1.0, gather: GatherParams = no_gather
+) -> Iterator[LabelLoss]:
+    """Cross-entropy through a model's LM head that learns nothing from it, in chunks of bounded logits.
+
+    Args:
+        lm_head: The model's output embedding.
+        temperature: What the features are divided by.
+        gather: Context manager that makes sharded parameters whole.
+
+    Yields:
+        `sum_n -ln softmax(W x_n / temperature)[y_n]` of features `x` (N, D) and labels `y` (N,).
+    """
+    weight, bias = cast(Tensor, lm_head.weight), cast(Tensor | None, getattr(lm_head, "bias", None))
     with gather([p for p in (weight, bias) if p is not None]):
         dtype = _compute_dtype(weight)
         table = weight.detach().to(dtype)
         offset = None if bias is None else bias.detach().to(dtype) / temperature
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK_LOGITS // table.shape[0]))
-        for k, head in enumerate(heads):
-            chosen = labels[..., k] != -100
-            # Select before the block: positions without a label cost nothing.
-            features = (head(hidden[chosen]) / temperature).to(dtype)
-            loss = F.linear_cross_entropy(
-                features, table, labels[..., k][chosen], linear_bias=offset, reduction="sum", options=options
-            )
-            losses.append(loss.float())
-            counts.append(chosen.sum())
-    return torch.stack(losses), torch.stack(counts).float()
+
+        def cross_entropy(features: Tensor, labels: Tensor) -> Tensor:
+            scaled = (features / temperature).to(dtype)
+            return F.linear_cross_entropy(
+                scaled, table, labels, linear_bias=offset, reduction="sum", options=options
+            ).float()
+
+        yield cross_entropy
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -107,6 +130,7 @@ class HeadPass:
         value_grad_norm: Per-token clamp of that gradient, in the units of the scaled loss.
         gather: Makes sharded LM-head weights whole.
         target: Slow heads to run on the same states, where the bootstrap is not taken from a rollout.
+        with_values: Whether the values are computed; heads that only draft have no use for them.
     """
 
     heads: MTPHeads
@@ -117,8 +141,9 @@ class HeadPass:
     detach_tokens: bool = True
     value_grad_scale: float = 1.0
     value_grad_norm: Tensor | None = None
-    gather: GatherParams = _no_gather
+    gather: GatherParams = no_gather
     target: PolyakTarget | None = None
+    with_values: bool = True
     stats: GradientStats = field(default_factory=GradientStats)
     values: Tensor | None = None
     target_values: Tensor | None = None
@@ -127,11 +152,14 @@ class HeadPass:
 
     def __call__(self, hidden: Tensor) -> None:
         """Run the heads on the trunk's hidden states (B, S, D); only the first forward counts."""
-        if self.values is not None:
+        if self.values is not None or self.token_losses is not None:
             return
         states = self.select(hidden)
-        tamed = clamp_gradient(states, max_norm=self.value_grad_norm, scale=self.value_grad_scale, stats=self.stats)
-        self.values = self.heads(tamed)
+        if self.with_values:
+            tamed = clamp_gradient(
+                states, max_norm=self.value_grad_norm, scale=self.value_grad_scale, stats=self.stats
+            )
+            self.values = self.heads(tamed)
         if self.target is not None:
             self.target_values = self.target(states)
         if self.labels is not None and self.lm_head is not None:

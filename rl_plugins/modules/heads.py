@@ -1,17 +1,14 @@
 """Multi-token-prediction heads that also output a value: the critic inside the policy."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-HiddenTap = Callable[[Tensor], None]
-"""Receives the trunk's last hidden state (B, S, D) of every forward pass while it is active."""
+from rl_plugins.modules.trunk_tap import TrunkTap
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class MTPHead(nn.Module):
         return self.value(self(hidden))
 
 
-class MTPHeads(nn.Module):
+class MTPHeads(TrunkTap):
     """K parallel heads on the trunk's hidden state: `[logits_k, v_k] = head_k(h_t)` (the seed's 10.1.2).
 
     Head k reads `h_t` alone. Its logits predict `y_{t+k}` (Gloeckle et al., 2404.19737, section 2; the main head
@@ -102,8 +99,6 @@ class MTPHeads(nn.Module):
     def __init__(self, config: MTPHeadsConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.tap: HiddenTap | None = None
-        self.trunk_hook: RemovableHandle | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(MTPHead(config) for _ in range(config.num_heads))
@@ -130,23 +125,12 @@ class MTPHeads(nn.Module):
         """
         return torch.stack([head(hidden) for head in self], dim=-2)
 
+    def draft_only(self) -> None:
+        """Leave the value weights as they are: where nothing learns values, they get no gradient, which DDP would
+        wait for."""
+        for head in self:
+            head.value.requires_grad_(False)
+
     def __iter__(self) -> Iterator[MTPHead]:
         """The heads in order, k = 1..K."""
         return (cast(MTPHead, head) for head in self.heads)
-
-    @contextmanager
-    def tapped(self, tap: HiddenTap) -> Iterator[None]:
-        """Give `tap` the trunk's hidden states of every forward pass of the model inside the block.
-
-        The tap runs inside the model's forward, which is what lets DDP and DeepSpeed see the heads it calls.
-        """
-        outer, self.tap = self.tap, tap
-        try:
-            yield
-        finally:
-            self.tap = outer
-
-    def on_trunk_forward(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the trunk, registered by `attach_mtp_heads`."""
-        if self.tap is not None:
-            self.tap(output[0] if isinstance(output, tuple) else output.last_hidden_state)

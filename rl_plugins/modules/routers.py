@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from rl_plugins.functional.routing import Scoring
 from rl_plugins.modules.attach import base_model_of
+from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.selection_bias import SelectionBias, get_selection_bias
 from rl_plugins.modules.sharding import whole_size
 from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE
@@ -106,7 +107,8 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
     """All routers of a model, in the order of its modules.
 
     They are the modules that transformers records `router_logits` from; in a model that names none, every `gate` or
-    `router` beside `experts`. MTP layers that hang in the model are found with the rest.
+    `router` beside `experts`. MTP layers that are part of an architecture's model are found with the rest; those of
+    [`NativeMTP`] are not, since they run after the trunk, where no load is counted.
 
     Args:
         model: Causal LM, or a PEFT model around one.
@@ -120,7 +122,8 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
     routers: list[Router] = []
     for prefix, root in [("", base), *((f"extra.{i}.", module) for i, module in enumerate(extra_modules))]:
         # A value model beside the policy has a trunk of its own, whose experts are not the policy's.
-        modules = {name: x for name, x in root.named_modules() if CRITIC_ATTRIBUTE not in name.split(".")}
+        foreign = {CRITIC_ATTRIBUTE, NATIVE_ATTRIBUTE}
+        modules = {name: x for name, x in root.named_modules() if foreign.isdisjoint(name.split("."))}
         for name, module in _candidates(modules, recorded):
             parent = modules[re.sub(r"\.modules_to_save\.[^.]+$", "", name).rpartition(".")[0]]
             routers.append(_describe(prefix + _without_peft(name), module, parent))

@@ -1,6 +1,7 @@
 """Save heads beside a model, and load them again."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from transformers.utils import cached_file
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE, attach_mtp_heads, base_model_of, get_mtp_heads
 from rl_plugins.modules.heads import MTPHeads, MTPHeadsConfig
+from rl_plugins.modules.native_mtp import get_native_mtp
+
+logger = logging.getLogger(__name__)
 
 HEADS_WEIGHTS_NAME = "mtp_heads.safetensors"
 HEADS_CONFIG_NAME = "mtp_heads_config.json"
@@ -126,3 +130,38 @@ def load_mtp_heads(model: nn.Module, directory: str | Path) -> MTPHeads:
         )
     heads.load_state_dict(tensors)
     return heads
+
+
+def prepare_mtp_heads(
+    model: nn.Module, num_heads: int, *, inner_size: int | None = None, path: str | Path | None = None, seed: int = 0
+) -> MTPHeads:
+    """The MTP heads that a training starts from: those attached, those saved in `path`, or new ones.
+
+    Args:
+        model: Causal LM, or a PEFT model around one.
+        num_heads: K.
+        inner_size: Width of each new head's residual block; the trunk's hidden size by default.
+        path: Folder of saved heads.
+        seed: Of new heads.
+
+    Raises:
+        ValueError: If the model comes with another number of heads, or with native MTP layers, or the saved heads do
+            not fit.
+    """
+    if get_native_mtp(model) is not None:
+        raise ValueError(
+            "The model has native MTP layers, which would not be trained beside MTP heads, but would draft. "
+            "detach_native_mtp(model) first, or train them (MTPSFTConfig(native_mtp=True))."
+        )
+    heads = get_mtp_heads(model)
+    if heads is None:
+        heads = attach_mtp_heads(model, num_heads, inner_size=inner_size, seed=seed)
+        if path is not None:
+            load_mtp_heads(model, path)
+            logger.info("Loaded MTP heads from %s.", path)
+    elif heads.config.num_heads != num_heads:
+        raise ValueError(
+            f"The model comes with {heads.config.num_heads} MTP heads, but num_mtp_heads is {num_heads}. Set "
+            f"num_mtp_heads={heads.config.num_heads}, or detach_mtp_heads(model) to start with new ones."
+        )
+    return heads.requires_grad_(True)

@@ -12,9 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
-from rl_plugins.modules.attach import add_submodule, base_model_of, is_registered, remove_submodule, trunk_of
+from rl_plugins.modules.attach import add_submodule, base_model_of, remove_submodule, trunk_of
 from rl_plugins.modules.heads import ValueHead
 from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.modules.trunk_tap import is_registered
 
 CRITIC_ATTRIBUTE = "value_model"
 """Name of the submodule in the policy, and of the folder that it is saved in."""
@@ -238,3 +239,32 @@ def make_value_model(
         f"Cannot make a value model from {type(source).__name__} for a policy of {type(policy).__name__}. Give "
         "value_model a path, a transformers model or a ValueModel."
     )
+
+
+def save_value_model(
+    model: nn.Module, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the value model of a policy into a folder of its own in `directory`.
+
+    Args:
+        model: Policy with a value model attached.
+        directory: Of the policy's checkpoint.
+        state_dict: Whole weights of the policy, as an engine gathers them under ZeRO-3; its own by default.
+    """
+    critic, weights = get_value_model(model), None
+    assert critic is not None
+    if state_dict is not None:
+        prefix = f"{CRITIC_ATTRIBUTE}."
+        weights = {key.rpartition(prefix)[2]: w for key, w in state_dict.items() if prefix in key}
+    critic.save_pretrained(Path(directory) / CRITIC_ATTRIBUTE, weights)
+
+
+def load_value_model(model: nn.Module, directory: str | Path) -> None:
+    """Read what [`save_value_model`] wrote into a policy's value model.
+
+    Raises:
+        FileNotFoundError: If `directory` holds none.
+    """
+    critic = get_value_model(model)
+    assert critic is not None
+    critic.load_pretrained(Path(directory) / CRITIC_ATTRIBUTE)

@@ -21,7 +21,7 @@ from rl_plugins.objectives.group_advantages import (
     group_advantages,
     penalised_returns,
 )
-from rl_plugins.objectives.online import completion_metrics, online_loss, reward_metrics
+from rl_plugins.objectives.online import completion_metrics, draft_metrics, online_loss, reward_metrics
 from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss, clip_shares, policy_loss
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "check_advantage",
     "clip_shares",
     "completion_metrics",
+    "draft_metrics",
     "critic_signal",
     "critic_targets",
     "group_advantages",

@@ -103,6 +103,22 @@ def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Tensor]:
     }
 
 
+def draft_metrics(counts: Tensor) -> dict[str, Tensor]:
+    """How the drafts of speculative rollouts were received.
+
+    Args:
+        counts: Sums over all ranks of [`~rl_plugins.generation.DraftStatistics.counts`] (2 + 2K,).
+
+    Returns:
+        0-d tensors: `mtp/acceptance/head_k`, the share of head k's drafts that were accepted of those with all before
+        them accepted, and `mtp/tokens_per_step`, the tokens of a row per forward pass. NaN where there are none.
+    """
+    steps, tokens = counts[:2]
+    reached, accepted = counts[2:].view(2, -1)
+    rates = {f"mtp/acceptance/head_{k + 1}": rate for k, rate in enumerate((accepted / reached).unbind())}
+    return {**rates, "mtp/tokens_per_step": tokens / steps}
+
+
 @torch.no_grad()
 def reward_metrics(rewards: Tensor, scores: Tensor, names: Sequence[str], group_size: int) -> dict[str, Tensor]:
     """Rewards of all ranks, under TRL's metric names.
