@@ -14,7 +14,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from transformers import Trainer
+from transformers import DeepseekV3ForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import MtpLayer, MtpModel
 from trl import GRPOTrainer, SFTTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -53,6 +55,7 @@ HOOKS: dict[tuple[type | Any, str], list[str]] = {
     (Trainer, "_load_optimizer_and_scheduler"): ["checkpoint"],
     (Trainer, "_issue_warnings_after_load"): ["load_result"],
     (Trainer, "_get_output_dir"): ["trial"],
+    (PreTrainedModel, "_init_weights"): ["module"],
     (trl.trainer.utils, "maybe_gather_lm_head_ctx"): ["params"],
     (trl.data_utils, "get_dataset_column_names"): ["dataset"],
 }
@@ -70,6 +73,7 @@ PREFIXES: dict[tuple[type, str], list[str]] = {
     (SFTTrainer, "_prepare_dataset"): ["dataset", "processing_class", "args", "packing"],
 }
 ATTRIBUTES = {"_metrics", "_logs", "_step", "_buffered_inputs", "_dist", "_tokenizer", "_entropy_bonus_enabled"}
+MODEL_ATTRIBUTES = {"_keys_to_ignore_on_load_unexpected", "_gradient_checkpointing_func"}
 
 
 def parameters(owner: Any, name: str) -> list[str]:
@@ -90,7 +94,19 @@ def test_first_parameters(hook: tuple[Any, str], expected: list[str]) -> None:
 def test_host_lists_every_hook_that_is_tested_and_the_other_way_round() -> None:
     functions = "maybe_gather_lm_head_ctx|get_dataset_column_names|get_off_policy_mask|get_high_entropy_mask"
     listed = set(re.findall(rf"`(?:\w+\.)*(_\w+|{functions})`", host.__doc__ or ""))
-    assert listed == {name for _, name in HOOKS} | {name for _, name in PREFIXES} | ATTRIBUTES
+    assert listed == {name for _, name in HOOKS} | {name for _, name in PREFIXES} | ATTRIBUTES | MODEL_ATTRIBUTES
+
+
+def test_what_native_layers_and_decoding_lean_on(tiny_model: Callable[..., Any]) -> None:
+    assert parameters(MtpLayer, "__init__")[:4] == ["config", "decoder_layer_cls", "norm_cls", "layer_idx"]
+    assert parameters(MtpModel, "from_pretrained")[:2] == ["main_model", "device_map"]
+    assert parameters(PreTrainedConfig, "get_mtp_config") == []
+    assert list(inspect.signature(revert_weight_conversion).parameters) == ["model", "state_dict"]
+    assert "custom_generate" in parameters(GenerationMixin, "generate")
+    assert isinstance(DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected, list)
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    assert callable(model.model.layers[0]._gradient_checkpointing_func)
 
 
 def test_private_attributes_of_a_live_trainer(

@@ -127,6 +127,15 @@ COMMAND_LINE = {
     "policy_loss": ("dppo", "dppo"),
     "policy_loss_kwargs": ('{"threshold":0.1}', {"threshold": 0.1}),
     "aggregation": ("constant", "constant"),
+    "num_mtp_heads": ("3", 3),
+    "mtp_inner_size": ("16", 16),
+    "mtp_heads_path": ("heads", "heads"),
+    "head_learning_rate": ("1e-3", 1e-3),
+    "mtp_loss_coef": ("0.2", 0.2),
+    "mtp_detach_trunk": ("False", False),
+    "speculative": ("True", True),
+    "num_draft_tokens": ("2", 2),
+    "draft_cost": ("0.1", 0.1),
 }
 OVERRIDDEN = {"num_generations", "beta", "num_iterations"}
 

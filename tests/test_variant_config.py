@@ -141,7 +141,8 @@ def test_stock_defaults_apart_from_ours(make_args: Args, tmp_path: Path) -> None
     stock = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     shared = {f.name for f in dataclasses.fields(GRPOConfig)}
     assert {name for name in shared if getattr(ours, name) != getattr(stock, name)} <= {"logging_dir"}
-    off = {"max_draws": 10, "replay_buffer_size": 0, "replay_max_age": 8}
+    off = {"max_draws": 10, "replay_buffer_size": 0, "replay_max_age": 8, "draft_cost": 0.2}
+    off |= {"num_mtp_heads": 2, "head_learning_rate": 1e-4, "mtp_loss_coef": 0.1, "mtp_detach_trunk": True}
     assert {name: getattr(ours, name) for name in OWN if getattr(ours, name)} == {k: v for k, v in off.items() if v}
     assert not ours.samples and not ours.moves_rows
 
@@ -252,6 +253,15 @@ COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "policy_loss": ("gmpo", "gmpo"),
     "policy_loss_kwargs": ('{"epsilon_low":0.3}', {"epsilon_low": 0.3}),
     "aggregation": ("constant", "constant"),
+    "num_mtp_heads": ("3", 3),
+    "mtp_inner_size": ("16", 16),
+    "mtp_heads_path": ("heads", "heads"),
+    "head_learning_rate": ("1e-3", 1e-3),
+    "mtp_loss_coef": ("0.2", 0.2),
+    "mtp_detach_trunk": ("False", False),
+    "speculative": ("True", True),
+    "num_draft_tokens": ("2", 2),
+    "draft_cost": ("0.1", 0.1),
 }
 
 

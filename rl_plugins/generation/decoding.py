@@ -266,7 +266,9 @@ class Decoding:
         """
         num_ended = 0 if self.synced else len(self.index) - self.going
         leaving = num_ended >= max(ENDED_SHARE * len(self.index), 1)
-        if not (leaving or self.has_holes):
+        # Without drafts the drafter would run now, on this rank alone.
+        waiting = self.synced and not drafts.tokens.shape[1] and not self.cache.is_windowed
+        if waiting or not (leaving or self.has_holes):
             return
         ended = self.ended[self.index]
         slots = self.mask.shape[1]

@@ -96,8 +96,16 @@ class MTPCriticModule(HeadsModule, ValueModule):
             value_grad_clip=value_grad_clip,
             temperature=self.temperature,
         )
+        self.check_drafting()
         self._recorder: ValueRecorder | None = None
         self._passes: list[ValuePass] = []
+
+    def _set_up_draft_heads(self, source: object, temperature: float, options: dict[str, Any]) -> None:
+        if options:
+            raise ValueError(
+                f"speculative_kwargs has {', '.join(options)}, but the heads that draft are the critic's own here: "
+                "give their settings as arguments of the module."
+            )
 
     # Rollout: values saved while generating
 
@@ -111,6 +119,9 @@ class MTPCriticModule(HeadsModule, ValueModule):
         if type(self).generate is not OnlineModule.generate:
             return super().complete(prompts)  # whose decoding steps may be anything
         self._recorder = ValueRecorder(self.mtp_heads, self.polyak_target)
+        if self.decoder is not None:
+            self.decoder.recorder = self._recorder
+            return super().complete(prompts)
         with self.mtp_heads.tapped(self._recorder):
             return super().complete(prompts)
 

@@ -1,6 +1,6 @@
 """The MTP heads of a LightningModule: attached or loaded, run inside a training forward, and their losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,21 @@ from torch import Tensor, nn
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.polyak_callback import polyak_callback, target_of
 from rl_plugins.lightning.ranks import sum_over_ranks
-from rl_plugins.modules.attach import HEADS_ATTRIBUTE, attach_mtp_heads, base_model_of, get_mtp_heads, hook_mtp_heads
+from rl_plugins.modules.attach import (
+    HEADS_ATTRIBUTE,
+    base_model_of,
+    hook_mtp_heads,
+    trunk_of,
+)
 from rl_plugins.modules.gradient import GradientStats
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.modules.heads import MTPHeads
+from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.modules.native_mtp_files import save_native_mtp
+from rl_plugins.modules.native_pass import NativePass
+from rl_plugins.modules.native_training import prepare_native_mtp
 from rl_plugins.modules.polyak import PolyakTarget
-from rl_plugins.modules.serialization import find_mtp_heads, load_mtp_heads, save_mtp_heads
+from rl_plugins.modules.serialization import find_mtp_heads, prepare_mtp_heads, save_mtp_heads
 from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.objectives.checks import check_at_least, check_unit_interval
 from rl_plugins.objectives.critic import per_head_means
@@ -24,6 +33,8 @@ from rl_plugins.objectives.critic import per_head_means
 class HeadTraining:
     """What [`MTPSFTModule`] and [`MTPCriticModule`] do with their heads; no module itself, since the heads are the
     model's.
+
+    [`NativeTraining`] is its counterpart for native MTP layers.
 
     Args:
         model: The policy.
@@ -38,10 +49,13 @@ class HeadTraining:
         value_grad_clip: Largest norm of one token's value gradient into the trunk, in units of the unweighted squared
             error; `None` does not clamp.
         temperature: Of sampling.
+        draft_only: Train the heads to draft, and leave the values as they are.
 
     Raises:
         ValueError: If a setting is out of range, or the model's heads are others.
     """
+
+    attribute = HEADS_ATTRIBUTE
 
     def __init__(
         self,
@@ -53,10 +67,11 @@ class HeadTraining:
         heads_path: str | None,
         token_loss_coef: float,
         detach_trunk: bool,
-        value_loss_coef: float,
-        value_grad_scale: float,
-        value_grad_clip: float | None,
+        value_loss_coef: float = 0.0,
+        value_grad_scale: float = 0.0,
+        value_grad_clip: float | None = None,
         temperature: float = 1.0,
+        draft_only: bool = False,
     ) -> None:
         check_at_least(1, num_mtp_heads=num_heads, mtp_inner_size=inner_size)
         check_at_least(0, mtp_loss_coef=token_loss_coef, value_loss_coef=value_loss_coef)
@@ -67,24 +82,14 @@ class HeadTraining:
             value_grad_scale,
             value_grad_clip,
         )
-        self.heads = self._attach(num_heads, inner_size, heads_path, source)
+        saved = heads_path or (find_mtp_heads(source) if isinstance(source, str) else None)
+        self.heads = prepare_mtp_heads(model, num_heads, inner_size=inner_size, path=saved)
+        self.draft_only = draft_only
+        if draft_only:
+            self.heads.draft_only()
         self.divisor = logit_divisor(base_model_of(model).config, temperature) if token_loss_coef else 1.0
         self._stats: GradientStats | None = None
         self._limit: Tensor | None = None
-
-    def _attach(self, num_heads: int, inner_size: int | None, heads_path: str | None, source: object) -> MTPHeads:
-        heads = get_mtp_heads(self.model)
-        if heads is None:
-            heads = attach_mtp_heads(self.model, num_heads, inner_size=inner_size)
-            saved = heads_path or (find_mtp_heads(source) if isinstance(source, str) else None)
-            if saved is not None:
-                load_mtp_heads(self.model, saved)
-        elif heads.config.num_heads != num_heads:
-            raise ValueError(
-                f"The model comes with {heads.config.num_heads} MTP heads, but num_mtp_heads is {num_heads}. Set "
-                f"num_mtp_heads={heads.config.num_heads}, or detach_mtp_heads(model) to start with new ones."
-            )
-        return heads.requires_grad_(True)
 
     def head_pass(
         self,
@@ -117,6 +122,7 @@ class HeadTraining:
             value_grad_norm=self._limit,
             gather=whole_parameters,
             target=target,
+            with_values=not self.draft_only,
         )
         self._stats = head_pass.stats
         return head_pass
@@ -135,11 +141,7 @@ class HeadTraining:
 
     def token_term(self, head_pass: HeadPass, num_items: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
         """lambda_1 L_MTP and its metrics."""
-        sums, counts = head_pass.token_losses, head_pass.token_counts
-        if sums is None or counts is None:
-            return 0.0, {}
-        metrics = per_head_means("mtp/token_loss", sum_over_ranks(sums.detach()), sum_over_ranks(counts))
-        return self.token_loss_coef * sums.sum() / (len(sums) * num_items), metrics
+        return token_term(head_pass.token_losses, head_pass.token_counts, num_items, self.token_loss_coef)
 
     def gradient_metrics(self, module: nn.Module) -> dict[str, Tensor]:
         """What the backward pass showed of the value gradient into the trunk."""
@@ -150,11 +152,86 @@ class HeadTraining:
         tokens = tokens.clamp(min=1.0)
         return {"critic/grad_norm": norms / tokens, "critic/grad_clamped": clamped / tokens}
 
+    def hook(self) -> None:
+        """Have the heads run in the model's forward."""
+        hook_mtp_heads(self.model)
+
+    def save(self, directory: Path) -> None:
+        """Write the heads beside the model."""
+        save_mtp_heads(self.model, directory)
+
+
+class NativeTraining:
+    """What [`MTPSFTModule`] does with native MTP layers, instead of [`HeadTraining`].
+
+    Args:
+        model: The model: layers attached to it, or those of its checkpoint, are trained on.
+        num_layers: K.
+        token_loss_coef: lambda_1, weight of the layers' token loss.
+        detach_trunk: Keep the token loss out of the trunk.
+
+    Raises:
+        ValueError: If a setting is out of range, the architecture has no native layers, or the model has another
+            number of them.
+    """
+
+    attribute = NATIVE_ATTRIBUTE
+
+    def __init__(self, model: nn.Module, *, num_layers: int, token_loss_coef: float, detach_trunk: bool) -> None:
+        check_at_least(1, num_mtp_heads=num_layers)
+        check_at_least(0, mtp_loss_coef=token_loss_coef)
+        self.model, self.token_loss_coef, self.detach_trunk = model, token_loss_coef, detach_trunk
+        self.heads = prepare_native_mtp(model, num_layers)
+        self.divisor = logit_divisor(base_model_of(model).config)
+
+    def native_pass(self, inputs: Mapping[str, Tensor]) -> NativePass:
+        """A tap for the next training forward on tensors `input_ids`, `attention_mask`, `labels` (B, L)."""
+        lm_head = base_model_of(self.model).get_output_embeddings()
+        assert lm_head is not None
+        return NativePass(
+            self.heads,
+            lm_head,
+            inputs["input_ids"],
+            inputs["labels"],
+            inputs["attention_mask"],
+            divisor=self.divisor,
+            detach_trunk=self.detach_trunk,
+            gather=whole_parameters,
+        )
+
+    def token_term(self, native_pass: NativePass, num_items: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """lambda_1 L_MTP and its metrics."""
+        return token_term(native_pass.token_losses, native_pass.token_counts, num_items, self.token_loss_coef)
+
+    def gradient_metrics(self, module: nn.Module) -> dict[str, Tensor]:
+        """None: there are no values."""
+        return {}
+
+    def hook(self) -> None:
+        """Have the layers run in the model's forward."""
+        self.heads.hook(trunk_of(base_model_of(self.model)))
+
+    def save(self, directory: Path) -> None:
+        """Add the layers to the model's checkpoint."""
+        save_native_mtp(self.model, directory)
+
+
+def token_term(
+    sums: Tensor | None, counts: Tensor | None, num_items: Tensor, coef: float
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """lambda_1 L_MTP of the heads' summed losses and numbers of labels (K,), and its metrics."""
+    if sums is None or counts is None:
+        return 0.0, {}
+    metrics = per_head_means("mtp/token_loss", sum_over_ranks(sums.detach()), sum_over_ranks(counts))
+    return coef * sums.sum() / (len(sums) * num_items), metrics
+
 
 class HeadsModule(LanguageModule):
-    """A [`LanguageModule`] with MTP heads: their optimizer group, target heads, metrics and export."""
+    """A [`LanguageModule`] with MTP heads, or native MTP layers in their place: their optimizer group, target heads,
+    metrics and export."""
 
     head_training: HeadTraining
+    native_training: NativeTraining | None = None
     head_learning_rate: float | None
     target_tau: float
     target_update_every: int | None
@@ -180,6 +257,20 @@ class HeadsModule(LanguageModule):
         self.target_tau, self.target_update_every = target_tau, target_update_every
         self.head_training = HeadTraining(self.model, source, **settings)
 
+    def train_native(self, *, head_learning_rate: float | None, **settings: Any) -> None:
+        """Train native MTP layers instead; `settings` are [`NativeTraining`]'s.
+
+        Raises:
+            ValueError: If a setting is out of range, or the model's layers are others.
+        """
+        check_at_least(0, head_learning_rate=head_learning_rate)
+        self.head_learning_rate = head_learning_rate
+        self.native_training = NativeTraining(self.model, **settings)
+
+    @property
+    def _training(self) -> HeadTraining | NativeTraining:
+        return self.native_training or self.head_training
+
     @property
     def mtp_heads(self) -> MTPHeads:
         """The heads, which are a submodule of the model."""
@@ -187,24 +278,27 @@ class HeadsModule(LanguageModule):
 
     @property
     def polyak_target(self) -> PolyakTarget | None:
-        """The slow heads; `None` without a trainer, where the online heads stand in for them."""
-        return None if self._trainer is None else target_of(self.trainer)
+        """The slow heads; `None` for native layers, and without a trainer, where the online heads stand in for
+        them."""
+        return None if self._trainer is None or self.native_training is not None else target_of(self.trainer)
 
     def learning_rates(self) -> dict[str, float | None]:
         """The heads have their own."""
-        return {HEADS_ATTRIBUTE: self.head_learning_rate}
+        return {self._training.attribute: self.head_learning_rate}
 
     def configure_callbacks(self) -> list[Callback]:
-        """The target heads, unless the Trainer has its own."""
+        """The target heads, unless the Trainer has its own; none for native layers."""
+        if self.native_training is not None:
+            return []
         return polyak_callback(self.trainer, self.target_tau, self.target_update_every)
 
     def restore_hooks(self) -> None:
         """The heads run in a hook of the trunk."""
-        hook_mtp_heads(self.model)
+        self._training.hook()
 
     def on_after_backward(self) -> None:
         """Log what the backward pass showed of the value gradient."""
-        self.log_metrics(self.head_training.gradient_metrics(self))
+        self.log_metrics(self._training.gradient_metrics(self))
 
     def _save_extras(self, directory: Path) -> None:
-        save_mtp_heads(self.model, directory)
+        self._training.save(directory)

@@ -23,13 +23,14 @@ from rl_plugins.generation.scoring import (
     reward_name,
     weighted_scores,
 )
-from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.progress import RolloutProgressBar
 from rl_plugins.lightning.prompts import Row, rows_of
-from rl_plugins.lightning.ranks import gather_objects, gather_rows, mean_over_ranks, rank, sum_over_ranks, world_size
+from rl_plugins.lightning.ranks import mean_over_ranks, rank, sum_over_ranks, world_size
 from rl_plugins.lightning.reference import Reference
+from rl_plugins.lightning.rollouts import average_logged, cut_rollout, describe_rollout
+from rl_plugins.lightning.speculation import DraftingModule
 from rl_plugins.objectives.checks import check_at_least
-from rl_plugins.objectives.online import completion_metrics, online_loss, reward_metrics
+from rl_plugins.objectives.online import online_loss
 from rl_plugins.objectives.policy import PolicyLoss
 
 Metrics = dict[str, Tensor]
@@ -37,7 +38,7 @@ Metrics = dict[str, Tensor]
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL: a demonstration is not for the reward functions
 
 
-class OnlineModule(LanguageModule):
+class OnlineModule(DraftingModule):
     """Base of the modules that learn from their own completions.
 
     A batch is a list of prompts (rows with a `prompt`, text or messages, and whatever columns the reward functions
@@ -72,6 +73,10 @@ class OnlineModule(LanguageModule):
         use_bias_correction_kl: Weigh the KL term by the importance ratio, as TRL does by default.
         entropy_coef: Weight of the entropy bonus.
         mask_truncated_completions: Leave completions that did not end out of the loss.
+        speculative: Let MTP heads draft the completions (see [`~rl_plugins.generation.SpeculativeDecoder`]). A module
+            without heads of its own gets some, which learn from every rollout.
+        speculative_kwargs: Options of that: `num_draft_tokens`, `draft_cost` (0.2; `None` measures it), `adaptive`;
+            and, in a module without heads of its own, those of [`~rl_plugins.lightning.speculation.DraftHeads`].
         kwargs: For [`LanguageModule`].
 
     Attributes:
@@ -107,6 +112,8 @@ class OnlineModule(LanguageModule):
         use_bias_correction_kl: bool = True,
         entropy_coef: float = 0.0,
         mask_truncated_completions: bool = False,
+        speculative: bool = False,
+        speculative_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, tokenizer, **kwargs)
@@ -132,6 +139,8 @@ class OnlineModule(LanguageModule):
         self.use_bias_correction_kl = use_bias_correction_kl
         self.mask_truncated_completions = mask_truncated_completions
         self.reference = Reference(self.model) if beta != 0.0 else None
+        if speculative:
+            self.set_up_drafting(model, temperature, speculative_kwargs or {})
         self.last_rollout: Batch = {}
         self.last_extras: dict[str, list[Any]] = {}
         self._reward_metrics: dict[str, list[float]] = {}
@@ -150,7 +159,7 @@ class OnlineModule(LanguageModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Roll out if the last batch of completions is used up, then one objective on one slice."""
         inputs = self._next_inputs(batch)
-        loss, metrics = self.loss(inputs)
+        loss, metrics = self.loss_with_drafts(self.loss, inputs)
         # The rollout's with every step, since loggers may look at any of them.
         self.log_metrics({"loss": mean_over_ranks(loss), **self._rollout_metrics, **metrics}, shown=("loss", "reward"))
         return loss
@@ -159,7 +168,8 @@ class OnlineModule(LanguageModule):
         rows, position = rows_of(batch), self._position
         if position == 0:
             rollout, self._rollout_metrics = self.rollout(rows)
-            self._slices = self._cut(rollout)
+            group = self.num_generations if self.policy_loss.name == "gvpo" else None
+            self._slices = cut_rollout(rollout, self.steps_per_generation, whole_groups_of=group)
         elif [row["prompt"] for row in rows] != self._prompts:
             raise ValueError(
                 f"One batch of prompts makes steps_per_generation * num_iterations = {self.batch_repeats} training "
@@ -171,25 +181,6 @@ class OnlineModule(LanguageModule):
         self._prompts = [row["prompt"] for row in rows]
         self._position = (position + 1) % self.batch_repeats
         return self._slices[position % self.steps_per_generation]
-
-    def _cut(self, rollout: Batch) -> list[Batch]:
-        rows, slices = num_rows(rollout), self.steps_per_generation
-        if slices == 1:
-            return [rollout]
-        if rows % slices:
-            raise ValueError(
-                f"A batch has {rows} completions (prompts * num_generations), which steps_per_generation={slices} "
-                "does not divide. Change the batch size of the loader."
-            )
-        whole_groups = self.policy_loss.name == "gvpo"
-        if whole_groups and rows // slices % self.num_generations:
-            raise ValueError(
-                f"policy_loss='gvpo' compares the completions of a prompt inside the loss, but a slice has "
-                f"{rows // slices} completions, which num_generations={self.num_generations} does not divide. Change "
-                "steps_per_generation, or the batch size of the loader."
-            )
-        order = torch.arange(rows) if whole_groups else torch.randperm(rows)
-        return [select_rows(rollout, part) for part in order.chunk(slices)]
 
     def _next_epoch(self, slices: list[Batch]) -> list[Batch]:
         """The slices of another pass over the same completions."""
@@ -220,6 +211,8 @@ class OnlineModule(LanguageModule):
             (B,) or (B, T), `num_items` (0-d), and what else the loss needs; and metrics (0-d, of all ranks).
         """
         self.last_rollout = {}
+        if self.decoder is not None:
+            self.decoder.last = None  # a `generate` of one's own may do without
         repeated = [row for row in rows for _ in range(self.num_generations)]
         completions = self.complete([row["prompt"] for row in repeated])
         rewards = self.score(repeated, completions).to(self.device)
@@ -229,7 +222,7 @@ class OnlineModule(LanguageModule):
             "completion_ids": completions.completion_ids,
             "completion_mask": completions.completion_mask,
         }
-        metrics = self._describe(completions, rewards) | self._own_reward_metrics()
+        metrics = self._describe(completions, rewards)
         if self.mask_truncated_completions:
             batch["completion_mask"] = completions.completion_mask * completions.ended.long().unsqueeze(1)
         self.add_log_probs(batch)
@@ -254,6 +247,7 @@ class OnlineModule(LanguageModule):
             max_completion_length=self.max_completion_length,
             sampling=self.sampling,
             listener=self._progress(),
+            decoder=self.decoder,
         )
 
     def score(self, rows: Sequence[Row], completions: Completions) -> Tensor:
@@ -293,23 +287,11 @@ class OnlineModule(LanguageModule):
         accumulate = self.trainer.accumulate_grad_batches if self._trainer is not None else 1
         return self.batch_repeats > accumulate or accumulate % self.batch_repeats != 0
 
-    def _own_reward_metrics(self) -> Metrics:
-        """What the reward functions logged with `log_metric`, averaged over all ranks."""
-        given, self._reward_metrics = gather_objects(self._reward_metrics), {}
-        names = dict.fromkeys(name for part in given for name in part)
-        values = {name: [x for part in given for x in part.get(name, [])] for name in names}
-        return {name: torch.tensor(sum(xs) / len(xs), device=self.device) for name, xs in values.items()}
-
     def _describe(self, completions: Completions, rewards: Tensor) -> Metrics:
-        rewards = gather_rows(rewards)
-        rewards = rewards.masked_fill(rewards.isinf(), torch.nan)  # as TRL's metrics: only that number is left out
         names = [reward_name(func) for func in self.reward_funcs]
-        scores = weighted_scores(rewards, self.reward_weights)
-        lengths = gather_rows(completions.completion_mask.sum(1))
-        return {
-            **reward_metrics(rewards, scores, names, self.num_generations),
-            **completion_metrics(lengths, gather_rows(completions.ended)),
-        }
+        metrics = describe_rollout(completions, rewards, self.reward_weights, names, self.num_generations)
+        logged, self._reward_metrics = self._reward_metrics, {}
+        return {**metrics, **average_logged(logged, self.device), **self.acceptance_metrics()}
 
     def _num_items(self, batch: Batch) -> Tensor:
         """Real tokens per rank and slice: what DAPO's loss of a training step is divided by."""

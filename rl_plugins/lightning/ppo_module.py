@@ -111,10 +111,11 @@ class PPOModule(ValueModule):
 
     def learning_rates(self) -> dict[str, float | None]:
         """The value model has its own."""
-        return {CRITIC_ATTRIBUTE: self.value_learning_rate}
+        return {**super().learning_rates(), CRITIC_ATTRIBUTE: self.value_learning_rate}
 
     def restore_hooks(self) -> None:
         """The value model runs in a hook of the policy."""
+        super().restore_hooks()
         hook_value_model(self.model)
 
     # Values
@@ -161,4 +162,5 @@ class PPOModule(ValueModule):
     # Export
 
     def _save_extras(self, directory: Path) -> None:
+        super()._save_extras(directory)
         self.value_model.save_pretrained(directory / CRITIC_ATTRIBUTE)

@@ -16,6 +16,7 @@ from rl_plugins.lightning.heads import HeadsModule
 from rl_plugins.lightning.prompts import Row, rows_of
 from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks, world_size
 from rl_plugins.modules.head_pass import HeadPass
+from rl_plugins.modules.native_training import check_native_settings, check_no_rewards
 from rl_plugins.modules.polyak import PolyakTarget
 from rl_plugins.objectives.checks import check_at_least, check_choice, check_unit_interval
 from rl_plugins.objectives.critic import (
@@ -34,7 +35,9 @@ class MTPSFTModule(HeadsModule):
     r"""Supervised fine-tuning that trains multi-token-prediction value heads along the way.
 
     `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)` (the seed's 10.2.7). Where rows have a `reward` (a number, paid at
-    the last token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491).
+    the last token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). With
+    `native_mtp=True`, L_MTP is the loss of the architecture's own MTP layers (DeepSeek-V3, 2412.19437), which
+    `generate(use_mtp=True)` of transformers drafts with after `save_pretrained`.
 
     A batch is a list of rows with `prompt` and `completion` (text or messages), or with `text`; or a dictionary of
     tensors `input_ids`, `attention_mask`, `labels` (B, L), and perhaps `reward` (B,), NaN for none.
@@ -59,6 +62,8 @@ class MTPSFTModule(HeadsModule):
         mtp_loss_coef: lambda_1, weight of the heads' token loss.
         mtp_detach_trunk: Keep the token loss out of the trunk.
         freeze_trunk: Train the heads only.
+        native_mtp: Train the architecture's own MTP layers (deepseek_v3, glm4_moe) instead of parallel heads: those
+            attached, those of the model's checkpoint, or `num_mtp_heads` new ones. They have no values.
         value_loss_coef: lambda_2, weight of the value loss.
         value_loss_type: `squared`, `clipped` or `huber`.
         value_grad_scale: Factor on the value gradient that enters the trunk.
@@ -92,6 +97,7 @@ class MTPSFTModule(HeadsModule):
         mtp_loss_coef: float = 0.3,
         mtp_detach_trunk: bool = True,
         freeze_trunk: bool = False,
+        native_mtp: bool = False,
         value_loss_coef: float = 0.1,
         value_loss_type: str = "squared",
         value_grad_scale: float = 1.0,
@@ -120,6 +126,15 @@ class MTPSFTModule(HeadsModule):
         }
         if freeze_trunk:
             self.model.requires_grad_(False)
+        if native_mtp:
+            check_native_settings(mtp_loss_coef, mtp_heads_path)
+            self.train_native(
+                head_learning_rate=head_learning_rate,
+                num_layers=num_mtp_heads,
+                token_loss_coef=mtp_loss_coef,
+                detach_trunk=mtp_detach_trunk,
+            )
+            return
         self.train_heads(
             model,
             head_learning_rate=head_learning_rate,
@@ -187,21 +202,32 @@ class MTPSFTModule(HeadsModule):
         labels, rewards = inputs["labels"], inputs.get("reward")
         mask = predicted_mask(labels)
         num_items = sum_over_ranks(mask.sum().float()).clamp(min=1.0) / world_size()
+        if self.native_training is not None:
+            check_no_rewards(rewards is not None)
+            native_pass = self.native_training.native_pass(inputs)
+            with self.native_training.heads.tapped(native_pass):
+                loss, metrics = self._own_loss(inputs, mask, num_items)
+            token_term, token_metrics = self.native_training.token_term(native_pass, num_items)
+            return loss + token_term, {**metrics, **token_metrics}
         head_pass = self._head_pass(labels, num_items, None if rewards is None else self.polyak_target)
         with self.mtp_heads.tapped(head_pass):
-            output = self.model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=labels,
-                num_items_in_batch=num_items,
-                use_cache=False,
-            )
-        metrics: Metrics = {"token_loss": mean_over_ranks(output.loss)}
-        metrics["mean_token_accuracy"] = _accuracy(output.logits, labels, mask)
+            loss, metrics = self._own_loss(inputs, mask, num_items)
         token_term, token_metrics = self.head_training.token_term(head_pass, num_items)
         value_term, value_metrics = self._value_term(head_pass, mask, rewards, num_items)
         self.head_training.keep_units(value_term)
-        return output.loss + token_term + value_term, {**metrics, **token_metrics, **value_metrics}
+        return loss + token_term + value_term, {**metrics, **token_metrics, **value_metrics}
+
+    def _own_loss(self, inputs: Mapping[str, Tensor], mask: Tensor, num_items: Tensor) -> tuple[Tensor, Metrics]:
+        """The model's own token loss, in the one forward pass that the heads run in as well."""
+        output = self.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["labels"],
+            num_items_in_batch=num_items,
+            use_cache=False,
+        )
+        accuracy = _accuracy(output.logits, inputs["labels"], mask)
+        return output.loss, {"token_loss": mean_over_ranks(output.loss), "mean_token_accuracy": accuracy}
 
     def _head_pass(self, labels: Tensor, num_items: Tensor, target: PolyakTarget | None) -> HeadPass:
         # The whole row is one completion of its first token.

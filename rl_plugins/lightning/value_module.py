@@ -155,9 +155,14 @@ class ValueModule(OnlineModule):
         metrics = per_head_means("critic/value_loss", sum_over_ranks(sums), sum_over_ranks(counts))
         return self.value_loss_coef * loss, metrics
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether only the critic learns for now."""
+        return self._trainer is not None and self.trainer.global_step < self.value_warmup_steps
+
     def loss(self, inputs: Batch) -> tuple[Tensor, Metrics]:
         """Policy and critic on one forward pass."""
-        warming_up = self._trainer is not None and self.trainer.global_step < self.value_warmup_steps
+        warming_up = self.warming_up
         with self.training_values(inputs, warming_up=warming_up) as record:
             logps, entropies = self._pass(inputs, entropy=True)
         beta = 0.0 if self.kl_in_reward else self.beta
@@ -170,5 +175,5 @@ class ValueModule(OnlineModule):
         """As [`OnlineModule.training_step`]; while only the critic learns, without weight decay."""
         if self.value_warmup_steps:
             for optimizer in self.trainer.optimizers:  # `self.optimizers()` is a list with DeepSpeed's, else none
-                pause_weight_decay(optimizer, self.trainer.global_step < self.value_warmup_steps)
+                pause_weight_decay(optimizer, self.warming_up)
         return super().training_step(batch, batch_idx)

@@ -1,4 +1,4 @@
-"""What all our trainers share: how they log, read checkpoints, and balance experts."""
+"""What all our trainers share: how they log, weigh terms of the loss, read checkpoints, and balance experts."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from rl_plugins.functional.masking import masked_moments
 from rl_plugins.modules.attach import base_model_of
-from rl_plugins.objectives.critic import per_head_means
+from rl_plugins.modules.head_pass import HeadPass
+from rl_plugins.modules.native_pass import NativePass
+from rl_plugins.objectives.critic import per_head_means, value_loss, value_losses
 from rl_plugins.trl.moe_callback import MoEBalancingCallback
 
 
@@ -89,6 +91,35 @@ class PluginTrainer(_BaseTrainer):
     def _log_per_head(self, name: str, sums: Tensor, counts: Tensor) -> None:
         sums, counts = self._sum_over_ranks(torch.stack([sums, counts]).flatten()).view(2, -1)
         self._log_metrics(per_head_means(name, sums, counts))
+
+    # Terms of the loss
+
+    def _lm_head(self) -> nn.Module:
+        lm_head = base_model_of(self.accelerator.unwrap_model(self.model)).get_output_embeddings()
+        assert lm_head is not None
+        return lm_head
+
+    def _token_term(self, head_pass: HeadPass | NativePass, num_items: Tensor) -> Tensor | float:
+        """lambda_1 L_MTP."""
+        if head_pass.token_losses is None or head_pass.token_counts is None:
+            return 0.0
+        self._log_per_head("mtp/token_loss", head_pass.token_losses.detach(), head_pass.token_counts)
+        return self.args.mtp_loss_coef * head_pass.token_losses.sum() / (len(head_pass.token_losses) * num_items)
+
+    def _value_term(
+        self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor
+    ) -> Tensor:
+        """lambda_2 L_TD of values (B, T, K) with gradient."""
+        loss, sums, counts = value_loss(
+            values,
+            returns,
+            mask,
+            num_items=num_items,
+            loss=value_losses(self.args.value_clip_range)[self.args.value_loss_type],
+            old_values=old_values,
+        )
+        self._log_per_head("critic/value_loss", sums, counts)
+        return self.args.value_loss_coef * loss
 
     def _checkpoint_dir(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -13,8 +13,9 @@ from rl_plugins.functional.divergences import kl_to_sampler
 from rl_plugins.functional.mtp import completion_labels, completion_states
 from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
+from rl_plugins.trl.attachments import find_saved_heads
 from rl_plugins.trl.critic_config import MTPCriticConfig
-from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args, find_saved_heads
+from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args
 from rl_plugins.trl.host import hide_critics_from_vllm
 from rl_plugins.trl.phasic import PhasicSchedule
 from rl_plugins.trl.policy_trainer import Batch
@@ -89,6 +90,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         if args.use_critic:
             self._set_up_heads(saved_heads)
             self._set_up_rollouts()
+            self._set_up_decoder()
             if args.mtp_loss_coef:
                 self._logit_divisor = logit_divisor(self.model.config, self.temperature)
             if self.use_vllm:
@@ -96,6 +98,10 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
             if args.phasic_every:
                 cycle = args.steps_per_generation * self.num_iterations
                 self._phasic = PhasicSchedule(args.phasic_every, args.phasic_epochs, cycle)
+
+    @property
+    def _drafts_with_critic(self) -> bool:
+        return self.args.use_critic
 
     # Rollout: values saved while generating
 
@@ -114,6 +120,9 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
             return super()._generate_single_turn(*args, **kwargs)
         recorder = ValueRecorder(self.mtp_heads, self.polyak_target)
         self._recorders.append(recorder)
+        if self.decoder is not None:
+            self.decoder.recorder = recorder
+            return super()._generate_single_turn(*args, **kwargs)
         with self.mtp_heads.tapped(recorder):
             return super()._generate_single_turn(*args, **kwargs)
 

@@ -1,43 +1,36 @@
 """What both trainers do with their heads: create, optimise, save, load, average."""
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
+from trl.trainer.utils import get_config_model_id
 
 from rl_plugins.modules import (
     GradientStats,
     HeadPass,
     MTPHeads,
+    NativeMTP,
+    NativePass,
     PolyakTarget,
-    attach_mtp_heads,
-    base_model_of,
-    get_mtp_heads,
-    load_mtp_heads,
+    load_native_mtp,
     logit_divisor,
-    save_mtp_heads,
+    prepare_native_mtp,
+    save_native_mtp,
 )
-from rl_plugins.modules.attach import HEADS_ATTRIBUTE
-from rl_plugins.modules.serialization import find_mtp_heads
+from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
-from rl_plugins.trl.critic_module import CriticModuleTrainer
-from rl_plugins.trl.host import require_tested_trl
+from rl_plugins.trl.host import gather_lm_head, require_tested_trl
 
 logger = logging.getLogger(__name__)
 
 TARGET_NAME = "polyak_target.safetensors"
-
-
-def gather_lm_head(params: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Whole LM-head weights under ZeRO-3; leaves weights that are whole already (tied embeddings) alone."""
-    return maybe_gather_lm_head_ctx(*params)
 
 
 def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any:
@@ -56,57 +49,30 @@ def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any
     return args
 
 
-def find_saved_heads(model: Any, args: Any) -> str | None:
-    """Directory of saved heads that a run should start from: the one given, or the model's own."""
-    if args.mtp_heads_path is not None:
-        return args.mtp_heads_path
-    if not isinstance(model, str):
-        return None
-    return find_mtp_heads(model, revision=(args.model_init_kwargs or {}).get("revision"))
+class MTPHeadsTrainer(AttachmentTrainer):
+    """Life cycle of MTP value heads, or of native MTP layers in their place, in a TRL trainer; `MTPSFTTrainer` and
+    `MTPCriticTrainer` build on it."""
 
-
-class MTPHeadsTrainer(CriticModuleTrainer):
-    """Life cycle of MTP value heads in a TRL trainer; `MTPSFTTrainer` and `MTPCriticTrainer` build on it."""
-
-    critic_attribute = HEADS_ATTRIBUTE
     mtp_heads: MTPHeads | None = None
+    native_mtp: NativeMTP | None = None
     polyak_target: PolyakTarget
     _gradient_stats: GradientStats | None = None
 
     @property
-    def critic_module(self) -> MTPHeads | None:
-        """The heads; `None` without a critic."""
-        return self.mtp_heads
+    def critic_module(self) -> MTPHeads | NativeMTP | None:
+        """The heads, or the native layers; `None` without a critic."""
+        return self.native_mtp or self.mtp_heads
 
-    @property
-    def critic_learning_rate(self) -> float | None:
-        """Learning rate of the heads."""
-        return self.args.head_learning_rate
-
-    def _save_critic(self, directory: str, state_dict: dict[str, Tensor] | None) -> None:
-        save_mtp_heads(self.accelerator.unwrap_model(self.model), directory, state_dict=state_dict)
-
-    def _load_critic(self, directory: str) -> None:
-        load_mtp_heads(self.accelerator.unwrap_model(self.model), directory)
+    def _set_up_native(self) -> None:
+        """Native layers instead of heads."""
+        native = self.native_mtp = prepare_native_mtp(self.model, self.args.num_mtp_heads, seed=self.args.seed)
+        rate = self.args.head_learning_rate
+        self._attach(Attachment(NATIVE_ATTRIBUTE, native, rate, save_native_mtp, load_native_mtp))
+        self._logit_divisor = logit_divisor(self.model.config)
 
     def _set_up_heads(self, saved_heads: str | None) -> None:
         args = self.args
-        heads = get_mtp_heads(self.model)
-        if heads is not None:
-            if heads.config.num_heads != args.num_mtp_heads:
-                raise ValueError(
-                    f"The model comes with {heads.config.num_heads} MTP heads, but num_mtp_heads is "
-                    f"{args.num_mtp_heads}. Set num_mtp_heads={heads.config.num_heads}, or detach_mtp_heads(model) "
-                    "to start with new ones."
-                )
-            heads.requires_grad_(True)
-        else:
-            heads = attach_mtp_heads(self.model, args.num_mtp_heads, inner_size=args.mtp_inner_size, seed=args.seed)
-            if saved_heads is not None:
-                load_mtp_heads(self.model, saved_heads)
-                logger.info("Loaded MTP heads from %s.", saved_heads)
-        self._check_optimizer_can_split()
-        self.mtp_heads = heads
+        heads = self.mtp_heads = attach_heads(self, saved_heads)
         self._logit_divisor = logit_divisor(self.model.config) if args.mtp_loss_coef else 1.0
         with whole_parameters(list(heads.parameters())):
             self.polyak_target = PolyakTarget(heads, tau=args.target_tau, period=args.target_update_every)
@@ -118,11 +84,6 @@ class MTPHeadsTrainer(CriticModuleTrainer):
         params = list(self.mtp_heads.parameters())
         with whole_parameters(params):
             self.polyak_target.update(params, step=step)
-
-    def _lm_head(self) -> torch.nn.Module:
-        lm_head = base_model_of(self.accelerator.unwrap_model(self.model)).get_output_embeddings()
-        assert lm_head is not None
-        return lm_head
 
     # Losses
 
@@ -159,12 +120,20 @@ class MTPHeadsTrainer(CriticModuleTrainer):
         self._gradient_stats = head_pass.stats
         return head_pass
 
-    def _token_term(self, head_pass: HeadPass, num_items: Tensor) -> Tensor | float:
-        """lambda_1 L_MTP."""
-        if head_pass.token_losses is None or head_pass.token_counts is None:
-            return 0.0
-        self._log_per_head("mtp/token_loss", head_pass.token_losses.detach(), head_pass.token_counts)
-        return self.args.mtp_loss_coef * head_pass.token_losses.sum() / (len(head_pass.token_losses) * num_items)
+    def _make_native_pass(self, inputs: dict[str, Any]) -> NativePass:
+        """A tap for the next forward of the native layers."""
+        assert self.native_mtp is not None
+        return NativePass(
+            self.native_mtp,
+            self._lm_head(),
+            inputs["input_ids"],
+            inputs["labels"],
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+            divisor=self._logit_divisor,
+            detach_trunk=self.args.mtp_detach_trunk,
+            gather=gather_lm_head,
+        )
 
     # Metrics
 

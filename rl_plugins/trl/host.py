@@ -10,21 +10,27 @@ Private hooks (tests/test_host_hooks.py checks each signature):
 - `Trainer._save`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`,
   `_issue_warnings_after_load`, `_get_output_dir`.
 - `trl.trainer.utils.maybe_gather_lm_head_ctx`, `trl.data_utils.get_dataset_column_names`.
+- for native MTP layers (`rl_plugins.modules.native_mtp*`): `MtpLayer`, `MtpModel.from_pretrained`,
+  `PreTrainedConfig.get_mtp_config`, `revert_weight_conversion`, `PreTrainedModel._init_weights`,
+  `_keys_to_ignore_on_load_unexpected`, `_gradient_checkpointing_func`.
 
 Not private, but not documented either: `trl.scripts.grpo.GRPOScriptArguments`, `GRPOTrainer.get_off_policy_mask`,
 `get_high_entropy_mask`; `Trainer.callback_handler`, `current_gradient_accumulation_steps`,
-`TrainerState.stateful_callbacks`.
+`TrainerState.stateful_callbacks`; `generate(custom_generate=...)` with a callable.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import trl
 from packaging.version import Version
 from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE, base_model_of
+from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.routers import Router
 from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE
 
@@ -44,11 +50,16 @@ def require_tested_trl() -> None:
         )
 
 
+def gather_lm_head(params: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Whole LM-head weights under ZeRO-3; leaves weights that are whole already (tied embeddings) alone."""
+    return maybe_gather_lm_head_ctx(*params)
+
+
 def without_critics(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Drop heads and value model from a stream of named parameters; every parameter is still consumed, since gathering
-    it is collective."""
+    """Drop heads, native MTP layers and value model from a stream of named parameters; every parameter is still
+    consumed, since gathering it is collective."""
     for name, tensor in stream:
-        if not {HEADS_ATTRIBUTE, CRITIC_ATTRIBUTE} & set(name.split(".")):
+        if {HEADS_ATTRIBUTE, NATIVE_ATTRIBUTE, CRITIC_ATTRIBUTE}.isdisjoint(name.split(".")):
             yield name, tensor
 
 

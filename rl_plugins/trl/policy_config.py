@@ -8,6 +8,7 @@ from trl import GRPOConfig
 from rl_plugins.functional.aggregation import AGGREGATIONS
 from rl_plugins.objectives.checks import check_choice
 from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss
+from rl_plugins.trl.speculative_config import SpeculativeArguments
 
 # Which of TRL's loss types averages like this; it carries the KL term, so that KL and policy loss share their units.
 CARRIERS = {
@@ -46,9 +47,9 @@ def field_default(config: type, name: str) -> Any:
 
 
 @dataclass
-class PolicyLossArguments:
+class PolicyLossArguments(SpeculativeArguments):
     r"""
-    Options of the policy loss, mixed into the trainers' configs.
+    Options of the policy loss, mixed into the trainers' configs; those of [`SpeculativeArguments`] apply as well.
 
     Parameters:
         > Parameters that control the policy loss
@@ -89,6 +90,10 @@ class PolicyLossArguments:
         super().__post_init__()  # type: ignore[misc]  # the host's, which parses JSON strings
         self.num_generations = generations
         self.settle_policy_loss()
+        self.check_speculation()
+        if self.speculative and self.ddp_find_unused_parameters is None:
+            # The heads run in every forward; looking for unused parameters marks them ready twice.
+            self.ddp_find_unused_parameters: bool | None = False
 
     def make_policy_loss(self) -> PolicyLoss | None:
         """The loss that the options name; `None` leaves it to the host.

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from rl_plugins.functional.mtp import completion_labels, completion_states
+from rl_plugins.generation.speculative import SpeculativeDecoder, speculating
+from rl_plugins.modules.head_pass import HeadPass, logit_divisor
+from rl_plugins.modules.heads import MTPHeads
+from rl_plugins.objectives.online import draft_metrics
 from rl_plugins.objectives.policy import clip_shares, policy_loss
-from rl_plugins.trl.base import PluginTrainer
+from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
+from rl_plugins.trl.host import gather_lm_head
 from rl_plugins.trl.rewards import naming
 
 Batch = dict[str, Any]
@@ -21,7 +28,7 @@ Batch = dict[str, Any]
 HOST_CLIP_METRICS = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
 
 
-class PolicyLossTrainer(PluginTrainer, GRPOTrainer):
+class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
     """`GRPOTrainer` whose policy loss may come from `functional/`; base of our online trainers.
 
     The host still computes everything around the policy loss (log-probabilities, KL term, entropy bonus, router loss):
@@ -41,6 +48,72 @@ class PolicyLossTrainer(PluginTrainer, GRPOTrainer):
         self._policy_loss = args.make_policy_loss()
         self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         self._scores: Tensor | None = None
+        self.decoder: SpeculativeDecoder | None = None
+        self.draft_heads: MTPHeads | None = None
+        self._draft_counts: list[Tensor] = []
+        if args.speculative and not self._drafts_with_critic:
+            self.draft_heads = attach_heads(self, find_saved_heads(model, args))
+            self.draft_heads.draft_only()
+            if args.mtp_loss_coef:
+                self._draft_divisor = logit_divisor(self.model.config, self.temperature)
+            else:
+                self.draft_heads.requires_grad_(False)  # DDP would wait for their gradient
+            self._set_up_decoder()
+
+    # Speculative rollouts
+
+    @property
+    def _drafts_with_critic(self) -> bool:
+        """Whether the heads that draft are a critic's, which are attached and trained as such."""
+        return False
+
+    def _set_up_decoder(self) -> None:
+        """Decode speculatively from now on, if the options say so; the heads are there."""
+        args = self.args
+        if args.speculative:
+            self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost, values=False)
+            self.decoder.check(self.model)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self.decoder is None:
+            return super()._generate_single_turn(*args, **kwargs)
+        with speculating(self.model, self.decoder):
+            result = super()._generate_single_turn(*args, **kwargs)
+        output, self.decoder.recorder = self.decoder.last, None
+        assert output is not None and output.statistics is not None
+        self._draft_counts.append(torch.tensor(output.statistics.counts, device=self.accelerator.device))
+        return result
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        self._draft_counts = []
+        output = super()._generate_and_score_completions(inputs)
+        # Here, since ranks may have taken different numbers of turns; none, where a rollout function generates.
+        if self._draft_counts:
+            self._log_metrics(draft_metrics(self._sum_over_ranks(torch.stack(self._draft_counts).sum(0))))
+        return output
+
+    @contextmanager
+    def _drafts_learning(self, inputs: Batch) -> Iterator[HeadPass | None]:
+        """Take the token loss of heads that draft in the forward pass inside the block."""
+        if self.draft_heads is None or not self.args.mtp_loss_coef:
+            yield None
+            return
+        num_tokens, mask = inputs["completion_ids"].shape[1], self._loss_mask(inputs)
+        labels = completion_labels(
+            inputs["prompt_ids"], inputs["completion_ids"], mask, self.draft_heads.config.num_heads
+        )
+        head_pass = HeadPass(
+            self.draft_heads,
+            partial(completion_states, num_tokens=num_tokens),
+            lm_head=self._lm_head(),
+            labels=labels,
+            divisor=self._draft_divisor,
+            detach_tokens=self.args.mtp_detach_trunk or self._warming_up,
+            gather=gather_lm_head,
+            with_values=False,
+        )
+        with self.draft_heads.tapped(head_pass):
+            yield head_pass
 
     # Rewards
 
@@ -107,6 +180,17 @@ class PolicyLossTrainer(PluginTrainer, GRPOTrainer):
         return items
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
+        with self._drafts_learning(inputs) as head_pass:
+            loss = self._objective(model, inputs)
+        return loss if head_pass is None else loss + self._token_term(head_pass, self._num_items(inputs))
+
+    @property
+    def _warming_up(self) -> bool:
+        """Whether the policy stays as it is for now."""
+        return False
+
+    def _objective(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """The loss, without the token loss of heads that draft."""
         if self._policy_loss is None:
             return super()._compute_loss(model, inputs)
         self._loss_passes = []
@@ -215,10 +299,13 @@ class PolicyLossTrainer(PluginTrainer, GRPOTrainer):
             "step": self._step,
             # Between two generations the rest of the batch is still to be learnt from.
             "buffered_inputs": self._buffered_inputs if self._step % cycle else None,
+            "draft_length": None if self.decoder is None else self.decoder.state_dict(),
         }
 
     def _load_rollout_state(self, state: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+        if self.decoder is not None and state.get("draft_length"):
+            self.decoder.load_state_dict(state["draft_length"])
 
     def _rollout_file(self, directory: Path) -> Path:
         return directory / f"rollout_{self.accelerator.process_index}.pt"

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,11 @@ from rl_plugins.modules.value_model import (
     CRITIC_ATTRIBUTE,
     ValueModel,
     attach_value_model,
+    load_value_model,
     make_value_model,
+    save_value_model,
 )
+from rl_plugins.trl.attachments import Attachment
 from rl_plugins.trl.heads_trainer import complete_args
 from rl_plugins.trl.host import hide_critics_from_vllm
 from rl_plugins.trl.policy_trainer import Batch
@@ -80,7 +82,6 @@ class PPOTrainer(ValueTrainer):
                 eprint  = {arXiv:1707.06347},
             }"""),
     }
-    critic_attribute = CRITIC_ATTRIBUTE
     value_model: ValueModel | None = None
 
     def __init__(
@@ -107,7 +108,8 @@ class PPOTrainer(ValueTrainer):
             disable_dropout_in_model(critic)
         if args.gradient_checkpointing:
             critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        self._check_optimizer_can_split()
+        rate = args.value_learning_rate
+        self._attach(Attachment(CRITIC_ATTRIBUTE, critic, rate, save_value_model, load_value_model))
         self._set_up_rollouts()
         self._new_values: Tensor | None = None
         if self.use_vllm:
@@ -117,11 +119,6 @@ class PPOTrainer(ValueTrainer):
     def critic_module(self) -> ValueModel | None:
         """The value model."""
         return self.value_model
-
-    @property
-    def critic_learning_rate(self) -> float | None:
-        """Learning rate of the value model."""
-        return self.args.value_learning_rate
 
     # Values
 
@@ -177,17 +174,3 @@ class PPOTrainer(ValueTrainer):
             if "pixel_values" not in self._buffered_inputs[0]:  # images do not line up with rows
                 self._buffered_inputs = reordered(self._buffered_inputs, torch.randperm(rows))
         return super()._prepare_inputs(generation_batch)
-
-    # Saving and loading
-
-    def _save_critic(self, directory: str, state_dict: dict[str, Tensor] | None) -> None:
-        assert self.value_model is not None
-        weights = None
-        if state_dict is not None:
-            prefix = f"{CRITIC_ATTRIBUTE}."
-            weights = {key.rpartition(prefix)[2]: w for key, w in state_dict.items() if prefix in key}
-        self.value_model.save_pretrained(Path(directory) / CRITIC_ATTRIBUTE, weights)
-
-    def _load_critic(self, directory: str) -> None:
-        assert self.value_model is not None
-        self.value_model.load_pretrained(Path(directory) / CRITIC_ATTRIBUTE)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from rl_plugins.modules.native_training import check_native_settings
 from rl_plugins.trl.heads_config import MTPHeadsArguments
 from rl_plugins.trl.host import require_tested_trl
 
@@ -21,14 +22,24 @@ class MTPSFTConfig(MTPHeadsArguments, SFTConfig):
         freeze_trunk (`bool`, *optional*, defaults to `False`):
             Whether to train the heads only. This gives heads to a finished model, and pretrains the critic on scored
             completions without imitating the bad ones.
+        native_mtp (`bool`, *optional*, defaults to `False`):
+            Whether to train the architecture's own MTP layers (deepseek_v3, glm4_moe) instead of parallel heads: those
+            of the model's checkpoint, or `num_mtp_heads` new ones. They have no values, and are saved where
+            `generate(use_mtp=True)` reads them.
     """
 
     mtp_loss_coef: float = field(default=0.3, metadata={"help": "lambda_1, weight of the heads' token loss."})
     freeze_trunk: bool = field(default=False, metadata={"help": "Whether to train the heads only."})
+    native_mtp: bool = field(
+        default=False,
+        metadata={"help": "Whether to train the architecture's own MTP layers instead of parallel heads."},
+    )
 
     def __post_init__(self) -> None:
         require_tested_trl()
         self.check_heads_arguments()
+        if self.native_mtp:
+            check_native_settings(self.mtp_loss_coef, self.mtp_heads_path)
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters: bool | None = False

@@ -15,11 +15,13 @@ from trl.data_utils import get_dataset_column_names
 
 from rl_plugins.functional.mtp import completion_states, mtp_labels, predicted_mask
 from rl_plugins.functional.rewards import terminal_rewards
-from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.head_pass import HeadPass
+from rl_plugins.modules.native_pass import NativePass
+from rl_plugins.modules.native_training import check_no_rewards
 from rl_plugins.modules.polyak import PolyakTarget
 from rl_plugins.objectives.critic import critic_targets, rollout_metrics
-from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args, find_saved_heads
+from rl_plugins.trl.attachments import find_saved_heads
+from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args
 from rl_plugins.trl.sft_config import MTPSFTConfig
 
 REWARD_COLUMN = "reward"
@@ -53,12 +55,15 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). Examples whose
     reward is `None`, NaN or infinite teach no values.
 
+    With `native_mtp=True`, L_MTP is the loss of the architecture's own MTP layers (DeepSeek-V3, 2412.19437), which
+    `generate(use_mtp=True)` of transformers drafts with after `save_model`.
+
     Takes the arguments of [`~trl.SFTTrainer`], with an [`MTPSFTConfig`] for `args`.
 
     Raises:
         TypeError: If `args` is not an `MTPSFTConfig`.
-        ValueError: If the model has no LM head, its heads do not fit the config, scored examples are packed, or a
-            frozen trunk leaves nothing to train.
+        ValueError: If the model has no LM head, its heads do not fit the config, scored examples are packed or meet
+            native layers, or a frozen trunk leaves nothing to train.
     """
 
     _tag_names = ["trl", "mtp-sft"]
@@ -84,9 +89,12 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         **host_kwargs: Any,
     ) -> None:
         args = complete_args(args, MTPSFTConfig, model, "MTPSFT")
-        saved_heads = find_saved_heads(model, args)
+        saved_heads = None if args.native_mtp else find_saved_heads(model, args)
         super().__init__(model, args, *host_args, **host_kwargs)
-        self._set_up_heads(saved_heads)
+        if args.native_mtp:
+            self._set_up_native()
+        else:
+            self._set_up_heads(saved_heads)
         if REWARD_COLUMN in get_dataset_column_names(self.train_dataset):
             self.data_collator: Any = RewardCollator(self.data_collator)
         elif args.freeze_trunk and not args.mtp_loss_coef:
@@ -103,10 +111,11 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     @contextmanager
     def _frozen_trunk(self) -> Iterator[None]:
         """Thawed again afterwards: the next trainer that is handed this model would not learn with it, nor say so."""
+        names = {attachment.name for attachment in self._attachments}
         frozen = [
             param
             for name, param in self.model.named_parameters()
-            if param.requires_grad and HEADS_ATTRIBUTE not in name.split(".")
+            if param.requires_grad and names.isdisjoint(name.split("."))
         ]
         for param in frozen:
             param.requires_grad_(False)
@@ -124,7 +133,10 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: MTPSFTConfig, packing: bool, *rest: Any, **kwargs: Any
     ) -> Any:
-        if (packing or self.padding_free) and REWARD_COLUMN in get_dataset_column_names(dataset):
+        has_rewards = REWARD_COLUMN in get_dataset_column_names(dataset)
+        if args.native_mtp:
+            check_no_rewards(has_rewards)
+        if (packing or self.padding_free) and has_rewards:
             raise ValueError(
                 "The dataset has a `reward` column, but packing and padding_free put several examples into one row, "
                 "so a reward would lose its example. Set packing=False and padding_free=False, or drop the column."
@@ -137,12 +149,18 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         """Host loss plus the heads' losses on the same forward pass."""
         rewards = inputs.pop(REWARD_COLUMN, None)
         num_items = self._num_items(inputs, num_items_in_batch)
-        head_pass = self._head_pass(inputs, num_items, None if rewards is None else self.polyak_target)
-        assert self.mtp_heads is not None
-        with self.mtp_heads.tapped(head_pass):
+        head_pass: HeadPass | NativePass
+        if self.native_mtp is not None:
+            head_pass = self._make_native_pass(inputs)
+        else:
+            head_pass = self._head_pass(inputs, num_items, None if rewards is None else self.polyak_target)
+        assert self.critic_module is not None
+        with self.critic_module.tapped(head_pass):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        loss = loss + self._token_term(head_pass, num_items) + self._scored_term(head_pass, inputs, rewards, num_items)
+        loss = loss + self._token_term(head_pass, num_items)
+        if isinstance(head_pass, HeadPass):
+            loss = loss + self._scored_term(head_pass, inputs, rewards, num_items)
         return (loss, outputs) if return_outputs else loss
 
     def _num_items(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:

@@ -12,12 +12,11 @@ from rl_plugins.functional.divergences import kl_k1
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
 from rl_plugins.modules.warmup import pause_weight_decay
 from rl_plugins.objectives.critic import critic_signal, initial_values, sequence_means
-from rl_plugins.trl.critic_module import CriticModuleTrainer
 from rl_plugins.trl.policy_trainer import Batch, PolicyLossTrainer
 from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
 
 
-class ValueTrainer(CriticModuleTrainer, PolicyLossTrainer):
+class ValueTrainer(PolicyLossTrainer):
     """`GRPOTrainer` with an advantage for every token from values, and a value loss.
 
     A subclass says where values come from: `_recorded_values` for a batch just generated, `_training_values` inside
@@ -26,6 +25,11 @@ class ValueTrainer(CriticModuleTrainer, PolicyLossTrainer):
 
     last_rollout: Batch
     _in_rollout = False
+
+    @property
+    @abstractmethod
+    def critic_module(self) -> nn.Module | None:
+        """The critic; `None` while there is none."""
 
     @abstractmethod
     def _recorded_values(self, output: Batch) -> tuple[Tensor, Tensor]:
@@ -103,12 +107,18 @@ class ValueTrainer(CriticModuleTrainer, PolicyLossTrainer):
 
     # Loss
 
-    def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
+    @property
+    def _warming_up(self) -> bool:
         if self.critic_module is None:
-            return super()._compute_loss(model, inputs)
-        warming_up = self.model.training and self.state.global_step < self.args.value_warmup_steps
+            return False
+        return self.model.training and self.state.global_step < self.args.value_warmup_steps
+
+    def _objective(self, model: nn.Module, inputs: Batch) -> Tensor:
+        if self.critic_module is None:
+            return super()._objective(model, inputs)
+        warming_up = self._warming_up
         with self._training_values(inputs, warming_up=warming_up) as record, self._without_kl_term():
-            policy_loss = super()._compute_loss(model, inputs)
+            policy_loss = super()._objective(model, inputs)
         # Times zero, not dropped: every parameter stays in the graph, which DDP and ZeRO count on.
         return (0.0 if warming_up else 1.0) * policy_loss + self._critic_loss(record, inputs)
 

@@ -1,0 +1,135 @@
+"""Modules of ours in the policy: trained by its engine, saved beside it."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rl_plugins.modules.attach import HEADS_ATTRIBUTE
+from rl_plugins.modules.heads import MTPHeads
+from rl_plugins.modules.serialization import find_mtp_heads, load_mtp_heads, prepare_mtp_heads, save_mtp_heads
+from rl_plugins.trl.base import PluginTrainer
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A submodule of the policy that is trained with it and kept out of its checkpoint: MTP heads, native MTP layers,
+    or a whole value model.
+
+    Args:
+        name: Of the submodule in the policy.
+        module: The submodule.
+        learning_rate: Its learning rate; `None` for the policy's.
+        save: Writes it: `save(model, directory, state_dict=...)`, from the whole model's `state_dict` where the host
+            gathered one.
+        load: Reads what `save` wrote: `load(model, directory)`.
+    """
+
+    name: str
+    module: nn.Module
+    learning_rate: float | None
+    save: Callable[..., Any]
+    load: Callable[..., Any]
+
+
+class AttachmentTrainer(PluginTrainer):
+    """Life cycle of attachments in a TRL trainer.
+
+    They are attached after the host's `__init__`, so that PEFT and the fused LM head are in place, and before
+    `accelerator.prepare`, so that they are optimised and sharded with the rest.
+    """
+
+    _attachments: tuple[Attachment, ...] = ()
+
+    def _attach(self, attachment: Attachment) -> None:
+        """Take care of a submodule from now on."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and attachment.learning_rate is not None and "optimizer" in plugin.deepspeed_config:
+            raise ValueError(
+                "The DeepSpeed config declares its own optimizer, which cannot give the critic a learning rate of "
+                "its own. Remove its `optimizer` section, or set head_learning_rate (MTP heads) or "
+                "value_learning_rate (a value model) to None."
+            )
+        self._attachments = (*self._attachments, attachment)
+
+    # Optimizer
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the host's optimizer, then move the submodules into groups with their own learning rates."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        for attachment in self._attachments if fresh else ():
+            if attachment.learning_rate is not None:
+                _split_groups(optimizer, attachment.module, attachment.learning_rate)
+        return optimizer
+
+    # Saving and loading
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # A copy, since save_pretrained deletes our keys from the dictionary that it is given.
+        super()._save(output_dir, state_dict=None if state_dict is None else dict(state_dict))
+        # An empty state dict is what the host passes when ZeRO-3 may not gather: the engine's checkpoint has them.
+        if self._attachments and self.args.should_save and state_dict != {}:
+            model = self.accelerator.unwrap_model(self.model)
+            for attachment in self._attachments:
+                attachment.save(model, os.fspath(output_dir or self.args.output_dir), state_dict=state_dict)
+
+    def _load_attachments(self, directory: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        for attachment in self._attachments:
+            attachment.load(model, directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            self._load_attachments(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # DeepSpeed and FSDP restore the whole model; elsewhere the host reads its own file only.
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._load_attachments(str(self.state.best_model_checkpoint))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # They live in files of their own; the host would report them as missing from its own.
+        names, missing = {attachment.name for attachment in self._attachments}, load_result.missing_keys
+        missing[:] = [key for key in missing if names.isdisjoint(key.split("."))]
+        super()._issue_warnings_after_load(load_result)
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, module: nn.Module, learning_rate: float) -> None:
+    """Move the parameters of a module into groups with a learning rate of their own."""
+    ours = {id(p) for p in module.parameters()}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in ours]
+        if mine:
+            group["params"] = [p for p in group["params"] if id(p) not in ours]
+            optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def find_saved_heads(model: Any, args: Any) -> str | None:
+    """Directory of saved heads that a run should start from: the one given, or the model's own."""
+    if args.mtp_heads_path is not None:
+        return args.mtp_heads_path
+    if not isinstance(model, str):
+        return None
+    return find_mtp_heads(model, revision=(args.model_init_kwargs or {}).get("revision"))
+
+
+def attach_heads(trainer: AttachmentTrainer, saved_heads: str | None) -> MTPHeads:
+    """Give a trainer's model the MTP heads that its options describe: those it has, saved ones, or new ones.
+
+    Raises:
+        ValueError: If those that there are do not fit the options.
+    """
+    args = trainer.args
+    heads = prepare_mtp_heads(
+        trainer.model, args.num_mtp_heads, inner_size=args.mtp_inner_size, path=saved_heads, seed=args.seed
+    )
+    trainer._attach(Attachment(HEADS_ATTRIBUTE, heads, args.head_learning_rate, save_mtp_heads, load_mtp_heads))
+    return heads
