@@ -83,6 +83,43 @@ def test_both_trainers_run_on_the_same_completions(tmp_path: Path) -> None:
     assert 0 < report["ratio"]["critic"]["step"] < 10
 
 
+@pytest.mark.slow
+def test_drafting_is_compared_in_generate_and_in_training(tmp_path: Path) -> None:
+    """One small model: trained with heads, decoded with and without drafts, then both trainers beside stock GRPO."""
+    folder, path = tmp_path / "model", tmp_path / "speculative.json"
+    options = (
+        "--steps=2 --heads=2 --hidden-size=64 --layers=1 --batch-sizes 1 3 --new-tokens=8 --repeats=1 --threads=1"
+    )
+    command = [sys.executable, str(FOLDER / "speculative.py"), f"--model-dir={folder}", f"--json={path}"]
+    done = subprocess.run([*command, *options.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert [(row["case"], row["batch"]) for row in report["results"]] == [
+        ("trained", 1),
+        ("trained", 3),
+        ("poor", 1),
+        ("poor", 3),
+    ]
+    for row in report["results"]:
+        assert row["ratio"] > 0 and 1.0 <= row["tokens_per_step"] <= 3.0 and len(row["acceptance"]) == 2
+        assert abs(row["speculative"] / row["generate"] - row["ratio"]) < 1e-9, "one repetition is its own median"
+    path = tmp_path / "overhead.json"
+    options = "--temperature=1e-5 --completion-length=6 --steps=2 --repeats=1 --trainers grpo speculative"
+    command = [sys.executable, str(SCRIPT), f"--model={folder}", f"--json={path}", *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "identical completions in all 2 runs" in done.stdout
+    grpo, speculative = json.loads(path.read_text())["runs"]
+    assert grpo["completions"] == speculative["completions"] and speculative["trainer"] == "speculative"
+
+
+def test_other_completions_are_no_error_where_others_are_drawn(overhead: ModuleType) -> None:
+    runs = [run("grpo", [2.0], ["a"]), run("critic", [3.0], ["a"]), run("speculative", [1.0], ["b"])]
+    assert overhead.compare(runs, ("speculative",))["ratio"]["speculative"]["step"] == 0.5
+    with pytest.raises(RuntimeError, match="different completions"):
+        overhead.compare(runs)
+
+
 def test_memory_is_compared_by_medians(overhead: ModuleType) -> None:
     memory = load("memory")
     runs = [

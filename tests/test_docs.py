@@ -29,6 +29,7 @@ from trl import GRPOConfig, SFTConfig, TrlParser
 import rl_plugins.lightning
 from rl_plugins import functional
 from rl_plugins.functional import AGGREGATIONS
+from rl_plugins.generation import SpeculativeDecoder
 from rl_plugins.lightning import classic
 from rl_plugins.modules import BalancingConfig, RouterBalancer
 from rl_plugins.objectives import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
@@ -43,11 +44,14 @@ from rl_plugins.trl import (
 )
 from rl_plugins.trl.presets import GRPO_PRESETS, PPO_PRESETS, Preset
 from rl_plugins.trl.scripts import online
+from rl_plugins.trl.speculative_config import SpeculativeArguments, TokenHeadsArguments
 from tests.moe_models import make_moe_model
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-CRITIC, VARIANTS, PPO, MOE = (ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo", "moe"))
+CRITIC, VARIANTS, PPO, MOE, SPECULATIVE = (
+    ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo", "moe", "speculative")
+)
 LAYERS = ("functional", "modules", "generation", "objectives", "tabular", "report", "trl", "lightning")
 METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ratio/", "moe/")
 RECIPES = ("mtp_critic", "grpo_variants", "ppo", "moe_balancing")
@@ -284,9 +288,19 @@ def own_options(config: type, host: type) -> set[str]:
     return {f.name for f in fields(config) if f.name not in theirs or default(config, f.name) != default(host, f.name)}
 
 
+# Options of every trainer that are in a table of their own.
+SPECULATION = {f.name for f in fields(SpeculativeArguments)}
+
+
+def test_options_of_speculative_rollouts() -> None:
+    table = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows(SPECULATIVE, "Options")}
+    assert table == {f.name: f.default for f in fields(SpeculativeArguments)}
+
+
 def test_options_and_their_defaults() -> None:
     table = {row[0].strip("`"): row[1] for row in rows(CRITIC, "Options")}
-    critic = own_options(MTPCriticConfig, GRPOConfig)
+    of_heads = {f.name for f in fields(TokenHeadsArguments)}
+    critic = own_options(MTPCriticConfig, GRPOConfig) - (SPECULATION - of_heads)
     sft = {f.name for f in fields(MTPSFTConfig)} - {f.name for f in fields(SFTConfig)}
     assert set(table) == critic | sft
     for name, cell in table.items():
@@ -302,7 +316,7 @@ def test_options_and_their_defaults() -> None:
 @pytest.mark.parametrize(("path", "config"), [(VARIANTS, GRPOVariantConfig), (PPO, PPOConfig)])
 def test_options_of_the_other_trainers(path: Path, config: type) -> None:
     table = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows(path, "Options")}
-    assert table == {name: default(config, name) for name in own_options(config, GRPOConfig)}
+    assert table == {name: default(config, name) for name in own_options(config, GRPOConfig) - SPECULATION}
 
 
 def test_options_of_balancing() -> None:
@@ -313,6 +327,7 @@ def test_options_of_balancing() -> None:
 def test_options_in_prose_exist() -> None:
     configs = (MTPCriticConfig, MTPSFTConfig, GRPOVariantConfig, PPOConfig, BalancingConfig)
     known = {f.name for config in configs for f in fields(config)} | {"record_load", "extra_modules", "callbacks"}
+    known |= {*inspect.signature(SpeculativeDecoder).parameters, "use_mtp", "use_cache"}
     modules = [getattr(package, name) for package in (rl_plugins.lightning, classic) for name in package.__all__]
     known |= {name for module in modules for name in inspect.signature(module).parameters} | {"strategy", "collate_fn"}
     for path in DOCS:
@@ -425,7 +440,8 @@ VARIANT_RUNS = [
 ]
 
 
-RUNS = {CRITIC: [MTP_RUN], VARIANTS: VARIANT_RUNS, PPO: [PPO_RUN]}
+DRAFTING_RUN = Run(GRPOVariantTrainer, GRPOVariantConfig, {"speculative": True})
+RUNS = {CRITIC: [MTP_RUN], VARIANTS: VARIANT_RUNS, PPO: [PPO_RUN], SPECULATIVE: [DRAFTING_RUN]}
 
 
 @pytest.mark.parametrize(("path", "runs"), RUNS.items(), ids=names([*RUNS]))
@@ -445,7 +461,8 @@ def test_metrics(
         trainer = run.trainer(tiny_model(), reward, args, data, data.select(range(8)), processing_class=tokenizer)
         trainer.train()
         seen = {name.removeprefix("eval_") for entry in trainer.state.log_history for name in entry}
-        logged |= {re.sub(r"head_\d+$", "head_k", name) for name in seen if name.startswith(METRICS)}
+        ours = "mtp/" if path == SPECULATIVE else METRICS  # what it adds to a trainer with metrics of its own
+        logged |= {re.sub(r"head_\d+$", "head_k", name) for name in seen if name.startswith(ours)}
     named = {name for row in rows(path, "Metrics") for name in re.findall(r"`([^`]+)`", row[0])}
     assert {name for name in named if name.startswith(METRICS)} == logged
     mentioned = set(re.findall(rf"`((?:{'|'.join(METRICS)})[a-z_/]+)`", path.read_text()))

@@ -25,6 +25,14 @@ What it costs is the heads' token loss: each head multiplies its features with t
 backward, so the overhead grows with the embedding's share of the parameters (0.31 here, 0.26 in Qwen3-0.6B, less in
 larger models) and shrinks with the share of generation. `--trainers grpo critic values-only` adds a critic with
 `mtp_loss_coef=0`, which has no such loss.
+
+The critic whose heads also draft the completions needs heads that know the task: those of `speculative.py`.
+
+    python recipes/benchmarks/overhead.py --model outputs/benchmarks/speculative/small --temperature 1e-5 \
+        --completion-length 128 --trainers grpo critic speculative
+
+So close to temperature 0 all trainers get the same completions, and the hashes are compared as above. At
+`--temperature 1` drafting draws other random numbers, and its completions are as many and as long, but others.
 """
 
 import argparse
@@ -37,11 +45,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-TRAINERS = ("grpo", "critic", "values-only", "ppo")
+TRAINERS = ("grpo", "critic", "values-only", "speculative", "ppo")
 GOALS = {"step": 1.15, "memory": 1.05}
 MIB = 2**20
 
@@ -61,6 +70,8 @@ class Settings:
     steps: int = field(default=2, metadata={"help": "counted steps per run"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
+    temperature: float = field(default=1.0, metadata={"help": "of sampling"})
+    model: str = field(default="", metadata={"help": "folder of a model with heads and prompts.json"})
 
 
 # The worker: one trainer in one process. The parent stays free of torch, so the imports are inside.
@@ -68,7 +79,10 @@ class Settings:
 
 def make_model(settings: Settings) -> Any:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    if settings.model:
+        return AutoModelForCausalLM.from_pretrained(settings.model).to(settings.device)
 
     width = settings.hidden_size
     config = Qwen3Config(
@@ -88,11 +102,13 @@ def make_model(settings: Settings) -> Any:
     return Qwen3ForCausalLM(config).to(settings.device)
 
 
-def make_tokenizer(vocab_size: int) -> Any:
+def make_tokenizer(settings: Settings) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    vocab = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, vocab_size)}
+    if settings.model:
+        return AutoTokenizer.from_pretrained(settings.model, padding_side="left")
+    vocab = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, settings.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -103,11 +119,15 @@ def make_tokenizer(vocab_size: int) -> Any:
 def make_prompts(settings: Settings, copies: int) -> list[str]:
     """Enough prompts for all steps, each repeated `copies` times in a row."""
     distinct = (settings.steps + 1) * settings.completions // settings.generations
-    span = settings.vocab_size - 2
-    prompts = [
-        " ".join(f"t{2 + (7919 * (i * settings.prompt_length + j)) % span}" for j in range(settings.prompt_length))
-        for i in range(distinct)
-    ]
+    if settings.model:
+        known = json.loads((Path(settings.model) / "prompts.json").read_text())
+        prompts = [known[i % len(known)] for i in range(distinct)]
+    else:
+        span = settings.vocab_size - 2
+        prompts = [
+            " ".join(f"t{2 + (7919 * (i * settings.prompt_length + j)) % span}" for j in range(settings.prompt_length))
+            for i in range(distinct)
+        ]
     return [prompt for prompt in prompts for _ in range(copies)]
 
 
@@ -120,14 +140,17 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    from rl_plugins.modules import load_mtp_heads
     from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
 
+    tokenizer = make_tokenizer(settings)
     options: dict[str, Any] = dict(
         output_dir=output_dir,
         per_device_train_batch_size=settings.completions,
         max_steps=settings.steps + 1,
         max_completion_length=settings.completion_length,
-        generation_kwargs={"min_new_tokens": settings.completion_length},
+        generation_kwargs={"suppress_tokens": [tokenizer.eos_token_id]},
+        temperature=settings.temperature,
         learning_rate=0.0,
         gradient_checkpointing=bool(settings.checkpointing),
         bf16=settings.device == "cuda",
@@ -144,7 +167,7 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
         model=model,
         reward_funcs=share_of_even_tokens,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=make_tokenizer(settings.vocab_size),
+        processing_class=tokenizer,
     )
     if name == "grpo":
         return GRPOTrainer(args=GRPOConfig(num_generations=settings.generations, **options), **shared)
@@ -154,6 +177,10 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
         return PPOTrainer(args=PPOConfig(**options), **shared)
     if name == "values-only":
         options["mtp_loss_coef"] = 0.0
+    if settings.model:
+        options["num_mtp_heads"] = load_mtp_heads(model, settings.model).config.num_heads
+    if name == "speculative":
+        options["speculative"] = True
     return MTPCriticTrainer(args=MTPCriticConfig(**options), **shared)
 
 
@@ -236,13 +263,17 @@ def spawn(name: str, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def compare(runs: list[dict[str, Any]], exempt: Collection[str] = ()) -> dict[str, Any]:
     """Medians per trainer over all steps, and the median over repetitions of their ratios to GRPO's.
+
+    Args:
+        runs: What the workers returned.
+        exempt: Trainers whose completions may be others.
 
     Raises:
         RuntimeError: If two runs trained on different completions.
     """
-    if len({tuple(run["completions"]) for run in runs}) != 1:
+    if len({tuple(run["completions"]) for run in runs if run["trainer"] not in exempt}) != 1:
         raise RuntimeError("The trainers sampled different completions, so their times cannot be compared.")
     quantities = ("step", "rollout", "update", "cpu", "memory")
     by_trainer: dict[str, list[dict[str, Any]]] = {}
@@ -265,7 +296,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"median": median, "ratio": ratio}
 
 
-def print_table(report: dict[str, Any]) -> None:
+def print_table(report: dict[str, Any], settings: Settings) -> None:
     print(f"{'':20}{'step s':>9}{'rollout s':>11}{'update s':>10}{'cpu s':>8}{'memory MiB':>12}")
     for name, m in report["median"].items():
         print(f"{name:20}{m['step']:9.3f}{m['rollout']:11.3f}{m['update']:10.3f}{m['cpu']:8.3f}{m['memory']:12.0f}")
@@ -275,9 +306,14 @@ def print_table(report: dict[str, Any]) -> None:
             print(
                 f"{label:20}{r['step']:9.3f}{r['rollout']:11.3f}{r['update']:10.3f}{r['cpu']:8.3f}{r['memory']:12.3f}"
             )
-    for quantity, goal in GOALS.items() if "critic" in report["ratio"] else ():
-        ratio = report["ratio"]["critic"][quantity]
-        print(f"{quantity} {ratio:.3f}, goal {goal:.2f}: {'met' if ratio <= goal else 'missed'}")
+    goals = {}
+    if "critic" in report["ratio"] and not settings.model:  # the goals are for the model of the default
+        goals |= {("critic", quantity): goal for quantity, goal in GOALS.items()}
+    if "speculative" in report["ratio"]:
+        goals["speculative", "step"] = 1.0
+    for (name, quantity), goal in goals.items():
+        ratio = report["ratio"][name][quantity]
+        print(f"{name}, {quantity} {ratio:.3f}, goal {goal:.2f}: {'met' if ratio <= goal else 'missed'}")
 
 
 def main() -> None:
@@ -303,13 +339,16 @@ def main() -> None:
         for name in args.trainers if repeat % 2 == 0 else args.trainers[::-1]:
             runs.append(spawn(name, settings))
             print(f"{name}: {statistics.median(runs[-1]['step']):.2f} s per step", file=sys.stderr)
-    report = compare(runs)
+    drawn_otherwise = ("speculative",) if settings.temperature > 0.01 else ()
+    report = compare(runs, drawn_otherwise)
+    identical = sum(run["trainer"] not in drawn_otherwise for run in runs)
+    share = f"all {len(runs)}" if identical == len(runs) else f"{identical} of {len(runs)}"
     print(
         f"{runs[0]['parameters'] / 1e6:.1f}M parameters, {settings.completions} completions of "
-        f"{settings.prompt_length} + {settings.completion_length} tokens, {settings.device}, "
-        f"{settings.threads} threads; identical completions in all {len(runs)} runs"
+        f"{'' if settings.model else f'{settings.prompt_length} + '}{settings.completion_length} tokens, "
+        f"{settings.device}, {settings.threads} threads; identical completions in {share} runs"
     )
-    print_table(report)
+    print_table(report, settings)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"settings": asdict(settings), **report, "runs": runs}, indent=1))

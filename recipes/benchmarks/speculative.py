@@ -1,0 +1,326 @@
+"""What drafting with the model's own heads brings: `generate` with and without `SpeculativeDecoder`.
+
+    python recipes/benchmarks/speculative.py --json outputs/speculative.json
+
+The first run trains a Qwen3 of 21M parameters with four MTP heads (`MTPSFTTrainer`, trunk and heads from scratch) on
+sums that are worked in words, and keeps it in `--model-dir` for the next. One token is one character. Both decoders
+then complete the same prompts, in one process and in turns (A B B A ...): the same model, as many tokens of as many
+rows, end-of-text suppressed. Reported are tokens per second, the median over repetitions of the ratio within one, and
+the share of drafts that were accepted at each place, of those with all before them accepted. Every run has a decoder
+of its own, which first measures what drafts cost; that is part of its time.
+
+    trained   the heads as they were trained
+    poor      heads with random weights, whose drafts are rejected: what drafting costs where it brings nothing
+
+Before anything is timed, greedy completions of both are compared, and a difference is an error. Goals: 1.5 times the
+tokens per second at batch size 1, 1.3 times at 16, and at least 0.95 times with poor heads.
+
+Any other model, whose heads are then trained on its own completions with the trunk frozen:
+
+    python recipes/benchmarks/speculative.py --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
+
+from rl_plugins.generation import SpeculativeDecoder
+from rl_plugins.modules import get_mtp_heads, load_mtp_heads
+from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
+
+CHARACTERS = "0123456789+-=., abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PROMPTS_NAME = "prompts.json"
+GOALS = {("trained", 1): 1.5, ("trained", 16): 1.3, ("poor", 1): 0.95, ("poor", 16): 0.95}
+
+
+# The task, and a model for it
+
+
+def worked_sum(dice: random.Random, terms: int) -> dict[str, str]:
+    """A sum, and how it is worked."""
+    total = dice.randint(0, 20)
+    prompt, steps = str(total), []
+    for _ in range(terms - 1):
+        number, plus = dice.randint(1, 9), dice.random() < 0.5
+        before, total = total, total + number if plus else total - number
+        prompt += f"{'+' if plus else '-'}{number}"
+        verb, link = ("Adding", "to") if plus else ("Subtracting", "from")
+        steps.append(f"{verb} {number} {link} {before} gives {total}. ")
+    return {"prompt": f"{prompt}=", "completion": f" {''.join(steps)}The answer is {total}."}
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=25 * args.hidden_size // 8,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden_size // 64),
+        num_key_value_heads=max(1, args.hidden_size // 64),
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def train_heads(model: Any, tokenizer: Any, rows: Dataset, args: argparse.Namespace, **options: Any) -> None:
+    """Train the heads, and the trunk unless it is frozen, and save both."""
+    config = MTPSFTConfig(
+        output_dir=str(args.model_dir),
+        max_steps=args.steps,
+        num_mtp_heads=args.heads,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.steps // 10,
+        logging_steps=max(1, args.steps // 10),
+        save_strategy="no",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=args.device == "cpu",
+        report_to="none",
+        seed=0,
+        **options,
+    )
+    trainer = MTPSFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(str(args.model_dir))
+
+
+def make_small(args: argparse.Namespace) -> None:
+    """A model for sums in words, from scratch."""
+    tokenizer, dice = character_tokenizer(), random.Random(0)
+    rows = [worked_sum(dice, dice.randint(4, 7)) for _ in range(args.steps * 8)]
+    set_seed(0)
+    train_heads(
+        new_model(args, tokenizer),
+        tokenizer,
+        Dataset.from_list(rows),
+        args,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        head_learning_rate=1e-3,
+        mtp_loss_coef=1.0,
+        mtp_detach_trunk=False,
+    )
+    prompts = [worked_sum(dice, 7)["prompt"] for _ in range(64)]
+    (args.model_dir / PROMPTS_NAME).write_text(json.dumps(prompts))
+
+
+def make_pretrained(args: argparse.Namespace) -> None:
+    """Heads for a finished model, trained on what it says itself."""
+    unpacked = {"quantization_config": GgufConfig(dequantize=True)} if args.gguf_file else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        args.model, gguf_file=args.gguf_file, dtype="float32", **unpacked
+    ).to(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    dice = random.Random(0)
+    chats = [
+        [{"role": "user", "content": f"Work out {worked_sum(dice, 4)['prompt'][:-1]} step by step."}]
+        for _ in range(args.steps + 64)
+    ]
+    prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    completions = []
+    for start in range(0, args.steps, 16):
+        inputs = encode(tokenizer, prompts[start : start + 16], args.device)
+        output = model.generate(**inputs, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_token_id)
+        completions += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    rows = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=False)]
+    options = {"per_device_train_batch_size": 4, "head_learning_rate": 1e-3, "freeze_trunk": True}
+    train_heads(model, tokenizer, Dataset.from_list(rows), args, **options)
+    (args.model_dir / PROMPTS_NAME).write_text(json.dumps(prompts[args.steps :]))
+
+
+# Measuring
+
+
+def encode(tokenizer: Any, prompts: list[str], device: str) -> dict[str, Tensor]:
+    """Prompts, padded on the left."""
+    batch = tokenizer(text=prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def seconds(call: Any, device: str) -> tuple[float, Any]:
+    """Time of a call, and what it returns."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def measure(
+    model: Any, inputs: dict[str, Tensor], options: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Tokens per second of both decoders on one batch, their ratio, and what became of the drafts."""
+    tokens = len(inputs["input_ids"]) * args.new_tokens
+    speeds: dict[str, list[float]] = {"generate": [], "speculative": []}
+    decoder = SpeculativeDecoder()
+    for repeat in range(args.repeats + 1):  # the first is not counted
+        for name in list(speeds) if repeat % 2 == 0 else list(speeds)[::-1]:
+            decoder = SpeculativeDecoder(values=False) if name == "speculative" else decoder
+            torch.manual_seed(repeat)
+            extra = {"custom_generate": decoder} if name == "speculative" else {}
+            elapsed, output = seconds(lambda extra=extra: model.generate(**inputs, **options, **extra), args.device)
+            if output.numel() != tokens + inputs["input_ids"].numel():
+                raise RuntimeError(f"{name} generated another number of tokens than asked for.")
+            speeds[name].append(tokens / elapsed)
+    assert decoder.last is not None and decoder.last.statistics is not None
+    stock, ours = speeds["generate"][1:], speeds["speculative"][1:]
+    ratios = [a / b for a, b in zip(ours, stock, strict=True)]
+    return {
+        "generate": statistics.median(stock),
+        "speculative": statistics.median(ours),
+        "ratio": statistics.median(ratios),
+        "range": (min(ratios), max(ratios)),
+        "tokens_per_step": decoder.last.statistics.tokens_per_step,
+        "acceptance": decoder.last.statistics.acceptance,
+    }
+
+
+def check_greedy(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """Raise `RuntimeError` unless both decoders choose the same tokens."""
+    greedy = {**options, "do_sample": False, "temperature": None}
+    stock = model.generate(**inputs, **greedy)
+    if not torch.equal(stock, model.generate(**inputs, **greedy, custom_generate=SpeculativeDecoder())):
+        raise RuntimeError("Greedy completions differ.")
+
+
+@torch.no_grad()
+def spoil(heads: nn.Module) -> None:
+    """Make every draft a bad one."""
+    torch.manual_seed(0)
+    for name, param in heads.named_parameters():
+        if name.endswith("down.weight"):
+            param.normal_(std=1.0)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all cases."""
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    dtype = getattr(torch, args.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=dtype).to(args.device).eval()
+    load_mtp_heads(model, args.model_dir)
+    heads = get_mtp_heads(model)
+    assert heads is not None
+    tokenizer = AutoTokenizer.from_pretrained(args.model_dir, padding_side="left")
+    prompts = json.loads((args.model_dir / PROMPTS_NAME).read_text())
+    options: dict[str, Any] = {
+        "max_new_tokens": args.new_tokens,
+        "do_sample": True,
+        "temperature": args.temperature,
+        "suppress_tokens": [tokenizer.eos_token_id],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    parameters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in heads.parameters())
+    results = []
+    for case in ("trained", "poor"):
+        if case == "poor":
+            spoil(heads)
+        for size in args.batch_sizes:
+            inputs = encode(tokenizer, (prompts * size)[:size], args.device)
+            if args.dtype == "float32":
+                check_greedy(model, inputs, options)
+            results.append({"case": case, "batch": size, **measure(model, inputs, options, args)})
+            print(f"{case}, batch {size}: {results[-1]['ratio']:.2f}", file=sys.stderr)
+    return {"parameters": parameters, "heads": heads.config.num_heads, "results": results}
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """What a person reads."""
+    print(
+        f"{'heads':9}{'batch':>6}{'generate':>10}{'speculative':>13}{'ratio':>7}{'range':>13}{'tokens/step':>13}",
+        end="",
+    )
+    print("   accepted by place")
+    for row in report["results"]:
+        low, high = row["range"]
+        print(
+            f"{row['case']:9}{row['batch']:6}{row['generate']:10.0f}{row['speculative']:13.0f}{row['ratio']:7.2f}"
+            f"{f'{low:.2f}-{high:.2f}':>13}{row['tokens_per_step']:13.2f}   "
+            + " ".join(f"{rate:.2f}" for rate in row["acceptance"])
+        )
+    for row in report["results"]:
+        goal = GOALS.get((row["case"], row["batch"]))
+        if goal is not None:
+            verdict = "met" if row["ratio"] >= goal else "missed"
+            print(f"{row['case']} heads, batch {row['batch']}: {row['ratio']:.2f}, goal {goal:.2f}: {verdict}")
+
+
+def main() -> None:
+    """Train where there is no model yet, then measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="path or hub id of a finished model; default: a small new one")
+    parser.add_argument("--gguf-file", help="GGUF file inside --model to load weights from")
+    parser.add_argument("--model-dir", type=Path, help="where the model with its heads is kept")
+    parser.add_argument("--steps", type=int, default=220, help="training steps")
+    parser.add_argument("--heads", type=int, default=4, help="number of MTP heads")
+    parser.add_argument("--hidden-size", type=int, default=512, help="width of the new model")
+    parser.add_argument("--layers", type=int, default=6, help="depth of the new model")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="rows per batch")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens per row")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling")
+    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each decoder")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", help="of the measured model")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    args = parser.parse_args()
+    if args.model_dir is None:
+        name = "small" if args.model is None else Path(args.model).name
+        args.model_dir = Path("outputs/benchmarks/speculative") / name
+    if not (args.model_dir / PROMPTS_NAME).is_file():
+        args.model_dir.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(args.threads)
+        (make_small if args.model is None else make_pretrained)(args)
+    report = run(args)
+    print(
+        f"{report['parameters'] / 1e6:.1f}M parameters, {report['heads']} heads, {args.new_tokens} tokens per row, "
+        f"temperature {args.temperature}, {args.device}, {args.dtype}, {args.threads} threads; tokens per second"
+    )
+    print_table(report)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
