@@ -170,16 +170,17 @@ class Decoding:
         if num_drafts:
             self.drafter.propose(num_drafts, drafts.choose)
         self._tidy(drafts)
-        alive, lengths, slots = ~self.ended[self.index], self.lengths[self.index], num_drafts + 1
-        tokens = torch.cat([self.ids[self.index, lengths - 1].unsqueeze(1), drafts.tokens], dim=1)
-        offset = torch.arange(slots, device=tokens.device)
-        self.ids[self.index[:, None], lengths[:, None] + offset[:-1]] = drafts.tokens
+        alive, lengths, slots = ~self._own(self.ended), self._own(self.lengths), num_drafts + 1
+        tokens, offset = self.ids[self.index, lengths - 1].unsqueeze(1), torch.arange(slots, device=self.ids.device)
+        if num_drafts:
+            tokens = torch.cat([tokens, drafts.tokens], dim=1)
+            self.ids[self.index[:, None], lengths[:, None] + offset[:-1]] = drafts.tokens
         positions = None
         if self.positions is not None:
             # Where a row ends before its drafts do, they stay within the positions that the model has.
             ahead = lengths[:, None] - self.prompt_length + offset
             limit = self.stopping.max_length - self.prompt_length - 1
-            positions = self.positions[..., self.index, -1:] + ahead.clamp(max=limit)
+            positions = self._own(self.positions[..., -1:], dim=-2) + ahead.clamp(max=limit)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), slots)], dim=1)
         keep = {"logits_to_keep": slots} if "logits_to_keep" in self.kwargs else {}
         logits = self._forward(tokens, positions, **keep)
@@ -189,38 +190,44 @@ class Decoding:
         valid = offset[:most] <= verdict.num_accepted[:, None]
         if most < slots:
             self.cache.trim(slots - most)
-        self.mask = torch.cat([self.mask[:, :-slots], valid.long()], dim=1)
+        if least < slots:
+            self.mask = torch.cat([self.mask[:, :-slots], valid.long()], dim=1)
         self.has_holes |= least < most
         positions = positions if positions is None else positions[..., :most]
         self._show(states[0][:, :most], tokens[:, :most], positions, valid)
 
     def _settle(self, logits: Tensor, hidden: Tensor, drafts: Drafts) -> tuple[Verdict, Tensor]:
         """Write down the tokens that the logits (A, S, V) lead to; returns the verdict and how many are new (A,)."""
-        index, lengths = self.index, self.lengths[self.index]
-        alive, slots = ~self.ended[index], logits.shape[1]
+        index, lengths = self.index, self._own(self.lengths)
+        alive, slots = ~self._own(self.ended), logits.shape[1]
         columns = lengths[:, None] + torch.arange(slots, device=index.device)
-        scores = self.processor(logits.to(torch.float32, copy=True), self.ids[index], lengths, index)
+        scores = self.processor(logits.to(torch.float32, copy=True), self._own(self.ids), lengths, index)
         verdict = verify(scores, drafts)
         self.ids[index[:, None], columns] = verdict.tokens
         self.log_probs[index[:, None], columns - self.prompt_length] = verdict.log_probs
-        new, ended = self.stopping.cut(self.ids[index], lengths, verdict.num_accepted + 1, slots)
+        new, ended = self.stopping.cut(self._own(self.ids), lengths, verdict.num_accepted + 1, slots)
         new = new * alive
         if self.recorder is not None:
             real = torch.arange(slots, device=index.device) < new[:, None]
             self.recorder.record(hidden, (columns - self.prompt_length).masked_fill(~real, -1), index)
-        self.lengths[index] = lengths + new
-        self.ended[index] |= ended
+        # New tensors, since those of the step before may be these very ones.
+        self.lengths = self.lengths.index_put((index,), lengths + new)
+        self.ended = self.ended.index_put((index,), self._own(self.ended) | ended)
         return verdict, new
 
     def _show(self, hidden: Tensor, tokens: Tensor, positions: Tensor | None, valid: Tensor) -> None:
-        pending = self.ids[self.index, self.lengths[self.index] - 1]
+        pending = self.ids[self.index, self._own(self.lengths) - 1]
         self.drafter.observe(Verified(hidden, tokens, positions, valid, self.mask, pending))
 
     # How many drafts
 
     def _drafts(self) -> Drafts:
-        ids, lengths = self.ids[self.index], self.lengths[self.index]
+        ids, lengths = self._own(self.ids), self._own(self.lengths)
         return Drafts(self.processor, ids, lengths, self.index, bool(self.config.do_sample))
+
+    def _own(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Entries of a tensor of the whole batch for the rows that are still in it; itself where all are."""
+        return x if len(self.index) == x.shape[dim] else x.index_select(dim, self.index)
 
     def _plan(self, listener: Callable[[int], None] | None) -> int | None:
         """How many drafts the next step makes; `None` when all rows of all ranks have ended."""

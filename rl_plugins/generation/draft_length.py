@@ -15,7 +15,7 @@ MEASURED_STEPS = 2
 REMEMBERED_STEPS = 9
 """Newest steps of which that time is the shortest: whatever else the machine does only adds to it."""
 
-FIRST_GUESS = 0.7
+FIRST_GUESS = 0.5
 """Acceptance of the first draft before anything is known."""
 
 LONGEST_WAIT = 512
@@ -48,7 +48,7 @@ class DraftLength:
         *,
         adaptive: bool = True,
         memory: int = 64,
-        probe_every: int = 64,
+        probe_every: int = 128,
     ) -> None:
         self.max_drafts, self.cost, self.adaptive = max_drafts, cost, adaptive
         self.memory, self.probe_every = memory, probe_every

@@ -84,25 +84,23 @@ def verify(scores: Tensor, drafts: Drafts) -> Verdict:
     """
     drafted = drafts.tokens
     rows, k = torch.arange(len(scores), device=scores.device), drafted.shape[1]
-    normalizer = scores.logsumexp(dim=-1)
+    log_probs = scores.log_softmax(dim=-1)
     if not drafts.do_sample:
         best = scores.argmax(dim=-1)
         passing = (drafted == best[:, :k]).float()
         count = count_accepted(drafted == best[:, :k])
         follower = best[rows, count]
     elif k == 0:
-        passing, count = normalizer[:, :0], rows.new_zeros(len(rows))
-        follower = draw((scores[:, 0] - normalizer).exp())
+        passing, count = scores[:, :0, 0], rows.new_zeros(len(rows))
+        follower = draw(log_probs[:, 0].exp())
     else:
         proposal = drafts.probs
-        own = scores[:, :k].gather(2, drafted.unsqueeze(2)).squeeze(2) - normalizer[:, :k]
+        own = log_probs[:, :k].gather(2, drafted.unsqueeze(2)).squeeze(2)
         passing = acceptance_probs(own.exp(), proposal.gather(2, drafted.unsqueeze(2)).squeeze(2))
         count = count_accepted(torch.rand_like(passing) < passing)
         # Only the place of the first rejection needs whole distributions.
-        target = (scores[rows, count] - normalizer[rows, count, None]).exp()
         rejected = proposal[rows, count.clamp(max=k - 1)].masked_fill((count == k).unsqueeze(1), 0.0)
-        follower = draw(residual_probs(target, rejected))
+        follower = draw(residual_probs(log_probs[rows, count].exp(), rejected))
     tokens = torch.cat([drafted, drafted.new_zeros(len(rows), 1)], dim=1)
     tokens[rows, count] = follower
-    log_probs = scores.gather(2, tokens.unsqueeze(2)).squeeze(2) - normalizer
-    return Verdict(count, tokens, log_probs, passing)
+    return Verdict(count, tokens, log_probs.gather(2, tokens.unsqueeze(2)).squeeze(2), passing)
