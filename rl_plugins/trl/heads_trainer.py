@@ -1,6 +1,5 @@
 """What both trainers do with their heads: create, optimise, save, load, average."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.host import gather_lm_head, require_tested_trl
-
-logger = logging.getLogger(__name__)
 
 TARGET_NAME = "polyak_target.safetensors"
 
