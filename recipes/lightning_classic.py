@@ -113,7 +113,7 @@ class ClassicCLI(LightningCLI):
     def after_fit(self) -> None:
         """Save and measure the agent, print and draw."""
         module, folder = self.model, Path(self.trainer.default_root_dir)
-        returns, _ = module.evaluate(20)
+        returns, _, cut_off = module.evaluate(20)
         summary = {
             "agent": type(module).__name__,
             "environment": module.env_name,
@@ -123,6 +123,7 @@ class ClassicCLI(LightningCLI):
             "return_mean": float(returns.mean()),
             "return_std": float(returns.std()),
             "episodes": len(returns),
+            "episodes_cut_off": int(cut_off.sum()),
         }
         # The last evaluation, and the checkpoint after it, may be some iterations old.
         self.trainer.save_checkpoint(folder / "last.ckpt")

@@ -6,6 +6,7 @@ import math
 import pickle
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from rl_plugins.functional import conjugate_gradient, flat_gradient, hessian_product, trust_region_step
 from rl_plugins.lightning.classic import (
     A2CModule,
+    DQNModule,
     Linear,
     OffPolicyACModule,
     PPOModule,
@@ -267,7 +269,7 @@ def slow_gae(rollout: Rollout, values: Tensor, final: list[float], gamma: float,
 def test_gae_over_several_episodes_of_a_row() -> None:
     module = started(A2CModule("CartPole-v1", num_envs=3, rollout_steps=100, gae_lambda=0.9, gamma=0.95, seed=0))
     for environment in module.runner.envs.envs:
-        environment._max_episode_steps = 15
+        environment.set_wrapper_attr("_max_episode_steps", 15)
     rollout = module.collect()
     assert rollout.terminated.sum() > 3 and rollout.truncated.sum() > 3
     with torch.no_grad():
@@ -768,7 +770,7 @@ def test_metrics_and_progress() -> None:
     assert metrics["rollout/return_mean"].item() == pytest.approx(np.mean(module.runner.returns))
     assert metrics["rollout/length_mean"] == metrics["rollout/return_mean"]  # CartPole pays 1 a step
     assert {"train/policy_loss", "train/value_loss"} <= set(metrics)
-    returns, lengths = module.evaluate(3)
+    returns, lengths, _ = module.evaluate(3)
     assert metrics["eval/return_mean"].item() == pytest.approx(returns.mean())
     assert metrics["eval/return_std"].item() == pytest.approx(returns.std())
     assert metrics["eval/length_mean"].item() == pytest.approx(lengths.mean())
@@ -786,9 +788,184 @@ def test_evaluation_is_deterministic_and_plays_its_share() -> None:
 
     module = AllEnd(Counter)
     state = module.generator.get_state()
-    returns, lengths = module.evaluate(20)
+    returns, lengths, _ = module.evaluate(20)
     assert returns.tolist() == [6.0] * 20 and lengths.tolist() == [3] * 20
     assert torch.equal(module.generator.get_state(), state)
+
+
+class Endless(gym.Env):
+    """Pays 1 a step and goes on for ever, unless the first action of an episode is 1."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        return np.zeros(1, np.float32), 1.0, bool(action == 1 and self.count == 1), False, {}
+
+
+def test_an_evaluation_without_a_time_limit_is_bounded_and_says_so() -> None:
+    class Half(A2CModule):
+        def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
+            return torch.tensor([0, 1, 0, 0, 0])[: len(observations)]
+
+    with pytest.warns(UserWarning, match="cut off 2 of 3 episodes after 10000 steps: Endless has no time limit"):
+        result = Half(Endless).evaluate(3)
+    assert result.returns.tolist() == [10_000.0, 1.0, 10_000.0] and result.lengths.tolist() == [10_000, 1, 10_000]
+    assert result.cut_off.tolist() == [True, False, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what was asked for needs no warning
+        result = Half(Endless, max_episode_steps=7).evaluate(5)
+    assert result.lengths.tolist() == [7, 1, 7, 7, 7] and result.cut_off.tolist() == [True, False, True, True, True]
+    # A limit of the environment's own is part of the task.
+    limited = Half(lambda: gym.wrappers.TimeLimit(Endless(), 12)).evaluate(3)
+    assert limited.lengths.tolist() == [12, 1, 12] and not limited.cut_off.any()
+    with pytest.raises(ValueError, match="max_episode_steps=0"):
+        A2CModule(Endless, max_episode_steps=0)
+    with pytest.raises(ValueError, match="episodes=0"):
+        Half(Endless).evaluate(0)
+
+
+@pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
+def test_training_starts_where_no_episode_need_end(agent: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation before the first step, and whole episodes of REINFORCE."""
+    monkeypatch.setattr("rl_plugins.lightning.classic.agent._MAX_EPISODE_STEPS", 40)
+    settings = SMALL | ({"learning_starts": 16} if agent is DQNModule else {})
+    module = agent("CliffWalking-v1", **settings)
+    run = trainer(limit_val_batches=1, num_sanity_val_steps=1, val_check_interval=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(module)
+    assert module.runner.steps >= 160
+    metrics = run.callback_metrics
+    lengths = module.evaluate(10).lengths
+    assert metrics["eval/cut_off_share"].item() == pytest.approx((lengths == 40).mean())
+    assert max(module.runner.lengths, default=0) <= (40 if agent is ReinforceModule else 160)
+
+
+def test_reinforce_learns_from_episodes_that_its_bound_cuts_off() -> None:
+    class Going(ReinforceModule):
+        def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
+            return torch.zeros(len(observations), dtype=torch.long)
+
+    module = fit(Going(Endless, num_envs=2, rollout_steps=4, total_steps=24, max_episode_steps=6))
+    assert module.runner.lengths == [6, 6, 6, 6] and module.runner.steps == 24
+
+
+class ReusingCounter(Counter):
+    """Writes all observations into one array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.array = np.zeros(2, dtype=np.float32)
+
+    def _observation(self) -> np.ndarray:
+        self.array[:] = self.episode, self.count
+        return self.array
+
+
+@pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
+def test_environments_may_reuse_their_arrays(agent: type) -> None:
+    settings = SMALL | ({"learning_starts": 16, "gradient_steps": 2} if agent is DQNModule else {})
+    fresh, reusing = (fit(agent(env, **settings)) for env in (Counter, ReusingCounter))
+    assert torch.equal(weights(fresh), weights(reusing))
+    if agent is DQNModule:
+        rows = reusing.replay.storage
+        used = slice(0, len(reusing.replay))
+        assert torch.equal(rows.next_observations[used], fresh.replay.storage.next_observations[used])
+        # The next state is one step further in the same episode, also where the episode ends.
+        assert (rows.next_observations[used] - rows.observations[used]).tolist() == [[0.0, 1.0]] * 160
+
+
+class ShortOrLong(gym.Env):
+    """Episodes of 1 or 60 steps, as likely; pays 1 a step, so that the mean return is 30.5."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.left = 60 if self.np_random.random() < 0.5 else 1
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.left -= 1
+        return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
+
+
+def test_logged_returns_of_whole_episodes_favour_no_length() -> None:
+    """The episodes that rows play while they wait for others would bring the mean down to 24."""
+    module = started(ReinforceModule(ShortOrLong, num_envs=8, rollout_steps=16, hidden_sizes=(4,), seed=0))
+    means = []
+    for _ in range(150):
+        rollout = module.collect()
+        counts = [len(group) for group in module.runner._episodes]
+        assert counts[-1] == int((rollout.ends & rollout.mask).sum())  # those that are learned from
+        assert sum(counts) >= min(100, counts[-1]) and sum(counts[1:]) < 100
+        means.append(np.mean(module.runner.returns))
+    # Standard error of the mean of 140 rollouts of about 20 episodes: 29.5 / sqrt(140 * 20) = 0.6.
+    assert np.mean(means[10:]) == pytest.approx(30.5, abs=1.5)
+
+
+# Networks with modes.
+
+
+class Modes(nn.Module):
+    """Counts in which mode it is called, with and without gradient, and has dropout and running statistics."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear, self.dropout, self.norm = nn.Linear(inputs, outputs), nn.Dropout(0.5), nn.BatchNorm1d(inputs)
+        self.calls: set[tuple[bool, bool]] = set()
+
+    def forward(self, observations: Tensor) -> Tensor:
+        self.calls.add((torch.is_grad_enabled(), self.training))
+        rows = self.norm(observations.reshape(-1, observations.shape[-1]))
+        return self.linear(self.dropout(rows)).reshape(*observations.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
+def test_networks_act_and_judge_in_evaluation_mode(agent: type) -> None:
+    """One environment and one last state: batch statistics of a single row would raise."""
+
+    class Mine(agent):  # type: ignore[misc,valid-type]
+        def build_network(self, inputs: int = 4, outputs: int = 2, *, gain: float = 1.0) -> nn.Module:
+            return Modes(inputs, outputs)
+
+    settings = SMALL | {"num_envs": 1} | ({"learning_starts": 16, "double_q": True} if agent is DQNModule else {})
+    module = fit(Mine(partial(gym.make, "CartPole-v1", max_episode_steps=9), **settings))
+    networks = [part for part in module.modules() if isinstance(part, Modes)]
+    learning = [network for network in networks if network is not getattr(module, "target", None)]
+    for network in learning:
+        is_natural = agent is TRPOModule and network is module.policy.network
+        assert network.calls == ({(True, False)} if is_natural else {(True, True)}) | {(False, False)}
+        assert (network.norm.num_batches_tracked == 0) == is_natural
+    if agent is DQNModule:
+        assert module.target.calls == {(False, False)}
+    assert module.training  # as before
+    first, second = module.evaluate(4), module.evaluate(4)
+    assert np.array_equal(first.returns, second.returns)  # dropout does nothing
+    assert module.training and all(network.training for network in learning)
+
+
+@pytest.mark.parametrize("tau", [None, 0.5])
+def test_the_target_network_copies_running_statistics(tau: float | None) -> None:
+    class Mine(DQNModule):
+        def build_network(self) -> nn.Module:
+            return Modes(4, 2)
+
+    settings = {"learning_starts": 16, "target_period": 1, "gradient_steps": 3, "tau": tau}
+    module = fit(Mine("CartPole-v1", **(SMALL | settings)))
+    ours, theirs = dict(module.network.named_buffers()), dict(module.target.named_buffers())
+    assert ours["norm.num_batches_tracked"] == module.updates > 0
+    for name, buffer in ours.items():
+        assert torch.equal(theirs[name], buffer)
+    assert torch.equal(module.network.linear.weight, module.target.linear.weight) == (tau is None)
 
 
 # Subclasses.

@@ -14,7 +14,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 def learned(module: Any, episodes: int = 10) -> tuple[float, float]:
     """Mean return of the deterministic policy before and after training."""
-    before = module.evaluate(episodes)[0].mean()
+    before = module.evaluate(episodes).returns.mean()
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -27,7 +27,7 @@ def learned(module: Any, episodes: int = 10) -> tuple[float, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module)
-    return float(before), float(module.evaluate(episodes)[0].mean())
+    return float(before), float(module.evaluate(episodes).returns.mean())
 
 
 @pytest.mark.slow

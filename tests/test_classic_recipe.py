@@ -57,7 +57,7 @@ def test_two_iterations_from_end_to_end(
     printed, complaints = capsys.readouterr()
     output = tmp_path / "outputs" / "classic" / "ppo"
     summary = json.loads((output / "summary.json").read_text())
-    returns, _ = PPOModule.load_from_checkpoint(output / "last.ckpt").evaluate(20)
+    returns = PPOModule.load_from_checkpoint(output / "last.ckpt").evaluate(20).returns
     assert summary.pop("seconds") > 0
     assert summary == {
         "agent": "PPOModule",
@@ -67,6 +67,7 @@ def test_two_iterations_from_end_to_end(
         "return_mean": returns.mean(),
         "return_std": returns.std(),
         "episodes": 20,
+        "episodes_cut_off": 0,
     }
     assert f"return {returns.mean():.1f} ± {returns.std():.1f} over 20 episodes, after 512 env" in printed
     assert "2/2" in printed, "the progress bar"

@@ -191,7 +191,7 @@ def train_ours(module: ClassicModule, episodes: int) -> dict[str, Any]:
         trainer.fit(module)
     result: dict[str, Any] = {"env_steps": module.runner.steps, **watch.times, "curve": curve.points}
     if episodes:
-        result["return"] = float(module.evaluate(episodes)[0].mean())
+        result["return"] = float(module.evaluate(episodes).returns.mean())
     return result
 
 

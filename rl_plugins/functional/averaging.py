@@ -29,7 +29,10 @@ def polyak_update(target: Iterable[Tensor], online: Iterable[Tensor], *, tau: fl
         if old.shape != new.shape:
             raise ValueError(f"target {tuple(old.shape)} and online {tuple(new.shape)}: gather or reorder them.")
     for old, new in pairs:
-        old.lerp_(new.to(old), tau)
+        if tau == 1.0:
+            old.copy_(new)  # also integers, such as batch normalisation's counter, which lerp does not take
+        else:
+            old.lerp_(new.to(old), tau)
 
 
 def periodic_update(target: Iterable[Tensor], online: Iterable[Tensor], *, step: int, period: int) -> bool:

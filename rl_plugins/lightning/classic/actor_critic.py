@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rl_plugins.functional.masking import masked_whiten
 from rl_plugins.functional.returns import gae
 from rl_plugins.lightning.classic.environments import EnvSpec
+from rl_plugins.lightning.classic.networks import evaluation_mode
 from rl_plugins.lightning.classic.policy_gradient import PolicyGradientModule
 from rl_plugins.lightning.classic.rollouts import Rollout, next_values
 
@@ -69,6 +70,14 @@ class ActorCriticModule(PolicyGradientModule):
         """`V(s) (...)` of observations `(..., D)` as the networks take them."""
         return self.critic(observations).squeeze(-1)
 
+    def final_values(self, rollout: Rollout) -> Tensor:
+        """`V (M,)` of the states in which episodes were cut off."""
+        final = rollout.final_observations
+        if not len(final):  # a network of one's own need not take zero rows
+            return final.new_zeros(0)
+        with evaluation_mode(self):  # batch statistics of so few states would mean little
+            return self.values(self.normalizer(final))
+
     @torch.no_grad()
     def advantages(self, rollout: Rollout, values: Tensor) -> Tensor:
         """GAE over the episodes of each row.
@@ -80,7 +89,7 @@ class ActorCriticModule(PolicyGradientModule):
         Returns:
             `(N, T)`, not normalised.
         """
-        final_values = self.values(self.normalizer(rollout.final_observations))
+        final_values = self.final_values(rollout)
         return gae(
             rollout.rewards,
             values[:, :-1],
@@ -94,7 +103,9 @@ class ActorCriticModule(PolicyGradientModule):
     def estimate(self, rollout: Rollout) -> Batch:
         """The transitions of a rollout, with what the present policy and critic say of them."""
         observations = self.normalizer(rollout.observations)
-        values = self.values(observations)  # (N, T + 1)
+        with evaluation_mode(self):  # as when the policy sampled
+            values = self.values(observations)  # (N, T + 1)
+            logps = self.policy(observations[:, :-1]).log_prob(rollout.actions)
         advantages = self.advantages(rollout, values)
         returns = advantages + values[:, :-1]
         if self.normalize_advantages:
@@ -102,7 +113,7 @@ class ActorCriticModule(PolicyGradientModule):
         return Batch(
             observations=observations[:, :-1].flatten(0, 1),
             actions=rollout.actions.flatten(0, 1),
-            logps=self.policy(observations[:, :-1]).log_prob(rollout.actions).flatten(),
+            logps=logps.flatten(),
             advantages=advantages.flatten(),
             returns=returns.flatten(),
         )

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rl_plugins.lightning.classic.checkpoints import check_checkpoint
@@ -19,17 +20,31 @@ from rl_plugins.lightning.classic.environments import (
     check_spaces,
     decode_actions,
     environment_name,
+    has_time_limit,
     make_environments,
     observation_size,
     to_tensor,
 )
 from rl_plugins.lightning.classic.iterations import Iterations
+from rl_plugins.lightning.classic.networks import evaluation_mode
 from rl_plugins.lightning.classic.runner import Runner, Transition
 from rl_plugins.lightning.classic.schedules import Linear, Schedule, set_rate, value_at
 
 _STATE = "classic"
 _LOG_EVERY_ENV_STEPS = 2000
 _MAX_EVAL_ENVS = 16
+_MAX_EPISODE_STEPS = 10_000
+
+
+class Evaluation(NamedTuple):
+    """Episodes under the deterministic policy, ordered by environment."""
+
+    returns: np.ndarray
+    """Undiscounted returns `(episodes,)`."""
+    lengths: np.ndarray
+    """Steps `(episodes,)`."""
+    cut_off: np.ndarray
+    """`(episodes,)`, bool: whether the agent's bound on steps ended the episode, rather than the environment."""
 
 
 class ClassicModule(LightningModule):
@@ -51,7 +66,10 @@ class ClassicModule(LightningModule):
     `iterate` and `configure_optimizers`; what else it has to remember goes into `training_state`.
 
     Logged are `time/env_steps`, `rollout/return_mean` and `rollout/length_mean` of the last 100 episodes, `train/...`
-    as `iterate` returns it, and `eval/return_mean`, `eval/return_std`, `eval/length_mean`.
+    as `iterate` returns it, and `eval/return_mean`, `eval/return_std`, `eval/length_mean`, `eval/cut_off_share`.
+
+    Networks act and judge in evaluation mode. Only the forward passes that a gradient goes through run in training
+    mode, in which dropout is random and batch statistics count.
 
     Args:
         env: The id of a registered environment, or a callable that makes one.
@@ -64,6 +82,9 @@ class ClassicModule(LightningModule):
         seed: Makes environments, exploration and initial weights reproducible, whatever was drawn before. By default
             it is drawn from torch's global generator.
         eval_episodes: Episodes of an evaluation.
+        max_episode_steps: Steps after which an episode is cut off, in training and evaluation, besides the
+            environment's own time limit. By default, evaluations of an environment without a time limit cut episodes
+            off after 10,000 steps, since a deterministic policy may never end one.
 
     Raises:
         ValueError: If the spaces of the environment are not supported, or a setting is out of range.
@@ -71,6 +92,8 @@ class ClassicModule(LightningModule):
 
     continuous: ClassVar[bool] = True
     """Whether the algorithm can act in a Box."""
+    whole_episodes: ClassVar[bool] = False
+    """Whether the algorithm waits for the ends of episodes, so that training needs a bound on their steps, too."""
 
     def __init__(
         self,
@@ -83,6 +106,7 @@ class ClassicModule(LightningModule):
         max_grad_norm: float | None = 0.5,
         seed: int | None = None,
         eval_episodes: int = 10,
+        max_episode_steps: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= gamma <= 1:
@@ -91,6 +115,8 @@ class ClassicModule(LightningModule):
             raise ValueError(
                 f"total_steps={total_steps}, num_envs={num_envs}, eval_episodes={eval_episodes}: give at least 1."
             )
+        if max_episode_steps is not None and max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps={max_episode_steps}: give at least 1 step, or None.")
         self.save_hyperparameters()
         # A checkpoint that torch.load's safe mode can read holds no callables.
         for name in [n for n, value in self.hparams.items() if callable(value) and not isinstance(value, Linear)]:
@@ -98,6 +124,8 @@ class ClassicModule(LightningModule):
         self.automatic_optimization = False
         self.env, self.total_steps, self.num_envs, self.gamma = env, total_steps, num_envs, gamma
         self.learning_rate, self.max_grad_norm, self.eval_episodes = learning_rate, max_grad_norm, eval_episodes
+        self.max_episode_steps = max_episode_steps
+        self._warned_of_cuts = False
         self.seed = int(torch.randint(2**31, ())) if seed is None else seed
         self.generator = torch.Generator().manual_seed(self.seed)
         self._init_state = self.generator.get_state()
@@ -110,11 +138,18 @@ class ClassicModule(LightningModule):
     def _read_spaces(self) -> None:
         envs = make_environments(self.env, 1)
         self.env_name = environment_name(envs.envs[0])
+        self._has_time_limit = has_time_limit(envs.envs[0])
         self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
         envs.close()
         check_spaces(self.env_name, self.observation_space, self.action_space, continuous=self.continuous)
         self.observation_size = observation_size(self.observation_space)
         self.action_size = action_size(self.action_space)
+
+    def _step_limit(self, *, waits_for_ends: bool) -> int | None:
+        """Steps after which an episode is cut off, besides the environment's own limit; None for no other limit."""
+        if self.max_episode_steps is None and waits_for_ends and not self._has_time_limit:
+            return _MAX_EPISODE_STEPS
+        return self.max_episode_steps
 
     # What an algorithm defines.
 
@@ -160,9 +195,14 @@ class ClassicModule(LightningModule):
             yield
             self._init_state = torch.get_rng_state()
 
-    def step_environments(self, actions: Tensor) -> Transition:
-        """Take actions `(N,)` or `(N, A)` from `act` in the training environments."""
-        return self.runner.step(decode_actions(self.action_space, actions))
+    def step_environments(self, actions: Tensor, counted: np.ndarray | None = None) -> Transition:
+        """Take actions `(N,)` or `(N, A)` from `act` in the training environments.
+
+        Args:
+            actions: One for each environment.
+            counted: `(N,)`, bool: the environments whose episodes enter the logged means; all by default.
+        """
+        return self.runner.step(decode_actions(self.action_space, actions), counted)
 
     @property
     def optimizer(self) -> LightningOptimizer:
@@ -207,7 +247,8 @@ class ClassicModule(LightningModule):
             raise ValueError(
                 f"world_size={self.trainer.world_size}: agents train in one process; raise num_envs instead."
             )
-        self._runner = Runner(make_environments(self.env, self.num_envs))
+        limit = self._step_limit(waits_for_ends=self.whole_episodes)
+        self._runner = Runner(make_environments(self.env, self.num_envs, max_episode_steps=limit))
         self.generator.manual_seed(self.seed)
         self.iteration = self._logged_steps = 0
         if self._resumed is None:
@@ -252,14 +293,15 @@ class ClassicModule(LightningModule):
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Evaluate the deterministic policy, always from the same initial states."""
-        returns, lengths = self.evaluate(self.eval_episodes)
-        self.log("eval/return_mean", float(returns.mean()), prog_bar=True, batch_size=1)
-        self.log("eval/return_std", float(returns.std()), batch_size=1)
-        self.log("eval/length_mean", float(lengths.mean()), batch_size=1)
+        result = self.evaluate(self.eval_episodes)
+        self.log("eval/return_mean", float(result.returns.mean()), prog_bar=True, batch_size=1)
+        self.log("eval/return_std", float(result.returns.std()), batch_size=1)
+        self.log("eval/length_mean", float(result.lengths.mean()), batch_size=1)
+        self.log("eval/cut_off_share", float(result.cut_off.mean()), batch_size=1)
 
     @torch.no_grad()
-    def evaluate(self, episodes: int, *, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Undiscounted returns and lengths of episodes under the deterministic policy, in fresh environments.
+    def evaluate(self, episodes: int, *, seed: int | None = None) -> Evaluation:
+        """Play episodes with the deterministic policy, in fresh environments and in evaluation mode.
 
         Every environment plays a fixed share of the episodes: to take those that end first would favour short ones.
 
@@ -268,22 +310,42 @@ class ClassicModule(LightningModule):
             seed: Seed of the environments; by default one that training does not use, and always the same.
 
         Returns:
-            `(episodes,)` returns and `(episodes,)` lengths, by environment.
+            Returns and lengths of the episodes, and which of them were cut off after `max_episode_steps`, or after
+            10,000 steps where the environment has no time limit.
+
+        Raises:
+            ValueError: If `episodes` is below 1.
         """
-        count = min(episodes, _MAX_EVAL_ENVS)
+        if episodes < 1:
+            raise ValueError(f"episodes={episodes}: give at least 1.")
+        count, limit = min(episodes, _MAX_EVAL_ENVS), self._step_limit(waits_for_ends=True)
         quotas = [episodes // count + (index < episodes % count) for index in range(count)]
-        runner = Runner(make_environments(self.env, count), window=1)
+        runner = Runner(make_environments(self.env, count, max_episode_steps=limit), window=1)
         runner.reset(seed=self.seed + 2**20 if seed is None else seed)
-        finished: list[list[tuple[float, int]]] = [[] for _ in range(count)]
-        while any(len(rows) < quota for rows, quota in zip(finished, quotas, strict=True)):
-            actions = self.act(to_tensor(runner.observations, self.device), deterministic=True)
-            runner.step(decode_actions(self.action_space, actions))
-            for index, episode_return, length in runner.finished:
-                if len(finished[index]) < quotas[index]:
-                    finished[index].append((episode_return, length))
+        finished: list[list[tuple[float, int, bool]]] = [[] for _ in range(count)]
+        with evaluation_mode(self):
+            while any(len(rows) < quota for rows, quota in zip(finished, quotas, strict=True)):
+                actions = self.act(to_tensor(runner.observations, self.device), deterministic=True)
+                ended = runner.step(decode_actions(self.action_space, actions)).terminated
+                for index, episode_return, length in runner.finished:
+                    if len(finished[index]) < quotas[index]:
+                        cut_off = limit is not None and length >= limit and not ended[index]
+                        finished[index].append((episode_return, length, cut_off))
         runner.close()
-        returns, lengths = zip(*(row for rows in finished for row in rows), strict=True)
-        return np.array(returns), np.array(lengths)
+        columns = zip(*(row for rows in finished for row in rows), strict=True)
+        result = Evaluation(*(np.array(column) for column in columns))
+        self._warn_of_cuts(result, limit)
+        return result
+
+    def _warn_of_cuts(self, result: Evaluation, limit: int | None) -> None:
+        if self.max_episode_steps is not None or self._warned_of_cuts or not result.cut_off.any():
+            return
+        self._warned_of_cuts = True
+        rank_zero_warn(
+            f"The evaluation cut off {result.cut_off.sum()} of {len(result.returns)} episodes after {limit} steps: "
+            f"{self.env_name} has no time limit, and the deterministic policy did not end them. Their returns count "
+            "up to there, and eval/cut_off_share says how many there are. Set max_episode_steps for another bound."
+        )
 
     # Checkpoints.
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from rl_plugins.functional.averaging import periodic_update, polyak_update
 from rl_plugins.functional.value_losses import huber
 from rl_plugins.lightning.classic.agent import ClassicModule
 from rl_plugins.lightning.classic.environments import EnvSpec, to_tensor
-from rl_plugins.lightning.classic.networks import mlp
+from rl_plugins.lightning.classic.networks import evaluation_mode, mlp
 from rl_plugins.lightning.classic.replay import ReplayBuffer, Transitions
 from rl_plugins.lightning.classic.schedules import Linear, Schedule
 
@@ -158,11 +159,12 @@ class DQNModule(ClassicModule):
     def collect(self) -> None:
         """Step the environments, and store what happened."""
         rows = []
-        for _ in range(self.rollout_steps):
-            observations = self.runner.observations
-            actions = self.act(to_tensor(observations, self.device))
-            reached, rewards, terminated, _ = self.step_environments(actions)
-            rows.append((observations, actions.numpy(force=True), rewards, reached, terminated))
+        with evaluation_mode(self):
+            for _ in range(self.rollout_steps):
+                observations = self.runner.observations
+                actions = self.act(to_tensor(observations, self.device))
+                reached, rewards, terminated, _ = self.step_environments(actions)
+                rows.append((observations, actions.numpy(force=True), rewards, reached, terminated))
         columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
         self.replay.add(Transitions(*columns))
 
@@ -181,10 +183,12 @@ class DQNModule(ClassicModule):
     @torch.no_grad()
     def targets(self, batch: Transitions) -> Tensor:
         """`Y (N,)`."""
-        next_q = self.target(batch.next_observations)  # (N, A)
+        with evaluation_mode(self.target):
+            next_q = self.target(batch.next_observations)  # (N, A)
         if not self.double_q:
             return q_learning_targets(batch.rewards, next_q, batch.terminated, gamma=self.gamma)
-        chosen = self.network(batch.next_observations)
+        with evaluation_mode(self.network):
+            chosen = self.network(batch.next_observations)
         return double_q_targets(batch.rewards, chosen, next_q, batch.terminated, gamma=self.gamma)
 
     def loss(self, values: Tensor, targets: Tensor) -> Tensor:
@@ -192,12 +196,13 @@ class DQNModule(ClassicModule):
         return huber(values, targets).mean()
 
     def update_target(self) -> None:
-        """Move the target network after an update."""
+        """Move the target network after an update; running statistics, such as batch normalisation's, are copied."""
         if self.tau is not None:
             polyak_update(self.target.parameters(), self.network.parameters(), tau=self.tau)
+            polyak_update(self.target.buffers(), self.network.buffers(), tau=1.0)
         else:
-            pair = self.target.parameters(), self.network.parameters()
-            periodic_update(*pair, step=self.updates, period=self.target_period)
+            ours, theirs = (chain(net.parameters(), net.buffers()) for net in (self.target, self.network))
+            periodic_update(ours, theirs, step=self.updates, period=self.target_period)
 
     # Checkpoints.
 

@@ -1,5 +1,6 @@
 """Gymnasium environments in rows: creation, the spaces that are supported, and tensors in and out of them."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,13 +10,31 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
 from torch import Tensor
 
 EnvSpec = str | Callable[[], gym.Env]
 """The id of a registered environment, or a callable that makes one."""
 
 
-def make_environments(env: EnvSpec, num_envs: int, seed: int | None = None) -> SyncVectorEnv:
+class OwnLastObservation(gym.Wrapper):
+    """Copies the last observation of an episode.
+
+    The vector environment keeps a reference to the last observation and resets at once. An environment that writes all
+    its observations into one array would overwrite it with the first observation of the next episode.
+    """
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take a step."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            observation = copy.deepcopy(observation)
+        return observation, reward, terminated, truncated, info
+
+
+def make_environments(
+    env: EnvSpec, num_envs: int, seed: int | None = None, *, max_episode_steps: int | None = None
+) -> SyncVectorEnv:
     """Make `num_envs` copies of an environment, which start a new episode in the step that ends one.
 
     The real last observations of the episodes are then in `infos["final_obs"]`.
@@ -24,6 +43,7 @@ def make_environments(env: EnvSpec, num_envs: int, seed: int | None = None) -> S
         env: The id of a registered environment, or a callable that makes one.
         num_envs: Number of copies.
         seed: If given, the copies are reset, copy `i` with `seed + i`.
+        max_episode_steps: Steps after which an episode is cut off, besides the environment's own limit.
 
     Returns:
         The vector environment.
@@ -36,7 +56,13 @@ def make_environments(env: EnvSpec, num_envs: int, seed: int | None = None) -> S
     # Gymnasium's checker looks at the first steps of an environment: once is enough, it takes time at every step.
     first = partial(gym.make, env) if isinstance(env, str) else env
     others = partial(gym.make, env, disable_env_checker=True) if isinstance(env, str) else env
-    envs = SyncVectorEnv([first] + [others] * (num_envs - 1), autoreset_mode=AutoresetMode.SAME_STEP)
+
+    def wrapped(make: Callable[[], gym.Env]) -> gym.Env:
+        made = make() if max_episode_steps is None else TimeLimit(make(), max_episode_steps)
+        return OwnLastObservation(made)
+
+    makers = [partial(wrapped, make) for make in [first] + [others] * (num_envs - 1)]
+    envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     if seed is not None:
         envs.reset(seed=seed)
     return envs
@@ -45,6 +71,15 @@ def make_environments(env: EnvSpec, num_envs: int, seed: int | None = None) -> S
 def environment_name(env: gym.Env) -> str:
     """The id under which an environment is registered, else the name of its class."""
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+
+
+def has_time_limit(env: gym.Env) -> bool:
+    """Whether a wrapper cuts off the episodes of an environment, as `gym.make` adds one to most."""
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TimeLimit):
+            return True
+        env = env.env
+    return False
 
 
 def check_spaces(name: str, observation_space: gym.Space, action_space: gym.Space, *, continuous: bool = True) -> None:

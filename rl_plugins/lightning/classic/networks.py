@@ -1,6 +1,7 @@
 """Networks of the agents: perceptrons, and policies that give distributions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,25 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Tanh, *, output_g
             nn.init.orthogonal_(linear.weight, output_gain if linear is linears[-1] else 2**0.5)
             nn.init.zeros_(linear.bias)
     return nn.Sequential(*layers)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, a module acts and judges as it is: dropout does nothing, and batch statistics neither count nor change.
+
+    Submodules that were in evaluation mode before stay in it afterwards.
+
+    Args:
+        module: A network, or an agent with all of its networks.
+    """
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class Policy(nn.Module):

@@ -12,6 +12,7 @@ from rl_plugins.functional.returns import vtrace
 from rl_plugins.functional.value_losses import squared_error
 from rl_plugins.lightning.classic.actor_critic import ActorCriticModule
 from rl_plugins.lightning.classic.environments import EnvSpec
+from rl_plugins.lightning.classic.networks import evaluation_mode
 from rl_plugins.lightning.classic.rollouts import Rollout, next_values
 from rl_plugins.lightning.classic.schedules import Schedule
 
@@ -94,7 +95,9 @@ class OffPolicyACModule(ActorCriticModule):
     @torch.no_grad()
     def remember(self, rollout: Rollout) -> None:
         """Keep a rollout that has just been collected."""
-        self.replay.append(Experience(rollout, self.behaviour_logps(rollout.observations[:, :-1], rollout.actions)))
+        with evaluation_mode(self):  # as when the policy sampled
+            logps = self.behaviour_logps(rollout.observations[:, :-1], rollout.actions)
+        self.replay.append(Experience(rollout, logps))
 
     def loss(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a rollout, and what is logged of it."""
@@ -124,7 +127,7 @@ class OffPolicyACModule(ActorCriticModule):
         Returns:
             Targets of the critic and advantages, both `(N, T)`.
         """
-        final_values = self.values(self.normalizer(rollout.final_observations))
+        final_values = self.final_values(rollout)
         return vtrace(
             rollout.rewards,
             values[:, :-1],

@@ -11,6 +11,7 @@ from rl_plugins.functional.policy_losses import vanilla
 from rl_plugins.functional.returns import lambda_returns
 from rl_plugins.functional.value_losses import squared_error
 from rl_plugins.lightning.classic.environments import EnvSpec
+from rl_plugins.lightning.classic.networks import evaluation_mode
 from rl_plugins.lightning.classic.policy_gradient import PolicyGradientModule
 from rl_plugins.lightning.classic.rollouts import Rollout, next_values
 from rl_plugins.lightning.classic.schedules import Schedule, set_rate, value_at
@@ -101,8 +102,9 @@ class QACModule(PolicyGradientModule):
             `(N, T)`.
         """
         last, final = rollout.observations[:, -1], rollout.final_observations
-        last_q = self.action_values(self.normalizer(last), self.act(last))
-        final_q = self.action_values(self.normalizer(final), self.act(final))
+        with evaluation_mode(self):
+            last_q = self.action_values(self.normalizer(last), self.act(last))
+            final_q = self.action_values(self.normalizer(final), self.act(final)) if len(final) else last_q[:0]
         following = next_values(rollout, torch.cat([q, last_q[:, None]], dim=1), final_q)
         lam = torch.where(rollout.ends, 0.0, self.q_lambda)
         return lambda_returns(rollout.rewards, q, rollout.mask, gamma=self.gamma, lam=lam, next_values=following)
@@ -115,7 +117,8 @@ class QACModule(PolicyGradientModule):
     def policy_loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy gradient with the critic's `q`, and what is logged of it."""
         observations = self.normalizer(rollout.observations[:, :-1])
-        weights = self.action_values(observations, rollout.actions).detach()
+        with torch.no_grad(), evaluation_mode(self.critic):
+            weights = self.action_values(observations, rollout.actions)
         if self.normalize_advantages:
             weights = masked_whiten(weights, rollout.mask)
         distribution = self.policy(observations)

@@ -19,7 +19,8 @@ class ReinforceModule(PolicyGradientModule):
     """REINFORCE: whole episodes, their returns, no critic (Williams 1992; Sutton and Barto 2018, section 13.3).
 
     `L = mean(-G_t ln pi(a_t | s_t) - entropy_coef H)`. Normalised returns, the default, have a constant baseline and
-    an own scale. An episode that a time limit cuts off counts as it is; one that never ends is never learned from.
+    an own scale. An episode that a time limit cuts off counts as it is; without a limit of the environment's own it is
+    10,000 steps, or `max_episode_steps`.
 
     An iteration stands for `num_envs rollout_steps` environment steps; as episodes are not cut, one may take more,
     and those after it then less, or nothing.
@@ -37,6 +38,8 @@ class ReinforceModule(PolicyGradientModule):
     Raises:
         ValueError: If the spaces of the environment are not supported, or a setting is out of range.
     """
+
+    whole_episodes = True
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rl_plugins.lightning.classic.agent import ClassicModule
 from rl_plugins.lightning.classic.environments import to_tensor
+from rl_plugins.lightning.classic.networks import evaluation_mode
 
 
 class Rollout(NamedTuple):
@@ -52,7 +53,7 @@ def collect(agent: ClassicModule, steps: int, *, whole_episodes: bool = False) -
     """
     runner = agent.runner
     if whole_episodes:
-        runner.reset()
+        runner.reset(whole_episodes=True)
     observations: list[np.ndarray] = []
     actions: list[Tensor] = []
     rewards: list[np.ndarray] = []
@@ -61,19 +62,22 @@ def collect(agent: ClassicModule, steps: int, *, whole_episodes: bool = False) -
     mask: list[np.ndarray] = []
     final = np.empty((0, agent.observation_size), dtype=np.float32)
     open_rows = np.ones(runner.num_envs, dtype=bool)
-    while len(rewards) < steps or (whole_episodes and open_rows.any()):
-        observations.append(runner.observations)
-        actions.append(agent.act(to_tensor(runner.observations, agent.device)))
-        transition = agent.step_environments(actions[-1])
-        cut = transition.truncated & ~transition.terminated
-        if cut.any():
-            final = np.concatenate([final, transition.next_observations[cut]])
-        rewards.append(transition.rewards)
-        terminated.append(transition.terminated)
-        truncated.append(cut)
-        mask.append(open_rows)
-        if whole_episodes and len(rewards) >= steps:
-            open_rows = open_rows & ~(cut | transition.terminated)
+    with evaluation_mode(agent):
+        while len(rewards) < steps or (whole_episodes and open_rows.any()):
+            observations.append(runner.observations)
+            actions.append(agent.act(to_tensor(runner.observations, agent.device)))
+            # Episodes of rows that wait for the others are not learned from. Most of them would be short ones: the
+            # next rollout starts anew, which leaves out those that take longer than the others need.
+            transition = agent.step_environments(actions[-1], counted=open_rows)
+            cut = transition.truncated & ~transition.terminated
+            if cut.any():
+                final = np.concatenate([final, transition.next_observations[cut]])
+            rewards.append(transition.rewards)
+            terminated.append(transition.terminated)
+            truncated.append(cut)
+            mask.append(open_rows)
+            if whole_episodes and len(rewards) >= steps:
+                open_rows = open_rows & ~(cut | transition.terminated)
     observations.append(runner.observations)
 
     def rows(arrays: list[np.ndarray]) -> Tensor:

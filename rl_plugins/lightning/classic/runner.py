@@ -2,6 +2,7 @@
 
 import pickle
 from collections import deque
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,16 +34,19 @@ class Runner:
         window: Number of the last episodes whose returns and lengths are kept.
     """
 
+    # Episodes that were collected as a whole count as a whole. In a rollout of whole episodes the last one of a row is
+    # longer than most: a long episode is more likely to be the one that is running when time is up. A window that cuts
+    # through a rollout would hold too many of them.
+
     def __init__(self, envs: SyncVectorEnv, *, window: int = 100) -> None:
         self.envs = envs
         self.num_envs = envs.num_envs
         self.space = envs.single_observation_space
         self.steps = 0
         """Steps of all environments together."""
-        self.returns: deque[float] = deque(maxlen=window)
-        """Undiscounted returns of the last episodes."""
-        self.lengths: deque[int] = deque(maxlen=window)
-        """Steps of the last episodes."""
+        self.window = window
+        self._episodes: deque[list[tuple[float, int]]] = deque()
+        self._whole_episodes = False
         self.observations = np.empty((0, 0), dtype=np.float32)
         """The current states `(N, D)`."""
         self.finished: list[tuple[int, float, int]] = []
@@ -50,17 +54,37 @@ class Runner:
         self._running_returns = np.zeros(self.num_envs)
         self._running_lengths = np.zeros(self.num_envs, dtype=np.int64)
 
-    def reset(self, seed: int | None = None) -> None:
-        """Start new episodes in all environments, in environment `i` with `seed + i`."""
+    @property
+    def returns(self) -> list[float]:
+        """Undiscounted returns of the last episodes."""
+        return [episode_return for group in self._episodes for episode_return, _ in group]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of the last episodes."""
+        return [length for group in self._episodes for _, length in group]
+
+    def reset(self, seed: int | None = None, *, whole_episodes: bool = False) -> None:
+        """Start new episodes in all environments.
+
+        Args:
+            seed: Environment `i` is seeded with `seed + i`.
+            whole_episodes: Whether `returns` and `lengths` take in or let go all episodes until the next reset
+                together, so that they may hold more than `window`.
+        """
+        self._whole_episodes = whole_episodes
+        if whole_episodes:
+            self._episodes.append([])
         self.observations = encode_observations(self.space, self.envs.reset(seed=seed)[0])
         self._running_returns[:] = 0
         self._running_lengths[:] = 0
 
-    def step(self, actions: np.ndarray) -> Transition:
+    def step(self, actions: np.ndarray, counted: np.ndarray | None = None) -> Transition:
         """Take one step in every environment.
 
         Args:
             actions: `(N, ...)`, as the environments take them; see `decode_actions`.
+            counted: `(N,)`, bool: the environments whose episodes enter `returns` and `lengths`; all by default.
 
         Returns:
             The transition; `observations` are then the states to act in next.
@@ -76,23 +100,32 @@ class Runner:
             ends = np.flatnonzero(terminated | truncated)
             reached = reached.copy()
             reached[ends] = encode_observations(self.space, [infos["final_obs"][end] for end in ends])
-            self._finish(ends)
+            self._finish(ends, counted)
         return Transition(reached, rewards, terminated, truncated)
 
-    def _finish(self, ends: np.ndarray) -> None:
+    def _finish(self, ends: np.ndarray, counted: np.ndarray | None) -> None:
         for end in ends.tolist():
-            self.finished.append((end, float(self._running_returns[end]), int(self._running_lengths[end])))
-        self.returns.extend(episode_return for _, episode_return, _ in self.finished)
-        self.lengths.extend(length for _, _, length in self.finished)
+            episode = float(self._running_returns[end]), int(self._running_lengths[end])
+            self.finished.append((end, *episode))
+            if counted is not None and not counted[end]:
+                continue
+            if self._whole_episodes:
+                self._episodes[-1].append(episode)
+            else:
+                self._episodes.append([episode])
         self._running_returns[ends] = 0
         self._running_lengths[ends] = 0
+        kept = sum(len(group) for group in self._episodes)
+        while self._episodes and kept - len(self._episodes[0]) >= self.window:
+            kept -= len(self._episodes.popleft())
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, running episodes and, where they can be pickled, the environments as they stand."""
         return {
             "steps": self.steps,
-            "returns": list(self.returns),
-            "lengths": list(self.lengths),
+            "returns": self.returns,
+            "lengths": self.lengths,
+            "groups": [len(group) for group in self._episodes],
             "observations": torch.from_numpy(self.observations),
             "running_returns": torch.from_numpy(self._running_returns),
             "running_lengths": torch.from_numpy(self._running_lengths),
@@ -117,8 +150,8 @@ class Runner:
                 "resume with the same num_envs."
             )
         self.steps = state["steps"]
-        self.returns.extend(state["returns"])
-        self.lengths.extend(state["lengths"])
+        episodes = iter(zip(state["returns"], state["lengths"], strict=True))
+        self._episodes = deque(list(islice(episodes, size)) for size in state["groups"])
         if state["envs"] is None:
             self.reset(seed=fresh_seed)
             return

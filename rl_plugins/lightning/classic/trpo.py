@@ -11,6 +11,7 @@ from rl_plugins.functional.natural_gradient import flat_gradient, hessian_produc
 from rl_plugins.functional.value_losses import squared_error
 from rl_plugins.lightning.classic.actor_critic import ActorCriticModule, Batch
 from rl_plugins.lightning.classic.environments import EnvSpec
+from rl_plugins.lightning.classic.networks import evaluation_mode
 from rl_plugins.lightning.classic.schedules import Schedule
 
 
@@ -89,12 +90,18 @@ class TRPOModule(ActorCriticModule):
     def update_policy(self, batch: Batch) -> dict[str, Tensor | float]:
         """One natural gradient step, shortened until it stays in the trust region and improves the surrogate.
 
+        The policy is in evaluation mode: dropout would move it out of the trust region without any step.
+
         Args:
             batch: A rollout, which the present policy sampled.
 
         Returns:
             `kl` and `improvement` of the step, both 0 where no length would do, and `step_share`, that length.
         """
+        with evaluation_mode(self.policy):
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> dict[str, Tensor | float]:
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         with torch.no_grad():
             old = self.policy(batch.observations)
