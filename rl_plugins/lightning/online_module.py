@@ -30,7 +30,7 @@ from rl_plugins.lightning.ranks import mean_over_ranks, rank, sum_over_ranks, wo
 from rl_plugins.lightning.reference import Reference
 from rl_plugins.lightning.rollouts import average_logged, cut_rollout, describe_rollout
 from rl_plugins.lightning.speculation import DraftingModule
-from rl_plugins.modules.sources import check_tokenizer
+from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
 from rl_plugins.objectives.checks import (
     check_above,
     check_at_least,
@@ -264,9 +264,11 @@ class OnlineModule(DraftingModule):
     def generate(self, prompts: Sequence[Any]) -> Completions:
         """One completion of every prompt (text or messages) by the model's own `generate`. Override it for rollouts
         of your own: tools, another engine, several turns."""
+        prompt_ids = prompt_tokens(self.tokenizer, prompts)
+        check_lengths(prompt_ids, self.max_completion_length, learned_positions(self.model))
         return generate_completions(
             self.model,
-            prompt_tokens(self.tokenizer, prompts),
+            prompt_ids,
             pad_token_id=self.tokenizer.pad_token_id,
             eos=eos_token_ids(self.model, self.tokenizer),
             max_completion_length=self.max_completion_length,

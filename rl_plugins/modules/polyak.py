@@ -11,6 +11,9 @@ from rl_plugins.functional.averaging import periodic_update, polyak_update
 from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.modules.settings import check_number
 
+TARGET_NAME = "polyak_target.safetensors"
+"""File of the target heads in a checkpoint."""
+
 
 def check_polyak(**settings: Any) -> None:
     """Refuse target heads that would never follow the online heads, or not as they should.

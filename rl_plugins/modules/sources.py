@@ -1,7 +1,7 @@
 """Whether models, tokenizers and folders that a run starts from can be used, before anything is loaded or trained."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,35 @@ def check_trainable_dtype(model: nn.Module) -> None:
                 f"The parameter {name} is in float16, in which AdamW's second moments vanish and loss scaling is "
                 "refused by torch. Load the model in float32 (mixed precision is the trainer's setting) or bfloat16."
             )
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """Number of positions of a model that has an embedding for each, as GPT-2; `None` for any other."""
+    base = base_model_of(model)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    tables = [m for m in base.modules() if isinstance(m, nn.Embedding) and m is not base.get_input_embeddings()]
+    sizes = {m.num_embeddings - getattr(m, "offset", 0) for m in tables}
+    return limit if limit in sizes else None
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], max_completion_length: int, positions: int | None) -> None:
+    """Refuse prompts whose completions a model with learned positions cannot hold, before it fails in the middle.
+
+    Args:
+        prompts: Token ids.
+        max_completion_length: Most tokens of a completion.
+        positions: Of the model; `None` for no limit.
+
+    Raises:
+        ValueError: If a prompt and its longest completion have more tokens than the model has positions.
+    """
+    longest = max(map(len, prompts), default=0)
+    if positions is not None and longest + max_completion_length > positions:
+        raise ValueError(
+            f"A prompt of {longest} tokens and max_completion_length={max_completion_length} need "
+            f"{longest + max_completion_length} positions, but the model has {positions}. Shorten the completions, or "
+            "filter the prompts."
+        )
 
 
 def check_tokenizer(tokenizer: Any, prompt: Any = None) -> None:

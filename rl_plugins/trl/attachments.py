@@ -78,11 +78,11 @@ class AttachmentTrainer(PluginTrainer):
 
     # Saving and loading
 
-    def _own_files(self) -> list[str]:
+    def _own_files(self) -> dict[str, bool]:
         # DeepSpeed and FSDP have everything in the engine's own files.
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        files = [] if sharded else [attachment.file for attachment in self._attachments]
-        return [*super()._own_files(), *(file for file in files if file is not None)]
+        files = [attachment.file for attachment in self._attachments]
+        return super()._own_files() | {file: not sharded for file in files if file is not None}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # A copy, since save_pretrained deletes our keys from the dictionary that it is given.

@@ -1,11 +1,13 @@
 """What all our trainers share: how they log, weigh terms of the loss, read checkpoints, and balance experts."""
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import is_initialized
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl.trainer.base_trainer import _BaseTrainer
@@ -14,10 +16,16 @@ from rl_plugins.functional.masking import masked_moments
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.head_pass import HeadPass
 from rl_plugins.modules.native_pass import NativePass
+from rl_plugins.modules.polyak import TARGET_NAME
+from rl_plugins.modules.serialization import HEADS_WEIGHTS_NAME
 from rl_plugins.modules.sources import check_trainable_dtype
+from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE, HEAD_NAME
 from rl_plugins.objectives.critic import per_head_means, value_loss, value_losses
 from rl_plugins.trl.inputs import check_callback, check_inputs
 from rl_plugins.trl.moe_callback import MoEBalancingCallback
+
+# By which checkpoints of our own trainers are told from one another.
+MARKS = (HEADS_WEIGHTS_NAME, TARGET_NAME, f"{CRITIC_ATTRIBUTE}/{HEAD_NAME}", "rollout_0.pt")
 
 
 class PluginTrainer(_BaseTrainer):
@@ -50,9 +58,10 @@ class PluginTrainer(_BaseTrainer):
 
     # Resuming
 
-    def _own_files(self) -> list[str]:
-        """Files that this trainer writes into a checkpoint, beside those of the host."""
-        return []
+    def _own_files(self) -> dict[str, bool]:
+        """Files that this trainer writes into a checkpoint, beside those of the host, and whether they have to be
+        there."""
+        return {}
 
     def _check_checkpoint(self, directory: Path) -> None:
         """Refuse a folder that this trainer cannot resume from, before anything is loaded.
@@ -66,21 +75,32 @@ class PluginTrainer(_BaseTrainer):
         instead = f"Start from it with model={str(directory)!r} instead of resume_from_checkpoint."
         if not (directory / TRAINER_STATE_NAME).is_file():
             raise FileNotFoundError(
-                f"{given} is no checkpoint of a trainer: it has no {TRAINER_STATE_NAME}. If it is a model: {instead}"
+                f"{given} is a model, or was written by another trainer: it has no {TRAINER_STATE_NAME}. {instead}"
             )
-        missing = [name for name in self._own_files() if not (directory / name).is_file()]
-        if missing:
+        own = self._own_files()
+        missing = [name for name, needed in own.items() if needed and not (directory / name).is_file()]
+        foreign = [name for name in MARKS if name not in own and (directory / name).is_file()]
+        if missing or foreign:
+            signs = [f"it has no {', '.join(missing)}"] if missing else []
+            signs += [f"it has {', '.join(foreign)}"] if foreign else []
             raise FileNotFoundError(
-                f"{given} was written by another trainer than {type(self).__name__}: it has no {', '.join(missing)}. "
-                f"{instead}"
+                f"{given} was written by another trainer than this {type(self).__name__}, or with other settings: "
+                f"{' and '.join(signs)}. {instead}"
             )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, after a look at the checkpoint to resume from.
+        """Train, after a look at the launcher and the checkpoint to resume from.
 
         Raises:
             FileNotFoundError: If the checkpoint is not there, or was written by another trainer.
+            ValueError: If DeepSpeed is asked for in a process that no launcher has started.
         """
+        launched = is_initialized() or "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
+        if self.is_deepspeed_enabled and not launched:
+            raise ValueError(
+                "DeepSpeed needs a launcher, even for one process, and this one was started without. Run the script "
+                "with `accelerate launch`, `torchrun` or `deepspeed`, or leave out the DeepSpeed config."
+            )
         found, written = resume_from_checkpoint, Path(self.args.output_dir)
         if found is True:
             found = get_last_checkpoint(written) if written.is_dir() else None

@@ -22,13 +22,12 @@ from rl_plugins.modules import (
     save_native_mtp,
 )
 from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.modules.polyak import TARGET_NAME
 from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.modules.sources import check_language_model
 from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.host import gather_lm_head, require_tested_trl
-
-TARGET_NAME = "polyak_target.safetensors"
 
 
 def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any:
@@ -154,8 +153,8 @@ class MTPHeadsTrainer(AttachmentTrainer):
 
     # Saving and loading
 
-    def _own_files(self) -> list[str]:
-        return [*super()._own_files(), *([] if self.mtp_heads is None else [TARGET_NAME])]
+    def _own_files(self) -> dict[str, bool]:
+        return super()._own_files() | ({} if self.mtp_heads is None else {TARGET_NAME: True})
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # Ours first: a checkpoint that has the host's files is then whole, even if the job dies in between.

@@ -19,7 +19,7 @@ from rl_plugins.generation.scoring import checked, list_reward_funcs
 from rl_plugins.generation.speculative import SpeculativeDecoder, speculating
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.modules.heads import MTPHeads
-from rl_plugins.modules.sources import check_tokenizer
+from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
 from rl_plugins.objectives.online import draft_metrics
 from rl_plugins.objectives.policy import clip_shares, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
@@ -47,6 +47,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else [{"prompt": None}]
         processor = self.processing_class
         check_tokenizer(self._tokenizer, None if getattr(processor, "chat_template", None) else rows[0]["prompt"])
+        self._positions = learned_positions(self.model)
         self._policy_loss = args.make_policy_loss()
         self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         self._scores: Tensor | None = None
@@ -76,11 +77,13 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost, values=False)
             self.decoder.check(self.model)
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if not self.use_vllm:  # whose engine has limits of its own
+            check_lengths(prompt_ids, self.max_completion_length, self._positions)
         if self.decoder is None:
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with speculating(self.model, self.decoder):
-            result = super()._generate_single_turn(*args, **kwargs)
+            result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         output, self.decoder.recorder = self.decoder.last, None
         assert output is not None and output.statistics is not None
         self._draft_counts.append(torch.tensor(output.statistics.counts, device=self.accelerator.device))
@@ -324,8 +327,8 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         if self.decoder is not None and state.get("draft_length"):
             self.decoder.load_state_dict(state["draft_length"])
 
-    def _own_files(self) -> list[str]:
-        return [*super()._own_files(), self._rollout_file(Path()).name]
+    def _own_files(self) -> dict[str, bool]:
+        return {**super()._own_files(), self._rollout_file(Path()).name: True}
 
     def _check_checkpoint(self, directory: Path) -> None:
         path = self._rollout_file(directory)

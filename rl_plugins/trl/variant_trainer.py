@@ -176,8 +176,8 @@ class GRPOVariantTrainer(SamplingTrainer):
 
     # Checkpoints
 
-    def _own_files(self) -> list[str]:
-        return [*super()._own_files(), *([] if self._tracked is None else [TRACKER_NAME])]
+    def _own_files(self) -> dict[str, bool]:
+        return super()._own_files() | ({} if self._tracked is None else {TRACKER_NAME: True})
 
     def _rollout_state(self) -> dict[str, Any]:
         return {**super()._rollout_state(), "unabsorbed": self._tracked and self._tracked.unabsorbed}
