@@ -57,4 +57,4 @@ def test_a_schedule_between_two_steps_never_starts() -> None:
     with pytest.raises(ValueError, match="in 4 optimizer steps the selection bias never moves"):
         config.check_schedule(4)
     config.check_schedule(10)
-    BalancingConfig(rate=0.0, start=0.3, stop=0.4).check_schedule(4)
+    BalancingConfig(rate=0.0, count_only=True, start=0.3, stop=0.4).check_schedule(4)

@@ -50,7 +50,7 @@ BAD = [
         "both phases as multiples of the accumulation",
     ),
     # Without a critic one generation is what stock GRPO refuses.
-    ({"use_critic": False}, "at least 2 generations"),
+    ({"use_critic": False, "num_generations": 1}, "at least 2 generations per prompt, but num_generations is 1"),
 ]
 
 

@@ -235,7 +235,7 @@ def test_target_heads_are_copied_every_few_steps(make: Make) -> None:
 
 def test_a_callback_of_ones_own_replaces_the_modules(make: Make) -> None:
     own = PolyakCallback(tau=1.0)
-    module = make("critic", target_tau=0.0)
+    module = make("critic", target_tau=0.1)
     trainer = fit(module, PromptDataModule(prompts(), batch_size=2), own, max_steps=2)
     assert [c for c in trainer.callbacks if isinstance(c, PolyakCallback)] == [own]
     assert module.polyak_target is own.target

@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 DRAFTING = ("grpo", "ppo")
 """Trainers whose heads do nothing but draft."""
-STILL: dict[str, Any] = {"learning_rate": 0.0, "head_learning_rate": 0.0, "target_tau": 0.0}
+STILL: dict[str, Any] = {"learning_rate": 0.0, "head_learning_rate": 0.0, "target_update_every": 100}
 GREEDY: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
 NOT_NUMBERS = ("step_time", "epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 

@@ -18,6 +18,7 @@ from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.value_module import ValueModule
 from rl_plugins.modules.head_pass import HeadPass
+from rl_plugins.objectives.checks import check_head_reach
 
 
 class MTPCriticModule(HeadsModule, ValueModule):
@@ -80,6 +81,7 @@ class MTPCriticModule(HeadsModule, ValueModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, tokenizer, reward_funcs, **kwargs)
+        check_head_reach(num_mtp_heads, self.max_completion_length, "max_completion_length")
         self.signal["lookahead"] = bootstrap_lookahead
         self.train_heads(
             model,

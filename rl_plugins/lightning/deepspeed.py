@@ -2,6 +2,10 @@
 
 from typing import Any
 
+from rl_plugins.extras import require
+
+require("deepspeed", "deepspeed")
+
 import deepspeed.ops
 import torch
 from lightning.fabric.utilities.seed import reset_seed

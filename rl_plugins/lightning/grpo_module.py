@@ -18,6 +18,7 @@ from rl_plugins.generation.scoring import RewardFunc
 from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.ranks import gather_objects, gather_rows, own_rows, rank, sum_over_ranks
+from rl_plugins.modules.settings import with_numbers
 from rl_plugins.modules.value_tracker import TrackedAdvantages, prompt_key
 from rl_plugins.objectives.group_advantages import (
     GROUPLESS,
@@ -69,7 +70,7 @@ class GRPOModule(OnlineModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, tokenizer, reward_funcs, **kwargs)
-        self.advantage, self.advantage_kwargs = advantage, dict(advantage_kwargs or {})
+        self.advantage, self.advantage_kwargs = advantage, with_numbers(advantage_kwargs or {})
         self.kl_in_reward = kl_in_reward
         check_advantage(advantage, self.advantage_kwargs, self.num_generations)
         self._check_combinations()

@@ -23,10 +23,10 @@ from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.native_mtp_files import save_native_mtp
 from rl_plugins.modules.native_pass import NativePass
 from rl_plugins.modules.native_training import prepare_native_mtp
-from rl_plugins.modules.polyak import PolyakTarget
-from rl_plugins.modules.serialization import find_mtp_heads, prepare_mtp_heads, save_mtp_heads
+from rl_plugins.modules.polyak import PolyakTarget, check_polyak
+from rl_plugins.modules.serialization import check_heads_folder, find_mtp_heads, prepare_mtp_heads, save_mtp_heads
 from rl_plugins.modules.sharding import whole_parameters
-from rl_plugins.objectives.checks import check_at_least, check_unit_interval
+from rl_plugins.objectives.checks import check_at_least, check_whole
 from rl_plugins.objectives.critic import per_head_means
 
 
@@ -82,6 +82,9 @@ class HeadTraining:
             value_grad_scale,
             value_grad_clip,
         )
+        check_whole(num_mtp_heads=num_heads, mtp_inner_size=inner_size)
+        if heads_path is not None:
+            check_heads_folder(heads_path)
         saved = heads_path or (find_mtp_heads(source) if isinstance(source, str) else None)
         self.heads = prepare_mtp_heads(model, num_heads, inner_size=inner_size, path=saved)
         self.draft_only = draft_only
@@ -252,7 +255,7 @@ class HeadsModule(LanguageModule):
         """
         check_at_least(0, head_learning_rate=head_learning_rate)
         check_at_least(1, target_update_every=target_update_every)
-        check_unit_interval(target_tau=target_tau)
+        check_polyak(target_tau=target_tau, target_update_every=target_update_every)
         self.head_learning_rate = head_learning_rate
         self.target_tau, self.target_update_every = target_tau, target_update_every
         self.head_training = HeadTraining(self.model, source, **settings)
@@ -288,9 +291,10 @@ class HeadsModule(LanguageModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The target heads, unless the Trainer has its own; none for native layers."""
+        callbacks = super().configure_callbacks()
         if self.native_training is not None:
-            return []
-        return polyak_callback(self.trainer, self.target_tau, self.target_update_every)
+            return callbacks
+        return callbacks + polyak_callback(self.trainer, self.target_tau, self.target_update_every)
 
     def restore_hooks(self) -> None:
         """The heads run in a hook of the trunk."""

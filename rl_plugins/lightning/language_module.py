@@ -6,16 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
-from rl_plugins.lightning.models import check_same_shapes, load_language_model, load_tokenizer, parameter_shapes
+from rl_plugins.lightning.models import (
+    check_same_shapes,
+    is_model_folder,
+    load_language_model,
+    load_tokenizer,
+    parameter_shapes,
+)
 from rl_plugins.lightning.ranks import gather_objects, rank
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.modules.sources import check_trainable_dtype
 from rl_plugins.objectives.checks import check_at_least
 
 STATE = "rl_plugins"
@@ -23,6 +31,22 @@ STATE = "rl_plugins"
 
 # What transformers' Trainer leaves out of weight decay.
 UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+class CheckpointAdvice(Callback):
+    """Notes on the error of a run that was given a model's folder as `ckpt_path` how to start from it.
+
+    Lightning reads the checkpoint before any hook that knows its path.
+    """
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called for whatever stops a run."""
+        path = trainer.ckpt_path
+        if isinstance(exception, Exception) and path is not None and is_model_folder(path):
+            exception.add_note(
+                f"ckpt_path={str(path)!r} is no checkpoint of Lightning: it is a model, or was written by another "
+                f"trainer. Start from it with {type(pl_module).__name__}(model={str(path)!r}) instead of ckpt_path."
+            )
 
 
 class LanguageModule(LightningModule):
@@ -37,10 +61,12 @@ class LanguageModule(LightningModule):
         warmup_steps: Optimizer steps of linear warm-up.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         model_init_kwargs: For loading a model by its name, such as `{"dtype": "bfloat16"}`; float32 by default.
+        unknown: Nothing; an argument that no module has is refused.
 
     Raises:
-        TypeError: If `model` is no transformers model.
-        ValueError: If the model has no LM head, or a setting is out of range.
+        TypeError: If `model` is no transformers model, a setting is no number, or there is no such setting.
+        FileNotFoundError: If there is no model of that name.
+        ValueError: If the model has no LM head or is an encoder-decoder, or a setting is out of range.
     """
 
     def __init__(
@@ -54,8 +80,15 @@ class LanguageModule(LightningModule):
         warmup_steps: int = 0,
         gradient_checkpointing: bool = False,
         model_init_kwargs: dict[str, Any] | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            presets = " Presets are TRL's hosts': GRPOVariantConfig and PPOConfig of rl_plugins.trl have them. Here, "
+            presets += "name the advantage and the policy_loss."
+            raise TypeError(
+                f"{type(self).__name__} has no argument {', '.join(unknown)}.{presets if 'preset' in unknown else ''}"
+            )
         check_at_least(0, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=warmup_steps)
         self.model = load_language_model(model, model_init_kwargs)
         self.tokenizer = load_tokenizer(tokenizer, model)
@@ -65,6 +98,20 @@ class LanguageModule(LightningModule):
         self.lr_scheduler_type, self.warmup_steps = lr_scheduler_type, warmup_steps
         self._resumed: dict[str, Any] | None = None
         self._dice: dict[str, Any] = {}
+
+    def setup(self, stage: str) -> None:
+        """Look at the precision.
+
+        Raises:
+            ValueError: If weights are to be trained in float16 without a float32 copy.
+        """
+        if stage == "fit" and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            if self.trainer.precision == "16-true":
+                raise ValueError(
+                    "precision='16-true' trains float16 weights without a float32 copy, whose small updates vanish. "
+                    "Use precision='bf16-mixed' or '16-mixed', or DeepSpeed."
+                )
+            check_trainable_dtype(self)
 
     # Optimizer
 
@@ -123,6 +170,10 @@ class LanguageModule(LightningModule):
 
     # Checkpoints
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What says how to start from a model that was given as a checkpoint."""
+        return [CheckpointAdvice()]
+
     def rank_state(self) -> dict[str, Any]:
         """What this rank needs for going on exactly where it was; extend it together with `load_rank_state`."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -143,13 +194,17 @@ class LanguageModule(LightningModule):
         `load_from_checkpoint` for a new run, take the weights only.
 
         Raises:
-            ValueError: If it was written by another architecture.
+            ValueError: If it was written by another module or architecture.
         """
         state = checkpoint.get(STATE)
-        if state is not None:
-            check_same_shapes(state["shapes"], parameter_shapes(self), type(self).__name__)
-            fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-            self._resumed = state if fitting else None
+        if state is None:
+            raise ValueError(
+                "The checkpoint was written by another module than those of rl_plugins.lightning. Export its model "
+                f"with save_pretrained(path), and start from it with {type(self).__name__}(model=path)."
+            )
+        check_same_shapes(state["shapes"], parameter_shapes(self), type(self).__name__)
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        self._resumed = state if fitting else None
 
     def on_train_start(self) -> None:
         """Take over the state of a checkpoint.

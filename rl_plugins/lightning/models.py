@@ -1,12 +1,14 @@
 """Language models inside LightningModules: find them, load them, tell whether two are built alike."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rl_plugins.modules.attach import base_model_of
+from rl_plugins.modules.sources import check_language_model, check_source, check_tokenizer
 
 
 def find_language_model(module: nn.Module) -> nn.Module | None:
@@ -26,17 +28,13 @@ def load_language_model(model: str | nn.Module, init_kwargs: Mapping[str, Any] |
 
     Raises:
         TypeError: If it is no transformers model.
-        ValueError: If it has no LM head.
+        FileNotFoundError: If there is no model of that name.
+        ValueError: If it has no LM head, or is an encoder-decoder.
     """
+    check_language_model(model, init_kwargs)
     loaded: Any = model
     if isinstance(model, str):
         loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "float32", **(init_kwargs or {})})
-    base = base_model_of(loaded)
-    if base.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(base).__name__} has no LM head, so it cannot generate. Load the model with AutoModelForCausalLM, "
-            "not AutoModel."
-        )
     return loaded.train()  # from_pretrained leaves it in evaluation mode, and Lightning keeps it there
 
 
@@ -51,12 +49,20 @@ def load_tokenizer(tokenizer: Any, model: str | nn.Module) -> Any:
         if not tokenizer:
             raise ValueError("Give a tokenizer: this model was not loaded from a folder or the hub.")
     if isinstance(tokenizer, str):
+        check_source("tokenizer", tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    check_tokenizer(tokenizer)
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has neither a pad token nor an end-of-text token: set its pad_token.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def is_model_folder(path: Any) -> bool:
+    """Whether something is a model's folder or file, such as other trainers write, and no checkpoint of Lightning."""
+    folder = Path(path)
+    return folder.suffix == ".safetensors" or any(
+        (folder / name).is_file() for name in ("config.json", "adapter_config.json")
+    )
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from rl_plugins.lightning.callbacks import LightningOnly
 from rl_plugins.lightning.models import find_language_model
 from rl_plugins.modules.balancing_config import BalancingConfig
 from rl_plugins.modules.load_log import LoadLog
@@ -15,7 +16,7 @@ from rl_plugins.modules.router_balancer import RouterBalancer
 from rl_plugins.report.expert_load import LOAD_FILE_NAME, append_load
 
 
-class MoEBalancingCallback(Callback):
+class MoEBalancingCallback(LightningOnly, Callback):
     """Balances the experts of the Hugging Face model inside a LightningModule: by a selection bias, auxiliary losses,
     or both.
 

@@ -18,6 +18,7 @@ from rl_plugins.generation.scoring import (
     as_completions,
     as_reward_funcs,
     call_rewards,
+    check_reward_arguments,
     check_weights,
     prompt_tokens,
     reward_name,
@@ -29,13 +30,22 @@ from rl_plugins.lightning.ranks import mean_over_ranks, rank, sum_over_ranks, wo
 from rl_plugins.lightning.reference import Reference
 from rl_plugins.lightning.rollouts import average_logged, cut_rollout, describe_rollout
 from rl_plugins.lightning.speculation import DraftingModule
-from rl_plugins.objectives.checks import check_at_least
+from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
+from rl_plugins.objectives.checks import (
+    check_above,
+    check_at_least,
+    check_head_reach,
+    check_unit_interval,
+    check_whole,
+)
 from rl_plugins.objectives.online import online_loss
 from rl_plugins.objectives.policy import PolicyLoss
 
 Metrics = dict[str, Tensor]
 
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL: a demonstration is not for the reward functions
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+"""Keyword arguments that every reward function is given, beside the columns."""
 
 
 class OnlineModule(DraftingModule):
@@ -119,10 +129,15 @@ class OnlineModule(DraftingModule):
         super().__init__(model, tokenizer, **kwargs)
         check_at_least(1, num_generations=num_generations, max_completion_length=max_completion_length)
         check_at_least(1, steps_per_generation=steps_per_generation, num_iterations=num_iterations)
-        check_at_least(0, beta=beta)
-        if temperature <= 0.0:
-            raise ValueError(f"temperature must be above 0, got {temperature}: rollouts are sampled.")
+        check_whole(num_generations=num_generations, max_completion_length=max_completion_length)
+        check_whole(steps_per_generation=steps_per_generation, num_iterations=num_iterations)
+        check_at_least(0, beta=beta, entropy_coef=entropy_coef, top_k=top_k, min_p=min_p)
+        check_unit_interval(top_p=top_p)
+        check_above(0, repetition_penalty=repetition_penalty)
+        check_above(0, temperature=temperature)  # rollouts are sampled
         self.reward_funcs = as_reward_funcs(reward_funcs)
+        # Other columns are known when rows are.
+        check_reward_arguments(self.reward_funcs, REWARD_ARGUMENTS, complete=False)
         self.reward_weights = check_weights(reward_weights, len(self.reward_funcs))
         self.num_generations, self.max_completion_length = num_generations, max_completion_length
         self.steps_per_generation, self.num_iterations = steps_per_generation, num_iterations
@@ -140,6 +155,8 @@ class OnlineModule(DraftingModule):
         self.mask_truncated_completions = mask_truncated_completions
         self.reference = Reference(self.model) if beta != 0.0 else None
         if speculative:
+            heads = (speculative_kwargs or {}).get("num_mtp_heads", 1)
+            check_head_reach(heads, max_completion_length, "max_completion_length")
             self.set_up_drafting(model, temperature, speculative_kwargs or {})
         self.last_rollout: Batch = {}
         self.last_extras: dict[str, list[Any]] = {}
@@ -213,6 +230,7 @@ class OnlineModule(DraftingModule):
         self.last_rollout = {}
         if self.decoder is not None:
             self.decoder.last = None  # a `generate` of one's own may do without
+        self._check_rows(rows)
         repeated = [row for row in rows for _ in range(self.num_generations)]
         completions = self.complete([row["prompt"] for row in repeated])
         rewards = self.score(repeated, completions).to(self.device)
@@ -232,6 +250,13 @@ class OnlineModule(DraftingModule):
         self.last_rollout |= {**batch, "scores": scores}
         return batch, metrics
 
+    def _check_rows(self, rows: Sequence[Row]) -> None:
+        """Before anything is generated: can the prompts be rendered, and the reward functions be called?"""
+        check_tokenizer(self.tokenizer, rows[0]["prompt"])
+        if type(self).score is OnlineModule.score:
+            columns = [key for key in rows[0] if key not in NOT_COLUMNS]
+            check_reward_arguments(self.reward_funcs, [*REWARD_ARGUMENTS, *columns])
+
     def complete(self, prompts: Sequence[Any]) -> Completions:
         """Call `generate`; what a subclass of ours does around it."""
         return self.generate(prompts)
@@ -239,9 +264,11 @@ class OnlineModule(DraftingModule):
     def generate(self, prompts: Sequence[Any]) -> Completions:
         """One completion of every prompt (text or messages) by the model's own `generate`. Override it for rollouts
         of your own: tools, another engine, several turns."""
+        prompt_ids = prompt_tokens(self.tokenizer, prompts)
+        check_lengths(prompt_ids, self.max_completion_length, learned_positions(self.model))
         return generate_completions(
             self.model,
-            prompt_tokens(self.tokenizer, prompts),
+            prompt_ids,
             pad_token_id=self.tokenizer.pad_token_id,
             eos=eos_token_ids(self.model, self.tokenizer),
             max_completion_length=self.max_completion_length,
@@ -258,7 +285,15 @@ class OnlineModule(DraftingModule):
         columns["log_metric"] = lambda name, value: self._reward_metrics.setdefault(name, []).append(float(value))
         columns["log_extra"] = lambda column, values: self.last_extras.update({column: list(values)})
         texts = as_completions(self.tokenizer, prompts, ids)
-        return call_rewards(self.reward_funcs, prompts, texts, ids, columns)
+        return call_rewards(self.reward_funcs, prompts, texts, ids, columns, self._moment)
+
+    @property
+    def _moment(self) -> str:
+        """When reward functions are called, for their errors."""
+        if self._trainer is None:
+            return ""
+        step = self.trainer.global_step
+        return f" in step {step + 1}" if self.training else f" in the validation after step {step}"
 
     @abstractmethod
     def add_advantages(self, batch: Batch, scores: Tensor, rows: Sequence[Row]) -> Metrics:

@@ -5,14 +5,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from rl_plugins.lightning.callbacks import LightningOnly
 from rl_plugins.lightning.models import find_language_model
 from rl_plugins.modules.attach import get_mtp_heads
 from rl_plugins.modules.heads import MTPHeads
-from rl_plugins.modules.polyak import PolyakTarget
+from rl_plugins.modules.polyak import PolyakTarget, check_polyak
 from rl_plugins.modules.sharding import whole_parameters
 
 
-class PolyakCallback(Callback):
+class PolyakCallback(LightningOnly, Callback):
     """Keeps a float32 copy of the MTP heads that follows them slowly, `theta' <- tau theta + (1 - tau) theta'`.
 
     ```python
@@ -23,7 +24,7 @@ class PolyakCallback(Callback):
     [`MTPSFTModule`] and [`MTPCriticModule`] bring one along; give the Trainer one of your own to set it otherwise.
 
     Args:
-        tau: Step towards the online heads after every optimizer step, in [0, 1].
+        tau: Step towards the online heads after every optimizer step, above 0 and at most 1.
         period: Copy the online heads every this many optimizer steps instead.
 
     Attributes:
@@ -31,10 +32,11 @@ class PolyakCallback(Callback):
             partitions them, and in Lightning's checkpoints.
 
     Raises:
-        ValueError: When training starts, for settings out of range, or a module without MTP heads.
+        ValueError: For settings out of range; when training starts, for a module without MTP heads.
     """
 
     def __init__(self, tau: float = 0.05, period: int | None = None) -> None:
+        check_polyak(tau=tau, period=period)
         self.tau, self.period = tau, period
         self.target: PolyakTarget | None = None
         self._heads: MTPHeads | None = None

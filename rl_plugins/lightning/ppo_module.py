@@ -15,6 +15,7 @@ from rl_plugins.generation.scoring import RewardFunc
 from rl_plugins.lightning.online_module import Metrics
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.value_module import ValueModule
+from rl_plugins.modules.sources import check_language_model
 from rl_plugins.modules.value_model import (
     CRITIC_ATTRIBUTE,
     ValueModel,
@@ -78,6 +79,7 @@ class PPOModule(ValueModule):
         value_loss_type: str = "clipped",
         **kwargs: Any,
     ) -> None:
+        check_language_model(model, kwargs.get("model_init_kwargs"))  # before its trunk is copied or loaded
         critic = make_value_model(
             value_model,
             model,

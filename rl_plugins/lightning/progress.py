@@ -5,11 +5,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from rl_plugins.lightning.callbacks import LightningOnly
+
 SHOWN = 4
 """Tokens between two refreshes during a rollout."""
 
 
-class RolloutProgressBar(TQDMProgressBar):
+class RolloutProgressBar(LightningOnly, TQDMProgressBar):
     """Lightning's progress bar that moves during rollouts, too: the number of tokens so far is behind the description.
 
     ```python

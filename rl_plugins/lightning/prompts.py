@@ -8,6 +8,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from rl_plugins.objectives.checks import check_at_least
+
 Row = Mapping[str, Any]
 
 
@@ -29,9 +31,36 @@ def rows_of(batch: Any) -> list[Row]:
             f"A batch must be a list of rows or a dictionary of columns, got {type(batch).__name__}. Use "
             "PromptDataModule(dataset), or DataLoader(dataset, collate_fn=list)."
         )
-    if not batch or any("prompt" not in row for row in batch):
-        raise ValueError("Every row of a batch needs a `prompt`, and there must be at least one row.")
+    if not batch:
+        raise ValueError("A batch needs at least one row.")
+    for row in batch:
+        if "prompt" not in row:
+            raise ValueError(f"Every row of a batch needs a `prompt`, and one has only {', '.join(row) or 'nothing'}.")
     return list(batch)
+
+
+def check_rows(name: str, dataset: Any) -> None:
+    """Refuse a dataset without rows.
+
+    Args:
+        name: Of the setting.
+        dataset: Rows with a length.
+
+    Raises:
+        TypeError: If it is no sequence of rows.
+        ValueError: If it is empty.
+    """
+    if isinstance(dataset, str | Mapping) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"{name} must be a sequence of rows, such as a list of dictionaries or a datasets.Dataset, got "
+            f"{type(dataset).__name__}."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty. Give it at least one row.")
+    if not isinstance(dataset[0], Mapping):
+        raise TypeError(
+            f"The rows of {name} must be dictionaries such as {{'prompt': ...}}, got {type(dataset[0]).__name__}."
+        )
 
 
 class RepeatSampler(DistributedSampler):
@@ -124,7 +153,8 @@ class PromptDataModule(LightningDataModule):
         seed: Of that order.
 
     Raises:
-        ValueError: If the dataset is smaller than one batch on every rank.
+        TypeError: If a dataset is no sequence of rows.
+        ValueError: If it is empty, or smaller than one batch on every rank.
     """
 
     def __init__(
@@ -138,6 +168,10 @@ class PromptDataModule(LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_rows("train_dataset", train_dataset)
+        if eval_dataset is not None:
+            check_rows("eval_dataset", eval_dataset)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.shuffle, self.seed = shuffle, seed

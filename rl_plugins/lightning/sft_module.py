@@ -18,7 +18,7 @@ from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks, world_si
 from rl_plugins.modules.head_pass import HeadPass
 from rl_plugins.modules.native_training import check_native_settings, check_no_rewards
 from rl_plugins.modules.polyak import PolyakTarget
-from rl_plugins.objectives.checks import check_at_least, check_choice, check_unit_interval
+from rl_plugins.objectives.checks import check_at_least, check_choice, check_head_reach, check_unit_interval
 from rl_plugins.objectives.critic import (
     ESTIMATORS,
     critic_targets,
@@ -112,6 +112,7 @@ class MTPSFTModule(HeadsModule):
     ) -> None:
         super().__init__(model, tokenizer, learning_rate=learning_rate, **kwargs)
         check_at_least(2, max_length=max_length)
+        check_head_reach(num_mtp_heads, max_length - 1, "max_length - 1")
         check_choice("advantage_estimator", advantage_estimator, ESTIMATORS)
         check_choice("value_loss_type", value_loss_type, tuple(value_losses()))
         check_unit_interval(gamma=gamma, lam_value=lam_value)

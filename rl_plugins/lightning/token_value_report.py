@@ -5,10 +5,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rl_plugins.lightning.callbacks import LightningOnly
 from rl_plugins.report.token_values import traces_from_rollout, write_token_values_html
 
 
-class TokenValueReport(Callback):
+class TokenValueReport(LightningOnly, Callback):
     """Writes `token_values.html` after every validation and at the end: the newest completions of the first rank,
     coloured by the critic's values and temporal-difference errors.
 

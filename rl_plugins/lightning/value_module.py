@@ -17,7 +17,7 @@ from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.ranks import sum_over_ranks
 from rl_plugins.modules.warmup import pause_weight_decay
-from rl_plugins.objectives.checks import check_at_least, check_choice, check_unit_interval
+from rl_plugins.objectives.checks import check_above, check_at_least, check_choice, check_unit_interval
 from rl_plugins.objectives.critic import (
     ESTIMATORS,
     SCALINGS,
@@ -83,10 +83,7 @@ class ValueModule(OnlineModule):
         check_choice("value_loss_type", value_loss_type, tuple(value_losses()))
         check_unit_interval(gamma=gamma, lam_policy=lam_policy, lam_value=lam_value)
         check_at_least(0, value_loss_coef=value_loss_coef, value_warmup_steps=value_warmup_steps)
-        if length_adaptive_alpha is not None and length_adaptive_alpha <= 0:
-            raise ValueError(f"length_adaptive_alpha must be above 0, got {length_adaptive_alpha}.")
-        if value_clip_range <= 0:
-            raise ValueError(f"value_clip_range must be above 0, got {value_clip_range}.")
+        check_above(0, length_adaptive_alpha=length_adaptive_alpha, value_clip_range=value_clip_range)
         if len(reward_range) != 2 or reward_range[0] >= reward_range[1]:
             raise ValueError(f"reward_range must be (smallest, largest), got {reward_range}.")
         if kl_in_reward and self.beta == 0.0:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from rl_plugins.functional.routing import BiasRule, Scoring
+from rl_plugins.modules.settings import settle_numbers
 
 BalanceBatch = Literal["local", "accumulated", "global"]
 AuxLossType = Literal["layer", "pooled", "sequence"]
@@ -11,7 +12,7 @@ AuxLossType = Literal["layer", "pooled", "sequence"]
 
 @dataclass(frozen=True)
 class BalancingConfig:
-    """Settings of [`RouterBalancer`]: a selection bias, auxiliary losses, or both. With neither it only counts.
+    """Settings of [`RouterBalancer`]: a selection bias, auxiliary losses, or both; or neither, and it only counts.
 
     Args:
         rate: Step u of the selection bias per optimizer step (2408.15664, algorithm 1), in the units of the router's
@@ -29,9 +30,11 @@ class BalancingConfig:
         batch: What the load f of the auxiliary loss is counted over: this micro-batch of this rank, the micro-batches
             since the last optimizer step, or those of all ranks (2501.11873).
         scoring: How logits become affinities, where the router's code does not tell.
+        count_only: Count and log the load, and balance nothing; goes with `rate=0` and no loss.
 
     Raises:
-        ValueError: For a value out of range, or a schedule that never starts.
+        TypeError: For a value that is no number.
+        ValueError: For a value out of range, a schedule that never starts, or `rate=0` without a loss.
     """
 
     rate: float = 1e-3
@@ -43,8 +46,10 @@ class BalancingConfig:
     z_loss_coef: float = 0.0
     batch: BalanceBatch = "local"
     scoring: Scoring | None = None
+    count_only: bool = False
 
     def __post_init__(self) -> None:
+        settle_numbers(self)
         for name in ("rate", "aux_loss_coef", "z_loss_coef"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 (off) or more.")
@@ -60,6 +65,13 @@ class BalancingConfig:
             )
         if self.batch != "local" and self.aux_loss_type == "sequence":
             raise ValueError(f"batch={self.batch!r}: the loss per sequence is counted over one sequence; use 'local'.")
+        if self.count_only == (self.rate > 0.0 or self.has_loss):
+            raise ValueError(
+                "count_only=True balances nothing: set rate=0 and leave the losses at 0, or drop it."
+                if self.count_only
+                else "rate=0 without a loss balances nothing. Give rate > 0 (such as 1e-3), aux_loss_coef > 0 or "
+                "z_loss_coef > 0, or count_only=True to log the load of the experts only."
+            )
 
     @property
     def has_loss(self) -> bool:

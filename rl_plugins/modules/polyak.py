@@ -2,12 +2,43 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rl_plugins.functional.averaging import periodic_update, polyak_update
 from rl_plugins.modules.heads import MTPHeads
+from rl_plugins.modules.settings import check_number
+
+TARGET_NAME = "polyak_target.safetensors"
+"""File of the target heads in a checkpoint."""
+
+
+def check_polyak(**settings: Any) -> None:
+    """Refuse target heads that would never follow the online heads, or not as they should.
+
+    Args:
+        settings: Step of the moving average and steps between copies, in this order, by the names that the user knows
+            them under.
+
+    Raises:
+        TypeError: If one is no number.
+        ValueError: If the step is outside [0, 1], or 0 without a period, or the period is below 1.
+    """
+    (tau_name, tau), (period_name, period) = settings.items()
+    check_number(tau_name, tau)
+    if not 0.0 <= tau <= 1.0:
+        raise ValueError(f"{tau_name} must be in [0, 1], got {tau}.")
+    if period is not None:
+        check_number(period_name, period)
+        if period < 1:
+            raise ValueError(f"{period_name} must be at least 1 step, got {period}; use None for the moving average.")
+    elif tau == 0.0:
+        raise ValueError(
+            f"{tau_name}=0 never moves the target heads: all values would bootstrap from the first ones. Set it above "
+            f"0, such as 0.05, or copy the online heads every {period_name} steps."
+        )
 
 
 class PolyakTarget(nn.Module):
@@ -21,19 +52,16 @@ class PolyakTarget(nn.Module):
 
     Args:
         heads: Online heads with full (gathered) weights.
-        tau: Step of the moving average in [0, 1].
+        tau: Step of the moving average, above 0 and at most 1.
         period: Copy every this many steps instead of averaging.
 
     Raises:
-        ValueError: If `tau` is outside [0, 1] or `period` is below 1.
+        ValueError: If `tau` is out of range, or `period` is below 1.
     """
 
     def __init__(self, heads: MTPHeads, *, tau: float = 0.05, period: int | None = None) -> None:
         super().__init__()
-        if not 0.0 <= tau <= 1.0:
-            raise ValueError(f"tau must be in [0, 1], got {tau}.")
-        if period is not None and period < 1:
-            raise ValueError(f"period must be at least 1 step, got {period}; use None for the moving average.")
+        check_polyak(tau=tau, period=period)
         self.tau, self.period = tau, period
         # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
         skip = {id(heads.trunk_hook): None, id(heads.tap): None}

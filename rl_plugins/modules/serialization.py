@@ -83,6 +83,22 @@ def _heads_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def check_heads_folder(directory: str | Path) -> None:
+    """Refuse a folder without heads.
+
+    Raises:
+        FileNotFoundError: If it is not there, or holds none.
+    """
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"No {HEADS_WEIGHTS_NAME} in {directory}: there is no such folder. Check the path.")
+    if not has_mtp_heads_file(directory):
+        raise FileNotFoundError(
+            f"No {HEADS_WEIGHTS_NAME} in {directory}: what is there was written by another trainer, or is a plain "
+            "model. Start from it with model=<path>, which gets new heads, or give a folder in which MTPSFTTrainer or "
+            "MTPCriticTrainer saved theirs."
+        )
+
+
 def read_mtp_heads(directory: str | Path) -> tuple[MTPHeadsConfig, dict[str, Tensor]]:
     """Read config and weights of the heads in `directory`.
 
@@ -90,11 +106,7 @@ def read_mtp_heads(directory: str | Path) -> tuple[MTPHeadsConfig, dict[str, Ten
         FileNotFoundError: If they are not there.
     """
     path = Path(directory)
-    if not has_mtp_heads_file(path):
-        raise FileNotFoundError(
-            f"No {HEADS_WEIGHTS_NAME} in {path}. Train heads with MTPSFTTrainer or MTPCriticTrainer and save them "
-            "there, or attach new ones with attach_mtp_heads(model)."
-        )
+    check_heads_folder(path)
     config = MTPHeadsConfig(**json.loads((path / HEADS_CONFIG_NAME).read_text()))
     return config, load_file(path / HEADS_WEIGHTS_NAME)
 

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from rl_plugins.modules.attach import add_submodule, base_model_of, remove_submodule, trunk_of
 from rl_plugins.modules.heads import ValueHead
 from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.modules.sources import check_source
 from rl_plugins.modules.trunk_tap import is_registered
 
 CRITIC_ATTRIBUTE = "value_model"
@@ -104,8 +105,8 @@ class ValueModel(nn.Module):
         """
         if not is_value_model_folder(path):
             raise FileNotFoundError(
-                f"{path} has no {HEAD_NAME}: it was not written by PPOTrainer. Resume from a checkpoint that was, or "
-                "start a new run from it with model=... instead of resume_from_checkpoint."
+                f"{path} has no {HEAD_NAME}: the checkpoint was written by another trainer than PPOTrainer. Start "
+                "from it with model=<path> instead of resume_from_checkpoint."
             )
         saved = type(self).from_pretrained(path, dtype=self.trunk.dtype)
         self.load_state_dict(saved.state_dict())
@@ -228,6 +229,7 @@ def make_value_model(
         if find_head(policy, **{**kwargs, "subfolder": CRITIC_ATTRIBUTE}) is not None:
             kwargs["subfolder"] = CRITIC_ATTRIBUTE
     if isinstance(source, str):
+        check_source("value_model", source)
         return ValueModel.from_pretrained(source, **kwargs)
     model = policy if source is None else source
     if isinstance(model, PreTrainedModel):

@@ -15,6 +15,7 @@ from rl_plugins.functional.group_losses import gvpo
 from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments
 from rl_plugins.functional.policy_losses import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
 from rl_plugins.functional.trust_region_losses import bapo, cpgd, dppo
+from rl_plugins.modules.settings import with_numbers
 
 PolicyFunction = Callable[..., Tensor]
 """`(logps, old_logps, advantages, mask, **options) -> loss per token`, all (B, T)."""
@@ -90,6 +91,7 @@ class PolicyLoss:
                 f"The policy loss {self.name!r} has no option {', '.join(map(repr, unknown))}; it has "
                 f"{', '.join(valid) or 'none'}."
             )
+        object.__setattr__(self, "options", with_numbers(self.options))
         self._try_options()
 
     def _try_options(self) -> None:

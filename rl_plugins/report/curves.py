@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rl_plugins.extras import require
+
 # matplotlib comes with an extra that training does not need, and the trainers write files that this layer reads:
 # functions that draw import it themselves.
 if TYPE_CHECKING:
@@ -231,6 +233,7 @@ def _new_figure(rows: int, columns: int, has_title: bool, has_marks: bool) -> Fi
 
 def new_figure(width: float, height: float) -> Figure:
     """A white figure of so many inches whose layout makes room for what is drawn."""
+    require("report", "matplotlib.figure")
     from matplotlib.figure import Figure
 
     # Not pyplot: nothing global (backend, list of open figures) changes in the caller's process.

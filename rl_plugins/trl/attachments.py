@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.heads import MTPHeads
-from rl_plugins.modules.serialization import find_mtp_heads, load_mtp_heads, prepare_mtp_heads, save_mtp_heads
+from rl_plugins.modules.serialization import (
+    HEADS_WEIGHTS_NAME,
+    check_heads_folder,
+    find_mtp_heads,
+    load_mtp_heads,
+    prepare_mtp_heads,
+    save_mtp_heads,
+)
 from rl_plugins.trl.base import PluginTrainer
 
 
@@ -27,6 +34,7 @@ class Attachment:
         save: Writes it: `save(model, directory, state_dict=...)`, from the whole model's `state_dict` where the host
             gathered one.
         load: Reads what `save` wrote: `load(model, directory)`.
+        file: One of those that `save` writes, by which a checkpoint is recognised; `None` where they are the model's.
     """
 
     name: str
@@ -34,6 +42,7 @@ class Attachment:
     learning_rate: float | None
     save: Callable[..., Any]
     load: Callable[..., Any]
+    file: str | None = None
 
 
 class AttachmentTrainer(PluginTrainer):
@@ -68,6 +77,12 @@ class AttachmentTrainer(PluginTrainer):
         return optimizer
 
     # Saving and loading
+
+    def _own_files(self) -> dict[str, bool]:
+        # DeepSpeed and FSDP have everything in the engine's own files.
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        files = [attachment.file for attachment in self._attachments]
+        return super()._own_files() | {file: not sharded for file in files if file is not None}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # A copy, since save_pretrained deletes our keys from the dictionary that it is given.
@@ -115,6 +130,7 @@ def _split_groups(optimizer: torch.optim.Optimizer, module: nn.Module, learning_
 def find_saved_heads(model: Any, args: Any) -> str | None:
     """Directory of saved heads that a run should start from: the one given, or the model's own."""
     if args.mtp_heads_path is not None:
+        check_heads_folder(args.mtp_heads_path)
         return args.mtp_heads_path
     if not isinstance(model, str):
         return None
@@ -131,5 +147,6 @@ def attach_heads(trainer: AttachmentTrainer, saved_heads: str | None) -> MTPHead
     heads = prepare_mtp_heads(
         trainer.model, args.num_mtp_heads, inner_size=args.mtp_inner_size, path=saved_heads, seed=args.seed
     )
-    trainer._attach(Attachment(HEADS_ATTRIBUTE, heads, args.head_learning_rate, save_mtp_heads, load_mtp_heads))
+    rate = args.head_learning_rate
+    trainer._attach(Attachment(HEADS_ATTRIBUTE, heads, rate, save_mtp_heads, load_mtp_heads, HEADS_WEIGHTS_NAME))
     return heads

@@ -1,19 +1,31 @@
 """What all our trainers share: how they log, weigh terms of the loss, read checkpoints, and balance experts."""
 
+import inspect
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch.distributed import is_initialized
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl.trainer.base_trainer import _BaseTrainer
 
 from rl_plugins.functional.masking import masked_moments
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.head_pass import HeadPass
 from rl_plugins.modules.native_pass import NativePass
+from rl_plugins.modules.polyak import TARGET_NAME
+from rl_plugins.modules.serialization import HEADS_WEIGHTS_NAME
+from rl_plugins.modules.sources import check_trainable_dtype
+from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE, HEAD_NAME
 from rl_plugins.objectives.critic import per_head_means, value_loss, value_losses
+from rl_plugins.trl.inputs import check_callback, check_inputs
 from rl_plugins.trl.moe_callback import MoEBalancingCallback
+
+# By which checkpoints of our own trainers are told from one another.
+MARKS = (HEADS_WEIGHTS_NAME, TARGET_NAME, f"{CRITIC_ATTRIBUTE}/{HEAD_NAME}", "rollout_0.pt")
 
 
 class PluginTrainer(_BaseTrainer):
@@ -27,8 +39,74 @@ class PluginTrainer(_BaseTrainer):
     _are_weights_renamed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        host = super().__init__
+        given = inspect.signature(host).bind(*args, **kwargs).arguments
+        check_inputs(given, given["args"])
+        host(*args, **kwargs)
+        if not self.is_deepspeed_enabled:  # whose engine keeps float32 copies
+            check_trainable_dtype(self.model)
         self._connect_balancing()
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, if it is one of transformers' `Trainer`.
+
+        Raises:
+            TypeError: If it is of another host.
+        """
+        check_callback(callback)
+        super().add_callback(callback)
+
+    # Resuming
+
+    def _own_files(self) -> dict[str, bool]:
+        """Files that this trainer writes into a checkpoint, beside those of the host, and whether they have to be
+        there."""
+        return {}
+
+    def _check_checkpoint(self, directory: Path) -> None:
+        """Refuse a folder that this trainer cannot resume from, before anything is loaded.
+
+        Raises:
+            FileNotFoundError: If it is not there, is no checkpoint, or was written by another trainer.
+        """
+        given = f"resume_from_checkpoint={str(directory)!r}"
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{given}: there is no such folder. Check the path.")
+        instead = f"Start from it with model={str(directory)!r} instead of resume_from_checkpoint."
+        if not (directory / TRAINER_STATE_NAME).is_file():
+            raise FileNotFoundError(
+                f"{given} is a model, or was written by another trainer: it has no {TRAINER_STATE_NAME}. {instead}"
+            )
+        own = self._own_files()
+        missing = [name for name, needed in own.items() if needed and not (directory / name).is_file()]
+        foreign = [name for name in MARKS if name not in own and (directory / name).is_file()]
+        if missing or foreign:
+            signs = [f"it has no {', '.join(missing)}"] if missing else []
+            signs += [f"it has {', '.join(foreign)}"] if foreign else []
+            raise FileNotFoundError(
+                f"{given} was written by another trainer than this {type(self).__name__}, or with other settings: "
+                f"{' and '.join(signs)}. {instead}"
+            )
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, after a look at the launcher and the checkpoint to resume from.
+
+        Raises:
+            FileNotFoundError: If the checkpoint is not there, or was written by another trainer.
+            ValueError: If DeepSpeed is asked for in a process that no launcher has started.
+        """
+        launched = is_initialized() or "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
+        if self.is_deepspeed_enabled and not launched:
+            raise ValueError(
+                "DeepSpeed needs a launcher, even for one process, and this one was started without. Run the script "
+                "with `accelerate launch`, `torchrun` or `deepspeed`, or leave out the DeepSpeed config."
+            )
+        found, written = resume_from_checkpoint, Path(self.args.output_dir)
+        if found is True:
+            found = get_last_checkpoint(written) if written.is_dir() else None
+        if found:
+            self._check_checkpoint(Path(found))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _connect_balancing(self) -> None:
         """Put balancing callbacks where trackers and vLLM hear of them, and compute the router loss where the host
@@ -42,9 +120,12 @@ class PluginTrainer(_BaseTrainer):
             self.aux_loss_enabled = config.output_router_logits = False
             if any(callback.config.aux_loss_coef > 0.0 for callback in given):
                 raise ValueError("Give either router_aux_loss_coef or MoEBalancingCallback(aux_loss_coef=...).")
-            callback = given[0] if given else MoEBalancingCallback(rate=0.0, record_load=False)
+            coef = self.router_aux_loss_coef
             try:
-                callback.add_loss(self.router_aux_loss_coef).add_to(self)
+                if given:
+                    given[0].add_loss(coef).add_to(self)
+                else:
+                    MoEBalancingCallback(rate=0.0, aux_loss_coef=coef, record_load=False).add_to(self)
             except (TypeError, ValueError) as error:
                 error.add_note("Or set router_aux_loss_coef=0.0 to train without a router loss.")
                 raise

@@ -6,7 +6,27 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class PolyakCallback(TrainerCallback):
+class TrainerOnly:
+    """A callback of transformers' `Trainer` that Lightning's refuses with a hint, when it is given to it."""
+
+    @property
+    def state_key(self) -> str:
+        """Lightning's Trainer asks a callback that has `state_dict` for this when it is made.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} of rl_plugins.trl is a callback of transformers' Trainer. Import the one for "
+            "Lightning from rl_plugins.lightning."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; transformers does not ask for it."""
+        return {}
+
+
+class PolyakCallback(TrainerOnly, TrainerCallback):
     """Moves target heads after every optimizer step.
 
     Under DeepSpeed the engine steps inside `backward`, so only the end of the step is after the update everywhere.

@@ -4,13 +4,17 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from rl_plugins.objectives.checks import check_head_reach
 from rl_plugins.trl.heads_config import MTPHeadsArguments
 from rl_plugins.trl.host import require_tested_trl
+from rl_plugins.trl.inputs import settle_options
+from rl_plugins.trl.policy_config import field_default
+from rl_plugins.trl.presets import NamedArguments
 from rl_plugins.trl.value_config import OnlineValueArguments
 
 
 @dataclass
-class MTPCriticConfig(MTPHeadsArguments, OnlineValueArguments, GRPOConfig):
+class MTPCriticConfig(NamedArguments, MTPHeadsArguments, OnlineValueArguments, GRPOConfig):
     r"""
     Configuration class for the [`MTPCriticTrainer`].
 
@@ -21,7 +25,8 @@ class MTPCriticConfig(MTPHeadsArguments, OnlineValueArguments, GRPOConfig):
         > Parameters that control the critic
 
         use_critic (`bool`, *optional*, defaults to `True`):
-            Whether to use the critic at all. `False` is stock GRPO (and needs `num_generations >= 2`).
+            Whether to use the critic at all. `False` is stock GRPO, with its default of `num_generations` (it needs
+            at least 2).
 
         > Parameters that control the phasic mode
 
@@ -53,8 +58,11 @@ class MTPCriticConfig(MTPHeadsArguments, OnlineValueArguments, GRPOConfig):
 
     def __post_init__(self) -> None:
         require_tested_trl()
+        settle_options(self)
         if self.use_critic:
             self._check_critic_arguments()
+        elif self.num_generations == 1:
+            self._settle_generations()
         super().__post_init__()
         if self.phasic_every:
             self._check_phasic_alignment()
@@ -62,9 +70,19 @@ class MTPCriticConfig(MTPHeadsArguments, OnlineValueArguments, GRPOConfig):
             # The heads run in every forward; looking for unused parameters marks them ready twice.
             self.ddp_find_unused_parameters: bool | None = False
 
+    def _settle_generations(self) -> None:
+        """Without a critic, TRL's number of completions per prompt, unless one was asked for."""
+        if self.is_named("num_generations"):
+            raise ValueError(
+                "use_critic=False is stock GRPO, which compares at least 2 generations per prompt, but "
+                "num_generations is 1. Set it to 2 or more, or leave it out for TRL's default."
+            )
+        self.num_generations = field_default(GRPOConfig, "num_generations")
+
     def _check_critic_arguments(self) -> None:
         self.check_heads_arguments()
         self.check_online_value_arguments()
+        check_head_reach(self.num_mtp_heads, self.max_completion_length, "max_completion_length")
         for name in ("phasic_every", "phasic_kl_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from rl_plugins.objectives.checks import check_at_least, check_unit_interval
+from rl_plugins.modules.polyak import check_polyak
+from rl_plugins.objectives.checks import check_at_least
 from rl_plugins.trl.speculative_config import TokenHeadsArguments
 from rl_plugins.trl.value_config import ValueArguments
 
@@ -26,7 +27,7 @@ class MTPHeadsArguments(ValueArguments, TokenHeadsArguments):
         > Parameters that control the target heads
 
         target_tau (`float`, *optional*, defaults to `0.05`):
-            Step of the target heads towards the online heads after every optimizer step.
+            Step of the target heads towards the online heads after every optimizer step, above 0 and at most 1.
         target_update_every (`int`, *optional*):
             Copy the online heads every this many steps instead of averaging.
         bootstrap_lookahead (`bool`, *optional*, defaults to `False`):
@@ -58,11 +59,11 @@ class MTPHeadsArguments(ValueArguments, TokenHeadsArguments):
         """
         self.check_value_arguments()
         self.check_token_heads()
-        check_unit_interval(target_tau=self.target_tau)
+        check_at_least(1, target_update_every=self.target_update_every)
+        check_polyak(target_tau=self.target_tau, target_update_every=self.target_update_every)
         if getattr(self, "fp16", False) and self.value_grad_clip is not None:
             raise ValueError(
                 "value_grad_clip does not know the loss scale of fp16 and would clamp every token. Use bf16=True, or "
                 "set value_grad_clip=None."
             )
-        check_at_least(1, target_update_every=self.target_update_every)
         check_at_least(0, value_grad_scale=self.value_grad_scale, value_grad_clip=self.value_grad_clip)

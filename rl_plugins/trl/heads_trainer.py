@@ -22,12 +22,12 @@ from rl_plugins.modules import (
     save_native_mtp,
 )
 from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.modules.polyak import TARGET_NAME
 from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.modules.sources import check_language_model
 from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.host import gather_lm_head, require_tested_trl
-
-TARGET_NAME = "polyak_target.safetensors"
 
 
 def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any:
@@ -35,14 +35,21 @@ def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any
 
     Raises:
         ImportError: If TRL is outside the tested range.
-        TypeError: If `args` is not of `config_class`.
+        TypeError: If `args` is not of `config_class`, or `model` is none.
+        FileNotFoundError: If there is no model of that name.
+        ValueError: If the model cannot be trained as a causal language model.
     """
     require_tested_trl()
+    init_kwargs = getattr(args, "model_init_kwargs", None)
+    check_language_model(model, init_kwargs if isinstance(init_kwargs, dict) else None)
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{name.split('/')[-1]}-{suffix}")
     if not isinstance(args, config_class):
-        raise TypeError(f"args must be of type {config_class.__name__}, got {type(args).__name__}.")
+        raise TypeError(
+            f"args must be of type {config_class.__name__}, got {type(args).__name__}. Give the options to "
+            f"{config_class.__name__}(...), which takes those of its host, too."
+        )
     return args
 
 
@@ -146,6 +153,9 @@ class MTPHeadsTrainer(AttachmentTrainer):
 
     # Saving and loading
 
+    def _own_files(self) -> dict[str, bool]:
+        return super()._own_files() | ({} if self.mtp_heads is None else {TARGET_NAME: True})
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # Ours first: a checkpoint that has the host's files is then whole, even if the job dies in between.
         if self.mtp_heads is not None:
@@ -160,10 +170,4 @@ class MTPHeadsTrainer(AttachmentTrainer):
         # Called on every backend, while DeepSpeed skips _load_from_checkpoint.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.mtp_heads is not None:
-            path = Path(checkpoint) / TARGET_NAME
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{checkpoint} has no {TARGET_NAME}: it was not written by this trainer. Resume from a checkpoint "
-                    "that was, or start a new run from it with model=... instead of resume_from_checkpoint."
-                )
-            self.polyak_target.load_state_dict(load_file(path))
+            self.polyak_target.load_state_dict(load_file(Path(checkpoint) / TARGET_NAME))

@@ -15,10 +15,11 @@ from rl_plugins.modules.balancing_config import BalancingConfig
 from rl_plugins.modules.load_log import LoadLog
 from rl_plugins.modules.router_balancer import RouterBalancer, get_router_balancer
 from rl_plugins.report.expert_load import LOAD_FILE_NAME, append_load
+from rl_plugins.trl.callbacks import TrainerOnly
 from rl_plugins.trl.host import own_router_loss, stream_biases_to_vllm
 
 
-class MoEBalancingCallback(TrainerCallback, ExportableState):
+class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
     """Balances the experts of the model that a `Trainer` trains: by a selection bias, auxiliary losses, or both.
 
     ```python
@@ -68,7 +69,7 @@ class MoEBalancingCallback(TrainerCallback, ExportableState):
 
     def add_loss(self, coef: float) -> "MoEBalancingCallback":
         """Add the auxiliary loss with a coefficient to what the callback does already."""
-        self.config = dataclasses.replace(self.config, aux_loss_coef=coef)
+        self.config = dataclasses.replace(self.config, aux_loss_coef=coef, count_only=False)
         self._detach()
         return self
 

@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from datasets import Dataset
 from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from rl_plugins.functional.mtp import completion_labels, completion_states
+from rl_plugins.generation.scoring import checked, list_reward_funcs
 from rl_plugins.generation.speculative import SpeculativeDecoder, speculating
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.modules.heads import MTPHeads
+from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
 from rl_plugins.objectives.online import draft_metrics
 from rl_plugins.objectives.policy import clip_shares, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
 from rl_plugins.trl.host import gather_lm_head
-from rl_plugins.trl.rewards import naming
 
 Batch = dict[str, Any]
 
@@ -40,11 +42,12 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
     """
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any, *host_args: Any, **host_kwargs: Any) -> None:
-        if isinstance(reward_funcs, list):
-            reward_funcs = [naming(func) for func in reward_funcs]
-        else:
-            reward_funcs = naming(reward_funcs)
-        super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
+        # A copy, since the host puts loaded reward models in place of their paths.
+        super().__init__(model, list_reward_funcs(reward_funcs), args, *host_args, **host_kwargs)
+        rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else [{"prompt": None}]
+        processor = self.processing_class
+        check_tokenizer(self._tokenizer, None if getattr(processor, "chat_template", None) else rows[0]["prompt"])
+        self._positions = learned_positions(self.model)
         self._policy_loss = args.make_policy_loss()
         self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         self._scores: Tensor | None = None
@@ -74,11 +77,13 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost, values=False)
             self.decoder.check(self.model)
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if not self.use_vllm:  # whose engine has limits of its own
+            check_lengths(prompt_ids, self.max_completion_length, self._positions)
         if self.decoder is None:
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with speculating(self.model, self.decoder):
-            result = super()._generate_single_turn(*args, **kwargs)
+            result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         output, self.decoder.recorder = self.decoder.last, None
         assert output is not None and output.statistics is not None
         self._draft_counts.append(torch.tensor(output.statistics.counts, device=self.accelerator.device))
@@ -117,8 +122,23 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
 
     # Rewards
 
+    @contextmanager
+    def _checked_rewards(self, num_completions: int) -> Iterator[None]:
+        """Put stand-ins that check arguments and results in place of the reward functions inside the block."""
+        given, step = self.reward_funcs, self.state.global_step
+        moment = f" in step {step + 1}" if self.model.training else f" in the evaluation after step {step}"
+        self.reward_funcs: list[Any] = [
+            func if isinstance(func, nn.Module) else checked(func, name, num_completions, moment)
+            for func, name in zip(given, self.reward_func_names, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            self.reward_funcs = given
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._checked_rewards(len(prompts)):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         infinite = rewards.isinf()
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         unusable = rewards.isnan().all(dim=1) | infinite.any(dim=1)
@@ -307,6 +327,18 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         if self.decoder is not None and state.get("draft_length"):
             self.decoder.load_state_dict(state["draft_length"])
 
+    def _own_files(self) -> dict[str, bool]:
+        return {**super()._own_files(), self._rollout_file(Path()).name: True}
+
+    def _check_checkpoint(self, directory: Path) -> None:
+        path = self._rollout_file(directory)
+        if not path.is_file() and any(directory.glob(path.with_stem("rollout_*").name)):
+            raise FileNotFoundError(
+                f"{directory} has no {path.name}. Resume with as many processes as wrote the checkpoint, from storage "
+                "that all of them see."
+            )
+        super()._check_checkpoint(directory)
+
     def _rollout_file(self, directory: Path) -> Path:
         return directory / f"rollout_{self.accelerator.process_index}.pt"
 
@@ -322,11 +354,6 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         if checkpoint is None:
             return
         path = self._rollout_file(Path(checkpoint))
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{checkpoint} has no {path.name}. Resume with as many processes as wrote the checkpoint, from "
-                "storage that all of them see."
-            )
         # Not map_location=device: torch does not know the "cpu:0" that accelerate names a rank's CPU.
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._load_rollout_state(send_to_device(state, self.accelerator.device))

@@ -14,6 +14,7 @@ from rl_plugins.functional.mtp import completion_states
 from rl_plugins.generation.batches import reordered
 from rl_plugins.modules.value_model import (
     CRITIC_ATTRIBUTE,
+    HEAD_NAME,
     ValueModel,
     attach_value_model,
     load_value_model,
@@ -109,7 +110,8 @@ class PPOTrainer(ValueTrainer):
         if args.gradient_checkpointing:
             critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         rate = args.value_learning_rate
-        self._attach(Attachment(CRITIC_ATTRIBUTE, critic, rate, save_value_model, load_value_model))
+        file = f"{CRITIC_ATTRIBUTE}/{HEAD_NAME}"
+        self._attach(Attachment(CRITIC_ATTRIBUTE, critic, rate, save_value_model, load_value_model, file))
         self._set_up_rollouts()
         self._new_values: Tensor | None = None
         if self.use_vllm:

@@ -103,17 +103,31 @@ PPO_PRESETS: dict[str, Preset] = {
         "value_loss_type": "squared",
     },
 }
+WITH_PRESETS = (
+    f"GRPOVariantConfig(preset=...) has {', '.join(GRPO_PRESETS)}; PPOConfig(preset=...) has {', '.join(PPO_PRESETS)}."
+)
 
 
 class NamedArguments:
-    """A config that knows which fields the caller named, so that a preset leaves them alone, whatever their value."""
+    """A config that knows which fields the caller named, so that a preset leaves them alone, whatever their value.
+
+    Raises:
+        TypeError: For a preset where there are none.
+    """
 
     _named: frozenset[str] = frozenset()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if "preset" in kwargs and "preset" not in {f.name for f in fields(cls)}:  # type: ignore[arg-type]
+            raise TypeError(f"{cls.__name__} has no presets. {WITH_PRESETS}")
         config = super().__new__(cls)
         config._named = frozenset(kwargs)
         return config
+
+    def is_named(self, name: str) -> bool:
+        """Whether the caller named a field; a command-line parser names every one, which says nothing."""
+        parsed = self._named >= {f.name for f in fields(self) if f.init}  # type: ignore[arg-type]
+        return name in self._named and not parsed
 
 
 def apply_preset(config: Any, presets: dict[str, Preset]) -> None:
@@ -127,11 +141,11 @@ def apply_preset(config: Any, presets: dict[str, Preset]) -> None:
     if config.preset is None:
         return
     if config.preset not in presets:
-        raise ValueError(f"Unknown preset {config.preset!r}; choose one of {', '.join(presets)}.")
-    parsed = config._named >= {f.name for f in fields(config) if f.init}
+        elsewhere = f" {WITH_PRESETS}" if config.preset in {**GRPO_PRESETS, **PPO_PRESETS} else ""
+        raise ValueError(f"Unknown preset {config.preset!r}; choose one of {', '.join(presets)}.{elsewhere}")
     for f in fields(config):
         if f.name not in presets[config.preset]:
             continue
         default = f.default_factory() if callable(f.default_factory) else f.default
-        if getattr(config, f.name) == default and (parsed or f.name not in config._named):
+        if getattr(config, f.name) == default and not config.is_named(f.name):
             setattr(config, f.name, presets[config.preset][f.name])

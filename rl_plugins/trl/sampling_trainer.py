@@ -11,6 +11,7 @@ from torch import Tensor
 from rl_plugins.functional.rewards import overlong_penalty
 from rl_plugins.functional.sampling import informative_groups
 from rl_plugins.generation.batches import Batch, join_rows, num_rows, select_rows
+from rl_plugins.generation.scoring import list_reward_funcs
 from rl_plugins.trl.policy_trainer import PolicyLossTrainer
 from rl_plugins.trl.replay import ReplayBuffer
 from rl_plugins.trl.variant_config import GRPOVariantConfig
@@ -43,6 +44,11 @@ class SamplingTrainer(PolicyLossTrainer):
                 classes = classes if isinstance(classes, list) else [classes]
                 host_kwargs["reward_processing_classes"] = [*classes, None]
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
+        if self.reward_func_names == [OVERLONG_NAME]:
+            raise ValueError(
+                "There are no reward functions, so overlong_shaping=True (preset='dapo' sets it) would train on the "
+                "length penalty alone. Give reward_funcs, or an environment with get_reward."
+            )
         if args.dynamic_sampling and isinstance(self.train_dataset, IterableDataset):
             raise TypeError(
                 "dynamic_sampling=True draws further prompts by index, but the training dataset is a stream. Give a "
@@ -200,8 +206,7 @@ def with_overlong_penalty(reward_funcs: Any, args: GRPOVariantConfig) -> list[An
         return overlong_penalty(lengths, max_length=max_length, cache=cache).tolist()
 
     penalty.__name__ = OVERLONG_NAME
-    listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    functions = [func for func in listed if func is not None]  # none where environments give the rewards
+    functions = list_reward_funcs(reward_funcs)  # none where environments give the rewards
     if args.reward_weights is not None and len(args.reward_weights) == len(functions):
         args.reward_weights = [*args.reward_weights, 1.0]
     return [*functions, penalty]

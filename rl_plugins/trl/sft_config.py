@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from rl_plugins.modules.native_training import check_native_settings
+from rl_plugins.objectives.checks import check_head_reach
 from rl_plugins.trl.heads_config import MTPHeadsArguments
 from rl_plugins.trl.host import require_tested_trl
+from rl_plugins.trl.inputs import settle_options
+from rl_plugins.trl.presets import NamedArguments
 
 
 @dataclass
-class MTPSFTConfig(MTPHeadsArguments, SFTConfig):
+class MTPSFTConfig(NamedArguments, MTPHeadsArguments, SFTConfig):
     r"""
     Configuration class for the [`MTPSFTTrainer`].
 
@@ -37,7 +40,10 @@ class MTPSFTConfig(MTPHeadsArguments, SFTConfig):
 
     def __post_init__(self) -> None:
         require_tested_trl()
+        settle_options(self)
         self.check_heads_arguments()
+        if self.max_length is not None:
+            check_head_reach(self.num_mtp_heads, self.max_length - 1, "max_length - 1")
         if self.native_mtp:
             check_native_settings(self.mtp_loss_coef, self.mtp_heads_path)
         super().__post_init__()

@@ -4,13 +4,14 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from trl import SFTTrainer
+from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from rl_plugins.functional.mtp import completion_states, mtp_labels, predicted_mask
@@ -46,6 +47,17 @@ class RewardCollator:
         return batch
 
 
+def with_head_options(args: Any) -> Any:
+    """`TrainingArguments` or an `SFTConfig` as an `MTPSFTConfig`, as the host's trainer converts the former; anything
+    else as it is."""
+    if not isinstance(args, TrainingArguments) or isinstance(args, MTPSFTConfig):
+        return args
+    options = args.to_dict()
+    options |= {name: getattr(args, name) for name in options if name.endswith("_token")}  # which to_dict hides
+    known = {field.name for field in fields(MTPSFTConfig) if field.init}
+    return MTPSFTConfig(**options) if known >= options.keys() else args
+
+
 class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     r"""
     Supervised fine-tuning that trains multi-token-prediction value heads along the way.
@@ -58,10 +70,11 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     With `native_mtp=True`, L_MTP is the loss of the architecture's own MTP layers (DeepSeek-V3, 2412.19437), which
     `generate(use_mtp=True)` of transformers drafts with after `save_model`.
 
-    Takes the arguments of [`~trl.SFTTrainer`], with an [`MTPSFTConfig`] for `args`.
+    Takes the arguments of [`~trl.SFTTrainer`], with an [`MTPSFTConfig`] for `args`; an [`~trl.SFTConfig`] or
+    [`~transformers.TrainingArguments`] is completed with the defaults of the heads.
 
     Raises:
-        TypeError: If `args` is not an `MTPSFTConfig`.
+        TypeError: If `args` is none of these.
         ValueError: If the model has no LM head, its heads do not fit the config, scored examples are packed or meet
             native layers, or a frozen trunk leaves nothing to train.
     """
@@ -84,11 +97,11 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        args: MTPSFTConfig | None = None,
+        args: MTPSFTConfig | SFTConfig | TrainingArguments | None = None,
         *host_args: Any,
         **host_kwargs: Any,
     ) -> None:
-        args = complete_args(args, MTPSFTConfig, model, "MTPSFT")
+        args = complete_args(with_head_options(args), MTPSFTConfig, model, "MTPSFT")
         saved_heads = None if args.native_mtp else find_saved_heads(model, args)
         super().__init__(model, args, *host_args, **host_kwargs)
         if args.native_mtp:

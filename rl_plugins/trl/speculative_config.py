@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rl_plugins.objectives.checks import check_at_least
+from rl_plugins.objectives.checks import check_at_least, check_head_reach
 
 
 @dataclass
@@ -95,6 +95,7 @@ class SpeculativeArguments(TokenHeadsArguments):
             return
         self.check_token_heads()
         check_at_least(0, draft_cost=self.draft_cost)
+        check_head_reach(self.num_mtp_heads, getattr(self, "max_completion_length", None), "max_completion_length")
         if self.num_draft_tokens is not None and not 1 <= self.num_draft_tokens <= self.num_mtp_heads:
             raise ValueError(
                 f"num_draft_tokens must be between 1 and num_mtp_heads={self.num_mtp_heads}, since each head drafts "

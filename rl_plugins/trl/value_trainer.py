@@ -15,6 +15,9 @@ from rl_plugins.objectives.critic import critic_signal, initial_values, sequence
 from rl_plugins.trl.policy_trainer import Batch, PolicyLossTrainer
 from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
 
+VALUE_COLUMN = "critic/value"
+"""Of the host's table of completions; reward functions have their own columns there (`log_extra`)."""
+
 
 class ValueTrainer(PolicyLossTrainer):
     """`GRPOTrainer` with an advantage for every token from values, and a value loss.
@@ -103,7 +106,7 @@ class ValueTrainer(PolicyLossTrainer):
         """Complete the host's table: with one generation its own advantages are all zero."""
         rows = self.accelerator.gather(torch.stack([sequence_means(advantages, mask), start_values], dim=1))
         self._retable_advantages(rows[:, 0])
-        self._logs["extra"]["value"].extend(rows[:, 1].tolist())
+        self._logs["extra"][VALUE_COLUMN].extend(rows[:, 1].tolist())
 
     # Loss
 

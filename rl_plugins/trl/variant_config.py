@@ -5,9 +5,11 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from rl_plugins.modules.settings import with_numbers
 from rl_plugins.objectives.checks import check_choice
 from rl_plugins.objectives.group_advantages import ADVANTAGES, GROUPLESS, check_advantage
 from rl_plugins.trl.host import require_tested_trl
+from rl_plugins.trl.inputs import settle_options
 from rl_plugins.trl.policy_config import PolicyLossArguments
 from rl_plugins.trl.presets import GRPO_PRESETS, NamedArguments, apply_preset
 
@@ -98,6 +100,7 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
 
     def __post_init__(self) -> None:
         require_tested_trl()
+        settle_options(self)
         apply_preset(self, GRPO_PRESETS)
         super().__post_init__()
         if self.overlong_shaping and self.overlong_cache is None:
@@ -121,6 +124,8 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
         kwargs = self.advantage_kwargs or {}
         if not isinstance(kwargs, dict):
             raise ValueError(f"advantage_kwargs must be a dict or JSON of one, got {kwargs!r}.")
+        if kwargs:
+            self.advantage_kwargs = kwargs = with_numbers(kwargs)
         if self.advantage is None:
             if kwargs:
                 raise ValueError("advantage_kwargs are options of an advantage, but advantage is None. Name one.")

@@ -176,6 +176,9 @@ class GRPOVariantTrainer(SamplingTrainer):
 
     # Checkpoints
 
+    def _own_files(self) -> dict[str, bool]:
+        return super()._own_files() | ({} if self._tracked is None else {TRACKER_NAME: True})
+
     def _rollout_state(self) -> dict[str, Any]:
         return {**super()._rollout_state(), "unabsorbed": self._tracked and self._tracked.unabsorbed}
 
@@ -194,7 +197,4 @@ class GRPOVariantTrainer(SamplingTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.value_tracker is not None:
-            path = Path(checkpoint) / TRACKER_NAME
-            if not path.is_file():
-                raise FileNotFoundError(f"{checkpoint} has no {TRACKER_NAME}: it was not written with value_tracker.")
-            self.value_tracker.load(path)
+            self.value_tracker.load(Path(checkpoint) / TRACKER_NAME)

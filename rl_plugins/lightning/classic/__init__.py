@@ -1,5 +1,9 @@
 """Agents for Gymnasium environments, as LightningModules."""
 
+from rl_plugins.extras import require
+
+require("lightning", "gymnasium")
+
 from rl_plugins.lightning.classic.a2c import A2CModule
 from rl_plugins.lightning.classic.agent import ClassicModule
 from rl_plugins.lightning.classic.dqn import DQNModule
