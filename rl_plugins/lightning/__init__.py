@@ -3,6 +3,10 @@
 Agents for Gymnasium are in `rl_plugins.lightning.classic`, DeepSpeed on a CPU in `rl_plugins.lightning.deepspeed`.
 """
 
+from rl_plugins.hooks import require_hooks
+
+require_hooks("rl_plugins.lightning")
+
 from rl_plugins.lightning.critic_module import MTPCriticModule
 from rl_plugins.lightning.grpo_module import GRPOModule
 from rl_plugins.lightning.language_module import LanguageModule

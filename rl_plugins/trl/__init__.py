@@ -1,5 +1,9 @@
 """Trainers and configs for TRL: `from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer`."""
 
+from rl_plugins.hooks import require_hooks
+
+require_hooks("rl_plugins.trl")
+
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.critic_config import MTPCriticConfig
 from rl_plugins.trl.critic_trainer import MTPCriticTrainer

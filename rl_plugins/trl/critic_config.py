@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from rl_plugins.trl.heads_config import MTPHeadsArguments
-from rl_plugins.trl.host import require_tested_trl
 from rl_plugins.trl.value_config import OnlineValueArguments
 
 
@@ -52,7 +51,6 @@ class MTPCriticConfig(MTPHeadsArguments, OnlineValueArguments, GRPOConfig):
         return self.use_critic
 
     def __post_init__(self) -> None:
-        require_tested_trl()
         if self.use_critic:
             self._check_critic_arguments()
         super().__post_init__()

@@ -25,7 +25,7 @@ from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
-from rl_plugins.trl.host import gather_lm_head, require_tested_trl
+from rl_plugins.trl.host import gather_lm_head
 
 TARGET_NAME = "polyak_target.safetensors"
 
@@ -34,10 +34,8 @@ def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any
     """The trainer's `args`, or default ones that write beside the model's name, as TRL's trainers do.
 
     Raises:
-        ImportError: If TRL is outside the tested range.
         TypeError: If `args` is not of `config_class`.
     """
-    require_tested_trl()
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{name.split('/')[-1]}-{suffix}")

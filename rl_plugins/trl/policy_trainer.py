@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from rl_plugins.functional.mtp import completion_labels, completion_states
-from rl_plugins.generation.speculative import SpeculativeDecoder, speculating
+from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.objectives.online import draft_metrics
@@ -22,6 +22,9 @@ from rl_plugins.objectives.policy import clip_shares, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
 from rl_plugins.trl.host import gather_lm_head
 from rl_plugins.trl.rewards import naming
+
+if TYPE_CHECKING:
+    from rl_plugins.generation.speculative import SpeculativeDecoder
 
 Batch = dict[str, Any]
 
@@ -40,6 +43,10 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
     """
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any, *host_args: Any, **host_kwargs: Any) -> None:
+        if args.off_policy_mask_threshold is not None:
+            require_hooks(OFF_POLICY_MASK)
+        if args.top_entropy_quantile < 1.0:
+            require_hooks(TOP_ENTROPY)
         if isinstance(reward_funcs, list):
             reward_funcs = [naming(func) for func in reward_funcs]
         else:
@@ -71,12 +78,16 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         """Decode speculatively from now on, if the options say so; the heads are there."""
         args = self.args
         if args.speculative:
+            from rl_plugins.generation.speculative import SpeculativeDecoder  # see rl_plugins.generation
+
             self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost, values=False)
             self.decoder.check(self.model)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         if self.decoder is None:
             return super()._generate_single_turn(*args, **kwargs)
+        from rl_plugins.generation.speculative import speculating
+
         with speculating(self.model, self.decoder):
             result = super()._generate_single_turn(*args, **kwargs)
         output, self.decoder.recorder = self.decoder.last, None

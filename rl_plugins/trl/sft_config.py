@@ -6,7 +6,6 @@ from trl import SFTConfig
 
 from rl_plugins.modules.native_training import check_native_settings
 from rl_plugins.trl.heads_config import MTPHeadsArguments
-from rl_plugins.trl.host import require_tested_trl
 
 
 @dataclass
@@ -36,7 +35,6 @@ class MTPSFTConfig(MTPHeadsArguments, SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        require_tested_trl()
         self.check_heads_arguments()
         if self.native_mtp:
             check_native_settings(self.mtp_loss_coef, self.mtp_heads_path)
