@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from trl import GRPOConfig, TrlParser
 
 from rl_plugins.trl import MTPCriticConfig
-from rl_plugins.trl.host import require_tested_trl
 
 ArgsFactory = Callable[..., MTPCriticConfig]
 
@@ -168,18 +166,3 @@ def test_every_field_has_help_and_is_documented() -> None:
         if f.name not in inherited:
             assert f.metadata["help"], f.name
             assert f"{f.name} (`" in docs, f.name
-
-
-@pytest.mark.parametrize("version", ["1.14.9", "1.17.0", "2.0.0"])
-def test_an_untested_trl_is_refused(
-    version: str, monkeypatch: pytest.MonkeyPatch, critic_args: ArgsFactory, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(trl, "__version__", version)
-    with pytest.raises(ImportError, match=f'trl {version} is installed. Run: pip install "trl>=1.15,<1.17"'):
-        critic_args(tmp_path)
-
-
-@pytest.mark.parametrize("version", ["1.15.0", "1.16.0", "1.16.3"])
-def test_a_tested_trl_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trl, "__version__", version)
-    require_tested_trl()

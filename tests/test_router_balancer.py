@@ -20,6 +20,7 @@ from rl_plugins.functional.routing import (
     switch_balance_loss,
 )
 from rl_plugins.modules import BalancingConfig, Router, RouterBalancer, find_routers
+from rl_plugins.modules.cache_name import cache_name
 
 from .moe_models import make_moe_model, spread_routers
 
@@ -253,8 +254,8 @@ def test_masks_of_other_shapes() -> None:
     assert [sum(counts) for counts in last_counts(balancer)] == [2 * 27] * 3
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=IDS[:, :5], attention_mask=MASK[:, :5], past_key_values=cache)
-    model(input_ids=IDS[:, 5:], attention_mask=MASK, past_key_values=cache)
+        model(input_ids=IDS[:, :5], attention_mask=MASK[:, :5], **{cache_name(): cache})
+    model(input_ids=IDS[:, 5:], attention_mask=MASK, **{cache_name(): cache})
     balancer.update()
     assert [sum(counts) for counts in last_counts(balancer)] == [2 * int(MASK[:, 5:].sum())] * 3
 
@@ -777,7 +778,7 @@ def test_native_mtp_layers(family: str) -> None:
         position = (MASK.cumsum(-1) - 1).clamp(min=0)[:, 1:]
         embeds = mtp.embed_tokens(IDS[:, 1:])
         causal = create_causal_mask(
-            config=mtp.config, inputs_embeds=embeds, attention_mask=mask, past_key_values=None, position_ids=position
+            config=mtp.config, inputs_embeds=embeds, attention_mask=mask, position_ids=position, **{cache_name(): None}
         )
         return mtp.layers[0](embeds, hidden, mtp.rotary_emb(embeds, position), causal, position, None)
 

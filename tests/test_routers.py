@@ -30,6 +30,12 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "gpt_oss": ("model.layers.{0,1,2}.mlp.router", ""),
     "granitemoe": ("model.layers.{0,1,2}.block_sparse_moe.router", ""),
     "hunyuan_v1_moe": ("model.layers.{0,1,2}.mlp.gate", ""),
+    # Its attention heads are experts, too.
+    "jetmoe": (
+        "model.layers.{0.mlp,0.self_attention.experts,1.mlp,1.self_attention.experts,2.mlp,2.self_attention.experts}"
+        ".router",
+        "",
+    ),
     "jamba": ("model.layers.{1,3}.feed_forward.router", ""),
     "deepseek_v2": ("model.layers.{1,2}.mlp.gate", ""),
     "deepseek_v2_group": ("model.layers.{1,2}.mlp.gate", ""),
@@ -48,7 +54,7 @@ PARAMETERS = ("ernie4_5_moe", "afmoe")  # Their own bias is a parameter; elsewhe
 ADDED = [family for family, (_, own) in FAMILIES.items() if not own]
 OWN = [family for family, (_, own) in FAMILIES.items() if own]
 SIGMOID = ("llama4", "llama4_top2", *(family for family in OWN if family != "ernie4_5_moe"))
-LOGIT_SPACE = ("gpt_oss", "granitemoe", "llama4", "llama4_top2")
+LOGIT_SPACE = ("gpt_oss", "granitemoe", "jetmoe", "llama4", "llama4_top2")
 GROUPED = {"deepseek_v2_group": (2, 1), "deepseek_v3": (4, 2), "glm4_moe": (2, 1)}  # Groups, and how many are kept.
 
 
@@ -78,8 +84,21 @@ def router_outputs(model: nn.Module, routers: list[Router], **inputs: Tensor) ->
     return [seen[router.name] for router in routers]
 
 
+def read_jetmoe(output: Any, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, E), weights (N, k) and indices (N, k), one slot after the other, from slots sorted by expert."""
+    slots, tokens, gates, counts, logits = output
+    experts = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    weights, indices = torch.zeros(len(logits), top_k), torch.full((len(logits), top_k), -1)
+    for slot, token, gate, expert in zip(slots.tolist(), tokens.tolist(), gates, experts, strict=True):
+        assert slot // top_k == token
+        weights[token, slot % top_k], indices[token, slot % top_k] = gate, expert
+    return logits, weights, indices
+
+
 def chosen(output: Any, top_k: int) -> list[list[int]]:
-    """Experts of each token, sorted, from what a router of either convention returns."""
+    """Experts of each token, sorted, from what a router of any convention returns."""
+    if len(output) == 5:
+        output = read_jetmoe(output, top_k)
     if len(output) == 3:
         return [sorted(row) for row in output[2].tolist()]
     return [sorted(i for i, score in enumerate(row) if score > 0.0) for row in output[0].tolist()]
@@ -216,7 +235,7 @@ def test_selection_is_the_best_of_scores_plus_bias(family: str) -> None:
         set_bias(router, torch.randn(8, generator=generator) * (2.0 if family in LOGIT_SPACE else 0.3))
     moved = 0
     for router, output in zip(routers, router_outputs(model, routers), strict=True):
-        logits = output[0] if len(output) == 3 else output[1]
+        logits = output[{2: 1, 3: 0, 5: 4}[len(output)]]
         scores = scores_of(family, logits)
         biased = scores + router.bias.view(8)
         if family in GROUPED:
@@ -237,6 +256,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mixtral": lambda x, i: (p := x.softmax(-1).gather(1, i)) / p.sum(-1, keepdim=True),
     "gpt_oss": lambda x, i: x.gather(1, i).softmax(-1),
     "granitemoe": lambda x, i: x.gather(1, i).softmax(-1),
+    "jetmoe": lambda x, i: x.gather(1, i).softmax(-1),
     "deepseek_v2": lambda x, i: x.softmax(-1).gather(1, i),
     "deepseek_v2_group": lambda x, i: x.softmax(-1).gather(1, i),
     "deepseek_v3": lambda x, i: 2.5 * (p := x.sigmoid().gather(1, i)) / p.sum(-1, keepdim=True),
@@ -251,7 +271,8 @@ def test_bias_never_enters_the_weights(family: str) -> None:
     for router in routers:
         router.add_bias()
         favour(router)
-    for logits, weights, indices in router_outputs(model, routers):
+    for router, output in zip(routers, router_outputs(model, routers), strict=True):
+        logits, weights, indices = read_jetmoe(output, router.top_k) if family == "jetmoe" else output
         torch.testing.assert_close(weights, WEIGHTS[family](logits, indices))
         assert (weights < 2.5).all() and weights.std() > 0.01
 
@@ -347,7 +368,6 @@ def test_phimoe_needs_its_scoring_told_for_a_loss() -> None:
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("jetmoe", r"model\.layers\.0\.self_attention"),
         ("dbrx", r"transformer\.blocks\.0\.ffn\.router \(DbrxRouter\)"),
         ("gemma4", r"model\.layers\.0\.router \(Gemma4TextRouter\)"),
     ],

@@ -19,6 +19,7 @@ from rl_plugins.generation.score_processing import ScoreProcessor
 from rl_plugins.generation.stopping import Stopping
 from rl_plugins.generation.verification import Drafts, verify
 from rl_plugins.modules import attach_mtp_heads
+from rl_plugins.modules.cache_name import cache_name
 from tests.speculative_models import FAMILIES, attach_random_heads, make, padded, processors_of
 
 # The cache
@@ -325,7 +326,7 @@ def test_the_cache_does_not_fill_up_with_rejected_drafts(tiny_model: Callable[..
     inputs, new, slots = padded([[3, 4, 5, 6], [7, 8], [4], [5, 5, 6]] * 6), 60, []
 
     def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        slots.append(kwargs["past_key_values"].get_seq_length())
+        slots.append(kwargs[cache_name()].get_seq_length())
 
     handle = model.model.register_forward_pre_hook(look, with_kwargs=True)
     decoder = SpeculativeDecoder(adaptive=False)

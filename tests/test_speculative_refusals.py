@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, SynthIDTextWatermarkingConfig
 
 from rl_plugins.generation import SpeculativeDecoder
+from rl_plugins.modules.cache_name import cache_name
 from tests.speculative_models import EXPERTS, PROMPTS, attach_random_heads, decode, make, padded
 
 
@@ -34,7 +35,7 @@ def model(tiny_model: Callable[..., Any]) -> Any:
         ({"cache_implementation": "static"}, "StaticLayer"),
         ({"cache_implementation": "offloaded"}, "does not move its cache"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"past_key_values": DynamicCache()}, "do not pass past_key_values"),
+        ({cache_name(): DynamicCache()}, f"do not pass {cache_name()}"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -46,9 +47,9 @@ def test_options_that_are_refused(model: Any, options: dict[str, Any], message: 
 def test_prompts_that_are_refused(model: Any) -> None:
     inputs = padded(PROMPTS)
     cache = DynamicCache(config=model.config)
-    model(inputs["input_ids"][:, :3], past_key_values=cache)
-    with pytest.raises(ValueError, match="do not pass past_key_values"):
-        decode(model, inputs, past_key_values=cache)
+    model(inputs["input_ids"][:, :3], **{cache_name(): cache})
+    with pytest.raises(ValueError, match=f"do not pass {cache_name()}"):
+        decode(model, inputs, **{cache_name(): cache})
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(ValueError, match="inputs_embeds"):
         decode(model, {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]})

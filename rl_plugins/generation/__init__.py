@@ -1,10 +1,14 @@
 """Rollouts: completions by the model's own `generate`, their rewards, and the values saved on the way."""
 
+from typing import TYPE_CHECKING, Any
+
 from rl_plugins.generation.completions import Completions, generate_completions
 from rl_plugins.generation.draft_statistics import DraftStatistics, SpeculativeOutput
 from rl_plugins.generation.scoring import RewardModel, call_rewards
-from rl_plugins.generation.speculative import SpeculativeDecoder, speculating
 from rl_plugins.generation.value_capture import ValuePass, ValueRecorder, completion_values
+
+if TYPE_CHECKING:
+    from rl_plugins.generation.speculative import SpeculativeDecoder, speculating
 
 __all__ = [
     "Completions",
@@ -19,3 +23,12 @@ __all__ = [
     "generate_completions",
     "speculating",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import speculative decoding when it is used: nothing else leans on what it needs of transformers."""
+    if name not in ("SpeculativeDecoder", "speculating"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rl_plugins.generation import speculative
+
+    return getattr(speculative, name)

@@ -1,16 +1,17 @@
 """Completions of prompts by a model's own `generate`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from rl_plugins.generation.speculative import SpeculativeDecoder
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.sharding import is_partitioned
+
+if TYPE_CHECKING:
+    from rl_plugins.generation.speculative import SpeculativeDecoder
 
 
 class Completions(NamedTuple):
@@ -85,7 +86,7 @@ def generate_completions(
     max_completion_length: int,
     sampling: Mapping[str, Any],
     listener: Any = None,
-    decoder: SpeculativeDecoder | None = None,
+    decoder: "SpeculativeDecoder | None" = None,
 ) -> Completions:
     """Sample one completion of every prompt, in evaluation mode.
 

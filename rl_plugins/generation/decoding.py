@@ -19,6 +19,7 @@ from rl_plugins.generation.stopping import Stopping
 from rl_plugins.generation.value_capture import ValueRecorder
 from rl_plugins.generation.verification import Drafts, Verdict, verify
 from rl_plugins.modules.attach import base_model_of, trunk_of
+from rl_plugins.modules.cache_name import cache_name
 from rl_plugins.modules.sharding import is_partitioned
 
 SPARE_SHARE = 0.25
@@ -99,7 +100,7 @@ class Decoding:
         self.processor, self.stopping, self.config, self.recorder = processor, stopping, config, recorder
         self.kwargs = dict(model_kwargs)
         self.cache = rollback_cache(
-            self.kwargs.pop("past_key_values", None), getattr(model.config.get_text_config(), "layer_types", None)
+            self.kwargs.pop(cache_name(), None), getattr(model.config.get_text_config(), "layer_types", None)
         )
         # Under ZeRO-3 every forward gathers from all ranks, so all of them take the same steps.
         self.synced = distributed.is_initialized() and any(is_partitioned(param) for param in model.parameters())
@@ -143,8 +144,8 @@ class Decoding:
         """Logits (A, S, V) of tokens (A, S) that follow what is in the cache; `mask` covers them already."""
         inputs = self.model.prepare_inputs_for_generation(
             tokens,
-            past_key_values=self.cache,
             attention_mask=self.mask if self.has_holes else None,
+            **{cache_name(): self.cache},
             **({} if positions is None else {"position_ids": positions}),
             **{**self.kwargs, **kwargs},
         )

@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from rl_plugins.modules.cache_name import cache_name
+
 SPARE_SLOTS = 64
 """Slots that a buffer grows by at least: growing copies it."""
 
@@ -131,7 +133,7 @@ def rollback_cache(cache: Any, layer_types: list[str] | None) -> RollbackCache:
                 f"back in one row alone. {TURN_OFF}"
             )
     if not cache.layers or cache.get_seq_length() > 0:
-        raise ValueError(f"Speculative decoding makes its own cache: do not pass past_key_values. {TURN_OFF}")
+        raise ValueError(f"Speculative decoding makes its own cache: do not pass {cache_name()}. {TURN_OFF}")
     kept = [layer if isinstance(layer, DummyLayer) else RollbackLayer(layer.is_sliding) for layer in cache.layers]
     return RollbackCache(layers=kept)
 

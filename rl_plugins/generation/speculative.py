@@ -5,6 +5,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from rl_plugins.hooks import SPECULATIVE, require_hooks
+
+require_hooks(SPECULATIVE)
+
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMode

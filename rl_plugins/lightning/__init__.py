@@ -4,8 +4,10 @@ Agents for Gymnasium are in `rl_plugins.lightning.classic`, DeepSpeed on a CPU i
 """
 
 from rl_plugins.extras import require
+from rl_plugins.hooks import require_hooks
 
 require("lightning", "lightning.pytorch")
+require_hooks("rl_plugins.lightning")
 
 from rl_plugins.lightning.critic_module import MTPCriticModule
 from rl_plugins.lightning.grpo_module import GRPOModule

@@ -11,6 +11,8 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
+from rl_plugins.hooks import DEEPSPEED_ON_CPU, require_hooks
+
 
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy on CPUs with gloo, so that the code that runs on GPUs can be tried and tested
@@ -29,6 +31,7 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
     """
 
     def __init__(self, *, process_group_backend: str = "gloo", **kwargs: Any) -> None:
+        require_hooks(DEEPSPEED_ON_CPU)
         super().__init__(process_group_backend=process_group_backend, **kwargs)
 
     @property

@@ -4,14 +4,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rl_plugins.functional.mtp import completion_labels, completion_states
 from rl_plugins.generation.batches import Batch
-from rl_plugins.generation.speculative import SpeculativeDecoder
 from rl_plugins.lightning.heads import HeadTraining
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.ranks import sum_over_ranks
@@ -19,6 +18,9 @@ from rl_plugins.modules.attach import HEADS_ATTRIBUTE
 from rl_plugins.modules.head_pass import HeadPass
 from rl_plugins.objectives.checks import check_at_least
 from rl_plugins.objectives.online import draft_metrics
+
+if TYPE_CHECKING:
+    from rl_plugins.generation.speculative import SpeculativeDecoder
 
 DECODING = ("num_draft_tokens", "draft_cost", "adaptive")
 """Options of the decoder; all others are those of the heads."""
@@ -88,8 +90,10 @@ class DraftHeads:
         self.training.save(directory)
 
 
-def make_decoder(options: Mapping[str, Any]) -> SpeculativeDecoder:
+def make_decoder(options: Mapping[str, Any]) -> "SpeculativeDecoder":
     """The decoder of a training run, whose choices depend on its seed alone unless `draft_cost` is `None`."""
+    from rl_plugins.generation.speculative import SpeculativeDecoder  # see rl_plugins.generation
+
     given = {key: options[key] for key in DECODING if key in options}
     return SpeculativeDecoder(**{"draft_cost": 0.2, **given}, values=False)
 
@@ -102,7 +106,7 @@ class DraftingModule(LanguageModule):
         draft_heads: Heads that only draft; `None` where there are others, or no speculation.
     """
 
-    decoder: SpeculativeDecoder | None = None
+    decoder: "SpeculativeDecoder | None" = None
     draft_heads: DraftHeads | None = None
 
     def set_up_drafting(self, source: object, temperature: float, options: Mapping[str, Any]) -> None:

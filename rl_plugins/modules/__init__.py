@@ -1,6 +1,10 @@
 """`nn.Module`s and state: MTP value heads, their slow copies, native MTP layers, a separate value model, and how they
 attach to a Hugging Face model; the balance of its experts."""
 
+from rl_plugins.hooks import require_hooks
+
+require_hooks("rl_plugins.modules")
+
 from rl_plugins.modules.attach import attach_mtp_heads, base_model_of, detach_mtp_heads, get_mtp_heads
 from rl_plugins.modules.balancing_config import BalancingConfig
 from rl_plugins.modules.bias_files import load_selection_bias, save_selection_bias

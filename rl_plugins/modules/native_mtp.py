@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rl_plugins.hooks import NATIVE_MTP, require_hooks
 from rl_plugins.modules.attach import add_submodule, base_model_of, remove_submodule, trunk_of
+from rl_plugins.modules.cache_name import cache_name
 from rl_plugins.modules.trunk_tap import TrunkTap
 
 NATIVE_ATTRIBUTE = "native_mtp"
@@ -83,6 +83,8 @@ class NativeMTP(TrunkTap):
                 f"attention_mask covers {attention_mask.shape[1]} slots, but cache and input have {slots}: give it "
                 "for all of them."
             )
+        from transformers.masking_utils import create_causal_mask
+
         base: Any = self._base[0]
         # Under no_grad rather than detached, so that a sharded embedding has nothing to do in the backward pass.
         with torch.no_grad():
@@ -91,9 +93,9 @@ class NativeMTP(TrunkTap):
             config=self.config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
             layer_idx=depth - 1,
+            **{cache_name(): cache},
         )
         return self.layers[depth - 1](
             embeds,
@@ -101,7 +103,7 @@ class NativeMTP(TrunkTap):
             position_embeddings=base.get_decoder().rotary_emb(embeds, position_ids=position_ids),
             attention_mask=causal_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            **{cache_name(): cache},
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -127,11 +129,11 @@ def attach_native_mtp(model: nn.Module, num_layers: int | None = None, *, seed: 
         TypeError: If `model` is not a transformers model.
         ValueError: If the architecture has no native layers, K < 1, or the model has native layers already.
     """
-    # Here, because the package runs with releases of transformers that have no native layers yet.
-    from transformers.modeling_layers import MtpLayer
-
     base = base_model_of(model)
     check_can_attach(base)
+    # Here, as elsewhere in this file: the rest of the package runs with a transformers that has no native layers.
+    from transformers.modeling_layers import MtpLayer
+
     num_layers = base.config.num_mtp_layers if num_layers is None else num_layers
     if not num_layers or num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
@@ -141,8 +143,9 @@ def attach_native_mtp(model: nn.Module, num_layers: int | None = None, *, seed: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = nn.ModuleList(MtpLayer(config, block, norm, k) for k in range(num_layers))
-        for module in layers.modules():
-            base._init_weights(module)
+        with torch.no_grad():  # transformers leaves it to the caller since 5.24
+            for module in layers.modules():
+                base._init_weights(module)
     return add_native_layers(base, layers)
 
 
@@ -150,8 +153,10 @@ def check_can_attach(base: PreTrainedModel) -> None:
     """See that a model can be given native MTP layers.
 
     Raises:
+        ImportError: If this release of transformers has them in another form.
         ValueError: If the architecture has none, or the model has its own already.
     """
+    require_hooks(NATIVE_MTP)
     if base.config.model_type not in NATIVE_ARCHITECTURES:
         raise ValueError(
             f"Native MTP layers are supported for {' and '.join(NATIVE_ARCHITECTURES)}, not for "
@@ -176,6 +181,7 @@ def add_native_layers(base: PreTrainedModel, layers: nn.ModuleList) -> NativeMTP
 
 def _checkpoint_gradients_alike(base: PreTrainedModel, native: NativeMTP) -> None:
     """Recompute activations of the layers as in the trunk, which was told to before they were there."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     def blocks(module: nn.Module) -> list[Any]:
         return [x for x in module.modules() if isinstance(x, GradientCheckpointingLayer)]

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from rl_plugins.modules.attach import base_model_of
@@ -86,11 +85,11 @@ def load_native_mtp(model: nn.Module, path: str | Path | None = None) -> NativeM
         ValueError: If the architecture has no native layers, there are none in the checkpoint, or other numbers of
             layers are attached.
     """
-    from transformers.modeling_layers import MtpModel  # see attach_native_mtp
-
     base, native = base_model_of(model), get_native_mtp(model)
     if native is None:
         check_can_attach(base)
+    from transformers.modeling_layers import MtpModel  # see attach_native_mtp
+
     path = str(path or base.config.name_or_path)
     found = native_layers_in(base, path)
     if found == 0:
@@ -167,6 +166,8 @@ def save_native_mtp(model: nn.Module, directory: str | Path, state_dict: Mapping
     folder = Path(directory)
     if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         raise FileNotFoundError(f"{folder} has no checkpoint that the layers could be part of: save the model first.")
+    from transformers.core_model_loading import revert_weight_conversion  # see attach_native_mtp
+
     # save_pretrained's own way back to the format of the released checkpoints, in which every expert is a tensor.
     stored = revert_weight_conversion(base, {_stored_name(base, key): x.detach() for key, x in tensors.items()})
     save_file({key: x.cpu().contiguous() for key, x in stored.items()}, folder / NATIVE_SHARD_NAME, {"format": "pt"})

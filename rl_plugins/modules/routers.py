@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rl_plugins.functional.routing import Scoring
+from rl_plugins.hooks import BALANCING, require_hooks
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.selection_bias import SelectionBias, get_selection_bias
@@ -89,7 +91,8 @@ class Router:
         """Logits (N, E) and indices (N, k) in what the router's forward returned.
 
         Raises:
-            TypeError: If it is neither `(logits, weights, indices)` nor Llama 4's `(scores, logits)`.
+            TypeError: If it is neither `(logits, weights, indices)`, nor Llama 4's `(scores, logits)`, nor JetMoe's
+                `(slots, tokens, weights, counts, logits)`, whose N k slots are sorted by expert.
         """
         match output:
             case (Tensor() as logits, Tensor(), Tensor() as indices) if not indices.is_floating_point():
@@ -97,9 +100,12 @@ class Router:
             case (Tensor() as scores, Tensor() as logits) if scores.shape == logits.shape:
                 # Zero for all experts but the selected ones.
                 return logits, scores.detach().topk(self.top_k, dim=-1).indices
+            case (Tensor() as slots, Tensor(), Tensor(), list() as counts, Tensor() as logits):
+                experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots.device)
+                return logits, torch.empty_like(slots).scatter_(0, slots, experts).view(-1, self.top_k)
         raise TypeError(
-            f"{self.name} ({type(self.module).__name__}) returns neither (logits, weights, indices) nor "
-            "(scores, logits), so its load cannot be counted."
+            f"{self.name} ({type(self.module).__name__}) returns neither (logits, weights, indices), nor "
+            "(scores, logits), nor what JetMoe's routers return, so its load cannot be counted."
         )
 
 
@@ -117,6 +123,7 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
     Raises:
         TypeError: If the model has no router, or one whose numbers of experts are not to be read.
     """
+    require_hooks(BALANCING)
     base = base_model_of(model)
     recorded = _recorded_classes(base)
     routers: list[Router] = []
@@ -148,6 +155,9 @@ def _recorded_classes(base: PreTrainedModel) -> tuple[type, ...]:
 
 def _candidates(modules: dict[str, nn.Module], recorded: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
     found = [(name, module) for name, module in modules.items() if isinstance(module, recorded)]
+    # JetMoe's logits are recorded from its attention, too, which passes on those of the router inside it.
+    names = [name for name, _ in found]
+    found = [(name, module) for name, module in found if not any(x.startswith(f"{name}.") for x in names)]
     if not found:
         found = [
             (name, module)

@@ -1,8 +1,10 @@
 """Trainers and configs for TRL: `from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer`."""
 
 from rl_plugins.extras import require
+from rl_plugins.hooks import require_hooks
 
 require("trl", "trl")
+require_hooks("rl_plugins.trl")
 
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.critic_config import MTPCriticConfig

@@ -6,7 +6,6 @@ from trl import GRPOConfig
 
 from rl_plugins.objectives.checks import check_head_reach
 from rl_plugins.trl.heads_config import MTPHeadsArguments
-from rl_plugins.trl.host import require_tested_trl
 from rl_plugins.trl.inputs import settle_options
 from rl_plugins.trl.policy_config import field_default
 from rl_plugins.trl.presets import NamedArguments
@@ -57,7 +56,6 @@ class MTPCriticConfig(NamedArguments, MTPHeadsArguments, OnlineValueArguments, G
         return self.use_critic
 
     def __post_init__(self) -> None:
-        require_tested_trl()
         settle_options(self)
         if self.use_critic:
             self._check_critic_arguments()

@@ -27,19 +27,17 @@ from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.modules.sources import check_language_model
 from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
-from rl_plugins.trl.host import gather_lm_head, require_tested_trl
+from rl_plugins.trl.host import gather_lm_head
 
 
 def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any:
     """The trainer's `args`, or default ones that write beside the model's name, as TRL's trainers do.
 
     Raises:
-        ImportError: If TRL is outside the tested range.
         TypeError: If `args` is not of `config_class`, or `model` is none.
         FileNotFoundError: If there is no model of that name.
         ValueError: If the model cannot be trained as a causal language model.
     """
-    require_tested_trl()
     init_kwargs = getattr(args, "model_init_kwargs", None)
     check_language_model(model, init_kwargs if isinstance(init_kwargs, dict) else None)
     if args is None:

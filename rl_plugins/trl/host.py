@@ -1,53 +1,20 @@
-"""What we lean on in TRL and transformers, in one place.
-
-Private hooks (tests/test_host_hooks.py checks each signature):
-
-- `GRPOTrainer._generate_and_score_completions`, `_generate_single_turn`, `_calculate_rewards`, `_prepare_inputs`,
-  `_get_per_token_logps_and_entropies`, `_compute_loss`; attributes `_metrics`, `_logs`, `_step`, `_buffered_inputs`,
-  `_dist`, `_tokenizer`, `_entropy_bonus_enabled`.
-- `SFTTrainer._prepare_dataset`, `_set_signature_columns_if_needed`, `_metrics`.
-- `VLLMGeneration._iter_named_params`.
-- `Trainer._save`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`,
-  `_issue_warnings_after_load`, `_get_output_dir`.
-- `trl.trainer.utils.maybe_gather_lm_head_ctx`, `trl.data_utils.get_dataset_column_names`.
-- for native MTP layers (`rl_plugins.modules.native_mtp*`): `MtpLayer`, `MtpModel.from_pretrained`,
-  `PreTrainedConfig.get_mtp_config`, `revert_weight_conversion`, `PreTrainedModel._init_weights`,
-  `_keys_to_ignore_on_load_unexpected`, `_gradient_checkpointing_func`.
-
-Not private, but not documented either: `trl.scripts.grpo.GRPOScriptArguments`, `GRPOTrainer.get_off_policy_mask`,
-`get_high_entropy_mask`; `Trainer.callback_handler`, `current_gradient_accumulation_steps`,
-`TrainerState.stateful_callbacks`; `generate(custom_generate=...)` with a callable.
-"""
+"""Small things that TRL's trainers and ours need of each other: sharded LM heads, router losses, streams to vLLM."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import trl
-from packaging.version import Version
 from torch import Tensor, nn
-from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from rl_plugins.hooks import VLLM, require_hooks
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE, base_model_of
 from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.routers import Router
 from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE
 
-OLDEST_TRL, FIRST_UNTESTED_TRL = "1.15", "1.17"
-
-
-def require_tested_trl() -> None:
-    """Refuse a TRL whose private hooks we have not tested.
-
-    Raises:
-        ImportError: Naming the range to install.
-    """
-    if not Version(OLDEST_TRL) <= Version(trl.__version__) < Version(FIRST_UNTESTED_TRL):
-        raise ImportError(
-            f"rl_plugins is tested with trl>={OLDEST_TRL},<{FIRST_UNTESTED_TRL}, but trl {trl.__version__} is "
-            f'installed. Run: pip install "trl>={OLDEST_TRL},<{FIRST_UNTESTED_TRL}"'
-        )
+if TYPE_CHECKING:
+    from trl.generation.vllm_generation import VLLMGeneration
 
 
 def gather_lm_head(params: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -63,8 +30,9 @@ def without_critics(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str,
             yield name, tensor
 
 
-def hide_critics_from_vllm(generation: VLLMGeneration) -> None:
+def hide_critics_from_vllm(generation: "VLLMGeneration") -> None:
     """vLLM loads every parameter that TRL streams to it, and does not know ours."""
+    require_hooks(VLLM)
     stream = generation._iter_named_params
     generation._iter_named_params = lambda: without_critics(stream())
 
@@ -88,12 +56,13 @@ def own_router_loss(host: Any, model: nn.Module) -> float:
     return coef if getattr(config, "output_router_logits", False) else 0.0
 
 
-def stream_biases_to_vllm(generation: VLLMGeneration, routers: Sequence[Router]) -> None:
+def stream_biases_to_vllm(generation: "VLLMGeneration", routers: Sequence[Router]) -> None:
     """TRL streams parameters to vLLM, and no buffers: add the selection biases that are buffers.
 
     Raises:
         ValueError: If a bias was added to an architecture without one, which vLLM cannot hold.
     """
+    require_hooks(VLLM)
     added = [router.name for router in routers if router.injected is not None]
     if added:
         raise ValueError(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -16,7 +16,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from rl_plugins.functional.mtp import completion_labels, completion_states
 from rl_plugins.generation.scoring import checked, list_reward_funcs
-from rl_plugins.generation.speculative import SpeculativeDecoder, speculating
+from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
@@ -24,6 +24,9 @@ from rl_plugins.objectives.online import draft_metrics
 from rl_plugins.objectives.policy import clip_shares, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
 from rl_plugins.trl.host import gather_lm_head
+
+if TYPE_CHECKING:
+    from rl_plugins.generation.speculative import SpeculativeDecoder
 
 Batch = dict[str, Any]
 
@@ -42,6 +45,10 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
     """
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any, *host_args: Any, **host_kwargs: Any) -> None:
+        if args.off_policy_mask_threshold is not None:
+            require_hooks(OFF_POLICY_MASK)
+        if args.top_entropy_quantile < 1.0:
+            require_hooks(TOP_ENTROPY)
         # A copy, since the host puts loaded reward models in place of their paths.
         super().__init__(model, list_reward_funcs(reward_funcs), args, *host_args, **host_kwargs)
         rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else [{"prompt": None}]
@@ -74,6 +81,8 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         """Decode speculatively from now on, if the options say so; the heads are there."""
         args = self.args
         if args.speculative:
+            from rl_plugins.generation.speculative import SpeculativeDecoder  # see rl_plugins.generation
+
             self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost, values=False)
             self.decoder.check(self.model)
 
@@ -82,6 +91,8 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             check_lengths(prompt_ids, self.max_completion_length, self._positions)
         if self.decoder is None:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        from rl_plugins.generation.speculative import speculating
+
         with speculating(self.model, self.decoder):
             result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         output, self.decoder.recorder = self.decoder.last, None

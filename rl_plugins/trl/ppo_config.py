@@ -5,7 +5,6 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from rl_plugins.trl.host import require_tested_trl
 from rl_plugins.trl.inputs import settle_options
 from rl_plugins.trl.presets import PPO_PRESETS, NamedArguments, apply_preset
 from rl_plugins.trl.value_config import OnlineValueArguments
@@ -69,7 +68,6 @@ class PPOConfig(NamedArguments, OnlineValueArguments, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        require_tested_trl()
         settle_options(self)
         apply_preset(self, PPO_PRESETS)
         self.check_online_value_arguments()

@@ -7,7 +7,6 @@ from trl import SFTConfig
 from rl_plugins.modules.native_training import check_native_settings
 from rl_plugins.objectives.checks import check_head_reach
 from rl_plugins.trl.heads_config import MTPHeadsArguments
-from rl_plugins.trl.host import require_tested_trl
 from rl_plugins.trl.inputs import settle_options
 from rl_plugins.trl.presets import NamedArguments
 
@@ -39,7 +38,6 @@ class MTPSFTConfig(NamedArguments, MTPHeadsArguments, SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        require_tested_trl()
         settle_options(self)
         self.check_heads_arguments()
         if self.max_length is not None:

@@ -8,7 +8,6 @@ from trl import GRPOConfig
 from rl_plugins.modules.settings import with_numbers
 from rl_plugins.objectives.checks import check_choice
 from rl_plugins.objectives.group_advantages import ADVANTAGES, GROUPLESS, check_advantage
-from rl_plugins.trl.host import require_tested_trl
 from rl_plugins.trl.inputs import settle_options
 from rl_plugins.trl.policy_config import PolicyLossArguments
 from rl_plugins.trl.presets import GRPO_PRESETS, NamedArguments, apply_preset
@@ -99,7 +98,6 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
         return self.advantage in GROUPLESS
 
     def __post_init__(self) -> None:
-        require_tested_trl()
         settle_options(self)
         apply_preset(self, GRPO_PRESETS)
         super().__post_init__()

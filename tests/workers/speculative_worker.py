@@ -44,9 +44,8 @@ def train_rank(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    import rl_plugins.lightning.speculation as of_lightning
-    import rl_plugins.trl.policy_trainer as of_trl
+    import rl_plugins.generation.speculative
 
-    of_lightning.SpeculativeDecoder = of_trl.SpeculativeDecoder = NotingDecoder  # type: ignore[misc]
+    rl_plugins.generation.speculative.SpeculativeDecoder = NotingDecoder  # type: ignore[misc]
     train_in_lightning, lightning_worker.train_rank = lightning_worker.train_rank, train_rank
     main(lightning_worker.train, lightning_worker.load)

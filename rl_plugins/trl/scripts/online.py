@@ -16,6 +16,11 @@ from typing import Any
 import transformers
 from datasets import load_dataset
 from packaging.version import Version
+
+from rl_plugins.hooks import require_hooks
+
+require_hooks("rl_plugins.trl.scripts")
+
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
