@@ -9,7 +9,7 @@ from rl_plugins.lightning.models import find_language_model
 from rl_plugins.modules.attach import get_mtp_heads
 from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.modules.polyak import PolyakTarget
-from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.modules.sharding import whole_module, whole_parameters
 
 
 class PolyakCallback(Callback):
@@ -50,7 +50,7 @@ class PolyakCallback(Callback):
         heads = None if model is None else get_mtp_heads(model)
         if self.target is None and heads is not None:
             self._heads = heads
-            with whole_parameters(list(heads.parameters())):
+            with whole_parameters(list(heads.parameters())), whole_module(heads):
                 self.target = PolyakTarget(heads, tau=self.tau, period=self.period)
             if self._saved is not None:
                 self.target.load_state_dict(self._saved)
@@ -82,8 +82,7 @@ class PolyakCallback(Callback):
             return
         self._step = trainer.global_step
         assert self._heads is not None and self.target is not None
-        online = list(self._heads.parameters())
-        with whole_parameters(online):
+        with whole_parameters(list(self._heads.parameters())) as online:
             self.target.update(online, step=self._step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Private hooks (tests/test_host_hooks.py checks each signature):
 - `VLLMGeneration._iter_named_params`.
 - `Trainer._save`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`,
   `_issue_warnings_after_load`, `_get_output_dir`.
-- `trl.trainer.utils.maybe_gather_lm_head_ctx`, `trl.data_utils.get_dataset_column_names`.
+- `trl.data_utils.get_dataset_column_names`.
 - for native MTP layers (`rl_plugins.modules.native_mtp*`): `MtpLayer`, `MtpModel.from_pretrained`,
   `PreTrainedConfig.get_mtp_config`, `revert_weight_conversion`, `PreTrainedModel._init_weights`,
   `_keys_to_ignore_on_load_unexpected`, `_gradient_checkpointing_func`.
@@ -20,14 +20,12 @@ Not private, but not documented either: `trl.scripts.grpo.GRPOScriptArguments`, 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import trl
 from packaging.version import Version
 from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE, base_model_of
 from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
@@ -48,11 +46,6 @@ def require_tested_trl() -> None:
             f"rl_plugins is tested with trl>={OLDEST_TRL},<{FIRST_UNTESTED_TRL}, but trl {trl.__version__} is "
             f'installed. Run: pip install "trl>={OLDEST_TRL},<{FIRST_UNTESTED_TRL}"'
         )
-
-
-def gather_lm_head(params: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Whole LM-head weights under ZeRO-3; leaves weights that are whole already (tied embeddings) alone."""
-    return maybe_gather_lm_head_ctx(*params)
 
 
 def without_critics(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
