@@ -46,6 +46,12 @@ def zero(stage: int) -> dict[str, Any]:
     }
 
 
+def fsdp(state_dict: str = "FULL") -> dict[str, Any]:
+    """Options for FSDP2, and how it writes checkpoints."""
+    config = {"version": 2, "reshard_after_forward": True, "state_dict_type": f"{state_dict}_STATE_DICT"}
+    return {"fsdp": True, "fsdp_config": config}
+
+
 def free_port() -> int:
     """A port that was free a moment ago."""
     with socket.socket() as s:
@@ -57,6 +63,7 @@ class Workplace:
     """Starts lists of runs of a worker and reads what they left."""
 
     worker = Path(__file__).parent / "workers" / "critic_worker.py"
+    timeout = 300
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -83,7 +90,11 @@ class Workplace:
         file.write_text(json.dumps([{**run, "port": free_port()} for run in runs]))
         env = os.environ | ({"RANKS": str(ranks)} if ranks > 1 else {})
         done = subprocess.run(
-            [sys.executable, str(self.worker), str(file)], env=env, capture_output=True, text=True, timeout=300
+            [sys.executable, str(self.worker), str(file)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=self.timeout,
         )
         assert done.returncode == 0, done.stderr[-4000:]
 

@@ -69,17 +69,16 @@ def test_token_loss_is_cross_entropy_of_full_logits(
         torch.testing.assert_close(g, e, atol=1e-5, rtol=1e-4)
 
 
-def test_the_lm_head_gets_no_gradient_and_is_gathered() -> None:
+def test_the_lm_head_gets_no_gradient_and_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, lm_head, gathered = random_heads(1), nn.Linear(HIDDEN, VOCABULARY), []
 
     @contextmanager
     def gather(params: Any) -> Any:
         gathered.extend(params)
-        yield
+        yield params
 
-    losses, _ = head_token_loss(
-        heads, torch.randn(1, 2, HIDDEN), torch.zeros(1, 2, 1, dtype=torch.long), lm_head, gather=gather
-    )
+    monkeypatch.setattr(head_pass_module, "whole_parameters", gather)
+    losses, _ = head_token_loss(heads, torch.randn(1, 2, HIDDEN), torch.zeros(1, 2, 1, dtype=torch.long), lm_head)
     losses.sum().backward()
     assert lm_head.weight.grad is None and lm_head.bias.grad is None
     assert gathered == [lm_head.weight, lm_head.bias]

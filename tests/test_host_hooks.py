@@ -78,7 +78,7 @@ def test_every_import_from_inside_a_library_is_in_the_table() -> None:
                 found.add(alias.name)
                 name = f"{module}.{alias.name}"
                 assert any(f"{target}.".startswith(f"{name}.") for target in targets), f"{path.name}: {name}"
-    assert {"MtpLayer", "maybe_gather_lm_head_ctx", "TrainerFn"} <= found
+    assert {"MtpLayer", "get_config_model_id", "TrainerFn"} <= found
 
 
 def test_every_private_name_of_a_trainer_that_we_use_is_in_the_table() -> None:

@@ -48,6 +48,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "zero2": {"deepspeed": zero(2)},
     "zero3": {"deepspeed": zero(3)},
     "zero3_persistent": {"deepspeed": default_zero3()},
+    "fsdp": distributed.fsdp(),
 }
 BIAS = {"rate": RATE}
 AUX = {"rate": 0.0, "aux_loss_coef": 0.5}
@@ -78,11 +79,11 @@ REFERENCES: dict[str, dict[str, Any]] = {
 CASES: list[tuple[str, list[str], dict[str, Any]]] = [
     ("mixtral", ["ddp", "zero1"], {}),
     # In training mode again after an evaluation, which does not count; and the callback given as any other.
-    ("mixtral", ["zero2", "zero3"], {**EVALUATE, "given": True}),
-    ("deepseek_v3", ["ddp", "zero2"], {}),
+    ("mixtral", ["zero2", "zero3", "fsdp"], {**EVALUATE, "given": True}),
+    ("deepseek_v3", ["ddp", "zero2", "fsdp"], {}),
     ("deepseek_v3", ["zero3"], {"loaded": "before"}),
-    ("afmoe", ["ddp", "zero1", "zero3"], {}),
-    ("ernie4_5_moe", ["zero2", "zero3", "zero3_persistent"], {}),
+    ("afmoe", ["ddp", "zero1", "zero3", "fsdp"], {}),
+    ("ernie4_5_moe", ["zero2", "zero3", "zero3_persistent", "fsdp"], {}),
     # What is made of the loads of all ranks is the same under every backend, so that one or two of them will do.
     ("proportional", ["ddp"], {}),
     ("aux", ["ddp", "zero3"], {"balance": {**AUX, **GLOBAL}}),
@@ -104,11 +105,13 @@ CHECKPOINTING: list[tuple[str, list[str], dict[str, Any]]] = [
         ("window", ["zero3"], REENTRANT),
     )
 ]
-SAVED = ["mixtral_zero2", "mixtral_zero3", "lora_zero3"]
+SAVED = ["mixtral_zero2", "mixtral_zero3", "mixtral_fsdp", "lora_zero3"]
 # Killed and resumed.
 RESUMED: dict[str, dict[str, Any]] = {
     "zero2_resumed": {"balance": BOTH, **BACKENDS["zero2"], **TWICE},
     "zero3_resumed": {"model": "afmoe", "balance": BOTH, **BACKENDS["zero3"], "given": True},
+    # Adam, since torch restores no optimizer without a state.
+    "fsdp_resumed": {"model": "afmoe", "balance": BOTH, **BACKENDS["fsdp"], "optim": "adamw_torch"},
 }
 
 HALF = {"mixtral_bf16": torch.float32, "deepseek_v3_bf16": torch.float32, "afmoe_bf16": torch.bfloat16}
@@ -254,7 +257,7 @@ class TestTwoRanksEqualOneProcess:
 
     @pytest.mark.parametrize(("name", "reference"), PAIRS)
     def test_weights(self, two: Workplace, name: str, reference: str) -> None:
-        assert two.has(name, "weights", "sharded") == ("zero3" in name)
+        assert two.has(name, "weights", "sharded") == ("zero3" in name or "fsdp" in name)
         first, second = (two.tensors(name, "weights", rank) for rank in (0, 1))
         assert all(torch.equal(first[key], second[key]) for key in first)
         expected = two.tensors(reference, "weights")
@@ -300,7 +303,7 @@ class TestWhatACaseIsAbout:
         assert abs(logs[0][0]["moe/aux_loss"] - logs[1][0]["moe/aux_loss"]) > 1e-3
 
     def test_own_parameters_were_sharded(self, two: Workplace) -> None:
-        for name in ("afmoe_zero3", "ernie4_5_moe_zero3"):
+        for name in ("afmoe_zero3", "ernie4_5_moe_zero3", "afmoe_fsdp", "ernie4_5_moe_fsdp"):
             assert two.has(name, "live", "sharded") and not two.has(name, "live", "persistent")
         assert two.has("ernie4_5_moe_zero3_persistent", "live", "persistent")
 

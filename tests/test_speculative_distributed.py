@@ -23,11 +23,12 @@ Run = dict[str, Any]
 STEPS, BATCH = 2, 8  # optimizer steps; completions of all ranks
 CHECKPOINT, KILL_AT = 2, 3
 GREEDY: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
+FSDP = distributed.fsdp()
 WHOLE, PARTS = {"ds3_gather_for_generation": True}, {"ds3_gather_for_generation": False}
 # Options of TRL's trainers and the backends that they run on.
 TRL: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "critic": ("mtp", {}, {"ddp": {}, "zero3": PARTS, "zero3whole": WHOLE}),
-    "grpo": ("variant", {"num_generations": 2}, {"ddp": {}, "zero3": PARTS}),
+    "critic": ("mtp", {}, {"ddp": {}, "zero3": PARTS, "zero3whole": WHOLE, "fsdp": FSDP}),
+    "grpo": ("variant", {"num_generations": 2}, {"ddp": {}, "zero3": PARTS, "fsdp": FSDP}),
     "ppo": ("ppo", {"num_iterations": 1, "beta": 0.0, "value_warmup_steps": 1}, {"ddp": {}}),
 }
 LIGHTNING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -142,7 +143,9 @@ def test_acceptance_is_of_all_ranks(two: Workplace, name: str) -> None:
     ranks, rows = two.drafts(name), metrics_of(two, name)
     assert len(ranks) == 2 and all(len(rank) == STEPS for rank in ranks)
     same = torch.equal(ranks[0][:, 0], ranks[1][:, 0])
-    assert same == ("zero3" in name)  # where every forward gathers from all ranks, all of them go on together
+    assert same == (
+        "zero3" in name or "fsdp" in name
+    )  # where every forward gathers from all ranks, all of them go on together
     for row, counts in zip(rows, (ranks[0] + ranks[1])[:, 1:], strict=True):
         steps, tokens, *drafted = counts.tolist()
         assert row["mtp/tokens_per_step"] == pytest.approx(tokens / steps, rel=1e-6)

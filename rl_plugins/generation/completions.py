@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from rl_plugins.modules.attach import base_model_of
-from rl_plugins.modules.sharding import is_partitioned
+from rl_plugins.modules.sharding import gathers_in_forward
 
 if TYPE_CHECKING:
     from rl_plugins.generation.speculative import SpeculativeDecoder
@@ -130,8 +130,8 @@ def generate_completions(
             generation_config=config,
             stopping_criteria=StoppingCriteriaList(steps),
             custom_generate=decoder,
-            # Under ZeRO-3 every forward gathers from all ranks, so the first to end must go on with the last.
-            synced_gpus=any(is_partitioned(param) for param in base.parameters()),
+            # Where every forward gathers from all ranks, the first to end must go on with the last.
+            synced_gpus=gathers_in_forward(model),
         )
     finally:
         model.train(was_training)

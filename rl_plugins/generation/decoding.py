@@ -20,7 +20,7 @@ from rl_plugins.generation.value_capture import ValueRecorder
 from rl_plugins.generation.verification import Drafts, Verdict, verify
 from rl_plugins.modules.attach import base_model_of, trunk_of
 from rl_plugins.modules.cache_name import cache_name
-from rl_plugins.modules.sharding import is_partitioned
+from rl_plugins.modules.sharding import gathers_in_forward
 
 SPARE_SHARE = 0.25
 """Share of the cache's slots that not even the longest row needs, above which they are given up."""
@@ -102,8 +102,8 @@ class Decoding:
         self.cache = rollback_cache(
             self.kwargs.pop(cache_name(), None), getattr(model.config.get_text_config(), "layer_types", None)
         )
-        # Under ZeRO-3 every forward gathers from all ranks, so all of them take the same steps.
-        self.synced = distributed.is_initialized() and any(is_partitioned(param) for param in model.parameters())
+        # Where every forward gathers from all ranks (ZeRO-3, FSDP2), all of them take the same steps.
+        self.synced = distributed.is_initialized() and gathers_in_forward(model)
         (batch, self.prompt_length), device = input_ids.shape, input_ids.device
         spare = drafter.max_drafts + 1  # what is behind a rejected draft is written, too
         new_tokens = max(stopping.max_length - self.prompt_length, 1)

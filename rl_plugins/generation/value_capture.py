@@ -9,6 +9,7 @@ from rl_plugins.functional.mtp import completion_states
 from rl_plugins.modules.attach import base_model_of, get_mtp_heads
 from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.modules.polyak import PolyakTarget
+from rl_plugins.modules.sharding import whole_module
 
 
 class ValueRecorder:
@@ -78,7 +79,8 @@ class ValueRecorder:
         assert self._rows is not None
         hidden, steps = torch.cat(self._states, dim=1), torch.cat(self._steps, dim=1)
         self._states, self._steps = [], []
-        values = self.heads(hidden)
+        with whole_module(self.heads, hidden.dtype):  # the last flush is outside the model's forward
+            values = self.heads(hidden)
         self._chunks.append((values, values if self.target is None else self.target(hidden), steps, self._rows))
 
     def finish(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:

@@ -25,7 +25,6 @@ from rl_plugins.modules.native_pass import NativePass
 from rl_plugins.modules.native_training import prepare_native_mtp
 from rl_plugins.modules.polyak import PolyakTarget, check_polyak
 from rl_plugins.modules.serialization import check_heads_folder, find_mtp_heads, prepare_mtp_heads, save_mtp_heads
-from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.objectives.checks import check_at_least, check_whole
 from rl_plugins.objectives.critic import per_head_means
 
@@ -123,7 +122,6 @@ class HeadTraining:
             detach_tokens=heads_only or self.detach_trunk,
             value_grad_scale=0.0 if heads_only else self.value_grad_scale,
             value_grad_norm=self._limit,
-            gather=whole_parameters,
             target=target,
             with_values=not self.draft_only,
         )
@@ -199,7 +197,6 @@ class NativeTraining:
             inputs["attention_mask"],
             divisor=self.divisor,
             detach_trunk=self.detach_trunk,
-            gather=whole_parameters,
         )
 
     def token_term(self, native_pass: NativePass, num_items: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:

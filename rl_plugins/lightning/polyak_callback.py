@@ -10,7 +10,7 @@ from rl_plugins.lightning.models import find_language_model
 from rl_plugins.modules.attach import get_mtp_heads
 from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.modules.polyak import PolyakTarget, check_polyak
-from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.modules.sharding import whole_module, whole_parameters
 
 
 class PolyakCallback(LightningOnly, Callback):
@@ -52,7 +52,7 @@ class PolyakCallback(LightningOnly, Callback):
         heads = None if model is None else get_mtp_heads(model)
         if self.target is None and heads is not None:
             self._heads = heads
-            with whole_parameters(list(heads.parameters())):
+            with whole_parameters(list(heads.parameters())), whole_module(heads):
                 self.target = PolyakTarget(heads, tau=self.tau, period=self.period)
             if self._saved is not None:
                 self.target.load_state_dict(self._saved)
@@ -84,8 +84,7 @@ class PolyakCallback(LightningOnly, Callback):
             return
         self._step = trainer.global_step
         assert self._heads is not None and self.target is not None
-        online = list(self._heads.parameters())
-        with whole_parameters(online):
+        with whole_parameters(list(self._heads.parameters())) as online:
             self.target.update(online, step=self._step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One differentiable run of the heads inside the model's forward pass."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -13,18 +13,13 @@ from transformers import PretrainedConfig
 from rl_plugins.modules.gradient import GradientStats, clamp_gradient
 from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.modules.polyak import PolyakTarget
-
-GatherParams = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
+from rl_plugins.modules.sharding import whole_parameters
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
 """Summed cross-entropy of features (N, D) against labels (N,), in float32."""
 
 CHUNK_LOGITS = 2**23
 """Logits held at once by the token loss: 32 MiB in float32, so that the heads add next to nothing to peak memory."""
-
-
-def no_gather(params: Sequence[Tensor]) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def head_token_loss(
@@ -34,7 +29,6 @@ def head_token_loss(
     lm_head: nn.Module,
     *,
     temperature: float = 1.0,
-    gather: GatherParams = no_gather,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of each head's token logits, without building (B, T, K, V).
 
@@ -47,13 +41,12 @@ def head_token_loss(
         labels: Token of every head (B, T, K), -100 where there is none.
         lm_head: The model's output embedding.
         temperature: Sampling temperature that the main head's log-probabilities are taken at.
-        gather: Context manager that makes sharded parameters whole.
 
     Returns:
         Summed losses (K,) and numbers of labels (K,), float32.
     """
     losses, counts = [], []
-    with constant_lm_head(lm_head, temperature=temperature, gather=gather) as cross_entropy:
+    with constant_lm_head(lm_head, temperature=temperature) as cross_entropy:
         for k, head in enumerate(heads):
             chosen = labels[..., k] != -100
             # Select before the block: positions without a label cost nothing.
@@ -63,21 +56,19 @@ def head_token_loss(
 
 
 @contextmanager
-def constant_lm_head(
-    lm_head: nn.Module, *, temperature: float = 1.0, gather: GatherParams = no_gather
-) -> Iterator[LabelLoss]:
+def constant_lm_head(lm_head: nn.Module, *, temperature: float = 1.0) -> Iterator[LabelLoss]:
     """Cross-entropy through a model's LM head that learns nothing from it, in chunks of bounded logits.
 
     Args:
         lm_head: The model's output embedding.
         temperature: What the features are divided by.
-        gather: Context manager that makes sharded parameters whole.
 
     Yields:
         `sum_n -ln softmax(W x_n / temperature)[y_n]` of features `x` (N, D) and labels `y` (N,).
     """
     weight, bias = cast(Tensor, lm_head.weight), cast(Tensor | None, getattr(lm_head, "bias", None))
-    with gather([p for p in (weight, bias) if p is not None]):
+    with whole_parameters([p for p in (weight, bias) if p is not None]) as (weight, *rest):
+        bias = rest[0] if rest else None
         dtype = _compute_dtype(weight)
         table = weight.detach().to(dtype)
         offset = None if bias is None else bias.detach().to(dtype) / temperature
@@ -128,7 +119,6 @@ class HeadPass:
         detach_tokens: Keep the token loss out of the trunk.
         value_grad_scale: Scale of the value gradient into the trunk; 0 detaches it.
         value_grad_norm: Per-token clamp of that gradient, in the units of the scaled loss.
-        gather: Makes sharded LM-head weights whole.
         target: Slow heads to run on the same states, where the bootstrap is not taken from a rollout.
         with_values: Whether the values are computed; heads that only draft have no use for them.
     """
@@ -141,7 +131,6 @@ class HeadPass:
     detach_tokens: bool = True
     value_grad_scale: float = 1.0
     value_grad_norm: Tensor | None = None
-    gather: GatherParams = no_gather
     target: PolyakTarget | None = None
     with_values: bool = True
     stats: GradientStats = field(default_factory=GradientStats)
@@ -169,5 +158,4 @@ class HeadPass:
                 self.labels,
                 self.lm_head,
                 temperature=self.divisor,
-                gather=self.gather,
             )

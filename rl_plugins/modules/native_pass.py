@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_plugins.functional.mtp import mtp_labels
-from rl_plugins.modules.head_pass import GatherParams, constant_lm_head, no_gather
+from rl_plugins.modules.head_pass import constant_lm_head
 from rl_plugins.modules.native_mtp import NativeMTP
 
 
@@ -20,7 +20,6 @@ def native_token_loss(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     temperature: float = 1.0,
-    gather: GatherParams = no_gather,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of each depth's token logits, without building (B, L, K, V).
 
@@ -37,7 +36,6 @@ def native_token_loss(
         attention_mask: Real tokens (B, L), padded on either side, without holes; `None` for all.
         position_ids: Positions of packed rows (B, L), which start again with every document.
         temperature: What the logits are divided by.
-        gather: Context manager that makes sharded parameters whole.
 
     Returns:
         Summed losses (K,) and numbers of labels (K,), float32.
@@ -49,7 +47,7 @@ def native_token_loss(
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     losses, counts = [], []
-    with constant_lm_head(lm_head, temperature=temperature, gather=gather) as cross_entropy:
+    with constant_lm_head(lm_head, temperature=temperature) as cross_entropy:
         for k in range(native.num_layers):
             depth = k + 1
             # The end of a row, or of a document, gets tokens from elsewhere: positions without a label, which no
@@ -76,7 +74,6 @@ class NativePass:
         position_ids: Positions of packed rows.
         divisor: See [`logit_divisor`].
         detach_trunk: Keep the token loss out of the trunk.
-        gather: Makes sharded LM-head weights whole.
     """
 
     native: NativeMTP
@@ -87,7 +84,6 @@ class NativePass:
     position_ids: Tensor | None = None
     divisor: float = 1.0
     detach_trunk: bool = True
-    gather: GatherParams = no_gather
     token_losses: Tensor | None = None
     token_counts: Tensor | None = None
 
@@ -103,5 +99,4 @@ class NativePass:
                 attention_mask=self.attention_mask,
                 position_ids=self.position_ids,
                 temperature=self.divisor,
-                gather=self.gather,
             )

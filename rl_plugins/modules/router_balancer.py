@@ -25,7 +25,7 @@ from rl_plugins.modules.bias_files import check_biases_fit, save_beside
 from rl_plugins.modules.router_losses import RouterLosses
 from rl_plugins.modules.routers import Router, find_routers
 from rl_plugins.modules.routing_pass import RoutingPass
-from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.modules.sharding import show_trained, whole_parameters
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -314,14 +314,15 @@ class RouterBalancer:
     def _read_biases(self) -> list[Tensor]:
         """Float32 copies of the live biases; zeros for a router without one."""
         live = [router.bias if router.has_bias else torch.zeros(router.num_experts) for router in self.routers]
-        with whole_parameters(live):
-            return [bias.detach().reshape(-1).float().clone() for bias in live]
+        with whole_parameters(live) as whole:
+            return [bias.detach().reshape(-1).float().clone() for bias in whole]
 
     @torch.no_grad()
     def _write_biases(self) -> None:
+        show_trained(self._model)
         live = [router.bias for router in self.routers]
-        with whole_parameters(live, writing=True):
-            for bias, master in zip(live, self.masters, strict=True):
+        with whole_parameters(live, writing=True) as whole:
+            for bias, master in zip(whole, self.masters, strict=True):
                 bias.copy_(master.view_as(bias))
 
     def state_dict(self) -> dict[str, Tensor]:

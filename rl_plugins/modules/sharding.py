@@ -1,9 +1,14 @@
-"""Parameters that DeepSpeed's ZeRO-3 has partitioned, whichever host started the engine."""
+"""Parameters of which a rank holds a part only: under DeepSpeed's ZeRO-3 and PyTorch's FSDP2, whichever host started
+the engine."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_partitioned(param: Tensor) -> bool:
@@ -16,24 +21,105 @@ def is_in_use(param: Tensor) -> bool:
     return bool(vars(param).get("ds_active_sub_modules"))
 
 
+def gathers_in_forward(model: nn.Module) -> bool:
+    """Whether a forward pass of `model` exchanges parameters between ranks, so that all ranks must run as many."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        is_partitioned(param) or isinstance(param, DTensor) for param in model.parameters()
+    )
+
+
 def whole_size(param: Tensor) -> int:
     """Number of entries of the whole parameter."""
     return int(vars(param)["ds_numel"]) if is_partitioned(param) else param.numel()
 
 
-def whole_parameters(params: Sequence[Tensor], *, writing: bool = False) -> AbstractContextManager[None]:
-    """Make parameters whole under ZeRO-3, a collective operation; does nothing elsewhere.
+@contextmanager
+def whole_parameters(params: Sequence[Tensor], *, writing: bool = False) -> Iterator[list[Tensor]]:
+    """Make sharded parameters whole, a collective operation; does nothing where nobody sharded them.
 
     Args:
-        params: Parameters to read or write; those that nobody partitioned are left alone.
-        writing: Keep what is written, taken from rank 0. Without it DeepSpeed drops writes silently.
+        params: Parameters to read or write.
+        writing: Keep what is written into the whole tensors, taken from rank 0 under ZeRO-3 and from each rank's own
+            tensor under FSDP2. Without it writes are lost.
+
+    Yields:
+        One whole tensor per parameter: the parameter itself, or a copy without gradient in place of a `DTensor`.
     """
-    partitioned = [param for param in params if is_partitioned(param)]
+    with torch.no_grad():
+        whole = [_full(param) if isinstance(param, DTensor) else param for param in params]
+    with _gathered([param for param in params if is_partitioned(param)], writing=writing):
+        yield whole
+    if writing:
+        with torch.no_grad():
+            for param, tensor in zip(params, whole, strict=True):
+                if isinstance(param, DTensor):
+                    new = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+                    param.copy_(new)
+
+
+def _full(param: DTensor) -> Tensor:
+    # With parameters offloaded to the CPU the ranks still exchange them on their own devices.
+    return cast(DTensor, param.detach().to(param.device_mesh.device_type)).full_tensor()
+
+
+def _gathered(params: list[Tensor], *, writing: bool) -> AbstractContextManager[None]:
+    """DeepSpeed's context manager around parameters of ZeRO-3."""
     if not writing:
         # DeepSpeed refuses to part what it gathered for a module that still runs: tied weights in the trunk's hook.
-        partitioned = [param for param in partitioned if not is_in_use(param)]
-    if not partitioned:
+        params = [param for param in params if not is_in_use(param)]
+    if not params:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if writing else None)
+    return deepspeed.zero.GatheredParameters(params, modifier_rank=0 if writing else None)
+
+
+@contextmanager
+def whole_module(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Run a module outside the forward pass of the model that shards it, without gradient.
+
+    A collective operation under FSDP2, which gathers parameters in the forward of the modules that it was told to
+    wrap. ZeRO-3 gathers in the forward of every module, so that this does nothing there.
+
+    Args:
+        module: Part of a sharded model.
+        dtype: Of the parameters inside the block, where FSDP2's mixed precision computes in another than it stores.
+    """
+    sharded = [
+        (owner, name, param)
+        for owner in module.modules()
+        for name, param in owner._parameters.items()
+        if isinstance(param, DTensor)
+    ]
+    params: list[Tensor] = [param for _, _, param in sharded]
+    with whole_parameters(params) as whole:
+        for (owner, name, _), tensor in zip(sharded, whole, strict=True):
+            owner._parameters[name] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        try:
+            yield
+        finally:
+            for owner, name, param in sharded:
+                owner._parameters[name] = param
+
+
+def show_trained(model: nn.Module) -> None:
+    """Have modules show the parameters that are trained: FSDP2 leaves whole copies in place after some passes, and
+    what is written into those is lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def announce_loss(model: nn.Module, loss: Tensor) -> None:
+    """Tell FSDP2 of a loss that may not come from an output of the model.
+
+    FSDP2 reduces gradients over ranks in a backward pass that goes through an output of the model. Where modules that
+    run inside it learn alone (a frozen trunk), no output has a gradient: theirs would stay on each rank, and no
+    optimizer would see them.
+
+    Args:
+        model: What the engine returned.
+        loss: 0-d; a term of it is enough.
+    """
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._register_pre_backward_hook(loss)

@@ -18,6 +18,7 @@ from rl_plugins.modules.head_pass import HeadPass
 from rl_plugins.modules.native_pass import NativePass
 from rl_plugins.modules.polyak import TARGET_NAME
 from rl_plugins.modules.serialization import HEADS_WEIGHTS_NAME
+from rl_plugins.modules.sharding import announce_loss
 from rl_plugins.modules.sources import check_trainable_dtype
 from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE, HEAD_NAME
 from rl_plugins.objectives.critic import per_head_means, value_loss, value_losses
@@ -185,7 +186,9 @@ class PluginTrainer(_BaseTrainer):
         if head_pass.token_losses is None or head_pass.token_counts is None:
             return 0.0
         self._log_per_head("mtp/token_loss", head_pass.token_losses.detach(), head_pass.token_counts)
-        return self.args.mtp_loss_coef * head_pass.token_losses.sum() / (len(head_pass.token_losses) * num_items)
+        term = self.args.mtp_loss_coef * head_pass.token_losses.sum() / (len(head_pass.token_losses) * num_items)
+        announce_loss(self.model, term)
+        return term
 
     def _value_term(
         self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor
@@ -200,7 +203,9 @@ class PluginTrainer(_BaseTrainer):
             old_values=old_values,
         )
         self._log_per_head("critic/value_loss", sums, counts)
-        return self.args.value_loss_coef * loss
+        term = self.args.value_loss_coef * loss
+        announce_loss(self.model, term)
+        return term
 
     def _checkpoint_dir(self, trial: Any) -> Path:
         return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

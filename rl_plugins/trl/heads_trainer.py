@@ -23,11 +23,10 @@ from rl_plugins.modules import (
 )
 from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.polyak import TARGET_NAME
-from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.modules.sharding import whole_module, whole_parameters
 from rl_plugins.modules.sources import check_language_model
 from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
-from rl_plugins.trl.host import gather_lm_head
 
 
 def complete_args(args: Any, config_class: type, model: Any, suffix: str) -> Any:
@@ -76,15 +75,14 @@ class MTPHeadsTrainer(AttachmentTrainer):
         args = self.args
         heads = self.mtp_heads = attach_heads(self, saved_heads)
         self._logit_divisor = logit_divisor(self.model.config) if args.mtp_loss_coef else 1.0
-        with whole_parameters(list(heads.parameters())):
+        with whole_parameters(list(heads.parameters())), whole_module(heads):
             self.polyak_target = PolyakTarget(heads, tau=args.target_tau, period=args.target_update_every)
         self.polyak_target.to(self.accelerator.device)
         self.add_callback(PolyakCallback(self._update_target))
 
     def _update_target(self, step: int) -> None:
         assert self.mtp_heads is not None
-        params = list(self.mtp_heads.parameters())
-        with whole_parameters(params):
+        with whole_parameters(list(self.mtp_heads.parameters())) as params:
             self.polyak_target.update(params, step=step)
 
     # Losses
@@ -116,7 +114,6 @@ class MTPHeadsTrainer(AttachmentTrainer):
             value_grad_norm=None
             if args.value_grad_clip is None
             else args.value_grad_clip * args.value_loss_coef / num_items,
-            gather=gather_lm_head,
             target=target,
         )
         self._gradient_stats = head_pass.stats
@@ -134,7 +131,6 @@ class MTPHeadsTrainer(AttachmentTrainer):
             inputs.get("position_ids"),
             divisor=self._logit_divisor,
             detach_trunk=self.args.mtp_detach_trunk,
-            gather=gather_lm_head,
         )
 
     # Metrics

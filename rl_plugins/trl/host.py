@@ -1,11 +1,9 @@
-"""Small things that TRL's trainers and ours need of each other: sharded LM heads, router losses, streams to vLLM."""
+"""Small things that TRL's trainers and ours need of each other: router losses, streams to vLLM."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rl_plugins.hooks import VLLM, require_hooks
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE, base_model_of
@@ -15,11 +13,6 @@ from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
-
-
-def gather_lm_head(params: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Whole LM-head weights under ZeRO-3; leaves weights that are whole already (tied embeddings) alone."""
-    return maybe_gather_lm_head_ctx(*params)
 
 
 def without_critics(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,6 @@ from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_p
 from rl_plugins.objectives.online import draft_metrics
 from rl_plugins.objectives.policy import clip_shares, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
-from rl_plugins.trl.host import gather_lm_head
 
 if TYPE_CHECKING:
     from rl_plugins.generation.speculative import SpeculativeDecoder
@@ -125,7 +124,6 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             labels=labels,
             divisor=self._draft_divisor,
             detach_tokens=self.args.mtp_detach_trunk or self._warming_up,
-            gather=gather_lm_head,
             with_values=False,
         )
         with self.draft_heads.tapped(head_pass):

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ import deepspeed
 import deepspeed.ops
 import torch
 import transformers
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import rl_plugins.trl  # noqa: F401  (slow, and most workers import it)
@@ -85,19 +88,53 @@ def start_deepspeed() -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=60))
 
 
+def start_fsdp() -> None:
+    """Before the trainer's arguments are made: accelerate drops an FSDP plugin in silence where there is no GPU."""
+    stock = AcceleratorState.__init__
+
+    @wraps(stock)
+    def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and "fsdp_plugin" not in vars(self):
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+def start_engine(args: dict[str, Any]) -> None:
+    """Prepare for the engine that the options of a run name, if they do."""
+    if args.get("deepspeed"):
+        start_deepspeed()
+    if args.get("fsdp"):
+        start_fsdp()
+
+
 def check_backend(trainer: Any) -> None:
     """A host that silently trains otherwise than it was told would make the comparisons worthless."""
     assert trainer.accelerator.num_processes == WORLD
     if trainer.args.deepspeed is not None:
         assert trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    if trainer.args.fsdp:
+        assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
+        trainer.add_callback(CheckSharded())
+
+
+class CheckSharded(TrainerCallback):
+    """Sees that FSDP2 has sharded every parameter."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        assert all(isinstance(param, DTensor) for param in model.parameters())
 
 
 def save_whole(named: dict[str, Tensor], out: Path, what: str) -> None:
     """Gather what is sharded; the file says whether anything was, and whether engines keep it whole between steps."""
-    sharded = any(x.numel() == 0 for x in named.values())
+    sharded = any(x.numel() == 0 or isinstance(x, DTensor) for x in named.values())
     persistent = all(vars(x).get("ds_persist", False) for x in named.values())
-    with whole_parameters(list(named.values())):
-        whole = {name: x.detach().clone().contiguous() for name, x in named.items()}
+    with whole_parameters(list(named.values())) as tensors:
+        whole = {name: x.detach().clone().contiguous() for name, x in zip(named, tensors, strict=True)}
     save_file(whole, out / f"{what}_{RANK}.safetensors", {"sharded": str(sharded), "persistent": str(persistent)})
 
 

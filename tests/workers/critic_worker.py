@@ -9,8 +9,8 @@ A run is a dictionary:
     out: directory of the run, also the trainer's `output_dir`
     model: directory with model and tokenizer
     port: free port for this run's rendezvous
-    trainer: `mtp` (the default), `ppo` or `variant`
-    reward: name of the reward, of `REWARDS`; `odd` by default
+    trainer: `mtp` (the default), `ppo`, `variant` or `sft`
+    reward: name of the reward, of `REWARDS`; `odd` by default; for `sft` whether examples are `scored`
     prompts: size of the dataset, 64 by default
     args: options of its config (`deepspeed` among them)
     loaded: whether the trainer gets the model itself: `before` the config is made, or `after`
@@ -24,12 +24,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import DEFAULTS, RANK, KillAt, Run, check_backend, main, start_deepspeed  # isort: skip  sets the environment
+from common import DEFAULTS, RANK, KillAt, Run, check_backend, main, start_engine  # isort: skip  sets the environment
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_plugins.generation.value_capture import ValueRecorder
@@ -39,11 +40,14 @@ from rl_plugins.trl import (
     GRPOVariantTrainer,
     MTPCriticConfig,
     MTPCriticTrainer,
+    MTPSFTConfig,
+    MTPSFTTrainer,
     PPOConfig,
     PPOTrainer,
 )
 
-TRL_DEFAULTS = {**DEFAULTS, "model_init_kwargs": {"dtype": "float32"}, "max_completion_length": 6}
+TRL_DEFAULTS = {**DEFAULTS, "model_init_kwargs": {"dtype": "float32"}}
+ONLINE: dict[str, Any] = {"max_completion_length": 6}
 finished: list[bool] = []
 """Of every finished recorder: whether it had the values of the whole completion."""
 
@@ -112,10 +116,23 @@ def twisted(ids: list[int], place: int) -> list[int]:
 
 
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "mtp": (MTPCriticTrainer, MTPCriticConfig, {"head_learning_rate": 1e-2}),
-    "ppo": (PPOTrainer, PPOConfig, {"value_learning_rate": 1e-2}),
-    "variant": (SteadyVariantTrainer, GRPOVariantConfig, {}),
+    "mtp": (MTPCriticTrainer, MTPCriticConfig, {**ONLINE, "head_learning_rate": 1e-2}),
+    "ppo": (PPOTrainer, PPOConfig, {**ONLINE, "value_learning_rate": 1e-2}),
+    "variant": (SteadyVariantTrainer, GRPOVariantConfig, ONLINE),
+    "sft": (MTPSFTTrainer, MTPSFTConfig, {"head_learning_rate": 1e-2}),
 }
+
+
+def rows_of(run: Run) -> dict[str, Any]:
+    """The trainer's data and where its rewards come from."""
+    numbers, name = range(run.get("prompts", 64)), run.get("reward", "odd")
+    prompts = [f"{i}+{7 * i}=" for i in numbers]
+    if run.get("trainer") != "sft":
+        return {"reward_funcs": REWARDS[name], "train_dataset": Dataset.from_dict({"prompt": prompts})}
+    columns: dict[str, list[Any]] = {"prompt": prompts, "completion": [f"{8 * i}" for i in numbers]}
+    if name == "scored":
+        columns["reward"] = [i % 3 / 2 for i in numbers]
+    return {"train_dataset": Dataset.from_dict(columns)}
 
 
 def load(run: Run) -> Any:
@@ -128,8 +145,7 @@ def train(run: Run) -> None:
     import rl_plugins.trl.critic_trainer as critic_trainer
 
     critic_trainer.ValueRecorder = RecordingRecorder
-    if run["args"].get("deepspeed"):
-        start_deepspeed()
+    start_engine(run["args"])
     trainer_class, config_class, own_defaults = TRAINERS[run.get("trainer", "mtp")]
     model = load(run) if run.get("loaded") == "before" else run["model"]
     args = config_class(**{"output_dir": run["out"], **TRL_DEFAULTS, **own_defaults, **run["args"]})
@@ -140,9 +156,8 @@ def train(run: Run) -> None:
     torch.manual_seed(0)
     trainer = trainer_class(
         model,
-        REWARDS[run.get("reward", "odd")],
-        args,
-        Dataset.from_dict({"prompt": [f"{i}+{7 * i}=" for i in range(run.get("prompts", 64))]}),
+        args=args,
+        **rows_of(run),
         processing_class=AutoTokenizer.from_pretrained(run["model"]),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if run.get("lora") else None,
         callbacks=[KillAt(run["kill_at"])] if run.get("kill_at") else None,
@@ -159,13 +174,14 @@ def write_results(trainer: Any, out: Path) -> None:
     if isinstance(trainer, SteadyVariantTrainer):
         name, named = "policy", dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     else:
-        name = "heads" if isinstance(trainer, MTPCriticTrainer) else "value_model"
+        name = "value_model" if isinstance(trainer, PPOTrainer) else "heads"
         named = dict(trainer.critic_module.named_parameters())
     params = list(named.values())
-    sharded = hasattr(params[0], "ds_id") and all(p.numel() == 0 for p in params)
-    with whole_parameters(params):
-        save_file({key: p.detach().clone() for key, p in named.items()}, out / f"{name}_{RANK}.safetensors")
-    if isinstance(trainer, MTPCriticTrainer):
+    sharded = all(isinstance(p, DTensor) or (hasattr(p, "ds_id") and p.numel() == 0) for p in params)
+    with whole_parameters(params) as whole:
+        weights = {key: p.detach().clone() for key, p in zip(named, whole, strict=True)}
+        save_file(weights, out / f"{name}_{RANK}.safetensors")
+    if name == "heads" and trainer.mtp_heads is not None:
         save_file(trainer.polyak_target.state_dict(), out / f"target_{RANK}.safetensors")
     if isinstance(trainer, SteadyVariantTrainer):
         (out / f"batches_{RANK}.json").write_text(json.dumps(trainer.batches))

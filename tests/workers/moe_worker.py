@@ -26,7 +26,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import DEFAULTS, RANK, KillAt, Run, check_backend, main, save_whole, start_deepspeed  # isort: skip  sets env
+from common import DEFAULTS, RANK, KillAt, Run, check_backend, main, save_whole, start_engine  # isort: skip  sets env
 
 import torch
 from critic_worker import reward
@@ -93,8 +93,7 @@ def make_trainer(run: Run, model: Any, args: Any, callbacks: list[Any]) -> Any:
 def train(run: Run) -> None:
     """One run, on this rank."""
     bias_files.save_file = noted_save
-    if run["args"].get("deepspeed"):
-        start_deepspeed()
+    start_engine(run["args"])
     model = load(run) if run.get("loaded") == "before" else None
     config_class, defaults = CONFIGS[run.get("trainer", "plain")]
     args = config_class(**{"output_dir": run["out"], **defaults, **run["args"]})
