@@ -210,6 +210,60 @@ def test_values_come_from_generation_without_another_forward(
     torch.testing.assert_close(trainer.last_rollout["old_values"], values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "passes"),
+    [
+        ({"prefill_chunk_size": 4}, 0),  # the last chunk has one token or more
+        ({"prefill_chunk_size": 2}, 0),
+        ({"prompt_lookup_num_tokens": 3}, 1),
+        ({"num_beams": 2}, 1),
+        ({"use_cache": False}, 0),
+        ({"cache_implementation": "static"}, 0),
+        ({"do_sample": False, "no_repeat_ngram_size": 2}, 0),
+    ],
+)
+def test_values_belong_to_their_tokens_however_they_are_generated(
+    make: Make, tiny_model: Callable[..., Any], kwargs: dict[str, Any], passes: int
+) -> None:
+    rows = 1 if "prompt_lookup_num_tokens" in kwargs else 8  # transformers looks up one prompt at a time
+    trainer = make(
+        model=with_random_heads(tiny_model()),
+        generation_kwargs=kwargs,
+        learning_rate=0.0,
+        head_learning_rate=0.0,
+        per_device_train_batch_size=rows,
+        max_completion_length=12,
+        max_steps=1,
+    )
+    calls: list[Any] = []
+    own_pass = trainer._score
+    trainer._score = lambda batch: calls.append(batch) or own_pass(batch)
+    trainer.train()
+    batch = trainer.last_rollout
+    values, mask = no_grad_values(trainer, batch), batch["completion_mask"].bool()
+    torch.testing.assert_close(batch["old_values"][mask], values[mask], atol=1e-5, rtol=1e-5)
+    assert values[mask].std() > 0.1 and len(calls) == passes
+
+
+def test_values_belong_to_completions_that_a_subclass_has_changed(
+    make: Make, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = MTPCriticTrainer._generate_single_turn
+
+    def changed_afterwards(self: Any, *args: Any, **kwargs: Any) -> Any:
+        completions, logps = own(self, *args, **kwargs)
+        return [[5, *ids[1:]] for ids in completions], logps
+
+    monkeypatch.setattr(MTPCriticTrainer, "_generate_single_turn", changed_afterwards)
+    trainer = make(
+        model=with_random_heads(tiny_model()), learning_rate=0.0, head_learning_rate=0.0, max_steps=1, temperature=9.0
+    )
+    trainer.train()
+    batch = trainer.last_rollout
+    values, mask = no_grad_values(trainer, batch), batch["completion_mask"].bool()
+    torch.testing.assert_close(batch["old_values"][mask], values[mask], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_type_takes_advantages_per_token(make: Make, loss_type: str) -> None:
     level = "sequence" if loss_type == "luspo" else "token"

@@ -248,6 +248,39 @@ def test_values_of_ones_own_rollouts_come_from_a_pass(make: Make, off_policy: bo
     assert exact[mask].std() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "passes"),
+    [
+        ({"prefill_chunk_size": 5}, 0),
+        ({"prompt_lookup_num_tokens": 3}, 1),
+        ({"num_beams": 2}, 1),
+        ({"use_cache": False}, 0),
+        ({"cache_implementation": "static"}, 0),
+    ],
+)
+def test_values_belong_to_their_tokens_however_they_are_generated(
+    make: Make, kwargs: dict[str, Any], passes: int
+) -> None:
+    module = make("critic", generation_kwargs=kwargs, max_completion_length=12)
+    perturb(module.model)
+    rows = 1 if "prompt_lookup_num_tokens" in kwargs else 8  # transformers looks up one prompt at a time
+    batch = module.rollout(prompts(rows))[0]
+    exact, mask = heads_values(module, batch, module.mtp_heads), batch["completion_mask"].bool()
+    torch.testing.assert_close(batch["old_values"][mask], exact[mask], rtol=1e-5, atol=1e-5)
+    assert exact[mask].std() > 0.1 and len(module._passes) == passes
+
+
+def test_a_generate_that_is_set_on_the_module_is_ones_own(make: Make) -> None:
+    module = make("critic", max_completion_length=12)
+    perturb(module.model)
+    own = module.generate
+    module.generate = lambda prompts: own(list(reversed(prompts)))
+    batch = module.rollout(prompts(4))[0]
+    exact, mask = heads_values(module, batch, module.mtp_heads), batch["completion_mask"].bool()
+    torch.testing.assert_close(batch["old_values"][mask], exact[mask], rtol=1e-5, atol=1e-5)
+    assert len(module._passes) == 1
+
+
 def test_scores_of_ones_own(make: Make) -> None:
     class Counted(GRPOModule):
         def score(self, rows: Any, completions: Completions) -> Tensor:

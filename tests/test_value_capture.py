@@ -51,7 +51,7 @@ def generate(model: Any, record: ValueRecorder, num_tokens: int = 7, **options: 
     """Completions, each up to and with its first end-of-sequence token."""
     ids, mask = padded(PROMPTS)
     torch.manual_seed(0)
-    with model.mtp_heads.tapped(record):
+    with record.following(model):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, **options)
     completions = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in completions]
@@ -71,7 +71,16 @@ def full_pass(model: Any, target: PolyakTarget | None, completions: list[list[in
 
 @pytest.mark.parametrize("flush_every", [1, 3, 64])
 @pytest.mark.parametrize(
-    "options", [{"do_sample": False}, {"do_sample": True}, {"do_sample": False, "use_cache": False}]
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True},
+        {"do_sample": False, "use_cache": False},
+        {"prefill_chunk_size": 4},  # the prompts' 6 tokens in two passes
+        {"prefill_chunk_size": 5},  # the second of one token
+        {"cache_implementation": "static", "disable_compile": True},
+        {"repetition_penalty": 1.3, "min_p": 0.05},
+    ],
 )
 def test_recorded_values_are_those_of_a_full_forward(
     model: Any, target: PolyakTarget, flush_every: int, options: dict[str, Any]
@@ -107,9 +116,9 @@ def test_without_a_target_the_online_values_come_twice(model: Any) -> None:
 def test_finish_pads_and_cuts(model: Any) -> None:
     for length in (2, 5, 8):
         record = ValueRecorder(model.mtp_heads, flush_every=2)
-        states = torch.randn(3, 5, 32)
+        states, rows = torch.randn(3, 5, 32), torch.arange(3)
         for t in range(5):
-            record(states[:, t : t + 1])
+            record.record(states[:, t : t + 1], torch.full((3, 1), t), rows)
         saved = record.finish(length)
         assert saved is not None and saved[0].shape == (3, length, 2)
         expected = model.mtp_heads(states)
@@ -117,24 +126,101 @@ def test_finish_pads_and_cuts(model: Any) -> None:
         assert not saved[0][:, 5:].any()
 
 
-def test_steps_that_are_not_tokens_make_the_record_unusable(model: Any) -> None:
-    def finish(*lengths: int) -> Any:
-        record = ValueRecorder(model.mtp_heads)
-        for length in lengths:
-            record(torch.randn(2, length, 32))
-        return record.finish(4)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 2},
+        {"num_beams": 2},
+        {"num_beams": 2, "do_sample": True},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"custom_generate": lambda model, input_ids, **kwargs: torch.cat([input_ids, input_ids[:, :1]], 1)},
+    ],
+)
+def test_passes_that_are_not_tokens_are_not_recorded(
+    model: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "prompt_lookup_num_tokens" in options:
+        monkeypatch.setitem(globals(), "PROMPTS", [[3, 12, 3, 12, 3, 12]])  # one row, with repetitions
+    record = ValueRecorder(model.mtp_heads)
+    generate(model, record, num_tokens=12, **options)
+    assert not record.usable and record.finish(12) is None
 
-    assert finish(5, 1, 1) is not None  # with a cache
-    assert finish(5, 6, 7) is not None  # without one
-    assert finish(1, 1) is not None  # a prompt of one token
-    assert finish(4, 4, 1) is None  # chunked prefill
-    assert finish(5, 1, 3, 1) is None  # assisted decoding checks several tokens at once
-    assert finish() is None  # nothing ran
+
+def account(heads: MTPHeads, *widths: int, prompt: int = 5, rows: int = 2) -> bool:
+    """Whether a record of one token per pass of these widths is usable."""
+    record = ValueRecorder(heads)
+
+    def passes(ids: Tensor, stopping_criteria: Any) -> Tensor:
+        for width in widths:
+            record(torch.randn(rows, abs(width), 32))
+            if width > 0:  # below 0: no token is chosen yet
+                ids = torch.cat([ids, ids[:, :1]], 1)
+                stopping_criteria(ids, None)
+        return ids
+
+    record._generate(passes, torch.ones(2, prompt, dtype=torch.long))
+    return record.finish(4) is not None
+
+
+def test_all_tokens_must_have_gone_through_the_model(model: Any) -> None:
+    heads = model.mtp_heads
+    assert account(heads, 5, 1, 1)  # with a cache
+    assert account(heads, 5, 6, 7)  # without one
+    assert account(heads, 1, 1, prompt=1)
+    assert account(heads, -4, 1, 1) and account(heads, -2, -2, 1, 1)  # a prompt in chunks
+    assert not account(heads, 5, 2, 1)  # a draft that was rejected
+    assert not account(heads, 6, 1, 1)  # one beside the prompt
+    assert not account(heads, 4, 1)  # a cache from elsewhere
+    assert not account(heads, 5, -1, 1)  # drafts of the model's own first layers
+    assert not account(heads, 5, 1, rows=4)  # beams
+    assert not account(heads)  # nothing ran
+
+
+def test_idle_passes_after_the_end_are_not_recorded(model: Any) -> None:
+    # Where ranks run in step, one that has ended goes on without choosing tokens.
+    assert account(model.mtp_heads, 5, 1, -1, -1)
+
+
+def test_only_completions_that_were_generated_have_been_recorded(model: Any) -> None:
+    record = ValueRecorder(model.mtp_heads)
+    completions = generate(model, record, do_sample=True, temperature=50.0)
+    width = max(map(len, completions))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in completions])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in completions])
+    assert record.made(ids, mask)
+    assert record.made(ids.masked_fill(mask == 0, 9), mask)
+    assert not record.made(ids.flip(0), mask.flip(0)) and not record.made(ids[:2], mask[:2])
+    longer = torch.cat([ids, ids, ids], 1)
+    assert record.made(longer, torch.cat([mask, 0 * mask, 0 * mask], 1))
+    assert not record.made(longer, torch.ones_like(longer))
+    other = ids.clone()
+    other[0, 0] += 1
+    assert not record.made(other, mask)
+    assert not ValueRecorder(model.mtp_heads).made(ids, mask)
+
+
+def test_a_generate_of_ones_own_is_not_followed(model: Any) -> None:
+    record = ValueRecorder(model.mtp_heads)
+    model.generate = model.generate  # any callable of the user
+    generate(model, record)
+    assert record.finish(7) is None and "generate" in vars(model)
+    del model.generate
+    own = type("Own", (type(model),), {"generate": lambda self, ids, **kwargs: ids.repeat(1, 2)})
+    model.__class__ = own
+    generate(model, record)
+    assert record.finish(7) is None
+
+
+def test_following_leaves_no_trace(model: Any) -> None:
+    record = ValueRecorder(model.mtp_heads)
+    with pytest.raises(TypeError), record.following(model):
+        model.generate(nonsense=object(), input_ids=torch.ones(1, 2, dtype=torch.long), max_new_tokens="x")
+    assert "generate" not in vars(model) and model.mtp_heads.tap is None
 
 
 def test_no_graph_is_kept(model: Any) -> None:
     record = ValueRecorder(model.mtp_heads)
-    record(torch.randn(2, 3, 32, requires_grad=True))
+    record.record(torch.randn(2, 1, 32, requires_grad=True), torch.zeros(2, 1, dtype=torch.long), torch.arange(2))
     saved = record.finish(1)
     assert saved is not None and not saved[0].requires_grad
     one_pass = ValuePass(model.mtp_heads, None, 2)

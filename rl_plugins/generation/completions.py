@@ -109,7 +109,8 @@ def generate_completions(
     base: Any = base_model_of(model)
     ids, mask = pad_left(prompts, pad_token_id, base.device)
     config = GenerationConfig(
-        **{"do_sample": True, "top_k": 0, "top_p": 1.0, **sampling},
+        # Not compiled, as in TRL: taps on the heads keep hidden states, whose memory a captured graph would use again.
+        **{"do_sample": True, "top_k": 0, "top_p": 1.0, "disable_compile": True, **sampling},
         max_new_tokens=max_completion_length,
         pad_token_id=pad_token_id,
         eos_token_id=list(eos),

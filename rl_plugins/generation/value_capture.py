@@ -1,9 +1,14 @@
 """Values of the states of a completion: saved while it is generated, or from one pass afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from rl_plugins.functional.mtp import completion_states
 from rl_plugins.modules.attach import base_model_of, get_mtp_heads
@@ -19,8 +24,10 @@ class ValueRecorder:
     value estimates into a buffer"). States wait until `flush_every` forward passes share one run of the heads, which
     keeps the cost per token low without keeping all hidden states.
 
-    As a tap of the heads it follows the model's own `generate`, one token per forward pass; speculative decoding,
-    which settles several, calls `record`.
+    Inside [`following`] it listens to the model's own `generate`, and keeps account: each time a token is chosen, all
+    tokens before it must have gone through the model, each once, and all rows must still be there. Decoding methods
+    of which that is not true (beams, drafts that are verified several at a time) make the record unusable.
+    Speculative decoding, which settles several tokens in one pass, calls `record`.
 
     Args:
         heads: Online heads.
@@ -39,21 +46,87 @@ class ValueRecorder:
         self._rows: Tensor | None = None
         self._num_rows = 0
         self._chunks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._taps = 0
-        self._last_length = 0
+        self._passes: list[Tensor] = []  # hidden states since a token was last chosen
+        self._prompt_length = self._length = self._cached = 0
+        self._sequences: Tensor | None = None
         self.usable = True
 
-    def __call__(self, hidden: Tensor) -> None:
-        """Take the newest state from the hidden states (B, S, D) of one decoding step."""
-        # With a cache every step after the first has length 1, without one it grows by 1. Anything else (chunked
-        # prefill, assisted decoding) does not map steps to tokens.
-        if self._last_length and hidden.shape[1] not in (1, self._last_length + 1):
+    # The model's own `generate`
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Record what the model's `generate` does inside the block, if it is that of transformers.
+
+        Args:
+            model: Causal LM with the heads attached, or a PEFT model around one.
+        """
+        base: Any = base_model_of(model)
+        if type(base).generate is not GenerationMixin.generate or "generate" in vars(base):
+            yield  # whose passes may be anything
+            return
+        base.generate = partial(self._generate, base.generate)
+        try:
+            with self.heads.tapped(self):
+                yield
+        finally:
+            del base.generate
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        nested = self._length > 0  # drafts of the model's own first layers
+        if nested or ids is None or len(args) > 3 or kwargs.get("custom_generate") is not None:
             self.usable = False
-        self._last_length = hidden.shape[1]
-        if self._rows is None:
-            self._rows = torch.arange(len(hidden), device=hidden.device)
-        self.record(hidden[:, -1:], self._rows.new_full((len(hidden), 1), self._taps), self._rows)
-        self._taps += 1
+            return generate(*args, **kwargs)
+        self._num_rows, self._prompt_length = ids.shape
+        self._length = self._prompt_length
+        criteria = [*(kwargs.pop("stopping_criteria", None) or []), _TokenChosen(self)]
+        output = generate(*args, **kwargs, stopping_criteria=StoppingCriteriaList(criteria))
+        self._passes = []
+        self._sequences = output if isinstance(output, Tensor) else output.sequences
+        return output
+
+    def __call__(self, hidden: Tensor) -> None:
+        """Take the hidden states (B, S, D) of one forward pass."""
+        if self.usable:
+            self._passes.append(hidden)
+
+    def _choose(self, rows: int, length: int) -> None:
+        """Keep the state that the newest token was chosen from, if the account is right.
+
+        Args:
+            rows: Sequences that there are.
+            length: Tokens of each, the newest one included.
+        """
+        passes, self._passes = self._passes, []
+        widths = [hidden.shape[1] for hidden in passes]
+        before = length - 1
+        self.usable &= rows == self._num_rows and all(len(hidden) == rows for hidden in passes)
+        self.usable &= before == self._length
+        # With a cache all that is new, in one pass or in chunks; without one everything.
+        self.usable &= bool(widths) and (sum(widths) == before - self._cached or widths == [before])
+        self._length, self._cached = length, before
+        if self.usable:
+            if self._rows is None:
+                self._rows = torch.arange(rows, device=passes[-1].device)
+            step = self._rows.new_full((rows, 1), before - self._prompt_length)
+            self.record(passes[-1][:, -1:], step, self._rows)
+
+    def made(self, completion_ids: Tensor, mask: Tensor) -> bool:
+        """Whether these are the completions that the followed `generate` returned.
+
+        Args:
+            completion_ids: Completions (B, T).
+            mask: 1 for their real tokens (B, T).
+        """
+        if self._sequences is None:
+            return False
+        ours = self._sequences[:, self._prompt_length :].to(completion_ids.device)
+        width = min(ours.shape[1], completion_ids.shape[1])
+        if len(ours) != len(completion_ids) or mask[:, width:].any():
+            return False
+        return bool(((ours[:, :width] == completion_ids[:, :width]) | (mask[:, :width] == 0)).all())
+
+    # States from anywhere
 
     def record(self, hidden: Tensor, steps: Tensor, rows: Tensor) -> None:
         """Take states from one forward pass.
@@ -101,6 +174,17 @@ class ValueRecorder:
             both[0, rows[:, None], column] = online
             both[1, rows[:, None], column] = target
         return both[0, :, :num_tokens], both[1, :, :num_tokens]
+
+
+class _TokenChosen(StoppingCriteria):
+    """Stops nothing, and tells a recorder that a token has been chosen."""
+
+    def __init__(self, recorder: ValueRecorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.recorder._choose(*input_ids.shape)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class ValuePass:

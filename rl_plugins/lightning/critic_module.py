@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
 from rl_plugins.lightning.heads import HeadsModule
 from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
+from rl_plugins.lightning.ranks import sum_over_ranks
 from rl_plugins.lightning.value_module import ValueModule
 from rl_plugins.modules.head_pass import HeadPass
 from rl_plugins.objectives.checks import check_head_reach
@@ -118,13 +120,13 @@ class MTPCriticModule(HeadsModule, ValueModule):
 
     def complete(self, prompts: Sequence[Any]) -> Completions:
         """As [`OnlineModule.complete`], recording the values of every decoding step."""
-        if type(self).generate is not OnlineModule.generate:
+        if getattr(self.generate, "__func__", None) is not OnlineModule.generate:
             return super().complete(prompts)  # whose decoding steps may be anything
         self._recorder = ValueRecorder(self.mtp_heads, self.polyak_target)
         if self.decoder is not None:
             self.decoder.recorder = self._recorder
             return super().complete(prompts)
-        with self.mtp_heads.tapped(self._recorder):
+        with self._recorder.following(self.model):
             return super().complete(prompts)
 
     def log_probs(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
@@ -139,12 +141,21 @@ class MTPCriticModule(HeadsModule, ValueModule):
     def recorded_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Values saved while generating where the model's own `generate` made the completions, else from the pass for
         the old log-probabilities, else from a pass of their own."""
-        rows, num_tokens = batch["completion_ids"].shape
-        saved = None if self._recorder is None else self._recorder.finish(num_tokens)
+        saved = self._saved_values(batch)
         needs_log_probs = self.kl_in_reward and "old_per_token_logps" not in batch
         if needs_log_probs or (saved is None and not self._passes):
             batch["old_per_token_logps"] = self.log_probs(batch)
-        return saved if saved is not None else self._passes[0].finish(rows)
+        return saved if saved is not None else self._passes[0].finish(len(batch["completion_ids"]))
+
+    def _saved_values(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Values saved while generating, if every rank has those of these very completions."""
+        recorder, ids = self._recorder, batch["completion_ids"]
+        saved = None if recorder is None else recorder.finish(ids.shape[1])
+        if recorder is not None and self.decoder is None:
+            saved = saved if recorder.made(ids, batch["completion_mask"]) else None
+        # Together, since the pass that takes their place is one of all ranks.
+        missing = torch.tensor(float(saved is None), device=self.device)
+        return None if sum_over_ranks(missing) > 0 else saved
 
     # Loss
 

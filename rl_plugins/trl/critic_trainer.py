@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -123,7 +124,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         if self.decoder is not None:
             self.decoder.recorder = recorder
             return super()._generate_single_turn(*args, **kwargs)
-        with self.mtp_heads.tapped(recorder):
+        with recorder.following(self.model):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
@@ -146,15 +147,23 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
     def _recorded_values(self, output: Batch) -> tuple[Tensor, Tensor]:
         """Online and target values (B, T, K): saved while generating where one turn made the whole completion,
         else from the host's pass for the old log-probabilities, else from a pass of our own."""
-        rows, num_tokens = output["completion_ids"].shape
         needs_logps = self.args.kl_in_reward and "old_per_token_logps" not in output
-        recorder = self._recorders[0] if len(self._recorders) == 1 else None
-        saved = recorder.finish(num_tokens) if recorder is not None else None
+        saved = self._saved_values(output)
         if needs_logps or (saved is None and "old_per_token_logps" not in output):
             self._passes.clear()
             output["old_per_token_logps"] = self._score(output)
         # The first pass is the policy's; a second one is the reference of a PEFT model.
-        return saved if saved is not None else self._passes[0].finish(rows)
+        return saved if saved is not None else self._passes[0].finish(len(output["completion_ids"]))
+
+    def _saved_values(self, output: Batch) -> tuple[Tensor, Tensor] | None:
+        """Values saved while generating, if every rank has those of these very completions."""
+        recorder = self._recorders[0] if len(self._recorders) == 1 else None
+        saved = None if recorder is None else recorder.finish(output["completion_ids"].shape[1])
+        if recorder is not None and self.decoder is None:
+            saved = saved if recorder.made(output["completion_ids"], self._loss_mask(output)) else None
+        # Together, since the pass that takes their place is one of all ranks.
+        missing = torch.tensor([float(saved is None)], device=self.accelerator.device)
+        return None if self._sum_over_ranks(missing) > 0 else saved
 
     # Loss
 
