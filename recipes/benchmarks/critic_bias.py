@@ -135,6 +135,18 @@ def cosine(x: Tensor, y: Tensor) -> float:
     return float(x @ y / (x.norm() * y.norm()))
 
 
+def noise(language: Language, size: int) -> float:
+    """Root mean square of the sampling error of a batch's gradient, as a multiple of the exact gradient's norm, for
+    `sequence_sum` with exact advantages."""
+    advantages, exact = language.mdp().advantages(language.tokens), exact_gradient(language)
+    policy = torch.softmax(language.logits.detach(), -1)[language.rows]
+    chosen = torch.nn.functional.one_hot(language.tokens, policy.shape[-1])
+    # The states of a string are different rows of the table, so that the squares add up.
+    squares = (advantages**2 * ((chosen - policy) ** 2).sum(-1) * language.mask).sum(1)
+    variance = language.probabilities() @ squares - exact @ exact
+    return float((variance / size).sqrt() / exact.norm())
+
+
 def of_aggregations(language: Language, sizes: tuple[int, ...] = SIZES) -> dict[str, float]:
     """Cosine of every aggregation's expected gradient to the exact one, with exact advantages."""
     advantages, exact = language.mdp().advantages(language.tokens), exact_gradient(language)
@@ -199,6 +211,8 @@ def main() -> None:
     print(f"{args.languages} languages, {args.vocab_size} tokens, strings of at most {args.max_length}")
     for name, figures in report.items():
         print(f"{name:34} cosine {figures['mean']:.5f}, worst {figures['worst']:.5f}")
+    noises = [noise(make_language(seed, args.vocab_size, args.max_length), 32) for seed in range(args.languages)]
+    print(f"sampling error of a batch of 32: {sum(noises) / len(noises):.2f} times the gradient, on average")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1))

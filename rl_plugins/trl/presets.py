@@ -68,7 +68,7 @@ GRPO_PRESETS: dict[str, Preset] = {
     },
     "fipo": {"advantage": "group_normalized", "policy_loss": "fipo", "epsilon_high": 0.28},
     "bapo": {"advantage": "group_normalized", "policy_loss": "bapo"},
-    "cpgd": {"advantage": "group_normalized", "policy_loss": "cpgd"},
+    "cpgd": {"advantage": "group_normalized", "policy_loss": "cpgd", "aggregation": "prompt"},
     "clip_cov": {
         "advantage": "group_normalized",
         "policy_loss": "clip_cov",
