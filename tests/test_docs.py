@@ -377,8 +377,9 @@ def test_policy_losses_and_their_options() -> None:
     table = keyed(VARIANTS, "Policy losses")
     assert list(table) == [*POLICY_LOSSES]
     for name, cells in table.items():
-        function, aggregation = POLICY_LOSSES[name]
+        function, aggregation, acts_on_policy = POLICY_LOSSES[name]
         assert cells[-2].strip("`") == aggregation, name
+        assert cells[-3] == ("yes" if acts_on_policy else "no"), name
         assert keywords(cells[-1]) == defaults(function, PolicyLoss.accepted(name)), name
 
 

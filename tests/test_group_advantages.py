@@ -14,6 +14,7 @@ from rl_plugins.functional.group_advantages import (
     group_centered,
     group_centered_batch_normalized,
     group_centered_batch_scaled,
+    group_min_max,
     group_normalized,
     kalman,
     leave_one_out,
@@ -26,6 +27,7 @@ NAN = math.nan
 GROUPED: dict[str, Callable[[Tensor, int], Tensor]] = {
     "group_normalized": group_normalized,
     "group_centered": group_centered,
+    "group_min_max": group_min_max,
     "leave_one_out": leave_one_out,
     "max_likelihood": max_likelihood,
     "length_weighted": lambda r, g: length_weighted(r, g, torch.arange(1, len(r) + 1)),
@@ -75,6 +77,21 @@ BY_HAND = torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 1.0, NAN, NAN])
 
 def test_centered_by_hand() -> None:
     assert group_centered(BY_HAND, 4).tolist() == [0.5, -0.5, -0.5, 0.5, 1.0, -1.0, 0.0, 0.0]
+
+
+def test_min_max_by_hand() -> None:
+    rewards = torch.tensor([0.0, 0.25, 1.0, 0.5, -1.0, -1.0, NAN, 3.0, 2.0, 2.0, 2.0, 2.0])
+    expected = [-1.0, -0.5, 1.0, 0.0, -1.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert group_min_max(rewards, 4).tolist() == expected
+
+
+@pytest.mark.parametrize(("wrong", "right"), [(0.0, 1.0), (-1.0, 1.0), (0.1, 0.7)])
+def test_min_max_is_reinforce_rejs_reward_whatever_the_two_are(wrong: float, right: float) -> None:
+    """arXiv 2504.11343, eq. 5: the reward is 1 or -1, and groups without both are left out."""
+    verdicts = torch.tensor([1.0, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, -1, 1, 1])
+    rewards = torch.where(verdicts > 0, right, wrong)
+    mixed = torch.tensor([True, False, False, True]).repeat_interleave(4)
+    assert torch.equal(group_min_max(rewards, 4), torch.where(mixed, verdicts, 0.0))
 
 
 def test_normalized_by_hand() -> None:

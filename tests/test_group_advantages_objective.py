@@ -69,6 +69,7 @@ def test_options_of_each_name() -> None:
         "reward": [],
         "group_normalized": ["eps"],
         "group_centered": [],
+        "group_min_max": [],
         "group_centered_rescaled": [],
         "leave_one_out": [],
         "max_likelihood": ["eps"],
@@ -82,7 +83,7 @@ def test_options_of_each_name() -> None:
         "lambda_trace": ["gamma", "lam", "style", "min_advantage"],
     }
     assert {name: advantage_options(name) for name in ADVANTAGES} == expected
-    assert set(GROUPLESS) <= set(ADVANTAGES) and len(set(ADVANTAGES)) == len(ADVANTAGES) == 14
+    assert set(GROUPLESS) <= set(ADVANTAGES) and len(set(ADVANTAGES)) == len(ADVANTAGES) == 15
 
 
 def test_unknown_names_list_the_valid_ones() -> None:

@@ -222,6 +222,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bnpo": {"policy_loss": "bnpo", "advantage": "leave_one_out", "beta": 0.3},
     "cispo": {"policy_loss": "cispo", "advantage": "pass_at_k", "advantage_kwargs": {"k": 2}},
     "vespo": {"policy_loss": "vespo", "advantage": "length_weighted"},
+    "prompt": {
+        "policy_loss": "bapo", "aggregation": "prompt", "advantage": "group_min_max", "beta": 0.3, "entropy_coef": 0.2,
+        "steps_per_generation": 2,
+    },
     "gspo": {"policy_loss": "gspo_token", "advantage": "kalman"},
     "gpg": {"policy_loss": "gpg", "advantage": "group_centered_rescaled"},
     "lambda_trace": {"policy_loss": "dppo", "advantage": "lambda_trace", "advantage_kwargs": {"lam": 0.8}},
@@ -230,7 +234,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tracker": {"policy_loss": "fipo", "advantage": "value_tracker", "num_generations": 1},
     "truncated": {"policy_loss": "gmpo", "advantage": "group_normalized", "mask_truncated_completions": True},
     "hot": {"policy_loss": "kl_cov", "advantage": "reward", "temperature": 1.7, "entropy_coef": 0.1},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -245,6 +249,7 @@ CRITICS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "kl": {"beta": 0.2, "entropy_coef": 0.1, "value_loss_type": "huber", "mtp_detach_trunk": False},
     "kl_in_reward": {"beta": 0.2, "kl_in_reward": True, "advantage_estimator": "td", "gamma": 0.9},
+    "discounted": {"gamma": 0.8, "discounted_objective": True, "aggregation": "prompt", "num_generations": 2},
     "lookahead": {"bootstrap_lookahead": True, "lam_value": 0.7, "length_adaptive_alpha": 0.05},
     "scaled": {
         "advantage_scaling": "value",
@@ -259,8 +264,9 @@ CRITICS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CRITICS)
 def test_critic_inside_the_policy(make: Make, dataset: Dataset, name: str) -> None:
-    trainer, module = make("critic", prompts=12, **{"policy_loss": "dapo", **CRITICS[name]})
-    assert_hosts_agree(trainer, module, dataset, 12)
+    prompts = 12 // CRITICS[name].get("num_generations", 1)
+    trainer, module = make("critic", prompts=prompts, **{"policy_loss": "dapo", **CRITICS[name]})
+    assert_hosts_agree(trainer, module, dataset, prompts)
 
 
 PPOS: dict[str, dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -493,6 +494,34 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 def test_settings_are_checked_before_work_starts(make: Make, kind: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "at_construction", "at_start"),
+    [
+        ("grpo", {"policy_loss": "dapo"}, 1, 0),
+        ("critic", {"policy_loss": "cispo"}, 1, 0),
+        ("grpo", {"policy_loss": "dapo", "steps_per_generation": 2}, 0, 1),  # both slices are one optimizer step
+        ("grpo", {"policy_loss": "dapo", "steps_per_generation": 2, "num_iterations": 2}, 0, 0),
+        ("grpo", {"policy_loss": "vanilla"}, 0, 0),
+        ("ppo", {"num_iterations": 1}, 0, 0),  # no loss is named
+        ("critic", {}, 0, 0),
+    ],
+    ids=str,
+)
+def test_a_loss_that_cannot_act_says_so(
+    make: Make, kind: str, options: dict[str, Any], at_construction: int, at_start: int
+) -> None:
+    def warned(act: Callable[[], Any]) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            act()
+        return sum("compares the policy with the one that sampled" in str(w.message) for w in caught)
+
+    modules: list[Any] = []
+    assert warned(lambda: modules.append(make(kind, **options))) == at_construction
+    data = PromptDataModule(prompts(), batch_size=4)
+    assert warned(lambda: fit(modules[0], data, max_steps=1, accumulate_grad_batches=2)) == at_start
 
 
 def test_batches_that_do_not_fit(make: Make) -> None:

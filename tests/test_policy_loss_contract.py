@@ -91,3 +91,44 @@ def test_shapes_are_checked(name: str) -> None:
     if name not in WITHOUT_OLD:
         with pytest.raises(ValueError, match="differ"):
             per_token(name, x, torch.zeros(4, 5), torch.zeros(4), x)
+
+
+# On-policy
+
+ACTIVE = {"kl_cov": {"ratio": 0.3}, "clip_cov": {"ratio": 0.3, "cov_low": -5.0}, "dppo": {"threshold": 0.01}}
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_what_acts_on_policy_is_what_the_table_says(name: str) -> None:
+    """At ratio 1, and where the policy has moved, against the gradient of the plain loss, `-A` at every token."""
+    logps, old, advantages, mask = batch(4)
+    advantages = advantages[:, 0] + 3 * (GROUPS - 0.5)  # GVPO centres them in their groups
+    advantages = advantages - torch.stack([advantages[k == GROUPS].mean() for k in (0, 1)])[GROUPS]
+    plain = -advantages[:, None] * mask
+
+    def slopes(sampler: Tensor) -> Tensor:
+        leaf = logps.clone().requires_grad_()
+        torch.manual_seed(0)
+        loss = PolicyLoss(name, options=ACTIVE.get(name, {}))
+        out = loss.per_token(leaf, sampler, advantages, mask, {"groups": GROUPS})
+        return torch.autograd.grad(out.sum(), leaf)[0]
+
+    def same_but_for_a_factor(slope: Tensor) -> bool:
+        # One positive factor for each completion.
+        factors = slope[mask] / plain[mask]
+        rows = torch.arange(4)[:, None].expand_as(mask)[mask]
+        return all(
+            bool((factors[rows == i] > 0).all()) and float(factors[rows == i].std(correction=0)) < 1e-5
+            for i in range(4)
+        )
+
+    moved = logps + torch.where(mask, 2.0, 0.0) * torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
+    on_policy, off_policy = slopes(logps.detach()), slopes(moved)
+    if not POLICY_LOSSES[name].acts_on_policy:
+        assert same_but_for_a_factor(on_policy), name
+        assert not torch.allclose(off_policy, on_policy, atol=1e-3), name
+    elif name in WITHOUT_OLD:
+        torch.testing.assert_close(on_policy, plain)
+        torch.testing.assert_close(off_policy, plain)
+    else:
+        assert not same_but_for_a_factor(on_policy), name

@@ -1,5 +1,6 @@
 """Our path for the policy loss equals TRL's own `_compute_loss`, loss and gradient, with everything that TRL adds."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,83 @@ def test_aggregation_alone_keeps_trls_loss(make: Make) -> None:
         rows.append(GRPOTrainer._compute_loss(trainer, trainer.model, row).detach() * 2)
     expected = (torch.stack(rows) * mask.sum(1)).sum() / (batch["num_items_in_batch"] * 2)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+# Prompts that count alike
+
+
+def test_prompts_count_alike_however_a_batch_is_cut(
+    make: Make, tiny_model: Callable[..., Any], tokenizer: Any, dataset: Any, tmp_path: Path
+) -> None:
+    """1 x 8 is 8 x 1, in another order too, and both are the papers' equation, KL term and gradient included."""
+    path = str(tmp_path / "model")
+    tiny_model(initializer_range=0.2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    options = {"policy_loss": "ppo_clip", "aggregation": "prompt", "beta": 0.3, "num_iterations": 2, **BOUNDS}
+    whole = make(path, **options)
+    cut = make(path, per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
+    whole.model.train(), cut.model.train()
+    torch.manual_seed(0)
+    batch = whole._generate_and_score_completions([dict(dataset[8 + i // 4]) for i in range(8)])
+    mask = batch["completion_mask"].bool()
+    assert len(mask.sum(1).unique()) > 2
+    batch["advantages"] = torch.randn(8)
+    for key, spread in (("old_per_token_logps", 0.4), ("ref_per_token_logps", 0.3)):
+        batch[key] = batch[key] + spread * torch.randn(mask.shape)
+
+    logps = whole._score(batch)
+    ratio = (logps - batch["old_per_token_logps"]).exp()
+    gap = batch["ref_per_token_logps"] - logps
+    advantages = batch["advantages"][:, None]
+    per_token = -torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.15) * advantages)
+    divergence = (gap.exp() - gap - 1) * ratio
+    total = per_token + 0.3 * divergence
+    expected = torch.stack([total[rows][mask[rows]].mean() for rows in (slice(0, 4), slice(4, 8))]).mean()
+
+    found = []
+    for trainer, slices in ((whole, [torch.arange(8)]), (cut, torch.randperm(8).split(1))):
+        trainer.current_gradient_accumulation_steps = len(slices)
+        trainer.model.zero_grad()
+        loss = torch.zeros(())
+        for rows in slices:
+            part = {key: value[rows] if value.ndim else value for key, value in batch.items()}
+            term = trainer._compute_loss(trainer.model, part)
+            term.backward()
+            loss += term.detach()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        found.append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert whole._metrics["train"]["kl"][-1] == pytest.approx(float(divergence[mask].mean()), rel=1e-5)
+
+
+# A loss that cannot act says so
+
+INERT = "compares the policy with the one that sampled, but with gradient_accumulation_steps=1, steps_per_generation=1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"preset": "dapo"}, True),
+        ({"preset": "scale_rl"}, True),
+        ({"policy_loss": "fipo"}, True),
+        ({"policy_loss": "fipo", "num_iterations": 2}, False),
+        ({"policy_loss": "fipo", "steps_per_generation": 2}, False),
+        ({"policy_loss": "fipo", "replay_buffer_size": 4, "advantage": "reward"}, False),
+        ({"preset": "opo"}, False),  # its loss is the plain one
+        ({"policy_loss": "clip_cov"}, False),
+        ({}, False),  # none is named
+    ],
+    ids=str,
+)
+def test_a_loss_that_cannot_act_says_so_once(make: Make, settings: dict[str, Any], warned: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(**settings)
+    messages = [str(w.message) for w in caught if INERT in str(w.message)]
+    assert len(messages) == warned
+    assert all("Set num_iterations above 1, or steps_per_generation to a larger multiple of g" in m for m in messages)
 
 
 # The critic takes the same losses

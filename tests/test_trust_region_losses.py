@@ -120,19 +120,20 @@ def test_dppo_without_a_region_is_the_plain_surrogate() -> None:
 
 
 def bounds_by_hand(
-    logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, target: float, lows: tuple[float, float]
+    logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, target: float, *, weighted: bool
 ) -> tuple[float, float]:
     """The while loop of arXiv 2510.18927, algorithm 1, with the share of eq. 8."""
     tokens = [
-        ((x - y).exp().item(), a.item()) for x, y, a in zip(logps[mask], old[mask], advantages[mask], strict=True)
+        ((x - y).exp().item(), a.item(), y.exp().item() if weighted else 1.0)
+        for x, y, a in zip(logps[mask], old[mask], advantages[mask], strict=True)
     ]
 
     def share(low: float, high: float) -> float:
-        p = sum(min(r, high) * a for r, a in tokens if a > 0)
-        n = sum(-max(r, low) * a for r, a in tokens if a < 0)
+        p = sum(w * min(r, high) * a for r, a, w in tokens if a > 0)
+        n = sum(-w * max(r, low) * a for r, a, w in tokens if a < 0)
         return p / (p + n)
 
-    (low, last_low), (high, last_high) = lows, (1.2, 3.0)
+    (low, last_low), (high, last_high) = (0.6, 0.9), (1.2, 3.0)
     while share(low, high) < target and low + 0.02 <= last_low + 1e-9:
         if high + 0.05 <= last_high + 1e-9:
             high += 0.05
@@ -141,16 +142,17 @@ def bounds_by_hand(
     return low, high
 
 
-def test_bapo_bounds_are_the_algorithms() -> None:
+@pytest.mark.parametrize("weighted", [True, False])
+def test_bapo_bounds_are_the_algorithms(weighted: bool) -> None:
     stops = set()
     for seed in range(4):
         logps, old, advantages, mask = batch(seed, rows=8, length=12, spread=1.5)
         for target in (x / 50 for x in range(51)):
-            found = bapo_bounds(logps, old, advantages, mask, target_share=target)
-            expected = bounds_by_hand(logps, old, advantages, mask, target, (0.6, 0.9))
+            found = bapo_bounds(logps, old, advantages, mask, target_share=target, weighted=weighted)
+            expected = bounds_by_hand(logps, old, advantages, mask, target, weighted=weighted)
             assert [x.item() for x in found] == pytest.approx(expected)
             stops.add(round(expected[1], 2))
-    assert len(stops) > 10  # most of them on the way
+    assert len(stops) > 6  # most of them on the way
 
 
 def test_bapo_clips_at_its_bounds() -> None:
@@ -174,6 +176,18 @@ def test_bapo_by_hand() -> None:
     torch.testing.assert_close(gradient(out, logps), torch.tensor([[0.0, 2.0, 0.0]]))
     # At most 2 / 4.6 = 0.43: beyond that both bounds end at their last value.
     assert [x.item() for x in bapo_bounds(logps, old, advantages, target_share=0.44)] == pytest.approx([0.9, 3.0])
+
+
+def test_bapo_weighs_tokens_by_the_samplers_probability() -> None:
+    # As above, but the sampler gave the three tokens 0.5, 0.25 and 0.25: P = 0.5 min(2, c), N = 0.5 + 0.25 * 0.6.
+    logps, old = torch.tensor([[1.0, 0.5, 0.125]]).log(), torch.tensor([[0.5, 0.25, 0.25]]).log()
+    advantages = torch.tensor([[1.0, -1.0, -1.0]])
+    # 0.625 / 1.275 = 0.490 and 0.65 / 1.3 = 0.5.
+    bounds = [x.item() for x in bapo_bounds(logps, old, advantages, target_share=0.495)]
+    assert bounds == pytest.approx([0.6, 1.3])
+    # Without the weights at most 2 / 4.6.
+    bounds = [x.item() for x in bapo_bounds(logps, old, advantages, target_share=0.495, weighted=False)]
+    assert bounds == pytest.approx([0.9, 3.0])
 
 
 def test_bapo_without_a_target_is_ppo_clip() -> None:

@@ -67,7 +67,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_generations": 1, "advantage": "reward", "dynamic_sampling": True}, "num_generations is 1. Set it to at"),
     ({"num_generations": 1, "advantage": "reward", "reject_uniform": True}, "num_generations is 1"),
     ({"num_generations": 1, "advantage": "batch_normalized", "replay_buffer_size": 2}, "num_generations is 1"),
-    ({"preset": "reinforce_rej", "num_generations": 1}, "num_generations is 1"),
+    ({"preset": "reinforce_rej", "num_generations": 1}, "at least 2 generations"),
     ({"advantage": "value_tracker", "dynamic_sampling": True}, "'value_tracker' needs no groups"),
     ({"advantage": "value_tracker", "reject_uniform": True}, "'value_tracker' needs no groups"),
     ({"advantage": "value_tracker", "replay_buffer_size": 4}, "'value_tracker' needs no groups"),
@@ -168,7 +168,11 @@ def test_numbers_of_some_papers(make_args: Args) -> None:
     sequence = {"aggregation": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}
     assert options("gspo") == {**sequence, "level": "sequence"} and options("gspo_token") == sequence
     assert options("rloo") == {"aggregation": "sequence_sum"}
-    assert options("cispo") == {"aggregation": "token", "epsilon_high": 5.0}
+    assert options("cispo") == options("scale_rl") == {"aggregation": "prompt", "epsilon_high": 5.0}
+    # MiniMax-M1, eq. 2 and what follows eq. 5; ScaleRL, section 4.
+    assert GRPO_PRESETS["cispo"]["advantage"] == "group_normalized" and make_args(preset="cispo").dynamic_sampling
+    assert GRPO_PRESETS["scale_rl"]["advantage"] == "group_centered_batch_normalized"
+    assert make_args(preset="scale_rl").reject_uniform and not make_args(preset="scale_rl").dynamic_sampling
     assert options("kl_cov") == {"aggregation": "token", "ratio": 2e-3}
     assert make_args(preset="rloo").beta == 0.03 and make_args(preset="spo").num_generations == 1
 

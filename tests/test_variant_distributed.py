@@ -43,7 +43,10 @@ CASES: dict[str, dict[str, Any]] = {
     "gvpo": {"preset": "gvpo", **TWICE},
     "gpg": {"preset": "gpg", "reward": "thirds", **UNEVEN},
     "reinforce++": {"preset": "reinforce++", "num_generations": 1, "beta": 0.1},
-    "batch_scaled": {"preset": "cispo", **TWICE, **UNEVEN},
+    # Groups on two ranks, one of them rejected, and micro-batches that cut the others.
+    "scale_rl": {
+        "preset": "scale_rl", "reward": "thirds", "batch": 3, "gradient_accumulation_steps": 2, **TWICE,
+    },
     # A share that both signs are near, so that the bounds of a rank by itself would be others.
     "bapo": {"preset": "bapo", "policy_loss_kwargs": {"target_share": 0.5}, **TWICE},
     "clip_cov": {"preset": "clip_cov", "policy_loss_kwargs": {"ratio": 0.0}, **TWICE},
@@ -62,7 +65,7 @@ ON: dict[str, tuple[str, ...]] = {
     "gvpo": ("ddp", "zero2"),
     "gpg": ("zero2",),
     "reinforce++": ("ddp", "zero3"),
-    "batch_scaled": ("ddp",),
+    "scale_rl": ("ddp",),
     "bapo": ("zero2",),
     "clip_cov": ("zero3",),
     "redraw": ("ddp", "zero3"),
@@ -210,7 +213,7 @@ class TestWhatACaseIsAbout:
         rejected = [entry["sampling/unfilled_groups"] for entry in history]
         assert all(count < 3 for count in rejected) and sum(rejected) > 0
 
-    @pytest.mark.parametrize("name", ["gpg_zero2", "batch_scaled_ddp"])
+    @pytest.mark.parametrize("name", ["gpg_zero2", "scale_rl_ddp"])
     def test_groups_are_cut_across_ranks(self, two: Workplace, name: str) -> None:
         for first, second in zip(*two.batches(name), strict=True):
             assert len(first["prompts"]) == 6 and set(first["prompts"][4:]) == set(second["prompts"][:2])

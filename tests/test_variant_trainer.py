@@ -598,13 +598,22 @@ def test_rejected_groups_are_out_of_everything(make: Make, advantage: str | None
     assert metrics(trainer)["sampling/unfilled_groups"] == [3.0]
 
 
-@pytest.mark.parametrize("loss", ["dapo", "bnpo", None])
-def test_the_loss_over_tokens_is_that_of_the_kept_groups(make: Make, loss: str | None) -> None:
-    trainer = make(reward_funcs=right_half, advantage="reward", reject_uniform=True, policy_loss=loss, beta=0.2)
+@pytest.mark.parametrize(("loss", "aggregation"), [("dapo", None), ("bnpo", None), (None, None), ("cispo", "prompt")])
+def test_the_loss_over_tokens_is_that_of_the_kept_groups(
+    make: Make, loss: str | None, aggregation: str | None
+) -> None:
+    options = {"advantage": "reward", "reject_uniform": True, "policy_loss": loss, "aggregation": aggregation}
+    trainer = make(reward_funcs=right_half, beta=0.2, **options)
     perturb(trainer)
     trainer.current_gradient_accumulation_steps = 1
     batch = generate(trainer, first=2, rows=16)
     kept = {k: v[4:8] if v.ndim else v for k, v in batch.items()}
+    if aggregation == "prompt":  # one prompt is left, whose tokens are all that count
+        tokens = kept["completion_mask"].sum()
+        torch.testing.assert_close(
+            batch["prompt_weights"], torch.zeros(16).index_fill(0, torch.arange(4, 8), 16 / tokens)
+        )
+        kept["prompt_weights"] = (4 / tokens).expand(4)
     whole = trainer._compute_loss(trainer.model, batch)
     torch.testing.assert_close(whole, trainer._compute_loss(trainer.model, kept), rtol=1e-5, atol=1e-6)
     assert whole.abs() > 1e-3

@@ -25,7 +25,7 @@ from rl_plugins.functional.action_values import (
     stochastic_update,
 )
 from rl_plugins.functional.advantages import value_implied_std, value_scaled
-from rl_plugins.functional.aggregation import AGGREGATIONS, aggregate
+from rl_plugins.functional.aggregation import AGGREGATIONS, aggregate, prompt_weights
 from rl_plugins.functional.averaging import periodic_update, polyak_update
 from rl_plugins.functional.covariance_losses import clip_cov, kl_cov
 from rl_plugins.functional.divergences import kl_k1, kl_k3, kl_to_sampler
@@ -35,6 +35,7 @@ from rl_plugins.functional.group_advantages import (
     group_centered,
     group_centered_batch_normalized,
     group_centered_batch_scaled,
+    group_min_max,
     group_normalized,
     kalman,
     leave_one_out,
@@ -73,6 +74,7 @@ from rl_plugins.functional.natural_gradient import (
 from rl_plugins.functional.policy_losses import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
 from rl_plugins.functional.ratios import log_importance_weights
 from rl_plugins.functional.returns import (
+    discount_factors,
     discounted_returns,
     gae,
     lambda_returns,
@@ -134,6 +136,7 @@ __all__ = [
     "completion_states",
     "conjugate_gradient",
     "cpgd",
+    "discount_factors",
     "discounted_returns",
     "double_q_targets",
     "dppo",
@@ -149,6 +152,7 @@ __all__ = [
     "group_centered",
     "group_centered_batch_normalized",
     "group_centered_batch_scaled",
+    "group_min_max",
     "group_normalized",
     "gspo_token",
     "gvpo",
@@ -194,6 +198,7 @@ __all__ = [
     "polyak_update",
     "ppo_clip",
     "predicted_mask",
+    "prompt_weights",
     "q_learning_targets",
     "router_probabilities",
     "router_z_loss",

@@ -53,6 +53,30 @@ def group_centered(rewards: Tensor, group_size: int) -> Tensor:
     return _centered(*_grouped(rewards, group_size)).flatten()
 
 
+def group_min_max(rewards: Tensor, group_size: int) -> Tensor:
+    """Reinforce-Rej: `A_i = 2 (r_i - min r) / (max r - min r) - 1` over the group: its best is 1, its worst -1.
+
+    The paper (arXiv 2504.11343, eq. 5) multiplies by a verifier's reward, which is 1 or -1, and leaves out groups of
+    equal rewards. What is left has both, so that this is that reward, and stays so for rewards of 0 and 1, or of any
+    other two values. It has no baseline: a group with few right answers pushes down more than it pushes up.
+
+    Args:
+        rewards: `r (B,)`.
+        group_size: completions per prompt.
+
+    Returns:
+        `(B,)`; 0 in groups of equal rewards.
+
+    Raises:
+        ValueError: the rewards do not divide into groups.
+    """
+    grouped, scorable = _grouped(rewards, group_size)
+    shifted = _shifted(grouped, scorable)
+    spread = shifted.amax(1, keepdim=True)
+    signed = 2 * shifted / torch.where(spread > 0, spread, 1.0) - 1
+    return torch.where(scorable & (spread > 0), signed, 0.0).flatten()
+
+
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     """RLOO: `A_i = r_i - mean_{j != i} r_j = (r_i - mean) n / (n - 1)` (arXiv 2402.14740; formula after verl).
 

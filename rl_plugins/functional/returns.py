@@ -30,6 +30,27 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
     return _scan_real(_clean(rewards, mask), gamma, mask)
 
 
+def discount_factors(mask: Tensor, *, gamma: float) -> Tensor:
+    """Discount of each token seen from the start: `gamma^t`, `t` the number of real tokens before it.
+
+    The gradient of the discounted objective, `E[sum_t gamma^t A_t grad ln pi(y_t|s_t)]`, has this factor (Sutton and
+    Barto 2018, section 13.3, box); most implementations leave it out.
+
+    Args:
+        mask: `(B, T)`.
+        gamma: discount in `[0, 1]`.
+
+    Returns:
+        `(B, T)`, 0 at masked positions.
+
+    Raises:
+        ValueError: `gamma` is out of range.
+    """
+    _check_gamma(gamma)
+    real = mask.bool().to(torch.float32)
+    return zero_masked(gamma ** (real.cumsum(1) - real), mask)
+
+
 def td_targets(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, next_values: Tensor | None = None
 ) -> Tensor:

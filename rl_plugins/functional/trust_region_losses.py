@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.masking import Reduce
+from rl_plugins.functional.masking import Reduce, zero_masked
 from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, policy_inputs
 
 DPPO_THRESHOLDS = {"tv": 0.15, "kl": 0.05}
@@ -75,6 +75,7 @@ def bapo(
     high_range: tuple[float, float] = (1.2, 3.0),
     low_step: float = 0.02,
     high_step: float = 0.05,
+    weighted: bool = True,
     reduce: Reduce | None = None,
 ) -> Tensor:
     """BAPO: `-min(rho A, clip(rho, c_low, c_high) A)` with the bounds that `bapo_bounds` finds for this batch.
@@ -92,6 +93,7 @@ def bapo(
         high_range: upper bound of the ratio, first and last value, `(a+, b+)`.
         low_step: step of the lower bound.
         high_step: step of the upper bound.
+        weighted: whether a token counts in the share by its probability; see `bapo_bounds`.
         reduce: sums a 1-D tensor across ranks, so that all of them clip alike.
 
     Returns:
@@ -100,9 +102,10 @@ def bapo(
     Raises:
         ValueError: a number is out of range, or the shapes do not fit.
     """
-    log_ratio, _, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
+    log_ratio, _, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
     ratio = log_ratio.exp()
-    low, high = _search_bounds(ratio, advantages, target_share, low_range, high_range, low_step, high_step, reduce)
+    shares = _weigh(advantages, zero_masked(old_logps, real), weighted)
+    low, high = _search_bounds(ratio, shares, target_share, low_range, high_range, low_step, high_step, reduce)
     return -clipped_objective(ratio, advantages, low, high)
 
 
@@ -117,17 +120,19 @@ def bapo_bounds(
     high_range: tuple[float, float] = (1.2, 3.0),
     low_step: float = 0.02,
     high_step: float = 0.05,
+    weighted: bool = True,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The clip bounds of BAPO: the first pair under which positive tokens are `target_share` of the loss.
 
     The pairs are tried in one order: `c_high` rises from `a+` to `b+`, then `c_low` from `a-` to `b-`; where none
-    will do, the last is taken. The share is `P / (P + N)` with `P = sum_{A>0} min(rho, c_high) A` and
-    `N = sum_{A<0} max(rho, c_low) |A|`: Xi et al., arXiv 2510.18927, eq. 8 and algorithm 1.
+    will do, the last is taken. The share is `P / (P + N)` with `P = sum_{A>0} pi_old min(rho, c_high) A` and
+    `N = sum_{A<0} pi_old max(rho, c_low) |A|`, `pi_old` the probability that the sampler gave the token: Xi et al.,
+    arXiv 2510.18927, eq. 8 and algorithm 1. The bars of eq. 8 are taken around the tokens, so that the share stays in
+    `[0, 1]`.
 
-    Two readings of the text: eq. 8 weights each token by its probability, taken here as the expectation that the
-    sampling already is, and its bars are taken around the tokens, so that the share stays in `[0, 1]`. The authors'
-    code (WooooDyy/BAPO) differs: it compares `P / N`, and raises `c_low` first.
+    The authors' code (WooooDyy/BAPO) differs: it has no `pi_old`, which `weighted=False` leaves out; it compares
+    `P / N`, and raises `c_low` first.
 
     A clipped negative token adds `c_low |A|` to `N`, so raising `c_low` never raises the share: once `c_high` has
     reached its end in vain, `c_low` goes all the way.
@@ -142,6 +147,7 @@ def bapo_bounds(
         high_range: upper bound of the ratio, first and last value, `(a+, b+)`.
         low_step: step of the lower bound.
         high_step: step of the upper bound.
+        weighted: whether a token counts in the share by its probability, `pi_old`.
         reduce: sums a 1-D tensor across ranks.
 
     Returns:
@@ -150,10 +156,9 @@ def bapo_bounds(
     Raises:
         ValueError: a number is out of range, or the shapes do not fit.
     """
-    log_ratio, _, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
-    return _search_bounds(
-        log_ratio.exp(), advantages, target_share, low_range, high_range, low_step, high_step, reduce
-    )
+    log_ratio, _, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
+    shares = _weigh(advantages, zero_masked(old_logps, real), weighted)
+    return _search_bounds(log_ratio.exp(), shares, target_share, low_range, high_range, low_step, high_step, reduce)
 
 
 def cpgd(
@@ -218,6 +223,12 @@ def _truncated_ratio(log_ratio: Tensor, max_ratio: float | None) -> Tensor:
         return log_ratio.exp()
     weight = log_ratio.detach().exp().clamp(max=max_ratio)
     return weight * (1 + log_ratio - log_ratio.detach())
+
+
+@torch.no_grad()
+def _weigh(advantages: Tensor, old_logps: Tensor, weighted: bool) -> Tensor:
+    """What a token counts in BAPO's share, up to its clipped ratio."""
+    return advantages * old_logps.exp() if weighted else advantages
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rl_plugins.functional.aggregation import prompt_weights
 from rl_plugins.functional.log_probs import token_entropies, token_log_probs
 from rl_plugins.functional.mtp import completion_states
 from rl_plugins.generation.batches import Batch, num_rows, select_rows
@@ -26,7 +28,7 @@ from rl_plugins.generation.scoring import (
 )
 from rl_plugins.lightning.progress import RolloutProgressBar
 from rl_plugins.lightning.prompts import Row, rows_of
-from rl_plugins.lightning.ranks import mean_over_ranks, rank, sum_over_ranks, world_size
+from rl_plugins.lightning.ranks import gather_rows, mean_over_ranks, own_rows, rank, sum_over_ranks, world_size
 from rl_plugins.lightning.reference import Reference
 from rl_plugins.lightning.rollouts import average_logged, cut_rollout, describe_rollout
 from rl_plugins.lightning.speculation import DraftingModule
@@ -39,7 +41,7 @@ from rl_plugins.objectives.checks import (
     check_whole,
 )
 from rl_plugins.objectives.online import online_loss
-from rl_plugins.objectives.policy import PolicyLoss
+from rl_plugins.objectives.policy import PolicyLoss, inert_message
 
 Metrics = dict[str, Tensor]
 
@@ -76,7 +78,7 @@ class OnlineModule(DraftingModule):
         generation_kwargs: Further fields of transformers' `GenerationConfig`, such as `{"no_repeat_ngram_size": 3}`.
         steps_per_generation: Slices that a batch of completions is cut into, one for each training step.
         num_iterations: Passes over the slices.
-        policy_loss: One of [`~rl_plugins.objectives.POLICY_LOSSES`].
+        policy_loss: One of [`~rl_plugins.objectives.POLICY_LOSSES`]; TRL's default, `dapo`, if none is named.
         policy_loss_kwargs: Its options, such as `{"epsilon_high": 0.28}`.
         aggregation: How it is averaged; as usual for it by default.
         beta: Coefficient of the KL to the reference, which is the policy as it is given.
@@ -115,7 +117,7 @@ class OnlineModule(DraftingModule):
         generation_kwargs: dict[str, Any] | None = None,
         steps_per_generation: int = 1,
         num_iterations: int = 1,
-        policy_loss: str = "dapo",
+        policy_loss: str | None = None,
         policy_loss_kwargs: dict[str, Any] | None = None,
         aggregation: str | None = None,
         beta: float = 0.0,
@@ -150,7 +152,10 @@ class OnlineModule(DraftingModule):
             "repetition_penalty": repetition_penalty,
             **(generation_kwargs or {}),
         }
-        self.policy_loss = PolicyLoss(policy_loss, aggregation or "", policy_loss_kwargs or {})
+        self.policy_loss = PolicyLoss(policy_loss or self.usual_loss, aggregation or "", policy_loss_kwargs or {})
+        self._loss_is_named = policy_loss is not None
+        if self.batch_repeats == 1:  # else it depends on the Trainer
+            self._warn_of_inert_loss()
         self.use_bias_correction_kl = use_bias_correction_kl
         self.mask_truncated_completions = mask_truncated_completions
         self.reference = Reference(self.model) if beta != 0.0 else None
@@ -165,6 +170,8 @@ class OnlineModule(DraftingModule):
         self._prompts: list[Any] = []
         self._position = 0
         self._rollout_metrics: Metrics = {}
+
+    usual_loss = "dapo"
 
     @property
     def batch_repeats(self) -> int:
@@ -207,6 +214,26 @@ class OnlineModule(DraftingModule):
         """A batch of completions is not carried over into a new epoch of prompts, nor from a run that was stopped."""
         self._position = 0
 
+    def on_fit_start(self) -> None:
+        """Say so if the policy loss that was named cannot act."""
+        super().on_fit_start()
+        if self.batch_repeats > 1:
+            self._warn_of_inert_loss()
+
+    def _warn_of_inert_loss(self) -> None:
+        if not self._loss_is_named or self._is_off_policy():
+            return
+        accumulate = self.trainer.accumulate_grad_batches if self._trainer is not None else None
+        message = inert_message(
+            self.policy_loss,
+            f"steps_per_generation={self.steps_per_generation} and num_iterations={self.num_iterations}"
+            + (f" and accumulate_grad_batches={accumulate}" if accumulate else ""),
+            "Set num_iterations above 1, or steps_per_generation to a larger multiple of the Trainer's "
+            "accumulate_grad_batches.",
+        )
+        if message is not None:
+            rank_zero_warn(message)
+
     def on_train_start(self) -> None:
         """Give every rank dice of its own, as TRL does: after `seed_everything` all would draw the same numbers."""
         resumed = self._resumed is not None
@@ -247,6 +274,9 @@ class OnlineModule(DraftingModule):
         scores = weighted_scores(rewards, self.reward_weights)
         metrics |= self.add_advantages(batch, scores, repeated)
         batch["num_items"] = self._num_items(batch)
+        if self.policy_loss.aggregation == "prompt":
+            lengths = gather_rows(batch["completion_mask"].sum(1))
+            batch["prompt_weights"] = own_rows(prompt_weights(lengths, self.num_generations))
         self.last_rollout |= {**batch, "scores": scores}
         return batch, metrics
 
@@ -384,7 +414,11 @@ class OnlineModule(DraftingModule):
             correct_kl=self.use_bias_correction_kl,
             entropies=entropies,
             entropy_coef=self.entropy_coef,
-            batch={"groups": inputs.get("groups"), "reduce": sum_over_ranks},
+            batch={
+                "groups": inputs.get("groups"),
+                "prompt_weights": inputs.get("prompt_weights"),
+                "reduce": sum_over_ranks,
+            },
             reduce=sum_over_ranks,
         )
 

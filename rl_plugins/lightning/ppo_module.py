@@ -51,7 +51,7 @@ class PPOModule(ValueModule):
             one attached to or saved with the policy, else a copy of the policy's trunk.
         value_model_init_kwargs: For loading it, on top of the policy's `model_init_kwargs`.
         value_learning_rate: Its learning rate; `None` for `learning_rate`.
-        policy_loss: See [`OnlineModule`].
+        policy_loss: See [`OnlineModule`]; PPO's clipped loss if none is named.
         beta: Coefficient of the KL penalty.
         kl_in_reward: See [`ValueModule`].
         num_iterations: Passes over each batch of completions.
@@ -72,7 +72,7 @@ class PPOModule(ValueModule):
         value_model: ValueModel | PreTrainedModel | str | None = None,
         value_model_init_kwargs: dict[str, Any] | None = None,
         value_learning_rate: float | None = 1e-5,
-        policy_loss: str = "ppo_clip",
+        policy_loss: str | None = None,
         beta: float = 0.05,
         kl_in_reward: bool = True,
         num_iterations: int = 4,
@@ -103,6 +103,8 @@ class PPOModule(ValueModule):
         if kwargs.get("gradient_checkpointing"):
             critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
         self._new_values: Tensor | None = None
+
+    usual_loss = "ppo_clip"
 
     @property
     def value_model(self) -> ValueModel:

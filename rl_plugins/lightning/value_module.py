@@ -42,6 +42,8 @@ class ValueModule(OnlineModule):
         lam_policy: Lambda of the policy's advantages, in [0, 1].
         lam_value: Lambda of the value targets, in [0, 1].
         length_adaptive_alpha: Replaces `lam_policy` by VAPO's `1 - 1 / (alpha * length)`.
+        discounted_objective: Whether the advantage of token `t` weighs `gamma^t`, as the gradient of the discounted
+            return has it; most code leaves it out, so that late tokens count as much as early ones.
         advantage_scaling: `whiten` over the batch, `value` (divide by what V(s_0) implies) or `none`.
         reward_range: Smallest and largest reward, for `advantage_scaling="value"`.
         kl_in_reward: Subtract `beta` times the KL from the token rewards instead of adding it to the loss.
@@ -67,6 +69,7 @@ class ValueModule(OnlineModule):
         lam_policy: float = 0.95,
         lam_value: float = 1.0,
         length_adaptive_alpha: float | None = None,
+        discounted_objective: bool = False,
         advantage_scaling: str = "whiten",
         reward_range: tuple[float, float] = (0.0, 1.0),
         kl_in_reward: bool = False,
@@ -102,6 +105,7 @@ class ValueModule(OnlineModule):
             "lam_policy": lam_policy,
             "lam_value": lam_value,
             "length_alpha": length_adaptive_alpha,
+            "discounted_objective": discounted_objective,
             "scaling": advantage_scaling,
             "reward_range": (reward_range[0], reward_range[1]),
         }

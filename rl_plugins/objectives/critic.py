@@ -17,6 +17,7 @@ from rl_plugins.functional.masking import (
 )
 from rl_plugins.functional.mtp import head_targets, lookahead_values, next_state_values
 from rl_plugins.functional.returns import (
+    discount_factors,
     discounted_returns,
     lambda_returns,
     length_adaptive_lambda,
@@ -250,8 +251,10 @@ def critic_signal(
     target_values: Tensor,
     mask: Tensor,
     *,
+    gamma: float = 1.0,
     scaling: str = "whiten",
     reward_range: tuple[float, float] = (0.0, 1.0),
+    discounted_objective: bool = False,
     reduce: Reduce | None = None,
     **options: Any,
 ) -> tuple[CriticTargets, Tensor, dict[str, Tensor]]:
@@ -262,19 +265,24 @@ def critic_signal(
         values: Values of all heads when the completion was made (B, T, K).
         target_values: The same from the target heads (B, T, K).
         mask: Real tokens that count (B, T).
+        gamma: Discount.
         scaling: See [`scale_advantages`].
         reward_range: See [`scale_advantages`].
+        discounted_objective: Multiply the scaled advantage of token `t` by `gamma^t`. Without the factor the gradient
+            is not that of the discounted return where `gamma < 1`: late tokens count too much.
         reduce: Sums statistics over ranks.
-        options: Keyword arguments of [`critic_targets`].
+        options: Further keyword arguments of [`critic_targets`].
 
     Returns:
         The targets, the policy's scaled advantages (B, T), and metrics (0-d): [`rollout_metrics`], and
         `critic/skipped_completions`, of which no token counts.
     """
-    targets = critic_targets(rewards, values, target_values, mask, **options)
+    targets = critic_targets(rewards, values, target_values, mask, gamma=gamma, **options)
     advantages = scale_advantages(
         targets.advantages, values[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
     )
+    if discounted_objective:
+        advantages = advantages * discount_factors(mask, gamma=gamma)
     metrics = rollout_metrics(targets, values, target_values, mask, reduce=reduce)
     skipped = (~mask.any(dim=1)).sum().float().view(1)
     metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.aggregation import aggregate
 from rl_plugins.functional.divergences import kl_k3
 from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, zero_masked
 from rl_plugins.functional.ratios import log_importance_weights
-from rl_plugins.objectives.policy import PolicyLoss, clip_shares, policy_loss
+from rl_plugins.objectives.policy import PolicyLoss, averaged, clip_shares, policy_loss
 
 
 def online_loss(
@@ -65,13 +64,9 @@ def online_loss(
     if beta != 0.0:
         if ref_logps is None:
             raise ValueError(f"beta={beta} weighs the KL to a reference: give ref_logps, or set beta=0.")
-        divergence = kl_k3(zero_masked(logps, mask), zero_masked(ref_logps, mask))
-        if correct_kl:
-            log_ratio = zero_masked(logps, mask) - zero_masked(old_logps, mask)
-            level = str(loss.options.get("level", "token"))
-            divergence = divergence * log_importance_weights(log_ratio, mask.bool(), level).exp()
-        total = total + beta * aggregate(
-            divergence, mask, loss.aggregation, num_items=num_items, max_length=max_length
+        divergence = reference_kl(logps, old_logps, ref_logps, mask, correct=correct_kl, level=loss.level)
+        total = total + beta * averaged(
+            loss, divergence, mask, num_items=num_items, max_length=max_length, batch=batch
         )
         metrics["kl"] = masked_moments(divergence.detach(), mask, reduce=reduce)[0]
     if entropies is not None:
@@ -79,6 +74,29 @@ def online_loss(
         if entropy_coef != 0.0:
             total = total - entropy_coef * masked_mean(entropies, mask)
     return total, metrics
+
+
+def reference_kl(
+    logps: Tensor, old_logps: Tensor, ref_logps: Tensor, mask: Tensor, *, correct: bool, level: str = "token"
+) -> Tensor:
+    """`KL(pi || ref)` per token (k3; GRPO, 2402.03300, equation 4), as TRL computes it.
+
+    Args:
+        logps: `ln pi(y_t|s_t)` (B, T), with gradient.
+        old_logps: The same under the policy that sampled (B, T).
+        ref_logps: The same under the reference (B, T).
+        mask: Real tokens (B, T).
+        correct: Weigh each token by the importance ratio, so that the gradient is unbiased off-policy too.
+        level: Of that ratio, `token` or `sequence`.
+
+    Returns:
+        (B, T), 0 at masked positions.
+    """
+    divergence = kl_k3(zero_masked(logps, mask), zero_masked(ref_logps, mask))
+    if not correct:
+        return divergence
+    log_ratio = zero_masked(logps, mask) - zero_masked(old_logps, mask)
+    return divergence * log_importance_weights(log_ratio, mask.bool(), level).exp()
 
 
 @torch.no_grad()

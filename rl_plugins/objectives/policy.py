@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,34 +21,50 @@ PolicyFunction = Callable[..., Tensor]
 """`(logps, old_logps, advantages, mask, **options) -> loss per token`, all (B, T)."""
 
 
+class LossEntry(NamedTuple):
+    """What is known of a policy loss.
+
+    Attributes:
+        function: Loss per token.
+        aggregation: How it is usually averaged.
+        acts_on_policy: Whether the loss is all there while the policy is the one that sampled. Where it is not, its
+            gradient at ratio 1 is that of `vanilla`, up to a positive factor: its clip, mask or weight begins with the
+            second update on a rollout.
+    """
+
+    function: PolicyFunction
+    aggregation: str
+    acts_on_policy: bool = False
+
+
 def _vanilla(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
     return vanilla(logps, advantages, mask)
 
 
 # TRL's names for the clipped loss say how it is averaged; the others name the loss.
-POLICY_LOSSES: dict[str, tuple[PolicyFunction, str]] = {
-    "grpo": (ppo_clip, "sequence"),
-    "bnpo": (ppo_clip, "micro_batch"),
-    "dr_grpo": (ppo_clip, "constant"),
-    "dapo": (ppo_clip, "token"),
-    "luspo": (ppo_clip, "sequence_sum"),
-    "cispo": (cispo, "token"),
-    "sapo": (sapo, "sequence"),
-    "vespo": (vespo, "token"),
-    "ppo_clip": (ppo_clip, "token"),
-    "vanilla": (_vanilla, "token"),
-    "gpg": (_vanilla, "token"),
-    "gspo_token": (gspo_token, "sequence"),
-    "gmpo": (gmpo, "sequence"),
-    "dppo": (dppo, "token"),
-    "fipo": (fipo, "token"),
-    "bapo": (bapo, "token"),
-    "cpgd": (cpgd, "token"),
-    "clip_cov": (clip_cov, "token"),
-    "kl_cov": (kl_cov, "token"),
-    "gvpo": (gvpo, "sequence"),
+POLICY_LOSSES: dict[str, LossEntry] = {
+    "grpo": LossEntry(ppo_clip, "sequence"),
+    "bnpo": LossEntry(ppo_clip, "micro_batch"),
+    "dr_grpo": LossEntry(ppo_clip, "constant"),
+    "dapo": LossEntry(ppo_clip, "token"),
+    "luspo": LossEntry(ppo_clip, "sequence_sum"),
+    "cispo": LossEntry(cispo, "token"),
+    "sapo": LossEntry(sapo, "sequence"),
+    "vespo": LossEntry(vespo, "token"),
+    "ppo_clip": LossEntry(ppo_clip, "token"),
+    "vanilla": LossEntry(_vanilla, "token", acts_on_policy=True),
+    "gpg": LossEntry(_vanilla, "token", acts_on_policy=True),
+    "gspo_token": LossEntry(gspo_token, "sequence"),
+    "gmpo": LossEntry(gmpo, "sequence"),
+    "dppo": LossEntry(dppo, "token"),
+    "fipo": LossEntry(fipo, "token"),
+    "bapo": LossEntry(bapo, "token"),
+    "cpgd": LossEntry(cpgd, "token"),
+    "clip_cov": LossEntry(clip_cov, "token", acts_on_policy=True),
+    "kl_cov": LossEntry(kl_cov, "token"),
+    "gvpo": LossEntry(gvpo, "sequence"),
 }
-"""Loss per token and usual aggregation, by name."""
+"""Loss per token, usual aggregation, and whether it acts on-policy, by name."""
 
 BATCH_ARGUMENTS = ("groups", "sampler_weights", "reduce")
 """Keyword arguments of a loss that come with each batch instead of from the settings."""
@@ -81,7 +97,7 @@ class PolicyLoss:
         if self.name not in POLICY_LOSSES:
             raise ValueError(f"Unknown policy loss {self.name!r}; choose one of {', '.join(POLICY_LOSSES)}.")
         if not self.aggregation:
-            object.__setattr__(self, "aggregation", POLICY_LOSSES[self.name][1])
+            object.__setattr__(self, "aggregation", POLICY_LOSSES[self.name].aggregation)
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"Unknown aggregation {self.aggregation!r}; choose one of {', '.join(AGGREGATIONS)}.")
         valid = self.accepted(self.name)
@@ -104,12 +120,17 @@ class PolicyLoss:
     @staticmethod
     def accepted(name: str) -> list[str]:
         """Names of the options of a loss."""
-        return [key for key in _keywords(POLICY_LOSSES[name][0]) if key not in BATCH_ARGUMENTS]
+        return [key for key in _keywords(POLICY_LOSSES[name].function) if key not in BATCH_ARGUMENTS]
+
+    @property
+    def level(self) -> str:
+        """Whose the importance ratio is: a token's, or the sequence's."""
+        return str(self.options.get("level", "token"))
 
     @property
     def batch_arguments(self) -> list[str]:
         """Names of what it takes with every batch, beside the usual four tensors."""
-        return [key for key in _keywords(POLICY_LOSSES[self.name][0]) if key in BATCH_ARGUMENTS]
+        return [key for key in _keywords(POLICY_LOSSES[self.name].function) if key in BATCH_ARGUMENTS]
 
     def per_token(
         self,
@@ -121,7 +142,7 @@ class PolicyLoss:
     ) -> Tensor:
         """Loss per token (B, T), 0 at masked positions."""
         given = {key: (batch or {}).get(key) for key in self.batch_arguments}
-        return POLICY_LOSSES[self.name][0](logps, old_logps, advantages, mask, **self.options, **given)
+        return POLICY_LOSSES[self.name].function(logps, old_logps, advantages, mask, **self.options, **given)
 
 
 def policy_loss(
@@ -149,7 +170,8 @@ def policy_loss(
         num_items: Real tokens that `token` averages over; this batch's own by default.
         max_length: Length that `constant` divides by.
         batch: What `loss.batch_arguments` names: `groups`, the id of each row's prompt (B,) (`gvpo` needs it);
-            `sampler_weights` (B, T); `reduce`, which sums statistics over ranks.
+            `sampler_weights` (B, T); `reduce`, which sums statistics over ranks. The aggregation `prompt` needs
+            `prompt_weights` (B,), of [`~rl_plugins.functional.prompt_weights`].
 
     Returns:
         The loss (0-d), and which tokens do not move the policy (B, T), bool: their advantage is not 0, but the
@@ -170,7 +192,48 @@ def policy_loss(
     cut = (slope == 0) & (per_token != 0) & mask.bool()
     if weights is not None:
         token_loss = token_loss * weights
-    return aggregate(token_loss, mask, loss.aggregation, num_items=num_items, max_length=max_length), cut
+    return averaged(loss, token_loss, mask, num_items=num_items, max_length=max_length, batch=batch), cut
+
+
+def averaged(
+    loss: PolicyLoss,
+    x: Tensor,
+    mask: Tensor,
+    *,
+    num_items: Tensor | float | None,
+    max_length: int | None,
+    batch: Mapping[str, Any] | None,
+) -> Tensor:
+    """`x` (B, T), averaged as the policy loss is, so that both have the same units; arguments as for
+    [`policy_loss`]."""
+    return aggregate(
+        x,
+        mask,
+        loss.aggregation,
+        num_items=num_items,
+        max_length=max_length,
+        row_weights=(batch or {}).get("prompt_weights"),
+    )
+
+
+def inert_message(loss: PolicyLoss, where: str, remedy: str) -> str | None:
+    """What to tell someone whose policy loss cannot act, since each rollout is learnt from in one update.
+
+    Args:
+        loss: The policy loss.
+        where: Which settings make it so.
+        remedy: Which settings would change it.
+
+    Returns:
+        Two sentences; `None` for a loss that acts on-policy.
+    """
+    if POLICY_LOSSES[loss.name].acts_on_policy:
+        return None
+    return (
+        f"policy_loss={loss.name!r} compares the policy with the one that sampled, but with {where} there is one "
+        "update per rollout, in which both are equal: its gradient is that of policy_loss='vanilla', up to a factor. "
+        f"Only the advantage, the sampling and aggregation={loss.aggregation!r} act. {remedy}"
+    )
 
 
 @torch.no_grad()

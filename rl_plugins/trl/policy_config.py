@@ -11,8 +11,10 @@ from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss
 from rl_plugins.trl.speculative_config import SpeculativeArguments
 
 # Which of TRL's loss types averages like this; it carries the KL term, so that KL and policy loss share their units.
+# None averages like `prompt`: there the trainer adds the KL term itself.
 CARRIERS = {
     "token": "dapo",
+    "prompt": "dapo",
     "micro_batch": "bnpo",
     "sequence": "grpo",
     "constant": "dr_grpo",
@@ -62,8 +64,9 @@ class PolicyLossArguments(SpeculativeArguments):
             Options of the loss, such as `{"ratio": 0.0002}` for `"clip_cov"`. What is not given comes from TRL's
             field of that meaning (`epsilon`, `epsilon_high`, `delta`, ...) where that is set, else from the paper.
         aggregation (`str`, *optional*):
-            How the loss is averaged: `"token"` (DAPO), `"sequence"` (GRPO), `"constant"` (Dr. GRPO),
-            `"sequence_sum"` (LUSPO) or `"micro_batch"` (BNPO). Defaults to what the loss is used with.
+            How the loss is averaged: `"token"` (TRL's `dapo`), `"prompt"` (DAPO's equation, CISPO, ScaleRL),
+            `"sequence"` (GRPO), `"constant"` (Dr. GRPO), `"sequence_sum"` (LUSPO) or `"micro_batch"` (BNPO). Defaults
+            to what the loss is used with.
     """
 
     policy_loss: str | None = field(

@@ -1,8 +1,9 @@
 """GRPO's trainer with a policy loss of our own, and what every trainer built on it needs."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from rl_plugins.functional.aggregation import prompt_weights
 from rl_plugins.functional.mtp import completion_labels, completion_states
 from rl_plugins.generation.scoring import checked, list_reward_funcs
 from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
-from rl_plugins.objectives.online import draft_metrics
-from rl_plugins.objectives.policy import clip_shares, policy_loss
+from rl_plugins.objectives.online import draft_metrics, reference_kl
+from rl_plugins.objectives.policy import averaged, clip_shares, inert_message, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         check_tokenizer(self._tokenizer, None if getattr(processor, "chat_template", None) else rows[0]["prompt"])
         self._positions = learned_positions(self.model)
         self._policy_loss = args.make_policy_loss()
+        self._warn_of_inert_loss()
         self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         self._scores: Tensor | None = None
         self.decoder: SpeculativeDecoder | None = None
@@ -102,6 +105,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         self._draft_counts = []
         output = super()._generate_and_score_completions(inputs)
+        self._weigh_prompts(output)
         # Here, since ranks may have taken different numbers of turns; none, where a rollout function generates.
         if self._draft_counts:
             self._log_metrics(draft_metrics(self._sum_over_ranks(torch.stack(self._draft_counts).sum(0))))
@@ -197,6 +201,40 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
 
     # Loss
 
+    @property
+    def _learns_off_policy(self) -> bool:
+        """Whether the loss ever sees a policy that is not the one its ratio starts from."""
+        args, loss = self.args, self._policy_loss
+        if args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations):
+            return True
+        # With vLLM, these two start from the engine's log-probabilities.
+        corrected = self.vllm_importance_sampling_correction
+        return bool(self.use_vllm and loss is not None and loss.name == ("vespo" if corrected else "dppo"))
+
+    def _warn_of_inert_loss(self) -> None:
+        if self._policy_loss is None or self._learns_off_policy or not self.accelerator.is_main_process:
+            return
+        args = self.args
+        message = inert_message(
+            self._policy_loss,
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}, steps_per_generation="
+            f"{args.steps_per_generation} and num_iterations={self.num_iterations}",
+            "Set num_iterations above 1, or steps_per_generation to a larger multiple of gradient_accumulation_steps.",
+        )
+        if message is not None:
+            warnings.warn(message, stacklevel=2)
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _weigh_prompts(self, batch: Batch) -> None:
+        """Put `prompt_weights` (B,) into a batch whose groups are whole, over all ranks, where the loss needs them: as
+        rows of the batch they survive the host's shuffle and split."""
+        if self._policy_loss is not None and self._policy_loss.aggregation == "prompt":
+            lengths = self.accelerator.gather(self._loss_mask(batch).sum(dim=1))
+            batch["prompt_weights"] = self._own_rows(prompt_weights(lengths, self._group_size))
+
     def _loss_mask(self, batch: Batch) -> Tensor:
         mask = batch["completion_mask"]
         return mask * batch["tool_mask"] if "tool_mask" in batch else mask
@@ -222,12 +260,17 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         """The loss, without the token loss of heads that draft."""
         if self._policy_loss is None:
             return super()._compute_loss(model, inputs)
+        own_kl = self._policy_loss.aggregation == "prompt"
         self._loss_passes = []
         try:
-            host_loss = super()._compute_loss(model, {**inputs, "advantages": torch.zeros_like(inputs["advantages"])})
+            with self._host_beta(0.0 if own_kl else self.beta):
+                zeros = torch.zeros_like(inputs["advantages"])
+                host_loss = super()._compute_loss(model, {**inputs, "advantages": zeros})
             ((logps, entropies, _),) = self._loss_passes
         finally:
             self._loss_passes = None
+        if own_kl and self.beta != 0.0:
+            host_loss = host_loss + self._kl_term(logps, inputs)
         return host_loss + self._policy_term(logps, entropies, inputs)
 
     def _policy_term(self, logps: Tensor, entropies: Tensor | None, inputs: Batch) -> Tensor:
@@ -246,14 +289,42 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             batch={
                 "groups": inputs.get("groups"),
                 "sampler_weights": inputs.get("importance_sampling_ratio"),
+                "prompt_weights": inputs.get("prompt_weights"),
                 "reduce": self._sum_over_ranks,
             },
         )
         self._replace_clip_metrics(cut, advantages, mask)
+        return self._share_of_window(term)
+
+    def _kl_term(self, logps: Tensor, inputs: Batch) -> Tensor:
+        """The KL term, averaged in a way that no loss type of the host has; else as the host's."""
+        assert self._policy_loss is not None
+        mask = self._loss_mask(inputs)
+        divergence = reference_kl(
+            logps,
+            inputs.get("old_per_token_logps", logps.detach()),
+            inputs["ref_per_token_logps"],
+            mask,
+            correct=self.args.use_bias_correction_kl,
+            level=self.importance_sampling_level,
+        )
+        self._log_mean("kl", divergence, mask)
+        term = averaged(
+            self._policy_loss,
+            divergence,
+            mask,
+            num_items=self._num_items(inputs),
+            max_length=self.max_completion_length,
+            batch=inputs,
+        )
+        return self._share_of_window(self.beta * term)
+
+    def _share_of_window(self, term: Tensor) -> Tensor:
+        """A term of the loss of one micro-batch, as its part of the accumulation window."""
         if self._entropy_bonus_enabled:
             # The host has logged its share, which is the KL term.
             self._metrics[self._mode]["policy_loss"][-1] += self.accelerator.gather(term.detach()).mean().item()
-        if loss.aggregation != "token" and self.model.training:
+        if self._policy_loss is not None and self._policy_loss.aggregation != "token" and self.model.training:
             term = term / self.current_gradient_accumulation_steps
         return term
 
@@ -300,16 +371,19 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         rows = self.accelerator.gather(rows)
         self._log_metrics({**means, "clip_ratio/low_min": rows[:, 0].min(), "clip_ratio/high_max": rows[:, 1].max()})
 
+    def _without_kl_term(self) -> AbstractContextManager[None]:
+        """Leave the KL out of the loss where the rewards carry it."""
+        return self._host_beta(0.0 if self.args.kl_in_reward else self.beta)
+
     @contextmanager
-    def _without_kl_term(self) -> Iterator[None]:
-        """Leave the KL out of the host's loss where the rewards carry it."""
-        beta: float = self.beta
-        if self.args.kl_in_reward:
-            self.beta: float = 0.0
+    def _host_beta(self, beta: float) -> Iterator[None]:
+        """Have the host compute its loss with this coefficient of the KL term."""
+        own: float = self.beta
+        self.beta: float = beta
         try:
             yield
         finally:
-            self.beta = beta
+            self.beta = own
 
     # Metrics
 

@@ -42,7 +42,21 @@ GRPO_PRESETS: dict[str, Preset] = {
         "epsilon_high": 2.5e-3,
     },
     "gmpo": {"advantage": "group_normalized", "policy_loss": "gmpo", "epsilon": 0.4, "epsilon_high": 0.4},
-    "cispo": {"advantage": "group_centered_batch_scaled", "policy_loss": "cispo", "epsilon_high": 5.0},
+    "cispo": {
+        "advantage": "group_normalized",
+        "policy_loss": "cispo",
+        "aggregation": "prompt",
+        "epsilon_high": 5.0,  # ScaleRL's: MiniMax does not say
+        "dynamic_sampling": True,
+        "overlong_shaping": True,
+    },
+    "scale_rl": {
+        "advantage": "group_centered_batch_normalized",
+        "policy_loss": "cispo",
+        "aggregation": "prompt",
+        "epsilon_high": 5.0,
+        "reject_uniform": True,
+    },
     "sapo": {"advantage": "group_normalized", "policy_loss": "sapo"},
     "vespo": {"advantage": "group_normalized", "policy_loss": "vespo"},
     "gpg": {"advantage": "group_centered_rescaled", "policy_loss": "gpg"},
@@ -54,7 +68,7 @@ GRPO_PRESETS: dict[str, Preset] = {
     },
     "fipo": {"advantage": "group_normalized", "policy_loss": "fipo", "epsilon_high": 0.28},
     "bapo": {"advantage": "group_normalized", "policy_loss": "bapo"},
-    "cpgd": {"advantage": "group_normalized", "policy_loss": "cpgd"},
+    "cpgd": {"advantage": "group_normalized", "policy_loss": "cpgd", "aggregation": "prompt"},
     "clip_cov": {
         "advantage": "group_normalized",
         "policy_loss": "clip_cov",
@@ -73,7 +87,8 @@ GRPO_PRESETS: dict[str, Preset] = {
         "kl_in_reward": True,
     },
     "reinforce++_baseline": {"advantage": "group_centered_batch_normalized", "policy_loss": "dapo", "beta": 1e-5},
-    "reinforce_rej": {"advantage": "reward", "policy_loss": "dapo", "reject_uniform": True},
+    # Not the reward itself: with rewards of 0 and 1 that would be RAFT++, which learns from right answers only.
+    "reinforce_rej": {"advantage": "group_min_max", "policy_loss": "dapo", "reject_uniform": True},
     "lite_ppo": {"advantage": "group_centered_batch_scaled", "policy_loss": "dapo"},
     "pass_at_k": {
         "advantage": "pass_at_k",

@@ -81,10 +81,6 @@ class SamplingTrainer(PolicyLossTrainer):
 
     # Sampling
 
-    @property
-    def _group_size(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval
-
     def _group_ids(self, rows: int) -> Tensor:
         return (self.accelerator.process_index * rows + torch.arange(rows)) // self._group_size
 
@@ -126,7 +122,12 @@ class SamplingTrainer(PolicyLossTrainer):
             batch["advantages"] = batch["advantages"].masked_fill(reject, 0.0)
             batch["completion_mask"] = batch["completion_mask"].masked_fill(reject.unsqueeze(1), 0)
         batch["num_items_in_batch"] = self._sum_over_ranks(self._loss_mask(batch).sum().view(1))[0]
+        self._weigh_prompts(batch)
         return batch
+
+    @property
+    def _learns_off_policy(self) -> bool:
+        return super()._learns_off_policy or self.args.replay_buffer_size > 0
 
     def _share_of_groups(self, groups: Tensor, rows: int) -> Tensor:
         total = self.accelerator.num_processes * rows / self._group_size

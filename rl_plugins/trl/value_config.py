@@ -69,6 +69,9 @@ class OnlineValueArguments(ValueArguments, PolicyLossArguments):
             Lambda of the policy's advantages.
         length_adaptive_alpha (`float`, *optional*):
             Replaces `lam_policy` by VAPO's `1 - 1 / (alpha * length)`; the paper uses 0.05.
+        discounted_objective (`bool`, *optional*, defaults to `False`):
+            Whether the advantage of token `t` weighs `gamma^t`, as the gradient of the discounted return has it; most
+            code leaves it out, so that late tokens count as much as early ones.
         advantage_scaling (`str`, *optional*, defaults to `"whiten"`):
             `"whiten"` over the batch, `"value"` (divide by the standard deviation that V(s_0) implies) or `"none"`.
         reward_range (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
@@ -85,6 +88,10 @@ class OnlineValueArguments(ValueArguments, PolicyLossArguments):
     lam_policy: float = field(default=0.95, metadata={"help": "Lambda of the policy's advantages."})
     length_adaptive_alpha: float | None = field(
         default=None, metadata={"help": "Replaces lam_policy by VAPO's 1 - 1 / (alpha * length)."}
+    )
+    discounted_objective: bool = field(
+        default=False,
+        metadata={"help": "Whether the advantage of token t weighs gamma^t, as the discounted return has it."},
     )
     advantage_scaling: str = field(
         default="whiten",

@@ -94,6 +94,7 @@ class ValueTrainer(PolicyLossTrainer):
             lam_value=args.lam_value,
             length_alpha=args.length_adaptive_alpha,
             lookahead=getattr(args, "bootstrap_lookahead", False),
+            discounted_objective=args.discounted_objective,
         )
         self._log_metrics(metrics)
         output.update(returns=targets.returns, old_values=values, critic_mask=mask)
