@@ -21,6 +21,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CHARACTERS = "0123456789+-= "
 PAD, EOS = 0, 1
+# Where and in what precision tests/test_device.py runs; recipes/benchmarks/gpu_check.sh sets both.
+DEVICE = os.environ.get("RL_PLUGINS_TEST_DEVICE", "cpu")
+DTYPE = getattr(torch, os.environ.get("RL_PLUGINS_TEST_DTYPE", "bfloat16"))
 
 # Two torch threads on busy cores are ten times slower than one for models this small.
 torch.set_num_threads(1)

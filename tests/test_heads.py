@@ -109,6 +109,18 @@ def test_seed_decides_the_heads_and_leaves_the_random_state_alone(tiny_model: Mo
     assert not torch.equal(same[0]["heads.0.up.weight"], same[0]["heads.1.up.weight"])
 
 
+def test_new_heads_leave_the_generators_of_gpus_alone(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank has seeded its own by then; reseeded alike, all ranks would sample the same noise."""
+    model, seeds = tiny_model(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    attach_mtp_heads(model, seed=3)
+    assert not seeds
+    torch.manual_seed(7)
+    assert seeds == [7], "what torch.manual_seed does to them"
+
+
 # Attach and detach
 
 

@@ -174,13 +174,15 @@ def test_layers_alone_are_registered(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_new_layers_are_seeded_and_initialised_as_the_models_own(family: str) -> None:
+def test_new_layers_are_seeded_and_initialised_as_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [make_moe_model(family, num_hidden_layers=2) for _ in range(3)]
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     first, same, other = (attach_native_mtp(m, 2, seed=seed) for m, seed in zip(models, (1, 1, 2), strict=True))
-    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(torch.rand(1), expected) and not seeds, "generators of GPUs included"
     for name, p in first.named_parameters():
         assert torch.equal(p, same.state_dict()[name])
         assert torch.equal(p, other.state_dict()[name]) == bool((p == 1).all())  # norms only

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl_plugins.modules.seeding import fixed_seed
 from rl_plugins.modules.trunk_tap import TrunkTap
 
 
@@ -99,8 +100,7 @@ class MTPHeads(TrunkTap):
     def __init__(self, config: MTPHeadsConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with fixed_seed(seed):
             self.heads = nn.ModuleList(MTPHead(config) for _ in range(config.num_heads))
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from rl_plugins.hooks import NATIVE_MTP, require_hooks
 from rl_plugins.modules.attach import add_submodule, base_model_of, remove_submodule, trunk_of
 from rl_plugins.modules.cache_name import cache_name
+from rl_plugins.modules.seeding import fixed_seed
 from rl_plugins.modules.trunk_tap import TrunkTap
 
 NATIVE_ATTRIBUTE = "native_mtp"
@@ -140,8 +141,7 @@ def attach_native_mtp(model: nn.Module, num_layers: int | None = None, *, seed: 
     base.config.num_mtp_layers = num_layers
     config, decoder = base.config.get_mtp_config(), base.get_decoder()
     block, norm = type(decoder.layers[-1]), type(decoder.norm)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with fixed_seed(seed):
         layers = nn.ModuleList(MtpLayer(config, block, norm, k) for k in range(num_layers))
         with torch.no_grad():  # transformers leaves it to the caller since 5.24
             for module in layers.modules():
