@@ -1,19 +1,28 @@
-# Every target sets itself up: the first call builds .venv, later calls find the stamp and start at once.
+# Every target sets itself up: the first call builds its environment, later calls find the stamp and start at once.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+TORCH := torch==2.13.0
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format smollm2 clean
+.PHONY: help demo test test-latest check format smollm2 clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# An environment of its own for another set of versions, .venv-NAME, beside .venv. The target that needs it says in
+# PACKAGES what goes in. torch comes first and pinned: an open range would bring gigabytes of its CUDA build.
+.venv-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	$(@D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
 	@touch $@
 
 demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what it learned
@@ -22,6 +31,12 @@ demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what
 test: $(STAMP) ## run every test, the fast ones first
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
 	$(OFFLINE) $(BIN)/python -m pytest -m slow
+
+test-latest: PACKAGES := --upgrade --upgrade-strategy eager -e ".[dev]"
+test-latest: .venv-latest/.installed ## run the fast tests with the newest releases inside the ranges of pyproject.toml
+	$(<D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
+	@$(<D)/bin/python -m pip list 2>/dev/null | grep -E '^(accelerate|datasets|deepspeed|lightning|peft|torch|transformers|trl) '
+	$(OFFLINE) $(<D)/bin/python -m pytest -m "not slow"
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -45,6 +60,6 @@ smollm2: $(STAMP) ## three steps on SmolLM2-135M-Instruct, whose weights come fr
 		--max_completion_length 48 --temperature 0.5 --learning_rate 1e-6
 	@echo "Three steps show that it runs; what they change in the accuracy is noise."
 
-clean: ## delete outputs and caches, keep .venv
+clean: ## delete outputs and caches, keep .venv and its like
 	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find rl_plugins tests recipes -name __pycache__ -prune -exec rm -rf {} +

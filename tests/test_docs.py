@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from torch.distributed.run import get_args_parser
 from trl import GRPOConfig, SFTConfig, TrlParser
 
@@ -30,6 +33,7 @@ import rl_plugins.lightning
 from rl_plugins import functional
 from rl_plugins.functional import AGGREGATIONS
 from rl_plugins.generation import SpeculativeDecoder
+from rl_plugins.hooks import TESTED
 from rl_plugins.lightning import classic
 from rl_plugins.modules import BalancingConfig, RouterBalancer
 from rl_plugins.objectives import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
@@ -213,7 +217,7 @@ def check_lightning_command(name: str, arguments: list[str]) -> None:
 def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
     program, *arguments = words
     if program == "make":
-        targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
         assert arguments and set(arguments) <= targets
     elif program == "rl-plugins":
         assert arguments[0] in online.TRAINERS
@@ -248,12 +252,26 @@ def test_commands_exist(path: Path, recipe_options: dict[str, set[str]]) -> None
 
 
 def test_make_targets_in_prose_exist() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for path in DOCS:
-        assert set(re.findall(r"`make (\w+)`", path.read_text())) <= targets, path.name
+        assert set(re.findall(r"`make ([\w-]+)`", path.read_text())) <= targets, path.name
 
 
 # Completeness
+
+
+def test_the_table_of_versions_is_that_of_constraints_and_ranges() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    ranges = {requirement.name: requirement.specifier for requirement in map(Requirement, listed)}
+    table = {name: cells for name, *cells in rows(ROOT / "docs" / "versions.md", "Tested together")}
+    assert set(TESTED) <= set(table)
+    for name, (tested, newest, allowed, _) in table.items():
+        assert tested == pins[name]
+        assert SpecifierSet(allowed.strip("`")) == ranges[name]
+        assert tested in ranges[name] and newest in ranges[name] and Version(newest) >= Version(tested)
+    assert "(docs/versions.md)" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -87,8 +87,8 @@ UNSUITABLE: dict[str, tuple[dict[str, Any], str]] = {
         "LinearAttentionLayer",
     ),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer"),
-    "falcon_mamba": ({"state_size": 4}, "a model with a state of its own"),
-    "mamba": ({"state_size": 4}, "a model with a state of its own"),
+    "falcon_mamba": ({"state_size": 4}, "a state of its own|LinearAttentionLayer"),
+    "mamba": ({"state_size": 4}, "a state of its own|LinearAttentionLayer"),
     "roformer": ({"is_decoder": True}, "takes no position_ids"),
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, "does not run its trunk"),
 }
