@@ -103,7 +103,7 @@ def test_json_round_trip(critic_args: ArgsFactory, tmp_path: Path) -> None:
     # The host derives one of these two from the other, and refuses both at once.
     init = {f.name for f in dataclasses.fields(MTPCriticConfig) if f.init} - {"generation_batch_size"}
     again = MTPCriticConfig(**{name: value for name, value in from_json.items() if name in init})
-    assert len(ours) == 33
+    assert len(ours) == 34
     for name in sorted(ours | {"num_generations"}):
         assert getattr(again, name) == getattr(args, name) == from_json[name], name
 
@@ -112,6 +112,7 @@ COMMAND_LINE = {
     "use_critic": ("True", True),
     "num_generations": ("1", 1),
     "lam_policy": ("0.9", 0.9),
+    "discounted_objective": ("True", True),
     "length_adaptive_alpha": ("0.05", 0.05),
     "advantage_scaling": ("value", "value"),
     "reward_range": ("-1.0 2.0", [-1.0, 2.0]),

@@ -113,6 +113,7 @@ COMMAND_LINE = {
     "num_iterations": ("3", 3),
     "num_generations": ("1", 1),
     "lam_policy": ("0.9", 0.9),
+    "discounted_objective": ("True", True),
     "length_adaptive_alpha": ("0.05", 0.05),
     "advantage_scaling": ("value", "value"),
     "reward_range": ("-1.0 2.0", [-1.0, 2.0]),
