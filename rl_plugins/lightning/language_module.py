@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -65,6 +67,21 @@ class LanguageModule(LightningModule):
         self.lr_scheduler_type, self.warmup_steps = lr_scheduler_type, warmup_steps
         self._resumed: dict[str, Any] | None = None
         self._dice: dict[str, Any] = {}
+
+    def setup(self, stage: str) -> None:
+        """See that the strategy can run the module.
+
+        Raises:
+            TypeError: Under Lightning's `FSDPStrategy`, or `ModelParallelStrategy` without a `configure_model`.
+        """
+        strategy = self.trainer.strategy
+        sharded = isinstance(strategy, ModelParallelStrategy) and not is_overridden("configure_model", self)
+        if sharded or isinstance(strategy, FSDPStrategy):
+            raise TypeError(
+                f"{type(self).__name__} does not run under {type(strategy).__name__}: it generates, and reads heads "
+                'and targets, outside the forward that Lightning shards. Use strategy="deepspeed_stage_3", or TRL\'s '
+                "trainers with FSDP2."
+            )
 
     # Optimizer
 
