@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from rl_plugins.lightning.classic import ClassicModule
+from rl_plugins.modules.process_group import end_process_group
 from rl_plugins.report import Panel, plot_training_curves
 
 POINTS = 200  # of a learning curve
@@ -146,7 +147,7 @@ def main(args: list[str] | None = None) -> ClassicCLI:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
-    return ClassicCLI(
+    cli = ClassicCLI(
         ClassicModule,
         subclass_mode_model=True,
         auto_configure_optimizers=False,
@@ -164,6 +165,8 @@ def main(args: list[str] | None = None) -> ClassicCLI:
         },
         args=args,
     )
+    end_process_group()
+    return cli
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from mtp_critic import Script, build_datasets, character_tokenizer, make_reward,
 from transformers import AutoTokenizer
 
 from rl_plugins.lightning import MTPCriticModule, MTPSFTModule, PromptDataModule, RolloutProgressBar, TokenValueReport
+from rl_plugins.modules.process_group import end_process_group
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves
 
 ACCURACY = "eval_rewards/accuracy/mean"
@@ -253,6 +254,7 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's, of torch
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     CLI(TaskCritic, TaskData, args=args, save_config_kwargs={"overwrite": True})
+    end_process_group()
 
 
 if __name__ == "__main__":

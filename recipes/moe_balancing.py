@@ -30,6 +30,7 @@ from transformers import Dots1Config, Dots1ForCausalLM, ProgressCallback, Traine
 from trl import TrlParser
 
 from rl_plugins.functional import expert_counts, max_violation
+from rl_plugins.modules.process_group import end_process_group
 from rl_plugins.report import LOAD_FILE_NAME, plot_expert_load, plot_max_violation, read_loads
 from rl_plugins.trl import MoEBalancingCallback
 
@@ -229,15 +230,20 @@ def main() -> None:
     for balancing in script.balancing:
         print(f"\n{balancing}")
         results[balancing] = train(script, args, balancing, blocks)
-    if args.process_index > 0:
-        return
+    if args.process_index == 0:
+        report(results, args)
+    end_process_group()
+
+
+def report(results: dict[str, dict[str, float]], args: Config) -> None:
+    """Draw, write and print."""
     output = Path(args.output_dir)
     loads = {name: read_loads(output / name / LOAD_FILE_NAME) for name in results}
     for name, load in loads.items():
         plot_expert_load(load, output / name / "expert_load.png", title=name)
     plot_max_violation(loads, output / "max_violation.png", title="Balance during training")
     (output / "results.json").write_text(json.dumps({"seed": args.seed, "runs": results}, indent=2) + "\n")
-    print(f"\nMaxVio is over all held-out tokens, the mean of {script.layers} layers.\n{table(results)}")
+    print(f"\nMaxVio is over all held-out tokens, the mean of all layers.\n{table(results)}")
     print(f"\nThe pictures are in {args.output_dir}.")
 
 

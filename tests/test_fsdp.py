@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.modules import load_mtp_heads
+from rl_plugins.modules import attach_native_mtp, get_native_mtp, load_mtp_heads, load_native_mtp
 from rl_plugins.modules.serialization import HEADS_WEIGHTS_NAME
+from rl_plugins.trl.attachments import check_fsdp
 
 from . import test_distributed as distributed
 from .conftest import CHARACTERS
 from .moe_models import make_moe_model
 from .test_moe_distributed import gap, start_both
-
-pytestmark = pytest.mark.slow
 
 Base: Any = distributed.Workplace
 largest_gap, fsdp = distributed.largest_gap, distributed.fsdp
@@ -75,12 +75,13 @@ def two(
         one.append(place.run(f"{name}_one", **case))
         half = {**case, "batch": case.get("batch", 8) // 2, "save": str(place.root / f"{name}_fsdp" / "final")}
         both.append(place.run(f"{name}_fsdp", **half, **fsdp()))
-    both += place.resumed("full", batch=4, **HELD["full"][0], **HELD["full"][1])
-    both += place.resumed("sharded", batch=4, lora=True, **HELD["sharded"][0], **HELD["sharded"][1])
+    both += place.resumed("full", batch=4, lora=True, **HELD["full"][0], **HELD["full"][1])
+    both += place.resumed("sharded", batch=4, **HELD["sharded"][0], **HELD["sharded"][1])
     start_both(place, one, both)
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 class TestTwoRanksEqualOneProcess:
     def test_losses_and_metrics(self, two: Workplace, case: str) -> None:
@@ -107,6 +108,7 @@ class TestTwoRanksEqualOneProcess:
             assert gap(two.tensors(f"{case}_one", "target"), heads) > 1e-4  # the copies are slow
 
 
+@pytest.mark.slow
 class TestWhatACaseIsAbout:
     """Runs exercise what they are named after."""
 
@@ -124,6 +126,7 @@ class TestWhatACaseIsAbout:
         assert history[-1]["critic/value_loss"] != history[0]["critic/value_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HELD)
 class TestResume:
     def test_as_if_nothing_had_happened(self, two: Workplace, name: str) -> None:
@@ -139,13 +142,20 @@ class TestResume:
                 assert gap(two.tensors(f"{name}_resumed", what, rank), two.tensors(f"{name}_whole", what, rank)) == 0.0
 
 
+@pytest.mark.slow
 class TestSavedModel:
     @pytest.mark.parametrize("case", [case for case in CASES if case != "untied"])
     def test_stock_transformers_loads_it(self, two: Workplace, case: str) -> None:
         two.log(f"{case}_fsdp")
         final = two.root / f"{case}_fsdp" / "final"
         model, info = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+        if case == "native":
+            attach_native_mtp(model)
+            load_native_mtp(model, final)
+            assert gap(get_native_mtp(model).state_dict(), two.tensors("native_fsdp", "heads")) == 0.0  # type: ignore[union-attr]
+            return
+        assert not info["unexpected_keys"]
         start = AutoModelForCausalLM.from_pretrained(two.root / CASES[case].get("model", "tied")).state_dict()
         assert (gap(model.state_dict(), start) > 0.0) == (case != "frozen")
         if case in ("critic", "sft", "frozen"):
@@ -161,3 +171,19 @@ class TestSavedModel:
         assert gap(load_file(final / HEADS_WEIGHTS_NAME), two.tensors("untied_fsdp", "heads")) == 0.0
         adapter = load_file(final / "adapter_model.safetensors")
         assert adapter and all("lora_" in name and value.numel() for name, value in adapter.items())
+
+
+class TestRefusals:
+    def plugin(self, **options: Any) -> FullyShardedDataParallelPlugin:
+        return FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "reshard_after_forward": True, **options})
+
+    def test_fsdp1(self) -> None:
+        with pytest.raises(ValueError, match="Use FSDP2"):
+            check_fsdp(self.plugin(fsdp_version=1, reshard_after_forward="FULL_SHARD"), adapters=False)
+
+    def test_sharded_checkpoints_of_adapters(self) -> None:
+        sharded, full = (self.plugin(state_dict_type=f"{kind}_STATE_DICT") for kind in ("SHARDED", "FULL"))
+        with pytest.raises(ValueError, match="SHARDED_STATE_DICT.*Set state_dict_type to FULL_STATE_DICT"):
+            check_fsdp(sharded, adapters=True)
+        check_fsdp(sharded, adapters=False)
+        check_fsdp(full, adapters=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "recipes" / "launch"
 CONFIGS = sorted(path.stem for path in LAUNCH.glob("*.json"))
+ACCELERATE = "fsdp2"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 
@@ -67,6 +71,16 @@ def test_config_leaves_the_optimizer_to_the_trainer(name: str) -> None:
     assert zero["stage"] < 3 or zero["stage3_gather_16bit_weights_on_model_save"] is True
 
 
+def test_accelerate_knows_every_option_of_its_config() -> None:
+    config = load_config_from_file(str(LAUNCH / f"{ACCELERATE}.yaml"))
+    args = launch_command_parser().parse_args([f"--config_file={LAUNCH / ACCELERATE}.yaml", "recipes/ppo.py"])
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    assert all(hasattr(args, option) for option in config.fsdp_config)
+    named = re.findall(r"--(\w+)", (LAUNCH / f"{ACCELERATE}.yaml").read_text())
+    assert {"config_file", "num_machines"} < set(named)
+    assert all(hasattr(args, option) for option in named if option not in ("model", "output_dir"))
+
+
 @pytest.fixture(scope="module")
 def trained(
     tmp_path_factory: pytest.TempPathFactory,
@@ -94,6 +108,9 @@ def trained(
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         runs.append({"out": str(folder / name), "model": str(folder / "model"), "port": port, "args": args})
+    args = {key: value for key, value in runs[-1]["args"].items() if key != "deepspeed"}
+    runs.append({**runs[-1], "out": str(folder / ACCELERATE), "args": args})
+    runs[-1]["accelerate"] = str(LAUNCH / f"{ACCELERATE}.yaml")
     (folder / "runs.json").write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     worker = Path(__file__).parent / "workers" / "critic_worker.py"
@@ -105,7 +122,7 @@ def trained(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, ACCELERATE])
 def test_config_trains_on_two_ranks(trained: Path, name: str) -> None:
     errors = [path.read_text() for path in (trained / name).glob("error_*.txt")]
     assert not errors, "\n".join(errors)
@@ -113,4 +130,4 @@ def test_config_trains_on_two_ranks(trained: Path, name: str) -> None:
     losses = [entry["loss"] for entry in log["history"] if "loss" in entry]
     assert len(losses) == 2 and all(abs(loss) < 100 for loss in losses)
     assert all(log["captured"])
-    assert log["sharded"] == ("zero3" in name)
+    assert log["sharded"] == ("zero3" in name or name == ACCELERATE)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -338,3 +339,56 @@ def test_mistakes_are_told_before_any_work(
 def test_defaults_need_no_gpu(recipe: ModuleType, tmp_path: Path) -> None:
     args = recipe.Config(output_dir=str(tmp_path))
     assert args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+def ends(path: Path) -> bool:
+    """Whether a script ends its process group, if it trains."""
+    text = path.read_text()
+    trains = re.search(r"Trainer\(|trainer_class\(|TRAINERS\[|LightningCLI\)", text) is not None
+    return not trains or "    end_process_group()\n" in text
+
+
+def test_every_script_that_trains_ends_its_process_group() -> None:
+    package = FOLDER.parent / "rl_plugins" / "trl" / "scripts"
+    scripts = [*FOLDER.glob("*.py"), *FOLDER.glob("benchmarks/*.py"), *package.glob("*.py")]
+    assert len(scripts) > 12
+    assert [path.stem for path in scripts if not ends(path)] == []
+
+
+# Runs a script as `python script.py ...` does, with a report that takes a while.
+LAUNCHED = """
+import runpy, sys, time
+from pathlib import Path
+from torch import distributed
+import rl_plugins.report as report
+
+def slowly(draw):
+    return lambda *args, **kwargs: (time.sleep(3), draw(*args, **kwargs))[1]
+
+for name in ("plot_training_curves", "plot_max_violation"):
+    setattr(report, name, slowly(getattr(report, name)))
+path, last, *arguments = sys.argv[1:]
+sys.argv = [path, *arguments]
+sys.path.insert(0, str(Path(path).parent))
+runpy.run_path(path, run_name="__main__")
+assert Path(last).is_file(), "a rank left before the report was there"
+assert not distributed.is_initialized(), "a rank left with a process group"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mtp_critic", "moe_balancing"])
+def test_two_ranks_leave_together(recipe: str, tmp_path: Path) -> None:
+    """No rank leaves before the report of rank 0 is written, and none with a process group, which may abort it."""
+    output, last, options = tmp_path / "run", "summary.json", TINY
+    if recipe == "moe_balancing":
+        last, options = "results.json", ["--use_cpu=True", "--max_steps=2", "--eval_items=150", "--disable_tqdm=True"]
+        options += ["--balancing", "loss_free"]
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "launched.py"), str(FOLDER / f"{recipe}.py"), str(output / last)]
+    done = subprocess.run([*command, *options, f"--output_dir={output}"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

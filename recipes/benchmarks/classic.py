@@ -35,6 +35,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from rl_plugins.lightning.classic import A2CModule, ClassicModule, DQNModule, PPOModule, TRPOModule
+from rl_plugins.modules.process_group import end_process_group
 
 CONFIGS = Path(__file__).parents[1] / "classic"
 ENV = "CartPole-v1"
@@ -372,6 +373,7 @@ def main() -> None:
     print("\n".join(verdicts(rows)) or "all goals are met")
     if args.plot:
         draw(pairs, args.plot)
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -332,7 +332,10 @@ def main() -> None:
     if "grpo" not in args.trainers:
         parser.error("--trainers must include grpo, which the others are compared with")
     if args.worker:
+        from rl_plugins.modules.process_group import end_process_group
+
         print(json.dumps(run_worker(args.worker, settings)))
+        end_process_group()
         return
     runs = []
     for repeat in range(args.repeats):

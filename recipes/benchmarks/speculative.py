@@ -46,6 +46,7 @@ from transformers import (
 
 from rl_plugins.generation import SpeculativeDecoder
 from rl_plugins.modules import get_mtp_heads, load_mtp_heads
+from rl_plugins.modules.process_group import end_process_group
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
 CHARACTERS = "0123456789+-=., abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -320,6 +321,7 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1))
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -100,12 +101,21 @@ class LanguageModule(LightningModule):
         self._dice: dict[str, Any] = {}
 
     def setup(self, stage: str) -> None:
-        """Look at the precision.
+        """See that strategy and precision can train the module.
 
         Raises:
+            TypeError: Under Lightning's `FSDPStrategy`, or `ModelParallelStrategy` without a `configure_model`.
             ValueError: If weights are to be trained in float16 without a float32 copy.
         """
-        if stage == "fit" and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+        strategy = self.trainer.strategy
+        sharded = isinstance(strategy, ModelParallelStrategy) and not is_overridden("configure_model", self)
+        if sharded or isinstance(strategy, FSDPStrategy):
+            raise TypeError(
+                f"{type(self).__name__} does not run under {type(strategy).__name__}: it generates, and reads heads "
+                'and targets, outside the forward that Lightning shards. Use strategy="deepspeed_stage_3", or TRL\'s '
+                "trainers with FSDP2."
+            )
+        if stage == "fit" and not isinstance(strategy, DeepSpeedStrategy):
             if self.trainer.precision == "16-true":
                 raise ValueError(
                     "precision='16-true' trains float16 weights without a float32 copy, whose small updates vanish. "

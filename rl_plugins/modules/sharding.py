@@ -85,20 +85,16 @@ def whole_module(module: nn.Module, dtype: torch.dtype | None = None) -> Iterato
         module: Part of a sharded model.
         dtype: Of the parameters inside the block, where FSDP2's mixed precision computes in another than it stores.
     """
-    sharded = [
-        (owner, name, param)
-        for owner in module.modules()
-        for name, param in owner._parameters.items()
-        if isinstance(param, DTensor)
-    ]
-    params: list[Tensor] = [param for _, _, param in sharded]
+    owners = [(owner, name) for owner in module.modules() for name in owner._parameters]
+    places = [(owner, name) for owner, name in owners if isinstance(owner._parameters[name], DTensor)]
+    params = [cast(nn.Parameter, owner._parameters[name]) for owner, name in places]
     with whole_parameters(params) as whole:
-        for (owner, name, _), tensor in zip(sharded, whole, strict=True):
+        for (owner, name), tensor in zip(places, whole, strict=True):
             owner._parameters[name] = nn.Parameter(tensor.to(dtype), requires_grad=False)
         try:
             yield
         finally:
-            for owner, name, param in sharded:
+            for (owner, name), param in zip(places, params, strict=True):
                 owner._parameters[name] = param
 
 

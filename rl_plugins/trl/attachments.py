@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, is_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
@@ -63,6 +65,8 @@ class AttachmentTrainer(PluginTrainer):
                 "its own. Remove its `optimizer` section, or set head_learning_rate (MTP heads) or "
                 "value_learning_rate (a value model) to None."
             )
+        if self.is_fsdp_enabled:
+            check_fsdp(self.accelerator.state.fsdp_plugin, adapters=is_peft_model(self.model))
         self._attachments = (*self._attachments, attachment)
 
     # Optimizer
@@ -114,6 +118,29 @@ class AttachmentTrainer(PluginTrainer):
         names, missing = {attachment.name for attachment in self._attachments}, load_result.missing_keys
         missing[:] = [key for key in missing if names.isdisjoint(key.split("."))]
         super()._issue_warnings_after_load(load_result)
+
+
+def check_fsdp(plugin: FullyShardedDataParallelPlugin, *, adapters: bool) -> None:
+    """See that FSDP can run and save attachments.
+
+    Args:
+        plugin: accelerate's settings.
+        adapters: Whether PEFT adapters are trained.
+
+    Raises:
+        ValueError: For FSDP1, and for sharded checkpoints of adapters.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "FSDP1 flattens parameters, so that heads and value models cannot run or be averaged outside the model's "
+            "forward. Use FSDP2: fsdp_config={'version': 2} (transformers' default), fsdp_version: 2 in a config of "
+            "accelerate."
+        )
+    if adapters and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ValueError(
+            f"With adapters, accelerate writes nothing else into a checkpoint of type {plugin.state_dict_type.name}, "
+            "so heads or value model would be lost. Set state_dict_type to FULL_STATE_DICT in fsdp_config."
+        )
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, module: nn.Module, learning_rate: float) -> None:

@@ -26,6 +26,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import transformers
+import yaml
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
@@ -104,12 +105,16 @@ def start_fsdp() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
-def start_engine(args: dict[str, Any]) -> None:
-    """Prepare for the engine that the options of a run name, if they do."""
-    if args.get("deepspeed"):
+def start_engine(run: Run) -> None:
+    """Prepare for the engine that the options of a run name, if they do, or its `accelerate`, a launch config."""
+    if run["args"].get("deepspeed"):
         start_deepspeed()
-    if args.get("fsdp"):
+    if run["args"].get("fsdp") or "accelerate" in run:
         start_fsdp()
+    if "accelerate" in run:
+        config = yaml.safe_load(Path(run["accelerate"]).read_text())
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": config["mixed_precision"]}
+        os.environ |= {key.upper(): str(value) for key, value in config["fsdp_config"].items()}
 
 
 def check_backend(trainer: Any) -> None:
@@ -117,7 +122,7 @@ def check_backend(trainer: Any) -> None:
     assert trainer.accelerator.num_processes == WORLD
     if trainer.args.deepspeed is not None:
         assert trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-    if trainer.args.fsdp:
+    if trainer.args.fsdp or "ACCELERATE_USE_FSDP" in os.environ:
         assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
         trainer.add_callback(CheckSharded())
 

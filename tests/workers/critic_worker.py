@@ -13,6 +13,7 @@ A run is a dictionary:
     reward: name of the reward, of `REWARDS`; `odd` by default; for `sft` whether examples are `scored`
     prompts: size of the dataset, 64 by default
     args: options of its config (`deepspeed` among them)
+    accelerate: a config of `accelerate launch`, whose environment the run gets
     loaded: whether the trainer gets the model itself: `before` the config is made, or `after`
     lora: whether to train a LoRA adapter
     kill_at: number of optimizer steps after which every rank kills itself
@@ -145,7 +146,7 @@ def train(run: Run) -> None:
     import rl_plugins.trl.critic_trainer as critic_trainer
 
     critic_trainer.ValueRecorder = RecordingRecorder
-    start_engine(run["args"])
+    start_engine(run)
     trainer_class, config_class, own_defaults = TRAINERS[run.get("trainer", "mtp")]
     model = load(run) if run.get("loaded") == "before" else run["model"]
     args = config_class(**{"output_dir": run["out"], **TRL_DEFAULTS, **own_defaults, **run["args"]})

@@ -93,7 +93,7 @@ def make_trainer(run: Run, model: Any, args: Any, callbacks: list[Any]) -> Any:
 def train(run: Run) -> None:
     """One run, on this rank."""
     bias_files.save_file = noted_save
-    start_engine(run["args"])
+    start_engine(run)
     model = load(run) if run.get("loaded") == "before" else None
     config_class, defaults = CONFIGS[run.get("trainer", "plain")]
     args = config_class(**{"output_dir": run["out"], **defaults, **run["args"]})

@@ -34,6 +34,7 @@ from trl import (
 from trl.scripts.grpo import GRPOScriptArguments
 
 from rl_plugins.cli import COMMANDS
+from rl_plugins.modules.process_group import end_process_group
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -142,8 +143,10 @@ def train(
     trainer.accelerator.print(f"The policy is in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.wait_for_everyone()
     if Version(transformers.__version__) >= Version("5.18"):
         trainer.end()
+    end_process_group()
 
 
 def main(command: str, argv: list[str] | None = None, prog: str | None = None) -> None:
