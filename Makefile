@@ -5,10 +5,10 @@ STAMP := .venv/.installed
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format smollm2 clean
+.PHONY: help demo test test-vllm check format smollm2 clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,6 +22,16 @@ demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what
 test: $(STAMP) ## run every test, the fast ones first
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
 	$(OFFLINE) $(BIN)/python -m pytest -m slow
+
+# vLLM pins other versions than ours do. It brings torchvision and the like, whose builds do not fit a torch for CPUs.
+.venv-vllm/.installed: requirements-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv-vllm/.installed ## the trainers with a real vLLM, on a CPU, in an environment of its own (4 GB)
+	$(OFFLINE) .venv-vllm/bin/python -m pytest tests/test_vllm.py
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

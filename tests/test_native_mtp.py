@@ -174,9 +174,7 @@ def test_layers_alone_are_registered(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_new_layers_are_seeded_and_initialised_as_the_models_own(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_layers_are_seeded_and_initialised_as_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [make_moe_model(family, num_hidden_layers=2) for _ in range(3)]
     torch.manual_seed(5)
     expected = torch.rand(1)

@@ -20,7 +20,7 @@ from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.objectives.online import draft_metrics
 from rl_plugins.objectives.policy import clip_shares, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
-from rl_plugins.trl.host import gather_lm_head
+from rl_plugins.trl.host import gather_lm_head, hide_critics_from_vllm
 from rl_plugins.trl.rewards import naming
 
 Batch = dict[str, Any]
@@ -45,6 +45,8 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         else:
             reward_funcs = naming(reward_funcs)
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
+        if self.use_vllm:  # the model may have come with heads or native layers
+            hide_critics_from_vllm(self.vllm_generation)
         self._policy_loss = args.make_policy_loss()
         self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         self._scores: Tensor | None = None
