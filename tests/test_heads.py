@@ -1,6 +1,7 @@
 """MTP heads: what they compute at the start, and that attaching them leaves the model as it was."""
 
 import copy
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -286,6 +287,22 @@ def test_heads_round_trip_bit_for_bit(tiny_model: ModelFactory, tmp_path: Path, 
     for key, value in heads.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value) and loaded.state_dict()[key].dtype == dtype
         assert torch.equal(attached.state_dict()[key], value)
+
+
+def test_an_index_tells_engines_which_files_are_the_model(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    """vLLM takes all safetensors files of a folder for the model unless there is an index."""
+    model = tiny_model()
+    attach_mtp_heads(model)
+    for folder in ("whole", "sharded"):
+        model.save_pretrained(tmp_path / folder, **({"max_shard_size": "10KB"} if folder == "sharded" else {}))
+        shards = {path.name for path in (tmp_path / folder).glob("*.safetensors")}
+        assert (len(shards) > 1) == (folder == "sharded")
+        save_mtp_heads(model, tmp_path / folder)
+        index = json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())["weight_map"]
+        assert set(index.values()) == shards and not any("mtp_heads" in key for key in index)
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
 
 
 def test_heads_are_found_in_the_state_dict_of_a_wrapped_model(tiny_model: ModelFactory, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@
 #
 #   --device cuda|cpu   where to run (default: cuda)
 #   --steps "a b ..."   which steps, in this order (default: all)
-#   --limit SECONDS     time for all steps together (default: 480)
+#   --limit SECONDS     time for all steps together (default: 480); the limits of the steps are scaled with it
 #   --output DIR        where logs, figures and the table go (default: outputs/gpu_check)
 #   --dry-run           print the commands only
 #
@@ -210,7 +210,9 @@ for step in $steps; do
         failed=1
         continue
     fi
+    seconds=$((seconds * limit / 480))
     ((seconds > left)) && seconds=$left
+    ((seconds < 1)) && seconds=1
     log=$output/$step.log
     rm -rf "${output:?}/$step" "$output/$step.json" # no figure is left from an earlier run
     echo "$step: at most $seconds s, log in $log" >&2

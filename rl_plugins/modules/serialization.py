@@ -5,9 +5,10 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE, attach_mtp_heads, base_model_of, get_mtp_heads
 from rl_plugins.modules.heads import MTPHeads, MTPHeadsConfig
@@ -49,6 +50,9 @@ def find_mtp_heads(path: str, *, revision: str | None = None) -> str | None:
 def save_mtp_heads(model: nn.Module, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Write the heads' weights and config into `directory`, beside `model.safetensors`.
 
+    Save the model first: inference engines such as vLLM take every safetensors file of a folder for a part of the
+    model, unless an index names the model's own. This function writes one where the model is a single file.
+
     Args:
         model: Model with heads attached.
         directory: Created if missing.
@@ -70,7 +74,19 @@ def save_mtp_heads(model: nn.Module, directory: str | Path, *, state_dict: Mappi
     path.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / HEADS_WEIGHTS_NAME)
     (path / HEADS_CONFIG_NAME).write_text(json.dumps(heads.config.to_dict(), indent=2) + "\n")
+    _index_single_file(path)
     return path / HEADS_WEIGHTS_NAME
+
+
+def _index_single_file(directory: Path) -> None:
+    """Name the tensors of `model.safetensors` in an index. transformers, which reads the file itself where there is
+    one, does not look at it."""
+    model_file = directory / SAFE_WEIGHTS_NAME
+    if model_file.is_file():
+        with safe_open(model_file, framework="pt") as file:
+            weight_map = dict.fromkeys(sorted(file.keys()), SAFE_WEIGHTS_NAME)
+        index = {"metadata": {"total_size": model_file.stat().st_size}, "weight_map": weight_map}
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _heads_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ class TrackedAdvantages:
                 f"rewards from {float(usable.min()):g} to {float(usable.max()):g}. Scale them (reward_weights)."
             )
         values = self.tracker.values(keys).to(scores)
-        size = torch.tensor(float(len(self.tracker)))
+        size = values.new_tensor(float(len(self.tracker)))
         metrics = {"value_tracker/value_mean": values.mean(), "value_tracker/prompts": size}
         return batch_normalized(scores - values), metrics
 

@@ -17,7 +17,6 @@ from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.trl.attachments import find_saved_heads
 from rl_plugins.trl.critic_config import MTPCriticConfig
 from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args
-from rl_plugins.trl.host import hide_critics_from_vllm
 from rl_plugins.trl.phasic import PhasicSchedule
 from rl_plugins.trl.policy_trainer import Batch
 from rl_plugins.trl.value_trainer import ValueTrainer
@@ -94,8 +93,6 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
             self._set_up_decoder()
             if args.mtp_loss_coef:
                 self._logit_divisor = logit_divisor(self.model.config, self.temperature)
-            if self.use_vllm:
-                hide_critics_from_vllm(self.vllm_generation)
             if args.phasic_every:
                 cycle = args.steps_per_generation * self.num_iterations
                 self._phasic = PhasicSchedule(args.phasic_every, args.phasic_epochs, cycle)

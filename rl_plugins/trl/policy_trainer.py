@@ -25,6 +25,7 @@ from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_p
 from rl_plugins.objectives.online import draft_metrics, reference_kl
 from rl_plugins.objectives.policy import averaged, clip_shares, inert_message, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
+from rl_plugins.trl.host import hide_critics_from_vllm
 
 if TYPE_CHECKING:
     from rl_plugins.generation.speculative import SpeculativeDecoder
@@ -56,6 +57,8 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         processor = self.processing_class
         check_tokenizer(self._tokenizer, None if getattr(processor, "chat_template", None) else rows[0]["prompt"])
         self._positions = learned_positions(self.model)
+        if self.use_vllm:  # the model may have come with heads or native layers
+            hide_critics_from_vllm(self.vllm_generation)
         self._policy_loss = args.make_policy_loss()
         self._warn_of_inert_loss()
         self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None

@@ -23,7 +23,6 @@ from rl_plugins.modules.value_model import (
 )
 from rl_plugins.trl.attachments import Attachment
 from rl_plugins.trl.heads_trainer import complete_args
-from rl_plugins.trl.host import hide_critics_from_vllm
 from rl_plugins.trl.policy_trainer import Batch
 from rl_plugins.trl.ppo_config import PPOConfig
 from rl_plugins.trl.value_trainer import ValueTrainer
@@ -114,8 +113,6 @@ class PPOTrainer(ValueTrainer):
         self._attach(Attachment(CRITIC_ATTRIBUTE, critic, rate, save_value_model, load_value_model, file))
         self._set_up_rollouts()
         self._new_values: Tensor | None = None
-        if self.use_vllm:
-            hide_critics_from_vllm(self.vllm_generation)
 
     @property
     def critic_module(self) -> ValueModel | None:
