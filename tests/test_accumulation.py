@@ -1,7 +1,10 @@
 """Gradient accumulation in Lightning: 1 x 8, 4 x 2 and 8 x 1 rows of different lengths are one and the same step."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +17,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from rl_plugins.functional.aggregation import AGGREGATIONS
 from rl_plugins.generation.completions import Completions, pad_left
 from rl_plugins.lightning import MoEBalancingCallback, MTPSFTModule
-from rl_plugins.lightning.accumulation import Lookahead, WindowMeans
+from rl_plugins.lightning.accumulation import Lookahead, WindowMeans, check_windows_fit
+from rl_plugins.modules import find_routers
 
-from .lightning_runs import KINDS, Numbers, fit, module_factory, perturb
+from .lightning_runs import KINDS, Numbers, every_step, fit, module_factory, perturb
 from .moe_models import make_moe_model
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
@@ -373,6 +377,52 @@ def test_batches_that_change_after_they_were_counted(make: Make) -> None:
     other.training_step = lambda batch, batch_idx: kept([{"prompt": "1+1="}], batch_idx)
     with pytest.raises(ValueError, match="other prompts than it had when the accumulation window began"):
         fit(other, listed(prompts(), 1), max_steps=1, accumulate_grad_batches=8)
+
+
+@pytest.mark.parametrize(("batches", "epochs", "steps", "refused"), [
+    (5, 2, -1, True), (5, 1, -1, False), (6, 2, -1, False), (5, -1, 2, False), (5, -1, 3, True),
+    (math.inf, 2, -1, False),
+])  # fmt: skip
+def test_deepspeed_carries_a_short_window_over(batches: Any, epochs: int, steps: int, refused: bool) -> None:
+    strategy = SimpleNamespace(handles_gradient_accumulation=True)
+    trainer: Any = SimpleNamespace(
+        strategy=strategy, accumulate_grad_batches=2, num_training_batches=batches, max_epochs=epochs, max_steps=steps
+    )
+    if refused:
+        with pytest.raises(ValueError, match=r"An epoch has 5 batches.*=2 does not divide.*limit_train_batches=4"):
+            check_windows_fit(trainer)
+    else:
+        check_windows_fit(trainer)
+    strategy.handles_gradient_accumulation = False
+    check_windows_fit(trainer)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+def test_bf16_true_routes_by_float32_biases(tokenizer: Any, family: str, tmp_path: Path) -> None:
+    """At 5, steps of 1e-3 are none in bfloat16; a resumed run goes on with them."""
+
+    def run(callback: MoEBalancingCallback, steps: int, ckpt_path: Any = None) -> MTPSFTModule:
+        model = make_moe_model(family)
+        for router in find_routers(model):
+            with torch.no_grad():
+                router.stored_bias.fill_(5.0)
+        torch.manual_seed(0)
+        module = MTPSFTModule(model, tokenizer, lr_scheduler_type="constant", mtp_loss_coef=0.0)
+        rows = [{"prompt": "", "completion": row["completion"]} for row in texts()]
+        options = {"precision": "bf16-true", "max_epochs": steps, "ckpt_path": ckpt_path}
+        fit(module, listed(rows, 8), callback, every_step(tmp_path), **options)
+        return module
+
+    callback, again = (MoEBalancingCallback(rate=1e-3, record_load=False) for _ in range(2))
+    module = run(callback, 4)
+    for router, master in zip(find_routers(module.model), callback.state_dict()["biases"].values(), strict=True):
+        assert router.stored_bias.dtype == torch.bfloat16 and router.bias.dtype == torch.float32
+        assert torch.equal(router.bias.reshape(-1), master) and 0.0 < (master - 5.0).abs().max() < 1e-2
+    run(again, 4, ckpt_path=tmp_path / "step=2.ckpt")
+    for ours, theirs in zip(
+        again.state_dict()["biases"].values(), callback.state_dict()["biases"].values(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_looking_ahead_leaves_nothing_out() -> None:

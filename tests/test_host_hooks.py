@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import pytest
 import trl.data_utils
 import trl.trainer.utils
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import DeepseekV3ForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.core_model_loading import revert_weight_conversion
@@ -131,7 +134,21 @@ def test_private_attributes_of_a_live_trainer(
 
 def test_hooks_of_lightning() -> None:
     listed = set(re.findall(r"`(?:\w+\.)*(_\w+)`", lightning_host.__doc__ or ""))
-    assert listed == {"_trainer", "_parse_ckpt_path", "_init_deepspeed_distributed"}
+    assert listed == {
+        "_trainer",
+        "_parse_ckpt_path",
+        "_init_deepspeed_distributed",
+        "_data_fetcher",
+        "_should_accumulate",
+        "_on_before_batch_transfer",
+    }
+    assert parameters(LightningModule, "_on_before_batch_transfer") == ["batch", "dataloader_idx"]
+    loop = lightning.pytorch.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
+    assert loop._data_fetcher is None and parameters(loop, "_should_accumulate") == []
+    assert loop.epoch_loop.batch_progress.current.ready == 0
+    fetcher = _PrefetchDataFetcher()
+    fetcher.setup(CombinedLoader(iter([1, 2]), "max_size_cycle"))
+    assert iter(fetcher).batches == [(1, 0, 0)] and next(fetcher.iterator) == (2, 1, 0)
     assert LightningModule()._trainer is None
     assert parameters(LightningCLI, "_parse_ckpt_path") == []
     assert parameters(DeepSpeedStrategy, "_init_deepspeed_distributed") == []
