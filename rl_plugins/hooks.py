@@ -172,6 +172,12 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         # None where `trainer` raises: our modules can be used without a Trainer.
         Hook("lightning.pytorch.LightningModule._trainer"),
         Hook("lightning.pytorch.core.optimizer.LightningOptimizer"),
+        # rl_plugins/lightning/accumulation.py looks ahead in what the loop fetches: `(batch, index, loader)`.
+        Hook("lightning.pytorch.LightningModule._on_before_batch_transfer", "batch, dataloader_idx"),
+        Hook("lightning.pytorch.loops.fit_loop._FitLoop._data_fetcher"),
+        Hook("lightning.pytorch.loops.fit_loop._FitLoop._should_accumulate", ""),
+        Hook("lightning.pytorch.loops.fit_loop._FitLoop.epoch_loop"),
+        Hook("lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop.batch_progress"),
         Hook("lightning.pytorch.trainer.states.TrainerFn"),
         Hook("transformers.trainer_pt_utils.get_parameter_names", "model, forbidden_layer_types"),
     ),

@@ -12,10 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import lightning.pytorch
 import pytest
 import torch
 import transformers
 import trl
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import Cache, DynamicCache, GenerationConfig
 from trl import GRPOTrainer, SFTTrainer
@@ -172,6 +175,15 @@ def test_what_native_layers_lean_on(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model()
     model.gradient_checkpointing_enable()
     assert callable(model.model.layers[0]._gradient_checkpointing_func)
+
+
+def test_what_accumulation_leans_on() -> None:
+    loop = lightning.pytorch.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
+    assert loop._data_fetcher is None and not inspect.signature(loop._should_accumulate).parameters
+    assert loop.epoch_loop.batch_progress.current.ready == 0
+    fetcher = _PrefetchDataFetcher()
+    fetcher.setup(CombinedLoader(iter([1, 2]), "max_size_cycle"))
+    assert iter(fetcher).batches == [(1, 0, 0)] and next(fetcher.iterator) == (2, 1, 0)
 
 
 def test_what_lightning_modules_lean_on() -> None:

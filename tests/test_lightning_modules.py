@@ -110,7 +110,9 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
         return PromptDataModule(rows, validated, batch_size=2 if name == "limited" else 4)
 
     def trained(numbers: Numbers) -> list[dict[str, float]]:
-        return [{k: v for k, v in row.items() if not k.startswith("eval_")} for row in numbers.rows]
+        window = settings.get("accumulate_grad_batches", 1)  # numbers are those of a whole window
+        rows = numbers.rows[window - 1 :: window]
+        return [{k: v for k, v in row.items() if not k.startswith("eval_")} for row in rows]
 
     numbers = Numbers()
     torch.manual_seed(0)
@@ -122,8 +124,9 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
         again, rest = make(kind, **options), Numbers()
         resumed = fit(again, data(), rest, ckpt_path=tmp_path / f"step={stop}.ckpt", **settings)
         assert_equal_states(state_of(resumed), expected)
-        assert 0 < len(rest.rows) < len(numbers.rows)
-        assert trained(rest) == trained(numbers)[-len(rest.rows) :], stop
+        found, every = trained(rest), trained(numbers)
+        assert 0 < len(found) < len(every)
+        assert found == every[-len(found) :], stop
         if tracked is not None:
             assert again.tracked.tracker.counts == tracked.tracker.counts
 

@@ -295,3 +295,102 @@ def test_a_copy_saves_itself(tmp_path: Path) -> None:
         twin.save_pretrained(tmp_path)
     assert all(bias.unique().tolist() == [7.0] for bias in load_file(tmp_path / FILE).values())
     assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].unique().tolist() == [0.5]
+
+
+# A bias of the architecture's own in a model of half precision
+
+CASTS: dict[str, Any] = {
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "there and back": lambda model: model.to(torch.bfloat16).float().to(torch.bfloat16),
+}
+ALL_OWN = [*OWN, "glm4_moe", "dots1", "exaone_moe"]
+
+
+def at_five(family: str, **overrides: Any) -> Any:
+    """A model whose routers know nothing but their bias, which is 5."""
+    model = make_moe_model(family, **overrides).train()
+    with torch.no_grad():
+        for router in find_routers(model):
+            router.stored_bias.fill_(5.0)
+            for weight in router.module.parameters():
+                if weight.ndim == 2 and len(weight) == router.num_experts:
+                    weight.zero_()
+    return model
+
+
+def loads(model: Any, balancer: RouterBalancer, steps: int = 6) -> list[list[int]]:
+    """Tokens of every expert in some steps."""
+    found = []
+    for _ in range(steps):
+        model(input_ids=IDS)
+        balancer.update()
+        found.append(torch.cat(balancer.last_counts).tolist())
+    return found
+
+
+@pytest.mark.parametrize("family", ALL_OWN)
+def test_steps_of_a_thousandth_at_five_change_the_routing(family: str) -> None:
+    """Bfloat16 has 5 and 5.03, and nothing between."""
+    whole = at_five(family)
+    balancer = RouterBalancer(whole, BalancingConfig(rate=1e-3))
+    expected = loads(whole, balancer)
+    assert expected[0] != expected[1] != expected[2]
+    for cast in CASTS.values() if family in ("deepseek_v3", "ernie4_5_moe") else [CASTS["bfloat16"]]:
+        model = at_five(family)
+        ours = RouterBalancer(model, BalancingConfig(rate=1e-3))
+        cast(model)
+        assert loads(model, ours) == expected
+        for bias, master, theirs in zip(biases(model), ours.masters, balancer.masters, strict=True):
+            assert bias.dtype == torch.float32 and torch.equal(bias.reshape(-1), master)
+            assert torch.equal(master, theirs)
+        assert {router.stored_bias.dtype for router in find_routers(model)} <= {torch.bfloat16, torch.float16}
+        model.float()
+        model(input_ids=IDS)
+        assert all(torch.equal(r.stored_bias.reshape(-1), m) for r, m in zip(ours.routers, ours.masters, strict=True))
+    late = at_five(family).to(torch.bfloat16)  # as after from_pretrained(dtype="bfloat16")
+    assert loads(late, RouterBalancer(late, BalancingConfig(rate=1e-3))) == expected
+
+
+@pytest.mark.parametrize("family", ALL_OWN)
+def test_checkpoints_hold_the_bias_that_the_router_used(family: str, tmp_path: Path) -> None:
+    model = at_five(family)
+    balancer = RouterBalancer(model, BalancingConfig(rate=1e-3))
+    model.to(torch.bfloat16)
+    loads(model, balancer, 3)
+    state = model.state_dict()
+    for router, master in zip(balancer.routers, balancer.masters, strict=True):
+        assert torch.equal(state[router.bias_key].reshape(-1), master) and master.dtype == torch.float32
+        assert not torch.equal(master.bfloat16().float(), master)
+    with pytest.warns(UserWarning, match=rf"biases that its dtype cannot hold.*{FILE}.*load_selection_bias"):
+        model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager")
+        if dtype == torch.bfloat16:
+            load_selection_bias(again, tmp_path)
+        for bias, master in zip(biases(again), balancer.masters, strict=True):
+            assert torch.equal(bias.reshape(-1), master)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+def test_a_loaded_state_and_a_copy_route_in_float32(family: str) -> None:
+    model, again = at_five(family), at_five(family)
+    balancer = RouterBalancer(model, BalancingConfig(rate=1e-3))
+    model.to(torch.bfloat16)
+    loads(model, balancer, 3)
+    RouterBalancer(again, BalancingConfig(rate=1e-3))
+    again.to(torch.bfloat16)
+    again.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
+    loads(model, balancer, 1)
+    for other in (again, twin):
+        assert all(torch.equal(x, y) for x, y in zip(biases(other), biases(again), strict=True))
+        assert not torch.equal(biases(other)[0], biases(model)[0])
+    assert torch.equal(logits(twin.eval()), logits(again.eval()))
+
+
+def test_lora_on_a_bfloat16_model() -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    expected = loads(whole := at_five("glm4_moe"), RouterBalancer(whole, BalancingConfig(rate=1e-3)))
+    model = get_peft_model(at_five("glm4_moe").to(torch.bfloat16), lora)
+    assert loads(model, RouterBalancer(model.train(), BalancingConfig(rate=1e-3))) == expected

@@ -15,6 +15,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from rl_plugins.functional import group_advantages as pure
+from rl_plugins.functional.aggregation import AGGREGATIONS
 from rl_plugins.functional.group_losses import gvpo
 from rl_plugins.functional.rewards import overlong_penalty
 from rl_plugins.functional.traces import lambda_trace
@@ -997,3 +998,33 @@ def test_images_are_not_moved(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(NotImplementedError, match="which images do not follow yet"):
             generate(make(**options))
     assert "num_images" in generate(make(reject_uniform=True))
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "options"),
+    [(name, {"beta": 0.1 if name == "sequence" else 0.0}) for name in AGGREGATIONS if name != "micro_batch"]
+    + [("token", {"beta": 0.1, "kl_in_reward": True, "advantage": "batch_normalized"})],
+)
+def test_one_batch_of_eight_is_four_of_two(
+    make: Make, tiny_model: Callable[..., Any], tmp_path: Path, aggregation: str, options: dict[str, Any]
+) -> None:
+    """In completions of different lengths; `micro_batch` averages micro-batches by definition."""
+    tiny_model(6, initializer_range=0.2).save_pretrained(tmp_path / "start")
+
+    def run(size: int, accumulation: int) -> tuple[list[float], dict[str, Tensor]]:
+        trainer = make(
+            model=str(tmp_path / "start"),
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=1, max_grad_norm=0.0,
+            policy_loss="ppo_clip", aggregation=aggregation, optim="sgd", learning_rate=0.3,
+            generation_kwargs={"top_k": 1}, num_generations=1, advantage=options.get("advantage", "reward"),
+            reward_funcs=spread, **{key: value for key, value in options.items() if key != "advantage"},
+        )  # fmt: skip
+        trainer.train()
+        first = trainer.state.log_history[0]
+        assert first["completions/min_length"] < first["completions/max_length"] and first["grad_norm"] > 0.01
+        return [first["loss"]], {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    (losses, whole), (again, split) = run(8, 1), run(2, 4)
+    assert again == pytest.approx(losses, abs=1e-5)
+    for name in whole:
+        torch.testing.assert_close(split[name], whole[name], atol=1e-6, rtol=0.0)

@@ -178,5 +178,6 @@ class MTPCriticModule(HeadsModule, ValueModule):
         assert record.values is not None
         value_term, metrics = self._value_term(record.values, inputs)
         self.head_training.keep_units(value_term)
-        token_term, token_metrics = self.head_training.token_term(record, inputs["num_items"])
+        token_term, token_metrics, weights = self.head_training.token_term(record, inputs["num_items"])
+        self.metric_weights |= weights
         return value_term + token_term, {**metrics, **token_metrics}

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from rl_plugins.lightning.accumulation import ends_window
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.polyak_callback import polyak_callback, target_of
 from rl_plugins.lightning.ranks import sum_over_ranks
@@ -27,6 +28,8 @@ from rl_plugins.modules.polyak import PolyakTarget, check_polyak
 from rl_plugins.modules.serialization import check_heads_folder, find_mtp_heads, prepare_mtp_heads, save_mtp_heads
 from rl_plugins.objectives.checks import check_at_least, check_whole
 from rl_plugins.objectives.critic import per_head_means
+
+TokenTerm = tuple[Tensor | float, dict[str, Tensor], dict[str, Tensor]]
 
 
 class HeadTraining:
@@ -140,18 +143,15 @@ class HeadTraining:
 
         value_term.register_hook(scale)
 
-    def token_term(self, head_pass: HeadPass, num_items: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """lambda_1 L_MTP and its metrics."""
+    def token_term(self, head_pass: HeadPass, num_items: Tensor) -> TokenTerm:
+        """lambda_1 L_MTP, its metrics and their weights."""
         return token_term(head_pass.token_losses, head_pass.token_counts, num_items, self.token_loss_coef)
 
-    def gradient_metrics(self, module: nn.Module) -> dict[str, Tensor]:
-        """What the backward pass showed of the value gradient into the trunk."""
+    def gradient_totals(self, module: nn.Module) -> Tensor | None:
+        """What the backward pass showed of the value gradient into the trunk, over all ranks: sum of norms, clamped
+        tokens, tokens (3,); `None` where there was none."""
         stats, self._stats = self._stats, None
-        if stats is None:
-            return {}
-        norms, clamped, tokens = sum_over_ranks(stats.totals(next(module.parameters()).device))
-        tokens = tokens.clamp(min=1.0)
-        return {"critic/grad_norm": norms / tokens, "critic/grad_clamped": clamped / tokens}
+        return None if stats is None else sum_over_ranks(stats.totals(next(module.parameters()).device))
 
     def hook(self) -> None:
         """Have the heads run in the model's forward."""
@@ -199,13 +199,13 @@ class NativeTraining:
             detach_trunk=self.detach_trunk,
         )
 
-    def token_term(self, native_pass: NativePass, num_items: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """lambda_1 L_MTP and its metrics."""
+    def token_term(self, native_pass: NativePass, num_items: Tensor) -> TokenTerm:
+        """lambda_1 L_MTP, its metrics and their weights."""
         return token_term(native_pass.token_losses, native_pass.token_counts, num_items, self.token_loss_coef)
 
-    def gradient_metrics(self, module: nn.Module) -> dict[str, Tensor]:
+    def gradient_totals(self, module: nn.Module) -> Tensor | None:
         """None: there are no values."""
-        return {}
+        return None
 
     def hook(self) -> None:
         """Have the layers run in the model's forward."""
@@ -216,14 +216,19 @@ class NativeTraining:
         save_native_mtp(self.model, directory)
 
 
-def token_term(
-    sums: Tensor | None, counts: Tensor | None, num_items: Tensor, coef: float
-) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """lambda_1 L_MTP of the heads' summed losses and numbers of labels (K,), and its metrics."""
+def token_term(sums: Tensor | None, counts: Tensor | None, num_items: Tensor, coef: float) -> TokenTerm:
+    """lambda_1 L_MTP of the heads' summed losses and numbers of labels (K,), its metrics and their weights."""
     if sums is None or counts is None:
-        return 0.0, {}
-    metrics = per_head_means("mtp/token_loss", sum_over_ranks(sums.detach()), sum_over_ranks(counts))
-    return coef * sums.sum() / (len(sums) * num_items), metrics
+        return 0.0, {}, {}
+    metrics, weights = head_means("mtp/token_loss", sums.detach(), counts)
+    return coef * sums.sum() / (len(sums) * num_items), metrics, weights
+
+
+def head_means(name: str, sums: Tensor, counts: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """[`~rl_plugins.objectives.per_head_means`] of all ranks, and how many targets each is a mean over."""
+    sums, counts = sum_over_ranks(sums), sum_over_ranks(counts)
+    weights = {name: counts.sum(), **{f"{name}/head_{k + 1}": count for k, count in enumerate(counts)}}
+    return per_head_means(name, sums, counts), weights
 
 
 class HeadsModule(LanguageModule):
@@ -235,6 +240,7 @@ class HeadsModule(LanguageModule):
     head_learning_rate: float | None
     target_tau: float
     target_update_every: int | None
+    _gradients: Tensor | None = None
 
     def train_heads(
         self,
@@ -298,8 +304,14 @@ class HeadsModule(LanguageModule):
         self._training.hook()
 
     def on_after_backward(self) -> None:
-        """Log what the backward pass showed of the value gradient."""
-        self.log_metrics(self._training.gradient_metrics(self))
+        """Log what the backward passes of an optimizer step showed of the value gradient."""
+        totals = self._training.gradient_totals(self)
+        if totals is not None:
+            self._gradients = totals if self._gradients is None else self._gradients + totals
+        if self._gradients is not None and ends_window(self):
+            (norms, clamped, tokens), self._gradients = self._gradients, None
+            tokens = tokens.clamp(min=1.0)
+            self.log_metrics({"critic/grad_norm": norms / tokens, "critic/grad_clamped": clamped / tokens})
 
     def _save_extras(self, directory: Path) -> None:
         self._training.save(directory)

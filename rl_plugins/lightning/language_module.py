@@ -1,7 +1,7 @@
 """What our LightningModules for language models share: model, optimizer, checkpoints, export."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
+from rl_plugins.lightning.accumulation import (
+    WindowMeans,
+    batches_ahead,
+    check_windows_fit,
+    ends_window,
+    lookahead,
+    micro_step,
+    window_size,
+)
 from rl_plugins.lightning.models import (
     check_same_shapes,
     is_model_folder,
@@ -21,7 +30,7 @@ from rl_plugins.lightning.models import (
     load_tokenizer,
     parameter_shapes,
 )
-from rl_plugins.lightning.ranks import gather_objects, rank
+from rl_plugins.lightning.ranks import gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
 from rl_plugins.modules.attach import base_model_of
 from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.modules.sources import check_trainable_dtype
@@ -99,6 +108,10 @@ class LanguageModule(LightningModule):
         self.lr_scheduler_type, self.warmup_steps = lr_scheduler_type, warmup_steps
         self._resumed: dict[str, Any] | None = None
         self._dice: dict[str, Any] = {}
+        self.metric_weights: dict[str, Tensor] = {}
+        self.router_weights: tuple[Tensor, Tensor] | None = None
+        self._means = WindowMeans()
+        self._share_of_loss: Tensor | float = 0.0
 
     def setup(self, stage: str) -> None:
         """See that strategy and precision can train the module.
@@ -161,7 +174,68 @@ class LanguageModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    # Accumulation
+
+    def window_counts(self, own: Tensor, count: Callable[[Any], Tensor]) -> Tensor:
+        """Counts of the whole accumulation window, over all ranks, before its first micro-batch is learnt from.
+
+        Lightning divides the loss of every micro-batch by `accumulate_grad_batches`, and the strategy averages
+        gradients over ranks. So a loss that is divided by these counts is divided by those of the window in the end,
+        however many micro-batches it has.
+
+        Args:
+            own: Counts of the micro-batch at hand (N,).
+            count: Gives the same of a batch as the loader gives it.
+
+        Returns:
+            Sums over window and ranks, divided by the number of ranks and by `accumulate_grad_batches` (N,).
+
+        Raises:
+            ValueError: If the micro-batch has other counts than the loader's batch had when the window began.
+        """
+        size = window_size(self)
+        if size == 1:
+            return sum_over_ranks(own) / world_size()
+        ahead, (window, place) = lookahead(self), divmod(micro_step(self), size)
+        if ahead.counts is None or ahead.counts[0] != window:
+            every = [own, *(count(batch).to(own) for batch in batches_ahead(self))]
+            ahead.counts = (window, place, every, sum_over_ranks(torch.stack(every).sum(0)))
+        _, first, every, total = ahead.counts
+        counted = every[place - first]
+        if not torch.equal(own, counted):
+            raise ValueError(
+                f"This micro-batch has counts {own.tolist()}, but the loader's batch had {counted.tolist()} when "
+                "the accumulation window began. Change batches in the loader, in `tensors` or in a transfer hook "
+                "of the module, always in the same way, or set accumulate_grad_batches=1."
+            )
+        return total / (world_size() * size)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Divide the loss by the number of micro-batches once: DeepSpeed divides what Lightning has divided."""
+        size = window_size(self)
+        if size > 1 and self.trainer.strategy.handles_gradient_accumulation and loss.requires_grad:
+            loss.register_hook(lambda grad: grad * size)
+
     # Logging
+
+    def log_step(
+        self, loss: Tensor, metrics: Mapping[str, Tensor], tokens: Tensor, *, shown: Sequence[str] = ("loss",)
+    ) -> None:
+        """Log a training step: where it shares its optimizer step with others, all of them together, at the last.
+
+        Args:
+            loss: What `training_step` returns.
+            metrics: Means over the micro-batch, of all ranks.
+            tokens: How many tokens those are means over, if `metric_weights` does not say; of all ranks.
+            shown: What the progress bar shows.
+        """
+        self._share_of_loss = self._share_of_loss + mean_over_ranks(loss) / window_size(self)
+        weights, self.metric_weights = self.metric_weights, {}
+        self._means.add(metrics, weights, tokens)
+        if ends_window(self):
+            total, self._share_of_loss = self._share_of_loss, 0.0
+            assert isinstance(total, Tensor)
+            self.log_metrics({"loss": total, **self._means.flush()}, shown=shown)
 
     def log_metrics(
         self, metrics: Mapping[str, Tensor], *, prefix: str = "", shown: Sequence[str] = (), rows: int = 1
@@ -220,8 +294,11 @@ class LanguageModule(LightningModule):
         """Take over the state of a checkpoint.
 
         Raises:
-            ValueError: If it was written by another number of ranks.
+            ValueError: If it was written by another number of ranks, or micro-batches would be left over at the end
+                of an epoch that DeepSpeed carries into the next one.
         """
+        self._means, self._share_of_loss = WindowMeans(), 0.0
+        check_windows_fit(self.trainer)
         if self._resumed is None:
             return
         states, self._resumed = self._resumed["ranks"], None

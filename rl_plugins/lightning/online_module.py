@@ -1,6 +1,7 @@
 """Online reinforcement learning of language models: prompts in, rollouts, one objective per training step."""
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,12 @@ from rl_plugins.generation.scoring import (
     reward_name,
     weighted_scores,
 )
+from rl_plugins.lightning.accumulation import batches_ahead, is_accumulating, window_size
 from rl_plugins.lightning.progress import RolloutProgressBar
 from rl_plugins.lightning.prompts import Row, rows_of
-from rl_plugins.lightning.ranks import gather_rows, mean_over_ranks, own_rows, rank, sum_over_ranks, world_size
+from rl_plugins.lightning.ranks import gather_rows, own_rows, rank, sum_over_ranks, world_size
 from rl_plugins.lightning.reference import Reference
-from rl_plugins.lightning.rollouts import average_logged, cut_rollout, describe_rollout
+from rl_plugins.lightning.rollouts import average_logged, counts_of, cut_rollout, describe_rollout
 from rl_plugins.lightning.speculation import DraftingModule
 from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
 from rl_plugins.objectives.checks import (
@@ -170,6 +172,7 @@ class OnlineModule(DraftingModule):
         self._prompts: list[Any] = []
         self._position = 0
         self._rollout_metrics: Metrics = {}
+        self._queue: deque[tuple[list[Any], Batch, Metrics]] = deque()
 
     usual_loss = "dapo"
 
@@ -182,14 +185,49 @@ class OnlineModule(DraftingModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Roll out if the last batch of completions is used up, then one objective on one slice."""
-        inputs = self._next_inputs(batch)
+        inputs, rollout_metrics = self._next_inputs(batch)
+        self.router_weights = inputs["router_weight"], inputs["row_weight"]
         loss, metrics = self.loss_with_drafts(self.loss, inputs)
+        tokens, rows = sum_over_ranks(counts_of(inputs)[1:3])
+        by_rows = [name for name in rollout_metrics if name != "kl" and not name.startswith("critic/")]
+        self.metric_weights |= dict.fromkeys(by_rows, rows)
         # The rollout's with every step, since loggers may look at any of them.
-        self.log_metrics({"loss": mean_over_ranks(loss), **self._rollout_metrics, **metrics}, shown=("loss", "reward"))
+        self.log_step(loss, {**rollout_metrics, **metrics}, tokens, shown=("loss", "reward"))
         return loss
 
-    def _next_inputs(self, batch: Any) -> Batch:
-        rows, position = rows_of(batch), self._position
+    def _next_inputs(self, batch: Any) -> tuple[Batch, Metrics]:
+        """The slice of this training step and what its rollout said; completions of the whole accumulation window are
+        there before its first loss, so that their tokens can be counted. The policy is the same for all of them."""
+        rows = rows_of(batch)
+        if not self._queue:
+            window = [rows, *(map(rows_of, batches_ahead(self)) if is_accumulating(self) else ())]
+            self._queue.extend(self._prepare(part) for part in window)
+            self._count_window()
+        prompts, inputs, metrics = self._queue.popleft()
+        if [row["prompt"] for row in rows] != prompts:
+            self._queue.clear()
+            raise ValueError(
+                "This batch has other prompts than it had when the accumulation window began. Change batches in the "
+                "loader or in a transfer hook, always in the same way, or set accumulate_grad_batches=1."
+            )
+        return inputs, metrics
+
+    def _count_window(self) -> None:
+        """Put into every slice of the window what its losses are divided by."""
+        size, number = window_size(self), len(self._queue)
+        total = sum_over_ranks(torch.stack([counts_of(inputs) for _, inputs, _ in self._queue]).sum(0))
+        items, tokens, rows, real = (total / (world_size() * size)).clamp(min=1e-9)
+        for _, inputs, _ in self._queue:
+            own = counts_of(inputs)
+            inputs.update(num_items=items, num_tokens=tokens)
+            inputs["row_weight"] = own[2] / rows
+            inputs["micro_batch_weight"] = torch.full_like(rows, size / number)
+            inputs["router_weight"] = own[3] / real
+
+    def _prepare(self, rows: list[Row]) -> tuple[list[Any], Batch, Metrics]:
+        """Prompts, slice and the rollout's metrics of the next training step; rolls out if the last batch of
+        completions is used up."""
+        position = self._position
         if position == 0:
             rollout, self._rollout_metrics = self.rollout(rows)
             group = self.num_generations if self.policy_loss.name == "gvpo" else None
@@ -204,7 +242,7 @@ class OnlineModule(DraftingModule):
             self._slices = self._next_epoch(self._slices)
         self._prompts = [row["prompt"] for row in rows]
         self._position = (position + 1) % self.batch_repeats
-        return self._slices[position % self.steps_per_generation]
+        return self._prompts, dict(self._slices[position % self.steps_per_generation]), self._rollout_metrics
 
     def _next_epoch(self, slices: list[Batch]) -> list[Batch]:
         """The slices of another pass over the same completions."""
@@ -213,6 +251,7 @@ class OnlineModule(DraftingModule):
     def on_train_epoch_start(self) -> None:
         """A batch of completions is not carried over into a new epoch of prompts, nor from a run that was stopped."""
         self._position = 0
+        self._queue.clear()
 
     def on_fit_start(self) -> None:
         """Say so if the policy loss that was named cannot act."""
@@ -401,6 +440,7 @@ class OnlineModule(DraftingModule):
         self, logps: Tensor, entropies: Tensor | None, inputs: Batch, *, beta: float | None = None
     ) -> tuple[Tensor, Metrics]:
         """[`~rl_plugins.objectives.online_loss`] with this module's settings."""
+        by_micro_batch = self.policy_loss.aggregation == "micro_batch"
         return online_loss(
             self.policy_loss,
             logps,
@@ -408,6 +448,8 @@ class OnlineModule(DraftingModule):
             inputs["advantages"],
             inputs["completion_mask"],
             num_items=inputs["num_items"],
+            num_tokens=inputs.get("num_tokens"),
+            weight=inputs.get("micro_batch_weight" if by_micro_batch else "row_weight", 1.0),
             max_length=self.max_completion_length,
             ref_logps=inputs.get("ref_per_token_logps"),
             beta=self.beta if beta is None else beta,
@@ -446,6 +488,7 @@ class OnlineModule(DraftingModule):
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Go on in the middle of a batch of completions."""
         super().load_rank_state(state)
+        self._queue.clear()
         self._position, self._prompts = state["position"], state["prompts"]
         self._slices = [move_data_to_device(part, self.device) for part in state["slices"]]
         self._rollout_metrics = move_data_to_device(state["rollout_metrics"], self.device)

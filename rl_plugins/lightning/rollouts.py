@@ -41,6 +41,15 @@ def cut_rollout(rollout: Batch, slices: int, *, whole_groups_of: int | None = No
     return [select_rows(rollout, part) for part in order.chunk(slices)]
 
 
+def counts_of(batch: Batch) -> Tensor:
+    """What the losses of a batch of completions are divided by, of this rank (4,): its `num_items`, tokens of
+    completions, completions, and all tokens with the prompts'."""
+    tokens = batch["completion_mask"].sum()
+    real = tokens + batch["prompt_mask"].sum()
+    items = torch.as_tensor(batch["num_items"], device=tokens.device)
+    return torch.stack([items.float(), tokens.float(), real.new_tensor(num_rows(batch)).float(), real.float()])
+
+
 def describe_rollout(
     completions: Completions, rewards: Tensor, weights: Tensor | None, names: Sequence[str], group_size: int
 ) -> dict[str, Tensor]:

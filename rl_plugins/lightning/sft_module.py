@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rl_plugins.functional.mtp import completion_states, mtp_labels, predicted_mask
 from rl_plugins.functional.rewards import terminal_rewards
 from rl_plugins.generation.scoring import is_conversational, prompt_tokens
-from rl_plugins.lightning.heads import HeadsModule
+from rl_plugins.lightning.heads import HeadsModule, head_means
 from rl_plugins.lightning.prompts import Row, rows_of
-from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks, world_size
+from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks
 from rl_plugins.modules.head_pass import HeadPass
 from rl_plugins.modules.native_training import check_native_settings, check_no_rewards
 from rl_plugins.modules.polyak import PolyakTarget
@@ -22,7 +22,6 @@ from rl_plugins.objectives.checks import check_at_least, check_choice, check_hea
 from rl_plugins.objectives.critic import (
     ESTIMATORS,
     critic_targets,
-    per_head_means,
     rollout_metrics,
     value_loss,
     value_losses,
@@ -198,22 +197,36 @@ class MTPSFTModule(HeadsModule):
 
     # Loss
 
+    def _counts(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Tokens with a label, real tokens, and rows (3,)."""
+        labelled, real = predicted_mask(inputs["labels"]).sum(), inputs["attention_mask"].sum()
+        return torch.stack([labelled, real, real.new_tensor(len(inputs["labels"]))]).float().to(self.device)
+
+    def _num_items(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Tokens that the losses are averaged over: those of the accumulation window, per rank and micro-batch."""
+        own = self._counts(inputs)
+        items, real, rows = self.window_counts(own, lambda batch: self._counts(self.tensors(batch)))
+        self.router_weights = own[1] / real.clamp(min=1e-9), own[2] / rows
+        return items.clamp(min=1e-9)
+
     def loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """The objective on one batch of tensors, and its metrics (0-d, of all ranks)."""
         labels, rewards = inputs["labels"], inputs.get("reward")
         mask = predicted_mask(labels)
-        num_items = sum_over_ranks(mask.sum().float()).clamp(min=1.0) / world_size()
+        num_items = self._num_items(inputs)
         if self.native_training is not None:
             check_no_rewards(rewards is not None)
             native_pass = self.native_training.native_pass(inputs)
             with self.native_training.heads.tapped(native_pass):
                 loss, metrics = self._own_loss(inputs, mask, num_items)
-            token_term, token_metrics = self.native_training.token_term(native_pass, num_items)
+            token_term, token_metrics, weights = self.native_training.token_term(native_pass, num_items)
+            self.metric_weights |= weights
             return loss + token_term, {**metrics, **token_metrics}
         head_pass = self._head_pass(labels, num_items, None if rewards is None else self.polyak_target)
         with self.mtp_heads.tapped(head_pass):
             loss, metrics = self._own_loss(inputs, mask, num_items)
-        token_term, token_metrics = self.head_training.token_term(head_pass, num_items)
+        token_term, token_metrics, weights = self.head_training.token_term(head_pass, num_items)
+        self.metric_weights |= weights
         value_term, value_metrics = self._value_term(head_pass, mask, rewards, num_items)
         self.head_training.keep_units(value_term)
         return loss + token_term + value_term, {**metrics, **token_metrics, **value_metrics}
@@ -228,7 +241,8 @@ class MTPSFTModule(HeadsModule):
             use_cache=False,
         )
         accuracy = _accuracy(output.logits, inputs["labels"], mask)
-        return output.loss, {"token_loss": mean_over_ranks(output.loss), "mean_token_accuracy": accuracy}
+        total, tokens = sum_over_ranks(torch.stack([output.loss.detach() * num_items, mask.sum()]).float())
+        return output.loss, {"token_loss": total / tokens.clamp(min=1.0), "mean_token_accuracy": accuracy}
 
     def _head_pass(self, labels: Tensor, num_items: Tensor, target: PolyakTarget | None) -> HeadPass:
         # The whole row is one completion of its first token.
@@ -253,18 +267,22 @@ class MTPSFTModule(HeadsModule):
         loss, sums, counts = value_loss(
             values, targets.returns, mask, num_items=num_items, loss=self.value_loss, old_values=old_values
         )
-        metrics |= per_head_means("critic/value_loss", sum_over_ranks(sums), sum_over_ranks(counts))
-        return self.value_loss_coef * loss, metrics
+        value_metrics, weights = head_means("critic/value_loss", sums, counts)
+        scored = dict.fromkeys(metrics, sum_over_ranks(mask.sum().float()))
+        self.metric_weights |= {**scored, **weights}
+        return self.value_loss_coef * loss, {**metrics, **value_metrics}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One objective on one batch."""
-        loss, metrics = self.loss(self.tensors(batch))
-        self.log_metrics({"loss": mean_over_ranks(loss), **metrics}, shown=("loss",))
+        inputs = self.tensors(batch)
+        loss, metrics = self.loss(inputs)
+        self.log_step(loss, metrics, sum_over_ranks(predicted_mask(inputs["labels"]).sum()))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The same without learning."""
         loss, metrics = self.loss(self.tensors(batch))
+        self.metric_weights = {}
         self.log_metrics({"loss": mean_over_ranks(loss), **metrics}, prefix="eval_", shown=("loss",))
 
 

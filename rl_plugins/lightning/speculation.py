@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rl_plugins.functional.mtp import completion_labels, completion_states
 from rl_plugins.generation.batches import Batch
-from rl_plugins.lightning.heads import HeadTraining
+from rl_plugins.lightning.heads import HeadTraining, TokenTerm
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.ranks import sum_over_ranks
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE
@@ -81,8 +81,8 @@ class DraftHeads:
         select = partial(completion_states, num_tokens=num_tokens)
         return self.training.head_pass(select, labels, inputs["num_items"], heads_only=heads_only)
 
-    def token_term(self, head_pass: HeadPass, inputs: Batch) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """lambda_1 L_MTP and its metrics."""
+    def token_term(self, head_pass: HeadPass, inputs: Batch) -> TokenTerm:
+        """lambda_1 L_MTP, its metrics and their weights."""
         return self.training.token_term(head_pass, inputs["num_items"])
 
     def save(self, directory: Path) -> None:
@@ -168,7 +168,8 @@ class DraftingModule(LanguageModule):
         head_pass = self.draft_heads.head_pass(inputs, heads_only=self.warming_up)
         with self.draft_heads.training.heads.tapped(head_pass):
             total, metrics = loss(inputs)
-        token_term, token_metrics = self.draft_heads.token_term(head_pass, inputs)
+        token_term, token_metrics, weights = self.draft_heads.token_term(head_pass, inputs)
+        self.metric_weights |= weights
         return total + token_term, {**metrics, **token_metrics}
 
     def acceptance_metrics(self) -> dict[str, Tensor]:

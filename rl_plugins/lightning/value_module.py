@@ -13,6 +13,7 @@ from rl_plugins.functional.masking import masked_moments
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
 from rl_plugins.generation.batches import Batch
 from rl_plugins.generation.scoring import RewardFunc
+from rl_plugins.lightning.heads import head_means
 from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.ranks import sum_over_ranks
@@ -22,7 +23,6 @@ from rl_plugins.objectives.critic import (
     ESTIMATORS,
     SCALINGS,
     critic_signal,
-    per_head_means,
     value_loss,
     value_losses,
 )
@@ -153,7 +153,8 @@ class ValueModule(OnlineModule):
             loss=self.value_loss,
             old_values=inputs["old_values"],
         )
-        metrics = per_head_means("critic/value_loss", sum_over_ranks(sums), sum_over_ranks(counts))
+        metrics, weights = head_means("critic/value_loss", sums, counts)
+        self.metric_weights |= weights
         return self.value_loss_coef * loss, metrics
 
     @property

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,18 +15,21 @@ SELECTION_BIAS_NAME = "selection_bias.safetensors"
 
 
 def save_selection_bias(model: nn.Module, directory: str | Path) -> Path | None:
-    """Write the selection biases that were added to a model into `directory`, beside `model.safetensors`.
+    """Write selection biases in float32 into `directory`, beside `model.safetensors`: those that were added to a
+    model, and an architecture's own where a cast has rounded the copy in the module tree.
 
     Args:
         model: Causal LM, or a PEFT model around one.
         directory: Created if missing.
 
     Returns:
-        The file; `None` where no bias was added, since an architecture's own bias is in the stock checkpoint.
+        The file; `None` where no bias was added or rounded, since an architecture's own bias is in the stock
+        checkpoint.
     """
-    added = {router.name: router.injected.bias for router in find_routers(model) if router.injected is not None}
-    if not added:
+    routers = [router for router in find_routers(model) if router.has_bias]
+    if not any(router.injected is not None or router.is_rounded for router in routers):
         return None
+    added = {router.name: router.bias.detach().float().reshape(-1) for router in routers}
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     save_file({name: bias.cpu().contiguous() for name, bias in added.items()}, path / SELECTION_BIAS_NAME)
@@ -49,15 +51,15 @@ def load_selection_bias(model: nn.Module, directory: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
             f"No {SELECTION_BIAS_NAME} in {directory}. save_pretrained writes it while a model routes with an added "
-            "selection bias; models with a bias of their own keep it in their checkpoint and need no such file."
+            "selection bias; models with a bias of their own keep it in their checkpoint and need no such file, "
+            "unless they are trained in half precision."
         )
     biases = load_file(path)
     routers = {router.name: router for router in find_routers(model)}
     check_biases_fit(biases, list(routers.values()), whose=str(path))
     for name, bias in biases.items():
         routers[name].add_bias()
-        with torch.no_grad():
-            routers[name].bias.copy_(bias)
+        routers[name].set_bias(bias)
     save_beside(model)
 
 
@@ -93,10 +95,12 @@ class _SaveBeside:
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
         result = self.stock(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and save_selection_bias(self.model, save_directory) is not None:
+            added = any(router.injected is not None for router in find_routers(self.model))
+            why = "that its architecture does not have" if added else "that its dtype cannot hold"
             warnings.warn(
-                f"{type(base_model_of(self.model)).__name__} was saved with selection biases that its architecture "
-                f"does not have. They are in {SELECTION_BIAS_NAME}; without them tokens go to other experts. After "
-                "from_pretrained call rl_plugins.modules.load_selection_bias(model, directory).",
+                f"{type(base_model_of(self.model)).__name__} was saved with selection biases {why}. They are in "
+                f"{SELECTION_BIAS_NAME}; without them tokens go to other experts. After from_pretrained call "
+                "rl_plugins.modules.load_selection_bias(model, directory).",
                 stacklevel=2,
             )
         return result

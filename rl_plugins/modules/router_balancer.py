@@ -87,6 +87,10 @@ class RouterBalancer:
             raise ValueError("This model is being balanced already; call detach() of its balancer first.")
         if self.config.rate > 0.0:
             self._add_biases()
+        for router in self.routers:
+            router.keep_float32()
+        if any(router.has_bias for router in self.routers):
+            save_beside(model)
         self.masters = self._read_biases()
         self.last_counts: list[Tensor] = []
         self._counts: dict[int, Tensor] = {}
@@ -120,9 +124,7 @@ class RouterBalancer:
             elif self.config.rule == "quantile":
                 self.losses.scoring(router)
             # `from_pretrained` makes every parameter trainable, also biases that their architecture freezes.
-            router.bias.requires_grad_(False)
-        if any(router.injected is not None for router in self.routers):
-            save_beside(self._model)
+            router.stored_bias.requires_grad_(False)
 
     def detach(self) -> None:
         """Stop counting. Added biases stay, since the model was trained with them (`remove_selection_bias`)."""
@@ -137,13 +139,22 @@ class RouterBalancer:
         return idle
 
     @property
-    def loss_scale(self) -> float:
+    def loss_scale(self) -> Tensor | float:
         """What the host multiplies the loss of a micro-batch by."""
-        return self.losses.scale
+        return self.losses.token_scale
 
     @loss_scale.setter
     def loss_scale(self, scale: float) -> None:
-        self.losses.scale = scale
+        self.set_loss_scales(scale, scale)
+
+    def set_loss_scales(self, by_tokens: Tensor | float, by_rows: Tensor | float) -> None:
+        """Set [`loss_scale`] where micro-batches differ in size.
+
+        Args:
+            by_tokens: For losses that are means over tokens.
+            by_rows: For the loss per sequence, a mean over rows.
+        """
+        self.losses.token_scale, self.losses.row_scale = by_tokens, by_rows
 
     # Forward
 
@@ -320,13 +331,12 @@ class RouterBalancer:
     @torch.no_grad()
     def _write_biases(self) -> None:
         show_trained(self._model)
-        live = [router.bias for router in self.routers]
-        with whole_parameters(live, writing=True) as whole:
-            for bias, master in zip(whole, self.masters, strict=True):
-                bias.copy_(master.view_as(bias))
+        with whole_parameters([router.stored_bias for router in self.routers], writing=True) as whole:
+            for router, master, live in zip(self.routers, self.masters, whole, strict=True):
+                router.set_bias(master, live)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The float32 biases by router, on the CPU; a live one in bfloat16 has lost their small steps."""
+        """The float32 biases by router, on the CPU."""
         return {router.name: bias.cpu() for router, bias in zip(self.routers, self.masters, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -339,5 +349,6 @@ class RouterBalancer:
         self.masters = [state[router.name].to(bias) for router, bias in zip(self.routers, self.masters, strict=True)]
         if any(bias.any() for bias in self.masters):
             self._add_biases()
+            save_beside(self._model)
         if all(router.has_bias for router in self.routers):
             self._write_biases()

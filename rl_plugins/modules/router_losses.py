@@ -29,7 +29,8 @@ class RouterLosses:
 
     def __init__(self, config: BalancingConfig, routers: Sequence[Router]) -> None:
         self.config, self.routers = config, routers
-        self.scale = 1.0
+        self.token_scale: Tensor | float = 1.0
+        self.row_scale: Tensor | float = 1.0
         self._waiting: list[RoutingPass] = []
         self._terms: dict[str, Tensor] = {}
         self._attached = self._arrived = False
@@ -95,12 +96,17 @@ class RouterLosses:
         with torch.enable_grad():
             leaf = logits.float().requires_grad_()
             terms = self._losses(i, current, leaf, indices)
-            total = torch.stack([coef * term for coef, term in terms.values()]).sum() / len(current.counts)
-            (extra,) = torch.autograd.grad(total, leaf)
+            scaled = [coef * self._scale(name) * term for name, (coef, term) in terms.items()]
+            (extra,) = torch.autograd.grad(torch.stack(scaled).sum() / len(current.counts), leaf)
         self._arrived = True
         for name, (_, term) in terms.items():
-            self._terms[name] = torch.stack([term.detach(), term.new_ones(())]) + self._terms.get(name, 0.0)
-        return grad + (self.scale * extra).to(grad.dtype)
+            weighed = torch.stack([term.detach(), term.new_ones(())]) * self._scale(name)
+            self._terms[name] = weighed + self._terms.get(name, 0.0)
+        return grad + extra.to(grad.dtype)
+
+    def _scale(self, name: str) -> Tensor | float:
+        per_row = name == "aux_loss" and self.config.aux_loss_type == "sequence"
+        return self.row_scale if per_row else self.token_scale
 
     def _losses(
         self, i: int, current: RoutingPass, logits: Tensor, indices: Tensor
@@ -131,6 +137,8 @@ class RouterLosses:
 
     def flush(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
         """Mean value of each loss over layers, micro-batches and ranks since the last call, 0-d.
+
+        Micro-batches weigh as they do in the gradient.
 
         Args:
             reduce: Sum of a tensor over ranks; called where a loss is on.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from rl_plugins.functional.routing import Scoring
 from rl_plugins.hooks import BALANCING, require_hooks
 from rl_plugins.modules.attach import base_model_of
+from rl_plugins.modules.float32_bias import Float32Bias, get_float32_bias, stored
 from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.modules.selection_bias import SelectionBias, get_selection_bias
 from rl_plugins.modules.sharding import whole_size
@@ -59,11 +60,48 @@ class Router:
 
     @property
     def bias(self) -> Tensor:
-        """The live bias with E entries, looked up anew each time since engines replace it."""
+        """The bias with E entries that the router adds; of a model that is being balanced it is float32."""
         if self.bias_owner is not None:
-            return getattr(self.bias_owner, self.bias_key.rpartition(".")[2])
+            behind = get_float32_bias(self.bias_owner)
+            return self.stored_bias if behind is None else behind.show(self.bias_owner)
         assert self.injected is not None
         return self.injected.bias
+
+    @property
+    def stored_bias(self) -> Tensor:
+        """The bias in the module tree: a rounded copy of [`bias`] where the model has been cast."""
+        if self.bias_owner is not None:
+            return stored(self.bias_owner, self._bias_name)
+        assert self.injected is not None
+        return self.injected.bias
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the module tree holds a rounded copy of the bias only."""
+        return self.has_bias and self.bias is not self.stored_bias
+
+    @property
+    def _bias_name(self) -> str:
+        return self.bias_key.rpartition(".")[2]
+
+    def keep_float32(self) -> None:
+        """Have the router see a float32 bias of its architecture's own whatever the model is cast to."""
+        if self.bias_owner is not None:
+            Float32Bias.of(self.bias_owner, self._bias_name)
+
+    @torch.no_grad()
+    def set_bias(self, bias: Tensor, live: Tensor | None = None) -> None:
+        """Route with another bias, and write it into the module tree, too.
+
+        Args:
+            bias: (E,).
+            live: [`stored_bias`], whole: where an engine shards it, from `whole_parameters(writing=True)`.
+        """
+        if self.bias_owner is not None:
+            live = self.stored_bias if live is None else live
+            Float32Bias.of(self.bias_owner, self._bias_name).set(self.bias_owner, bias, live)
+        else:
+            self.bias.copy_(bias)
 
     def check_can_add_bias(self) -> None:
         """Look at the code of a router that has no selection bias.

@@ -16,6 +16,11 @@ def is_partitioned(param: Tensor) -> bool:
     return "ds_id" in vars(param)
 
 
+def is_sharded(param: Tensor) -> bool:
+    """Whether an engine owns `param`, so that this rank may hold a part of it only."""
+    return is_partitioned(param) or isinstance(param, DTensor)
+
+
 def is_in_use(param: Tensor) -> bool:
     """Whether a module whose forward runs now has made a partitioned `param` whole, and will let go of it."""
     return bool(vars(param).get("ds_active_sub_modules"))
@@ -24,7 +29,7 @@ def is_in_use(param: Tensor) -> bool:
 def gathers_in_forward(model: nn.Module) -> bool:
     """Whether a forward pass of `model` exchanges parameters between ranks, so that all ranks must run as many."""
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
-        is_partitioned(param) or isinstance(param, DTensor) for param in model.parameters()
+        is_sharded(param) for param in model.parameters()
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.divergences import kl_k3
-from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, zero_masked
+from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, masked_sum, zero_masked
 from rl_plugins.functional.ratios import log_importance_weights
 from rl_plugins.objectives.policy import PolicyLoss, averaged, clip_shares, policy_loss
 
@@ -21,6 +21,8 @@ def online_loss(
     *,
     num_items: Tensor | float,
     max_length: int,
+    num_tokens: Tensor | float | None = None,
+    weight: Tensor | float = 1.0,
     ref_logps: Tensor | None = None,
     beta: float = 0.0,
     correct_kl: bool = False,
@@ -42,6 +44,9 @@ def online_loss(
         mask: Real tokens (B, T).
         num_items: Real tokens that the `token` aggregation averages over, per process.
         max_length: Longest completion allowed, for the `constant` aggregation.
+        num_tokens: Real tokens that the entropy is averaged over, per process; this batch's own by default.
+        weight: Factor on the policy loss and the KL term with any other aggregation: how many times the mean share
+            of its accumulation window this batch is.
         ref_logps: Under the reference (B, T); needed where `beta` is not 0.
         beta: Coefficient of the KL term.
         correct_kl: Weigh the KL of each token by the importance ratio, of the level that the policy loss has, so that
@@ -69,10 +74,13 @@ def online_loss(
             loss, divergence, mask, num_items=num_items, max_length=max_length, batch=batch
         )
         metrics["kl"] = masked_moments(divergence.detach(), mask, reduce=reduce)[0]
+    if loss.aggregation != "token":
+        total = total * weight
     if entropies is not None:
         metrics["entropy"] = masked_moments(entropies.detach(), mask, reduce=reduce)[0]
         if entropy_coef != 0.0:
-            total = total - entropy_coef * masked_mean(entropies, mask)
+            mean = masked_mean(entropies, mask) if num_tokens is None else masked_sum(entropies, mask) / num_tokens
+            total = total - entropy_coef * mean
     return total, metrics
 
 

@@ -50,7 +50,8 @@ def own_router_loss(host: Any, model: nn.Module) -> float:
 
 
 def stream_biases_to_vllm(generation: "VLLMGeneration", routers: Sequence[Router]) -> None:
-    """TRL streams parameters to vLLM, and no buffers: add the selection biases that are buffers.
+    """TRL streams parameters to vLLM, and no buffers: add the selection biases that are buffers, and parameters of
+    which it streams a rounded copy.
 
     Raises:
         ValueError: If a bias was added to an architecture without one, which vLLM cannot hold.
@@ -64,11 +65,11 @@ def stream_biases_to_vllm(generation: "VLLMGeneration", routers: Sequence[Router
             "without vLLM."
         )
     stream = generation._iter_named_params
-    buffers = [router for router in routers if not isinstance(router.bias, nn.Parameter)]
 
     def with_biases() -> Iterator[tuple[str, Tensor]]:
         yield from stream()
-        for router in buffers:
-            yield router.bias_key, router.bias
+        for router in routers:
+            if router.is_rounded or not isinstance(router.stored_bias, nn.Parameter):
+                yield router.bias_key, router.bias
 
     generation._iter_named_params = with_biases
