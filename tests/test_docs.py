@@ -347,7 +347,8 @@ def test_options_in_prose_exist() -> None:
     known = {f.name for config in configs for f in fields(config)} | {"record_load", "extra_modules", "callbacks"}
     known |= {*inspect.signature(SpeculativeDecoder).parameters, "use_mtp", "use_cache"}
     modules = [getattr(package, name) for package in (rl_plugins.lightning, classic) for name in package.__all__]
-    known |= {name for module in modules for name in inspect.signature(module).parameters} | {"strategy", "collate_fn"}
+    known |= {name for module in modules for name in inspect.signature(module).parameters}
+    known |= {"strategy", "collate_fn", "accumulate_grad_batches", "precision"}
     for path in DOCS:
         prose = BLOCK.sub("", path.read_text())
         spans = re.findall(r"`([^`\n]+)`", prose)
