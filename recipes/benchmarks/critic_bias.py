@@ -64,13 +64,16 @@ class Language:
     def mdp(self, gamma: float = 1.0) -> TokenMDP:
         """Exact values of the policy."""
         vocab_size, max_length = self.logits.shape[1], self.tokens.shape[1]
-        table = {tuple(y[:n].tolist()): r for y, n, r in zip(self.tokens, self.lengths, self.rewards, strict=True)}
+        table = torch.zeros(sum(vocab_size**d for d in range(max_length + 1)), dtype=torch.float64)
+        for n in range(1, max_length + 1):
+            chosen = self.lengths == n
+            table[prefix_rows(self.tokens[chosen, :n], vocab_size)] = self.rewards[chosen]
 
         def policy(prefixes: Tensor) -> Tensor:
             return torch.softmax(self.logits.detach(), -1)[prefix_rows(prefixes, vocab_size)]
 
         def reward(strings: Tensor) -> Tensor:
-            return torch.stack([table[tuple(y)] for y in strings.tolist()])
+            return table[prefix_rows(strings, vocab_size)]
 
         return TokenMDP(
             policy, reward, vocab_size=vocab_size, max_length=max_length, eos_token_id=vocab_size - 1, gamma=gamma
@@ -127,7 +130,8 @@ def batch_factors(language: Language, size: int) -> Tensor:
         padded = torch.nn.functional.pad(others, (len(one) - 1, len(one) - 1))
         others = torch.nn.functional.conv1d(padded[None, None], one.flip(0)[None, None])[0, 0]
     totals = torch.arange(len(others)).double()
-    return torch.stack([(size * others / (n + totals)).sum() for n in lengths])
+    by_length = [(size * others / (n + totals)).sum() for n in range(1, len(one))]
+    return torch.stack(by_length)[lengths - 1]
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
