@@ -94,7 +94,7 @@ def check_heads_folder(directory: str | Path) -> None:
     if not has_mtp_heads_file(directory):
         raise FileNotFoundError(
             f"No {HEADS_WEIGHTS_NAME} in {directory}: it was written by another trainer, or is a plain model. Start "
-            "from it with model=<path>, which gets new heads as attach_mtp_heads(model) does, or give a folder in which "
+            "from it with model=<path>, which gets new heads as attach_mtp_heads(model) does, or give one in which "
             "MTPSFTTrainer or MTPCriticTrainer saved theirs."
         )
 
