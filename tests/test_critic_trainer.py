@@ -391,8 +391,8 @@ def test_completions_table(make: Make, tmp_path: Path) -> None:
     expected = sequence_means(batch["advantages"], batch["critic_mask"])
     assert table["advantage"].tolist() == pytest.approx(expected.tolist())
     assert table["advantage"].abs().min() > 0
-    assert table["critic/value"].tolist() == pytest.approx(batch["old_values"][:, 0, 0].tolist())
-    assert table["critic/value"].abs().min() > 0
+    assert table["critic_value"].tolist() == pytest.approx(batch["old_values"][:, 0, 0].tolist())
+    assert table["critic_value"].abs().min() > 0
 
 
 # LoRA

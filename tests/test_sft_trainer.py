@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from rl_plugins.modules import MTPHeads, attach_mtp_heads, get_mtp_heads, load_mtp_heads
 from rl_plugins.trl import MTPCriticTrainer, MTPSFTConfig, MTPSFTTrainer
@@ -552,8 +552,8 @@ def test_resuming_is_as_if_nothing_had_happened(make: Make, tmp_path: Path) -> N
 
 
 def test_wrong_arguments(make: Make, tiny_model: Model, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="args must be of type MTPSFTConfig, got SFTConfig"):
-        MTPSFTTrainer(tiny_model(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="args must be of type MTPSFTConfig, got GRPOConfig"):
+        MTPSFTTrainer(tiny_model(), GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="No mtp_heads.safetensors in .*nowhere"):
         make(mtp_heads_path=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="num_mtp_heads must be at least 1"):

@@ -99,12 +99,10 @@ def check_reward_arguments(functions: Sequence[Any], given: Iterable[str], *, co
     """
     names = list(dict.fromkeys(given))
     for func in functions:
-        if isinstance(func, str | nn.Module | RewardModel):
+        # What is written in C may take more than its signature says, if it has one.
+        if isinstance(func, str | nn.Module | RewardModel) or inspect.isbuiltin(func):
             continue
-        try:
-            parameters = inspect.signature(func).parameters.values()
-        except (TypeError, ValueError):  # written in C, without a signature
-            continue
+        parameters = inspect.signature(func).parameters.values()
         keywords = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         missing = [name for name, p in keywords.items() if p.default is p.empty and name not in names]
         missing += [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]

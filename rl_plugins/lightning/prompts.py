@@ -32,7 +32,7 @@ def rows_of(batch: Any) -> list[Row]:
             "PromptDataModule(dataset), or DataLoader(dataset, collate_fn=list)."
         )
     if not batch:
-        raise ValueError("A batch needs at least one row.")
+        raise ValueError("A batch is empty: there must be at least one row.")
     for row in batch:
         if "prompt" not in row:
             raise ValueError(f"Every row of a batch needs a `prompt`, and one has only {', '.join(row) or 'nothing'}.")

@@ -109,9 +109,9 @@ def check_heads_folder(directory: str | Path) -> None:
         raise FileNotFoundError(f"No {HEADS_WEIGHTS_NAME} in {directory}: there is no such folder. Check the path.")
     if not has_mtp_heads_file(directory):
         raise FileNotFoundError(
-            f"No {HEADS_WEIGHTS_NAME} in {directory}: what is there was written by another trainer, or is a plain "
-            "model. Start from it with model=<path>, which gets new heads, or give a folder in which MTPSFTTrainer or "
-            "MTPCriticTrainer saved theirs."
+            f"No {HEADS_WEIGHTS_NAME} in {directory}: it was written by another trainer, or is a plain model. Start "
+            "from it with model=<path>, which gets new heads as attach_mtp_heads(model) does, or give one in which "
+            "MTPSFTTrainer or MTPCriticTrainer saved theirs."
         )
 
 

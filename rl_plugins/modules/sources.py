@@ -98,8 +98,8 @@ def check_language_model(model: Any, init_kwargs: Mapping[str, Any] | None = Non
         )
     if not has_head:
         raise ValueError(
-            f"{name} has no LM head, so it cannot generate. Load or save the model with AutoModelForCausalLM, not "
-            "AutoModel or one with another head."
+            f"{name} has no LM head, so it cannot generate. Load the model with AutoModelForCausalLM, and not with "
+            "AutoModel or a class with another head."
         )
 
 

@@ -105,8 +105,8 @@ class ValueModel(nn.Module):
         """
         if not is_value_model_folder(path):
             raise FileNotFoundError(
-                f"{path} has no {HEAD_NAME}: the checkpoint was written by another trainer than PPOTrainer. Start "
-                "from it with model=<path> instead of resume_from_checkpoint."
+                f"{path} has no {HEAD_NAME}: it was not written by PPOTrainer, but by another trainer. Start from it "
+                "with model=<path> instead of resume_from_checkpoint."
             )
         saved = type(self).from_pretrained(path, dtype=self.trunk.dtype)
         self.load_state_dict(saved.state_dict())

@@ -15,7 +15,7 @@ from rl_plugins.objectives.critic import critic_signal, initial_values, sequence
 from rl_plugins.trl.policy_trainer import Batch, PolicyLossTrainer
 from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
 
-VALUE_COLUMN = "critic/value"
+VALUE_COLUMN = "critic_value"
 """Of the host's table of completions; reward functions have their own columns there (`log_extra`)."""
 
 
