@@ -150,10 +150,10 @@ class HeadPass:
     token_losses: Tensor | None = None
     token_counts: Tensor | None = None
 
-    def __call__(self, hidden: Tensor) -> None:
+    def __call__(self, hidden: Tensor) -> tuple[Tensor | None, ...]:
         """Run the heads on the trunk's hidden states (B, S, D); only the first forward counts."""
         if self.values is not None or self.token_losses is not None:
-            return
+            return ()
         states = self.select(hidden)
         if self.with_values:
             tamed = clamp_gradient(
@@ -171,3 +171,4 @@ class HeadPass:
                 temperature=self.divisor,
                 gather=self.gather,
             )
+        return self.values, self.token_losses

@@ -54,6 +54,11 @@ class AttachmentTrainer(PluginTrainer):
                 "its own. Remove its `optimizer` section, or set head_learning_rate (MTP heads) or "
                 "value_learning_rate (a value model) to None."
             )
+        if self.optimizer is not None:
+            raise ValueError(
+                f"The optimizer that was given (optimizers=...) was made before the policy had its {attachment.name}, "
+                "which it would never train. Leave it out, and set `optim`, `optim_args` and the learning rates."
+            )
         self._attachments = (*self._attachments, attachment)
 
     # Optimizer

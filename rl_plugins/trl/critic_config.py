@@ -51,6 +51,11 @@ class MTPCriticConfig(MTPHeadsArguments, OnlineValueArguments, GRPOConfig):
         """Whether one completion per prompt will do: with the critic."""
         return self.use_critic
 
+    @property
+    def own_advantages(self) -> str | None:
+        """Advantages come from values, with the critic."""
+        return super().own_advantages if self.use_critic else None
+
     def __post_init__(self) -> None:
         require_tested_trl()
         if self.use_critic:
@@ -58,9 +63,6 @@ class MTPCriticConfig(MTPHeadsArguments, OnlineValueArguments, GRPOConfig):
         super().__post_init__()
         if self.phasic_every:
             self._check_phasic_alignment()
-        if self.ddp_find_unused_parameters is None:
-            # The heads run in every forward; looking for unused parameters marks them ready twice.
-            self.ddp_find_unused_parameters: bool | None = False
 
     def _check_critic_arguments(self) -> None:
         self.check_heads_arguments()

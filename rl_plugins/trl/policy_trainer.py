@@ -20,11 +20,15 @@ from rl_plugins.modules.heads import MTPHeads
 from rl_plugins.objectives.online import draft_metrics
 from rl_plugins.objectives.policy import clip_shares, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
+from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import gather_lm_head
+from rl_plugins.trl.reference import lent_name
 from rl_plugins.trl.rewards import naming
 
 Batch = dict[str, Any]
 
+HOST_ARGUMENTS = list(inspect.signature(GRPOTrainer.__init__).parameters)[4:]
+"""Names of the host's arguments after model, reward functions and args."""
 HOST_CLIP_METRICS = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
 
 
@@ -44,7 +48,11 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             reward_funcs = [naming(func) for func in reward_funcs]
         else:
             reward_funcs = naming(reward_funcs)
-        super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
+        named = dict(zip(HOST_ARGUMENTS, host_args, strict=False)) | host_kwargs
+        loads_reference = args.beta != 0.0 and named.get("peft_config") is None
+        with lent_name(model, named.get("processing_class"), loads_reference=loads_reference):
+            super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
+        self.train_dataset = filling(self.train_dataset, args.generation_batch_size // self.num_generations)
         self._policy_loss = args.make_policy_loss()
         self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         self._scores: Tensor | None = None
