@@ -31,7 +31,8 @@ RUNS = [
 def inputs_of(family: str, processor: Any, images: list[int]) -> dict[str, Tensor]:
     """Two prompts with an image each, padded on the left."""
     messages = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in ("1+1=", "12+3=")
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        for text in ("1+1=", "12+3=")
     ]
     texts = [processor.apply_chat_template(message) for message in messages]
     return dict(processor(images=[[picture(i)] for i in images], text=texts, padding=True, return_tensors="pt"))
@@ -106,7 +107,9 @@ def train(root: Path, ranks: int) -> None:
     file = root / f"runs_{ranks}.json"
     file.write_text(json.dumps(runs))
     env = os.environ | ({"RANKS": str(ranks)} if ranks > 1 else {})
-    done = subprocess.run([sys.executable, str(WORKER), str(file)], env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(file)], env=env, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
