@@ -147,6 +147,7 @@ class PolicyLossArguments(SpeculativeArguments):
 
     def _check_loss_fields(self, loss: PolicyLoss) -> None:
         """Refuse fields of the host that this loss does not read."""
+        host_fields: Any = self
         carrier = CARRIERS[loss.aggregation]
         if self.loss_type not in (field_default(GRPOConfig, "loss_type"), loss.name, carrier):
             raise ValueError(
@@ -154,7 +155,8 @@ class PolicyLossArguments(SpeculativeArguments):
             )
         accepted = PolicyLoss.accepted(loss.name)
         # The host's KL term, where it is corrected, has a ratio at this level, too.
-        kept = {"level"} if self.beta != 0.0 and self.use_bias_correction_kl or loss.name == "gspo_token" else set()
+        corrected = host_fields.beta != 0.0 and host_fields.use_bias_correction_kl
+        kept = {"level"} if corrected or loss.name == "gspo_token" else set()
         for option, host in HOST_FIELDS.items():
             if option in accepted or option in kept or getattr(self, host) == field_default(GRPOConfig, host):
                 continue
@@ -172,10 +174,11 @@ class PolicyLossArguments(SpeculativeArguments):
         """
         source = self.own_advantages
         for name in ("scale_rewards", "multi_objective_aggregation") if source else ():
-            same = name == "scale_rewards" and self.scales_rewards_like == self.scale_rewards
-            if getattr(self, name) != field_default(GRPOConfig, name) and not same:
+            value = getattr(self, name)
+            same = name == "scale_rewards" and value == self.scales_rewards_like
+            if value != field_default(GRPOConfig, name) and not same:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect: it is about TRL's own advantages, and here they "
+                    f"{name}={value!r} has no effect: it is about TRL's own advantages, and here they "
                     f"come from {source}. Leave it at {field_default(GRPOConfig, name)!r}; rewards are summed with "
                     "reward_weights."
                 )

@@ -52,7 +52,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         loads_reference = args.beta != 0.0 and named.get("peft_config") is None
         with lent_name(model, named.get("processing_class"), loads_reference=loads_reference):
             super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
-        self.train_dataset = filling(self.train_dataset, args.generation_batch_size // self.num_generations)
+        self.train_dataset: Any = filling(self.train_dataset, args.generation_batch_size // self.num_generations)
         self._policy_loss = args.make_policy_loss()
         self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         self._scores: Tensor | None = None
