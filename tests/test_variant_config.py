@@ -73,7 +73,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"advantage": "value_tracker", "replay_buffer_size": 4}, "'value_tracker' needs no groups"),
     (
         {"advantage": "group_centered", "multi_objective_aggregation": "normalize_then_sum"},
-        "starts from the weighted sum of the rewards",
+        "multi_objective_aggregation='normalize_then_sum' has no effect.* from advantage='group_centered'",
     ),
     ({"max_draws": 0}, "max_draws must be at least 1, got 0"),
     ({"replay_buffer_size": -1}, "replay_buffer_size must be at least 0, got -1"),

@@ -569,9 +569,8 @@ def test_the_penalty_has_weight_one(make: Make) -> None:
 
 @pytest.mark.parametrize("advantage", ["group_centered", "reward", None])
 def test_the_penalty_does_not_score_the_unscorable(make: Make, advantage: str | None) -> None:
-    trainer = make(
-        reward_funcs=patchy, overlong_shaping=True, overlong_cache=6, advantage=advantage, scale_rewards="none"
-    )
+    scaling = {} if advantage == "reward" else {"scale_rewards": "none"}
+    trainer = make(reward_funcs=patchy, overlong_shaping=True, overlong_cache=6, advantage=advantage, **scaling)
     batch = generate(trainer, rows=16)
     task = torch.tensor([NAN if r is None or math.isinf(r) else r for r in patchy(ids_of(batch))])
     scores = task + overlong_penalty(batch["completion_mask"].sum(1), max_length=6, cache=6)

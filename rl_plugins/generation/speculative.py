@@ -21,7 +21,7 @@ from rl_plugins.generation.rollback import rollback_cache
 from rl_plugins.generation.score_processing import ScoreProcessor
 from rl_plugins.generation.stopping import Stopping
 from rl_plugins.generation.value_capture import ValueRecorder
-from rl_plugins.modules.attach import base_model_of, get_mtp_heads
+from rl_plugins.modules.attach import base_model_of, get_mtp_heads, has_soft_prompt
 
 
 class SpeculativeDecoder:
@@ -118,6 +118,11 @@ class SpeculativeDecoder:
             ValueError: As when called.
         """
         base = base_model_of(model)
+        if has_soft_prompt(model):
+            raise ValueError(
+                "Speculative decoding does not know the places that PEFT's soft prompts take before the prompt. Train "
+                "a LoRA adapter instead, or set speculative=False."
+            )
         self._prepare(make_drafter(model))
         check_positions(base)
         rollback_cache(DynamicCache(config=base.config), getattr(base.config.get_text_config(), "layer_types", None))

@@ -22,6 +22,11 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     return get_base_model()
 
 
+def has_soft_prompt(model: nn.Module) -> bool:
+    """Whether PEFT puts trained embeddings or cache entries before every prompt of the model."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def trunk_of(base: PreTrainedModel) -> PreTrainedModel:
     """The part of a causal LM before its LM head: what every forward goes through, whoever starts it."""
     if base.base_model is not base:

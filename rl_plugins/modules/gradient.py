@@ -1,5 +1,6 @@
 """Identity in the forward pass, a tamed gradient in the backward pass."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,35 @@ class GradientStats:
         return torch.stack(
             [torch.stack(column).sum() if column else torch.zeros((), device=device) for column in columns]
         )
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.num_others = len(others)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*grads, *[None] * ctx.num_others)
+
+
+def tie(x: Tensor, others: Iterable[Tensor | None]) -> Tensor:
+    """Return `x` unchanged, in whose graph `others` are from now on; no gradient flows to them from there.
+
+    DDP with `find_unused_parameters=True` looks for parameters in the graph of the model's output. It takes those that
+    only a side result depends on for unused, and fails when they get a gradient all the same.
+
+    Args:
+        x: Part of the model's output.
+        others: Side results of the same forward pass; `None`, and those without a graph, are left out.
+
+    Returns:
+        `x`.
+    """
+    differentiable = [other for other in others if other is not None and other.requires_grad]
+    return _Tie.apply(x, *differentiable) if differentiable and x.requires_grad else x
 
 
 class _ClampGradient(torch.autograd.Function):

@@ -139,10 +139,10 @@ class HeadPass:
     token_losses: Tensor | None = None
     token_counts: Tensor | None = None
 
-    def __call__(self, hidden: Tensor) -> None:
+    def __call__(self, hidden: Tensor) -> tuple[Tensor | None, ...]:
         """Run the heads on the trunk's hidden states (B, S, D); only the first forward counts."""
         if self.values is not None or self.token_losses is not None:
-            return
+            return ()
         states = self.select(hidden)
         if self.with_values:
             tamed = clamp_gradient(
@@ -159,3 +159,4 @@ class HeadPass:
                 self.lm_head,
                 temperature=self.divisor,
             )
+        return self.values, self.token_losses

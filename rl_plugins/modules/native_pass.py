@@ -87,16 +87,18 @@ class NativePass:
     token_losses: Tensor | None = None
     token_counts: Tensor | None = None
 
-    def __call__(self, hidden: Tensor) -> None:
+    def __call__(self, hidden: Tensor) -> tuple[Tensor | None, ...]:
         """Run the layers on the trunk's hidden states (B, L, D); only the first forward counts."""
-        if self.token_losses is None:
-            self.token_losses, self.token_counts = native_token_loss(
-                self.native,
-                hidden.detach() if self.detach_trunk else hidden,
-                self.input_ids,
-                self.labels,
-                self.lm_head,
-                attention_mask=self.attention_mask,
-                position_ids=self.position_ids,
-                temperature=self.divisor,
-            )
+        if self.token_losses is not None:
+            return ()
+        self.token_losses, self.token_counts = native_token_loss(
+            self.native,
+            hidden.detach() if self.detach_trunk else hidden,
+            self.input_ids,
+            self.labels,
+            self.lm_head,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
+            temperature=self.divisor,
+        )
+        return (self.token_losses,)

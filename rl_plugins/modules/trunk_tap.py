@@ -1,14 +1,17 @@
 """Modules that run inside a model's forward, on the hidden states of its trunk."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-HiddenTap = Callable[[Tensor], None]
-"""Receives the trunk's last hidden state (B, S, D) of every forward pass while it is active."""
+from rl_plugins.modules.gradient import tie
+
+HiddenTap = Callable[[Tensor], Iterable[Tensor | None] | None]
+"""Receives the trunk's last hidden state (B, S, D) of every forward pass while it is active, and gives back what it
+made of it with gradient."""
 
 
 def is_registered(handle: RemovableHandle | None, hooks: Mapping[int, Any]) -> bool:
@@ -19,7 +22,8 @@ def is_registered(handle: RemovableHandle | None, hooks: Mapping[int, Any]) -> b
 class TrunkTap(nn.Module):
     """Gives a tap the trunk's hidden states of every forward pass, by a hook on the trunk.
 
-    The tap runs inside the model's forward, which is what lets DDP and DeepSpeed see the modules that it calls.
+    The tap runs inside the model's forward, which is what lets DDP and DeepSpeed see the modules that it calls. What
+    it makes is tied to the hidden states that the model goes on with, and so to the model's output.
     """
 
     def __init__(self) -> None:
@@ -48,6 +52,13 @@ class TrunkTap(nn.Module):
             self.trunk_hook.remove()
             self.trunk_hook = None
 
-    def _on_trunk_forward(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.tap is not None:
-            self.tap(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+    def _on_trunk_forward(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.tap is None:
+            return output
+        plain = isinstance(output, tuple)
+        hidden: Tensor = output[0] if plain else output.last_hidden_state
+        tied = tie(hidden, self.tap(hidden) or ())
+        if plain:
+            return (tied, *output[1:])
+        output.last_hidden_state = tied
+        return output

@@ -1,6 +1,7 @@
 """A separate critic: a second transformer with a scalar head, run inside the policy's forward."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import cached_file
 
-from rl_plugins.modules.attach import add_submodule, base_model_of, remove_submodule, trunk_of
+from rl_plugins.modules.attach import add_submodule, base_model_of, has_soft_prompt, remove_submodule, trunk_of
+from rl_plugins.modules.gradient import tie
 from rl_plugins.modules.heads import ValueHead
 from rl_plugins.modules.sharding import whole_parameters
 from rl_plugins.modules.sources import check_source
@@ -22,7 +24,13 @@ CRITIC_ATTRIBUTE = "value_model"
 """Name of the submodule in the policy, and of the folder that it is saved in."""
 HEAD_NAME = "value_head.safetensors"
 
-ValueTap = Callable[[Tensor], None]
+OWN_CACHE = ("past_key_values", "cache", "cache_params", "use_cache", "inputs_embeds", "mm_encoder_outputs")
+"""Arguments of the policy's forward that are about its own states, of no use to another model."""
+
+SHARED_OPTIONS = ("dtype", "attn_implementation", "trust_remote_code")
+"""Options of loading the policy that hold for a value model from elsewhere, too."""
+
+ValueTap = Callable[[Tensor], Any]
 """Receives the values (B, S) of every forward pass of the policy while it is active."""
 
 
@@ -30,7 +38,8 @@ class ValueModel(nn.Module):
     """`V(s) = w . RMSNorm(f(s)) + b` for every position of a sequence, `f` the trunk of a transformer.
 
     The seed's 8.5.1: actor and critic as separate networks, so that neither's gradient washes out the other's. The
-    head starts at zero, so the first values are 0 whatever the trunk was trained for.
+    head starts at zero, so the first values are 0 whatever the trunk was trained for. A trunk that reads images, as
+    that of a vision-language model does, gets those that the policy gets.
 
     Args:
         trunk: Transformer without a head, such as `AutoModel` loads; its forward takes `input_ids` and
@@ -42,12 +51,15 @@ class ValueModel(nn.Module):
         self.trunk = trunk
         self.head = ValueHead(trunk.config.get_text_config().hidden_size, 1e-6).to(trunk.dtype)
         self.head.to(trunk.device)
+        named = inspect.signature(trunk.forward).parameters
+        self.accepted = {"input_ids", "attention_mask", *named} - set(OWN_CACHE)
         self.tap: ValueTap | None = None
-        self.policy_hook: RemovableHandle | None = None
+        self.policy_hooks: tuple[RemovableHandle, ...] = ()
+        self._newest: Tensor | None = None
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Values (B, S), float32, of the states that token ids (B, S) lead to."""
-        output = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Values (B, S), float32, of the states that token ids (B, S) lead to; `inputs` are images and the like."""
+        output = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
         return self.head(output.last_hidden_state)
 
     @contextmanager
@@ -64,8 +76,27 @@ class ValueModel(nn.Module):
 
     def on_policy_forward(self, policy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the policy, registered by `attach_value_model`."""
-        if self.tap is not None:
-            self.tap(self(kwargs["input_ids"] if "input_ids" in kwargs else args[0], kwargs.get("attention_mask")))
+        if self.tap is None:
+            return
+        given = {"input_ids": args[0], **kwargs} if args else kwargs
+        values = self(**{name: x for name, x in given.items() if name in self.accepted})
+        self._newest = values
+        self.tap(values)
+
+    def on_policy_output(self, policy: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the policy: ties the values to its output."""
+        newest, self._newest = self._newest, None
+        if newest is None or not newest.requires_grad:
+            return output
+        parts = dict(enumerate(output)) if isinstance(output, tuple) else dict(output)
+        for key, part in parts.items():
+            if isinstance(part, Tensor) and part.requires_grad:
+                parts[key] = tie(part, [newest])
+                if isinstance(output, tuple):
+                    return tuple(parts.values())
+                output[key] = parts[key]
+                return output
+        return output
 
     def save_pretrained(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the trunk as transformers does (`AutoModel.from_pretrained` reads it) and the head beside it.
@@ -175,9 +206,17 @@ def attach_value_model(policy: nn.Module, value_model: ValueModel) -> None:
 
 def hook_value_model(policy: nn.Module) -> None:
     """Have an attached value model run in the policy's forward, if it does not already."""
-    value_model, base = get_value_model(policy), base_model_of(policy)
-    if value_model is not None and not is_registered(value_model.policy_hook, base._forward_pre_hooks):
-        value_model.policy_hook = base.register_forward_pre_hook(value_model.on_policy_forward, with_kwargs=True)
+    # A PEFT wrapper, where there is one: soft prompts become embeddings in it, which the value model cannot read.
+    value_model = get_value_model(policy)
+    if value_model is None:
+        return
+    live = {**policy._forward_pre_hooks, **policy._forward_hooks}
+    if value_model.policy_hooks and all(is_registered(hook, live) for hook in value_model.policy_hooks):
+        return
+    value_model.policy_hooks = (
+        policy.register_forward_pre_hook(value_model.on_policy_forward, with_kwargs=True),
+        policy.register_forward_hook(value_model.on_policy_output),
+    )
 
 
 def detach_value_model(policy: nn.Module) -> ValueModel:
@@ -190,9 +229,9 @@ def detach_value_model(policy: nn.Module) -> ValueModel:
     value_model = get_value_model(policy)
     if value_model is None:
         raise ValueError(f"{type(base).__name__} has no value model to detach.")
-    assert value_model.policy_hook is not None
-    value_model.policy_hook.remove()
-    value_model.policy_hook = None
+    for hook in value_model.policy_hooks:
+        hook.remove()
+    value_model.policy_hooks = ()
     remove_submodule(base, CRITIC_ATTRIBUTE)
     return value_model
 
@@ -210,7 +249,7 @@ def make_value_model(
         source: A `ValueModel`, a transformers model, a path or hub id, or `None` for the policy's trunk.
         policy: The policy as the user gave it.
         policy_init_kwargs: Keyword arguments that the policy is loaded with, of which another model shares `dtype` and
-            `attn_implementation`.
+            `attn_implementation` and `trust_remote_code`.
         init_kwargs: Keyword arguments for loading the value model, on top of those.
 
     Raises:
@@ -222,7 +261,7 @@ def make_value_model(
         return detach_value_model(policy)  # of an earlier trainer; it goes on
     shared = dict(policy_init_kwargs or {})
     if source is not None:  # where a file is says nothing about another model
-        shared = {key: shared[key] for key in ("dtype", "attn_implementation") if key in shared}
+        shared = {key: shared[key] for key in SHARED_OPTIONS if key in shared}
     kwargs: dict[str, Any] = {"dtype": "float32", **shared, **(init_kwargs or {})}
     if source is None and isinstance(policy, str):
         source = policy
@@ -232,6 +271,8 @@ def make_value_model(
         check_source("value_model", source)
         return ValueModel.from_pretrained(source, **kwargs)
     model = policy if source is None else source
+    if isinstance(model, nn.Module) and has_soft_prompt(model):
+        model = base_model_of(model)  # which PEFT leaves as it was
     if isinstance(model, PreTrainedModel):
         # A copy: the same object may also be the policy, or a reward function that must stay as it is.
         trunk = trunk_of(model)

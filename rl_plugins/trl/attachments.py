@@ -67,6 +67,11 @@ class AttachmentTrainer(PluginTrainer):
             )
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator.state.fsdp_plugin, adapters=is_peft_model(self.model))
+        if self.optimizer is not None:
+            raise ValueError(
+                f"The optimizer that was given (optimizers=...) was made before the policy had its {attachment.name}, "
+                "which it would never train. Leave it out, and set `optim`, `optim_args` and the learning rates."
+            )
         self._attachments = (*self._attachments, attachment)
 
     # Optimizer

@@ -55,6 +55,11 @@ class MTPCriticConfig(NamedArguments, MTPHeadsArguments, OnlineValueArguments, G
         """Whether one completion per prompt will do: with the critic."""
         return self.use_critic
 
+    @property
+    def own_advantages(self) -> str | None:
+        """Advantages come from values, with the critic."""
+        return super().own_advantages if self.use_critic else None
+
     def __post_init__(self) -> None:
         settle_options(self)
         if self.use_critic:
@@ -64,9 +69,6 @@ class MTPCriticConfig(NamedArguments, MTPHeadsArguments, OnlineValueArguments, G
         super().__post_init__()
         if self.phasic_every:
             self._check_phasic_alignment()
-        if self.ddp_find_unused_parameters is None:
-            # The heads run in every forward; looking for unused parameters marks them ready twice.
-            self.ddp_find_unused_parameters: bool | None = False
 
     def _settle_generations(self) -> None:
         """Without a critic, TRL's number of completions per prompt, unless one was asked for."""

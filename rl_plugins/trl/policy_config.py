@@ -86,6 +86,16 @@ class PolicyLossArguments(SpeculativeArguments):
         """Whether advantages need no group, so that one completion per prompt will do."""
         return True
 
+    @property
+    def own_advantages(self) -> str | None:
+        """Where the advantages come from, in a few words; `None` leaves them to the host."""
+        return None
+
+    @property
+    def scales_rewards_like(self) -> str | None:
+        """The host's `scale_rewards` that our own advantages are the same as, if there is one."""
+        return None
+
     def __post_init__(self) -> None:
         generations: Any = getattr(self, "num_generations", None)
         if self.groupless and generations == 1:
@@ -93,10 +103,8 @@ class PolicyLossArguments(SpeculativeArguments):
         super().__post_init__()  # type: ignore[misc]  # the host's, which parses JSON strings
         self.num_generations = generations
         self.settle_policy_loss()
+        self.check_host_advantages()
         self.check_speculation()
-        if self.speculative and self.ddp_find_unused_parameters is None:
-            # The heads run in every forward; looking for unused parameters marks them ready twice.
-            self.ddp_find_unused_parameters: bool | None = False
 
     def make_policy_loss(self) -> PolicyLoss | None:
         """The loss that the options name; `None` leaves it to the host.
@@ -136,5 +144,44 @@ class PolicyLossArguments(SpeculativeArguments):
         loss = self.make_policy_loss()
         if loss is None:
             return
+        self._check_loss_fields(loss)
         self.policy_loss, self.aggregation = loss.name, loss.aggregation
         self.loss_type: str = CARRIERS[loss.aggregation]
+
+    def _check_loss_fields(self, loss: PolicyLoss) -> None:
+        """Refuse fields of the host that this loss does not read."""
+        host_fields: Any = self
+        carrier = CARRIERS[loss.aggregation]
+        if self.loss_type not in (field_default(GRPOConfig, "loss_type"), loss.name, carrier):
+            raise ValueError(
+                f"policy_loss={loss.name!r} takes the place of loss_type={self.loss_type!r}. Leave one of the two out."
+            )
+        accepted = PolicyLoss.accepted(loss.name)
+        # The host's KL term, where it is corrected, has a ratio at this level, too.
+        corrected = host_fields.beta != 0.0 and host_fields.use_bias_correction_kl
+        kept = {"level"} if corrected or loss.name == "gspo_token" else set()
+        for option, host in HOST_FIELDS.items():
+            if option in accepted or option in kept or getattr(self, host) == field_default(GRPOConfig, host):
+                continue
+            reads = [HOST_FIELDS[name] for name in accepted if name in HOST_FIELDS]
+            raise ValueError(
+                f"{host}={getattr(self, host)!r} has no effect on policy_loss={loss.name!r}, which reads "
+                f"{', '.join(reads) or 'none of the fields of TRL'}. Leave it out, or choose another loss."
+            )
+
+    def check_host_advantages(self) -> None:
+        """Refuse fields of the host that are about its own advantages, where there are others.
+
+        Raises:
+            ValueError: If one is set.
+        """
+        source = self.own_advantages
+        for name in ("scale_rewards", "multi_objective_aggregation") if source else ():
+            value = getattr(self, name)
+            same = name == "scale_rewards" and value == self.scales_rewards_like
+            if value != field_default(GRPOConfig, name) and not same:
+                raise ValueError(
+                    f"{name}={value!r} has no effect: it is about TRL's own advantages, and here they "
+                    f"come from {source}. Leave it at {field_default(GRPOConfig, name)!r}; rewards are summed with "
+                    "reward_weights."
+                )

@@ -25,13 +25,17 @@ from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_p
 from rl_plugins.objectives.online import draft_metrics, reference_kl
 from rl_plugins.objectives.policy import averaged, clip_shares, inert_message, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
+from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_critics_from_vllm
+from rl_plugins.trl.reference import lent_name
 
 if TYPE_CHECKING:
     from rl_plugins.generation.speculative import SpeculativeDecoder
 
 Batch = dict[str, Any]
 
+HOST_ARGUMENTS = list(inspect.signature(GRPOTrainer.__init__).parameters)[4:]
+"""Names of the host's arguments after model, reward functions and args."""
 HOST_CLIP_METRICS = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
 
 
@@ -51,12 +55,16 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             require_hooks(OFF_POLICY_MASK)
         if args.top_entropy_quantile < 1.0:
             require_hooks(TOP_ENTROPY)
-        # A copy, since the host puts loaded reward models in place of their paths.
-        super().__init__(model, list_reward_funcs(reward_funcs), args, *host_args, **host_kwargs)
+        named = dict(zip(HOST_ARGUMENTS, host_args, strict=False)) | host_kwargs
+        loads_reference = args.beta != 0.0 and named.get("peft_config") is None
+        with lent_name(model, named.get("processing_class"), loads_reference=loads_reference):
+            # A copy of the list, since the host puts loaded reward models in place of their paths.
+            super().__init__(model, list_reward_funcs(reward_funcs), args, *host_args, **host_kwargs)
         rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else [{"prompt": None}]
         processor = self.processing_class
         check_tokenizer(self._tokenizer, None if getattr(processor, "chat_template", None) else rows[0]["prompt"])
         self._positions = learned_positions(self.model)
+        self.train_dataset: Any = filling(self.train_dataset, args.generation_batch_size // self.num_generations)
         if self.use_vllm:  # the model may have come with heads or native layers
             hide_critics_from_vllm(self.vllm_generation)
         self._policy_loss = args.make_policy_loss()

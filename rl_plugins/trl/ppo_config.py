@@ -74,6 +74,3 @@ class PPOConfig(NamedArguments, OnlineValueArguments, GRPOConfig):
         if self.value_learning_rate is not None and self.value_learning_rate < 0:
             raise ValueError(f"value_learning_rate must be at least 0, got {self.value_learning_rate}.")
         super().__post_init__()
-        if self.ddp_find_unused_parameters is None:
-            # Policy and value model run in every forward.
-            self.ddp_find_unused_parameters: bool | None = False

@@ -98,7 +98,7 @@ class PPOTrainer(ValueTrainer):
         critic = make_value_model(
             value_model or args.value_model_path,
             model,
-            policy_init_kwargs=args.model_init_kwargs,
+            policy_init_kwargs={"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})},
             init_kwargs=own,
         )
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)

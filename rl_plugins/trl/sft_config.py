@@ -45,5 +45,6 @@ class MTPSFTConfig(NamedArguments, MTPHeadsArguments, SFTConfig):
         if self.native_mtp:
             check_native_settings(self.mtp_loss_coef, self.mtp_heads_path)
         super().__post_init__()
-        if self.ddp_find_unused_parameters is None:
+        if self.freeze_trunk and self.ddp_find_unused_parameters is None:
+            # The heads are all that learns, and run in every forward, which no longer has a graph to look for them in.
             self.ddp_find_unused_parameters: bool | None = False

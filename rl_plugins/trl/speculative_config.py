@@ -107,3 +107,9 @@ class SpeculativeArguments(TokenHeadsArguments):
                     f"speculative=True drafts in the model's own generate, which {name}=True does not use. Set one of "
                     "them to False."
                 )
+        if getattr(self, "sync_ref_model", False):
+            raise ValueError(
+                "sync_ref_model=True cannot work with heads attached to the policy: TRL zips the parameters of policy "
+                "and reference one to one, and the reference has no heads. Set one of speculative and sync_ref_model "
+                "to False."
+            )

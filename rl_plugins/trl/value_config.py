@@ -110,6 +110,11 @@ class OnlineValueArguments(ValueArguments, PolicyLossArguments):
     )
     value_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps in which only the critic learns."})
 
+    @property
+    def own_advantages(self) -> str | None:
+        """Advantages come from values."""
+        return "the critic (scaled by advantage_scaling)"
+
     def check_online_value_arguments(self) -> None:
         """Validate before any work starts.
 

@@ -97,6 +97,16 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
         """Whether the advantage needs no group."""
         return self.advantage in GROUPLESS
 
+    @property
+    def own_advantages(self) -> str | None:
+        """Advantages come from `advantage`, where it is given."""
+        return None if self.advantage is None else f"advantage={self.advantage!r}"
+
+    @property
+    def scales_rewards_like(self) -> str | None:
+        """The host has three of the advantages, too."""
+        return {"group_centered": "none", "group_centered_batch_scaled": "batch"}.get(self.advantage or "")
+
     def __post_init__(self) -> None:
         settle_options(self)
         apply_preset(self, GRPO_PRESETS)
@@ -129,12 +139,6 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
                 raise ValueError("advantage_kwargs are options of an advantage, but advantage is None. Name one.")
         else:
             check_choice("advantage", self.advantage, ADVANTAGES)
-            if self.multi_objective_aggregation != "sum_then_normalize":
-                raise ValueError(
-                    f"advantage={self.advantage!r} starts from the weighted sum of the rewards, which "
-                    f"multi_objective_aggregation={self.multi_objective_aggregation!r} does not have. Leave one of "
-                    "the two at its default."
-                )
         if self.advantage == "pass_at_k" and not 1 <= int(kwargs.get("k", 0)) < (self.num_generations or 0):
             raise ValueError(
                 f"pass_at_k draws k of the num_generations={self.num_generations} completions of a prompt, but k is "
