@@ -187,6 +187,8 @@ def test_what_lightning_modules_lean_on() -> None:
 class Library:
     """A library whose names are hooks."""
 
+    constant = 1
+
     def __init__(self) -> None:
         self.stored = 0
 
@@ -215,10 +217,11 @@ class Library:
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], str]:
     """What the check says of one row about a library; nothing if it fits."""
     library = ModuleType("library")
-    library.__dict__.update(__version__="9.9.9", Library=Library)
+    library.__dict__.update(__version__="9.9.9", Library=Library, __path__=[str(tmp_path)])
+    (tmp_path / "broken.py").write_text("import nowhere")
     monkeypatch.setitem(sys.modules, "library", library)
     monkeypatch.setitem(TESTED, "library", "1.2.3")
 
@@ -266,7 +269,9 @@ def test_hooks_that_fit(name: str, parameters: str, check: Callable[[str, str], 
         ("Library.removed", "model", "is gone"),
         ("Library.removed", hooks.PRESENT, "is gone"),
         ("Library.stored", "model", "is gone"),  # there, but no function
+        ("Library.constant", "model", "is no function any more"),
         ("Removed", hooks.PRESENT, "is gone"),
+        ("broken.function", hooks.PRESENT, "cannot be imported (No module named 'nowhere')"),
         ("Removed.step", "model", "is gone"),
         ("removed.module.function", hooks.PRESENT, "is gone"),
         (
@@ -289,6 +294,15 @@ def test_hooks_that_have_changed(target: str, parameters: str, change: str, chec
     message = check(target, parameters)
     assert message.startswith(f"a feature cannot run with library 9.9.9: library.{target} {change}")
     assert message.endswith('Install what was tested (pip install "library==1.2.3") or a newer rl_plugins.')
+
+
+def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HOOKS, "a feature", (Hook("nowhere.function"),))
+    monkeypatch.setitem(TESTED, "nowhere", "1.2.3")
+    with pytest.raises(
+        ImportError, match="^a feature needs nowhere, which is not installed. Run: pip install nowhere==1.2.3"
+    ):
+        require_hooks("a feature")
 
 
 def test_a_trl_that_has_changed_is_named_when_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
