@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 import trl
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import Cache, DynamicCache, GenerationConfig
 from trl import GRPOTrainer, SFTTrainer
@@ -111,7 +112,7 @@ def test_our_overrides_take_the_parameters_of_the_table(trainer: str) -> None:
             if name in vars(cls):
                 given = list(inspect.signature(vars(cls)[name]).parameters.values())[1:]
                 names = [param.name for param in given if param.kind is param.POSITIONAL_OR_KEYWORD]
-                assert hook.parameters.split(", ")[: len(names)] == [name for name in names if name], cls
+                assert hook.parameters.split(", ")[: len(names)] == names, cls
                 compared += bool(names)
     assert compared >= 5
 
@@ -175,7 +176,7 @@ def test_what_native_layers_lean_on(tiny_model: Callable[..., Any]) -> None:
 
 
 def test_what_lightning_modules_lean_on() -> None:
-    assert rl_plugins.lightning.LanguageModule.__mro__[-1] is object
+    assert LightningModule()._trainer is None
     rows = [{"prompt": "1"}]
     assert is_overridden("val_dataloader", PromptDataModule(rows, rows))
     assert not is_overridden("val_dataloader", PromptDataModule(rows))
