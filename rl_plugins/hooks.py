@@ -5,6 +5,7 @@ package of ours checks what the whole package needs, and the first use of a feat
 """
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator
@@ -207,6 +208,9 @@ def require_hooks(user: str) -> None:
     if not changes:
         return
     libraries = dict.fromkeys(hook.target.partition(".")[0] for hook, _ in changes)
+    for name in libraries:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ImportError(f"{user} needs {name}, which is not installed. Run: pip install {name}=={TESTED[name]}")
     details = "; ".join(f"{hook.target} {change}" for hook, change in changes)
     installed = ", ".join(f"{name} {_version(name)}" for name in libraries)
     tested = " ".join(f'"{name}=={TESTED[name]}"' for name in libraries)
@@ -229,21 +233,30 @@ def _change(hook: Hook) -> str | None:
     owner_path, _, name = hook.target.rpartition(".")
     try:
         owner = _resolve(owner_path)
-    except (ImportError, AttributeError):
-        return "is gone"
+    except (ImportError, AttributeError) as error:
+        return _absence(hook.target, error)
     try:
         found = _resolve(hook.target)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as error:
         is_known = hook.parameters == PRESENT and isinstance(owner, type) and _belongs_to_objects(owner, name)
-        return None if is_known else "is gone"
+        return None if is_known else _absence(hook.target, error)
     if hook.parameters == PRESENT:
         return None
+    if not callable(found):
+        return "is no function any more"
     takes = list(inspect.signature(found).parameters.values())
     is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
     if isinstance(owner, type) and inspect.isfunction(found) and not is_static:
         takes = takes[1:]  # without `self`
     change = _parameter_change(hook.parameters, takes)
     return change and f"{change}: it takes ({', '.join(map(str, takes))})"
+
+
+def _absence(target: str, error: Exception) -> str:
+    """Why a name was not found: itself, or what its module imports."""
+    if isinstance(error, ImportError) and not f"{target}.".startswith(f"{error.name}."):
+        return f"cannot be imported ({error})"
+    return "is gone"
 
 
 def _resolve(path: str) -> Any:
