@@ -25,7 +25,7 @@ from rl_plugins.modules.bias_files import check_biases_fit, save_beside
 from rl_plugins.modules.router_losses import RouterLosses
 from rl_plugins.modules.routers import Router, find_routers
 from rl_plugins.modules.routing_pass import RoutingPass
-from rl_plugins.modules.sharding import show_trained, whole_parameters
+from rl_plugins.modules.sharding import is_fsdp2, show_trained, whole_parameters
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -327,6 +327,15 @@ class RouterBalancer:
         live = [router.bias if router.has_bias else torch.zeros(router.num_experts) for router in self.routers]
         with whole_parameters(live) as whole:
             return [bias.detach().reshape(-1).float().clone() for bias in whole]
+
+    def read_again(self) -> None:
+        """Take over the live biases before the first step, once an engine has the model.
+
+        Where FSDP2 saves memory while loading (`cpu_ram_efficient_loading`), one rank reads the checkpoint, and the
+        others get its values with the sharding.
+        """
+        if not self._has_counted and is_fsdp2(self._model):
+            self.masters = self._read_biases()
 
     @torch.no_grad()
     def _write_biases(self) -> None:

@@ -26,11 +26,14 @@ def is_in_use(param: Tensor) -> bool:
     return bool(vars(param).get("ds_active_sub_modules"))
 
 
+def is_fsdp2(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model, or parts of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def gathers_in_forward(model: nn.Module) -> bool:
     """Whether a forward pass of `model` exchanges parameters between ranks, so that all ranks must run as many."""
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
-        is_sharded(param) for param in model.parameters()
-    )
+    return is_fsdp2(model) or any(is_sharded(param) for param in model.parameters())
 
 
 def whole_size(param: Tensor) -> int:

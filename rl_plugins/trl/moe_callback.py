@@ -118,6 +118,9 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
             state.stateful_callbacks[type(self).__name__] = self.state()
         elif state.global_step > 0:
             self._load_biases(state)
+        else:
+            assert self.balancer is not None
+            self.balancer.read_again()
 
     def _load_biases(self, state: TrainerState) -> None:
         """Take over the biases of a checkpoint, if it was written with this callback."""
