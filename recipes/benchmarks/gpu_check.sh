@@ -106,7 +106,9 @@ step_speculative() {
 
 step_zero() {
     seconds=45
-    command=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 1 recipes/mtp_critic.py)
+    # What torchrun sets for one process; torchrun itself takes half a minute to end its workers when it is stopped.
+    command=(env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + RANDOM % 20000)))
+    command+=("$PYTHON" recipes/mtp_critic.py)
     command+=(--deepspeed "recipes/launch/ds_zero$1.json" --output_dir "$output/zero$1" --disable_tqdm true)
     command+=(--warm_start_steps 20 --max_steps 4 --logging_steps 1 --save_strategy steps --save_steps 4)
     command+=(--train_items 200 --eval_items 32 --per_device_train_batch_size 32 --per_device_eval_batch_size 32)
@@ -217,7 +219,6 @@ for step in $steps; do
     rm -rf "${output:?}/$step" "$output/$step.json" # no figure is left from an earlier run
     echo "$step: at most $seconds s, log in $log" >&2
     began=$(date +%s.%N)
-    # TERM lets torchrun end its workers; two seconds later nothing is left to wait for.
     timeout --kill-after=2 "$seconds" "${command[@]}" >"$log" 2>&1 </dev/null
     status=$?
     took=$(awk -v a="$began" -v b="$(date +%s.%N)" 'BEGIN {printf "%.1f", b - a}')
