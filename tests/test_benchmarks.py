@@ -228,7 +228,7 @@ STEPS = ["tests", "overhead", "memory", "speculative", "zero2", "zero3", "vllm"]
 
 
 def check_gpu(*options: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHON": python}
+    env = {**os.environ, "PYTHON": python, "VLLM_PYTHON": python}
     return subprocess.run([CHECK, *options], capture_output=True, text=True, env=env, timeout=600)
 
 
@@ -242,15 +242,15 @@ def fake_python(folder: Path, body: str) -> str:
 
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_check(tmp_path: Path) -> None:
-    """Six steps within eight seconds, whatever they do."""
+    """A tenth of the time for each step, and for all."""
     python = fake_python(
         tmp_path,
         '*test_device*) echo "== 3 passed in 1.00s ==" ;; *overhead.py*) echo "critic, step 1.1, goal 1.2: met" ;; '
         '*memory.py*) echo "RuntimeError: out of memory"; exit 3 ;; *ds_zero2*) sleep 60 ;;',
     )
     start = time.monotonic()
-    done = check_gpu("--device", "cpu", "--limit", "8", "--output", str(tmp_path / "out"), python=python)
-    assert time.monotonic() - start < 20
+    done = check_gpu("--device", "cpu", "--limit", "48", "--output", str(tmp_path / "out"), python=python)
+    assert time.monotonic() - start < 48
     lines = (tmp_path / "out" / "table.txt").read_text().splitlines()
     assert done.returncode == 1 and done.stdout.splitlines() == lines
     table = {line[:12].strip(): (line[13:22].strip(), line[32:]) for line in lines[lines.index("") + 1 :]}

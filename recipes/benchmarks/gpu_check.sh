@@ -13,7 +13,8 @@
 #
 # Every step has a time limit of its own; those of all steps add up to eight minutes. A step that fails does not stop
 # the others. The exit status is 0 if no step failed, 1 if one did or ran out of time, and 2 if nothing could start.
-# A goal that is missed is a figure, not a failure. PYTHON names the interpreter (default: .venv/bin/python).
+# A goal that is missed is a figure, not a failure. PYTHON names the interpreter (default: .venv/bin/python),
+# VLLM_PYTHON that of the step vllm on a CPU (default: .venv-vllm/bin/python).
 #
 #   tests        fast tests of all parts on the GPU in bfloat16 (tests/test_device.py)
 #   overhead     a step of the critic beside one of GRPO (overhead.py)
@@ -50,6 +51,7 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=.venv/bin/python
     [[ -x $PYTHON ]] || PYTHON=$(command -v python3) || refuse "no Python: set PYTHON, or run make test once."
 fi
+VLLM_PYTHON=${VLLM_PYTHON:-.venv-vllm/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export RL_PLUGINS_TEST_DEVICE=$device RL_PLUGINS_TEST_DTYPE=bfloat16
 # With two cards transformers' Trainer would put the model on both.
@@ -120,8 +122,8 @@ step_zero3() { step_zero 3; }
 step_vllm() {
     seconds=120
     local python=$PYTHON
-    # `make test-vllm` builds this environment; its vLLM knows no GPU.
-    [[ $device == cpu && -x .venv-vllm/bin/python ]] && python=.venv-vllm/bin/python
+    # `make test-vllm` builds an environment whose vLLM knows no GPU.
+    [[ $device == cpu && -x $VLLM_PYTHON ]] && python=$VLLM_PYTHON
     if [[ -z $(package_folder "$python" vllm) ]]; then
         skipped="package vllm is not installed: pip install vllm, or make test-vllm for a CPU"
         return
