@@ -235,7 +235,7 @@ def check_gpu(*options: str, python: str = sys.executable) -> subprocess.Complet
 def fake_python(folder: Path, body: str) -> str:
     """An interpreter that runs `body` in place of a step, and knows a CPU and no package."""
     path = folder / "python"
-    given = f'-c*) exit 0 ;; "- cpu") echo CPU ;; "- "*) exec {sys.executable} "$@" ;;'
+    given = f'"-c import sys;"*) exit 0 ;; "- cpu") echo CPU ;; "- "*) exec {sys.executable} "$@" ;;'
     path.write_text(f'#!/usr/bin/env bash\ncase "$*" in {given} {body} esac\n')
     path.chmod(0o755)
     return str(path)

@@ -106,11 +106,19 @@ step_speculative() {
     fi
 }
 
+without_compiling='import runpy, sys, deepspeed
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")'
+
 step_zero() {
     seconds=45
     # What torchrun sets for one process; torchrun itself takes half a minute to end its workers when it is stopped.
     command=(env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + RANDOM % 20000)))
-    command+=("$PYTHON" recipes/mtp_critic.py)
+    command+=("$PYTHON")
+    # On a CPU DeepSpeed would first compile shared-memory collectives, for minutes, which one process does not need.
+    [[ $device == cpu ]] && command+=(-c "$without_compiling")
+    command+=(recipes/mtp_critic.py)
     command+=(--deepspeed "recipes/launch/ds_zero$1.json" --output_dir "$output/zero$1" --disable_tqdm true)
     command+=(--warm_start_steps 20 --max_steps 4 --logging_steps 1 --save_strategy steps --save_steps 4)
     command+=(--train_items 200 --eval_items 32 --per_device_train_batch_size 32 --per_device_eval_batch_size 32)
@@ -173,7 +181,7 @@ if [[ -n $dry_run ]]; then
     for step in $steps; do
         command=() skipped=""
         "step_$step"
-        if [[ -n $skipped ]]; then echo "$step: skipped, $skipped"; else echo "$step: timeout $seconds ${command[*]}"; fi
+        if [[ -n $skipped ]]; then echo "$step: skipped, $skipped"; else echo "$step: timeout $seconds ${command[*]//$'\n'/; }"; fi
     done
     exit 0
 fi
