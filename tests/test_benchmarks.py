@@ -228,29 +228,29 @@ STEPS = ["tests", "overhead", "memory", "speculative", "zero2", "zero3", "vllm"]
 
 
 def check_gpu(*options: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHON": python}
+    env = {**os.environ, "PYTHON": python, "VLLM_PYTHON": python}
     return subprocess.run([CHECK, *options], capture_output=True, text=True, env=env, timeout=600)
 
 
 def fake_python(folder: Path, body: str) -> str:
     """An interpreter that runs `body` in place of a step, and knows a CPU and no package."""
     path = folder / "python"
-    given = f'-c*) exit 0 ;; "- cpu") echo CPU ;; "- "*) exec {sys.executable} "$@" ;;'
+    given = f'"-c import sys;"*) exit 0 ;; "- cpu") echo CPU ;; "- "*) exec {sys.executable} "$@" ;;'
     path.write_text(f'#!/usr/bin/env bash\ncase "$*" in {given} {body} esac\n')
     path.chmod(0o755)
     return str(path)
 
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_check(tmp_path: Path) -> None:
-    """Six steps within eight seconds, whatever they do."""
+    """A tenth of the time for each step, and for all."""
     python = fake_python(
         tmp_path,
         '*test_device*) echo "== 3 passed in 1.00s ==" ;; *overhead.py*) echo "critic, step 1.1, goal 1.2: met" ;; '
         '*memory.py*) echo "RuntimeError: out of memory"; exit 3 ;; *ds_zero2*) sleep 60 ;;',
     )
     start = time.monotonic()
-    done = check_gpu("--device", "cpu", "--limit", "8", "--output", str(tmp_path / "out"), python=python)
-    assert time.monotonic() - start < 20
+    done = check_gpu("--device", "cpu", "--limit", "48", "--output", str(tmp_path / "out"), python=python)
+    assert time.monotonic() - start < 48
     lines = (tmp_path / "out" / "table.txt").read_text().splitlines()
     assert done.returncode == 1 and done.stdout.splitlines() == lines
     table = {line[:12].strip(): (line[13:22].strip(), line[32:]) for line in lines[lines.index("") + 1 :]}
@@ -293,9 +293,8 @@ def test_the_check_names_files_and_options_that_exist(device: str, tmp_path: Pat
     commands = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert list(commands) == STEPS
     source = CHECK.read_text()
-    assert (
-        sum(int(seconds) for seconds in re.findall(r"^    seconds=(\d+)$", source, re.M)) + 45 <= 480
-    )  # zero2, zero3
+    limits = [int(seconds) for seconds in re.findall(r"^    seconds=(\d+)$", source, re.M)]
+    assert len(limits) == 6 and sum(limits) + limits[4] <= 480, "zero2 and zero3 share one"
     run = [line for line in commands.values() if not line.startswith("skipped")]
     assert len(run) >= 5
     for words in map(str.split, run):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rl_plugins.functional import gae, switch_balance_loss, token_log_probs
 from rl_plugins.generation import SpeculativeDecoder, completion_values
-from rl_plugins.lightning import MTPCriticModule, PromptDataModule
+from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
 from rl_plugins.lightning.classic import DQNModule
 from rl_plugins.lightning.classic import PPOModule as ClassicPPOModule
 from rl_plugins.modules import BalancingConfig, RouterBalancer, attach_mtp_heads
@@ -231,6 +231,14 @@ def test_lightning_critic_learns(tiny_model: Callable[..., Any], tokenizer: Any,
     after = dict(module.named_parameters())
     assert all(p.isfinite().all() for p in after.values())
     assert all(not torch.equal(after[name].cpu(), p) for name, p in before.items() if "embed" in name or "mtp" in name)
+
+
+def test_lightning_tracker_follows_its_prompts(tiny_model: Callable[..., Any], tokenizer: Any, reward: Any) -> None:
+    """Its counts live on the CPU, its advantages where the model is."""
+    options = {"advantage": "value_tracker", "num_generations": 1, "max_completion_length": 5}
+    module = GRPOModule(tiny_model(initializer_range=0.2), tokenizer, reward, **options)
+    fit(module, PromptDataModule([{"prompt": f"{i}+{i}="} for i in range(8)], None, batch_size=4), max_steps=2)
+    assert len(module.tracked.tracker) == 4 and module.trainer.callback_metrics["value_tracker/prompts"] == 4
 
 
 @pytest.mark.parametrize("agent", [DQNModule, ClassicPPOModule])

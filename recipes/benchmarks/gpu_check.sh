@@ -13,7 +13,8 @@
 #
 # Every step has a time limit of its own; those of all steps add up to eight minutes. A step that fails does not stop
 # the others. The exit status is 0 if no step failed, 1 if one did or ran out of time, and 2 if nothing could start.
-# A goal that is missed is a figure, not a failure. PYTHON names the interpreter (default: .venv/bin/python).
+# A goal that is missed is a figure, not a failure. PYTHON names the interpreter (default: .venv/bin/python),
+# VLLM_PYTHON that of the step vllm on a CPU (default: .venv-vllm/bin/python).
 #
 #   tests        fast tests of all parts on the GPU in bfloat16 (tests/test_device.py)
 #   overhead     a step of the critic beside one of GRPO (overhead.py)
@@ -50,6 +51,7 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=.venv/bin/python
     [[ -x $PYTHON ]] || PYTHON=$(command -v python3) || refuse "no Python: set PYTHON, or run make test once."
 fi
+VLLM_PYTHON=${VLLM_PYTHON:-.venv-vllm/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export RL_PLUGINS_TEST_DEVICE=$device RL_PLUGINS_TEST_DTYPE=bfloat16
 # With two cards transformers' Trainer would put the model on both.
@@ -104,9 +106,19 @@ step_speculative() {
     fi
 }
 
+without_compiling='import runpy, sys, deepspeed
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")'
+
 step_zero() {
     seconds=45
-    command=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 1 recipes/mtp_critic.py)
+    # What torchrun sets for one process; torchrun itself takes half a minute to end its workers when it is stopped.
+    command=(env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + RANDOM % 20000)))
+    command+=("$PYTHON")
+    # On a CPU DeepSpeed would first compile shared-memory collectives, for minutes, which one process does not need.
+    [[ $device == cpu ]] && command+=(-c "$without_compiling")
+    command+=(recipes/mtp_critic.py)
     command+=(--deepspeed "recipes/launch/ds_zero$1.json" --output_dir "$output/zero$1" --disable_tqdm true)
     command+=(--warm_start_steps 20 --max_steps 4 --logging_steps 1 --save_strategy steps --save_steps 4)
     command+=(--train_items 200 --eval_items 32 --per_device_train_batch_size 32 --per_device_eval_batch_size 32)
@@ -118,8 +130,8 @@ step_zero3() { step_zero 3; }
 step_vllm() {
     seconds=120
     local python=$PYTHON
-    # `make test-vllm` builds this environment; its vLLM knows no GPU.
-    [[ $device == cpu && -x .venv-vllm/bin/python ]] && python=.venv-vllm/bin/python
+    # `make test-vllm` builds an environment whose vLLM knows no GPU.
+    [[ $device == cpu && -x $VLLM_PYTHON ]] && python=$VLLM_PYTHON
     if [[ -z $(package_folder "$python" vllm) ]]; then
         skipped="package vllm is not installed: pip install vllm, or make test-vllm for a CPU"
         return
@@ -169,7 +181,7 @@ if [[ -n $dry_run ]]; then
     for step in $steps; do
         command=() skipped=""
         "step_$step"
-        if [[ -n $skipped ]]; then echo "$step: skipped, $skipped"; else echo "$step: timeout $seconds ${command[*]}"; fi
+        if [[ -n $skipped ]]; then echo "$step: skipped, $skipped"; else echo "$step: timeout $seconds ${command[*]//$'\n'/; }"; fi
     done
     exit 0
 fi
@@ -217,7 +229,6 @@ for step in $steps; do
     rm -rf "${output:?}/$step" "$output/$step.json" # no figure is left from an earlier run
     echo "$step: at most $seconds s, log in $log" >&2
     began=$(date +%s.%N)
-    # TERM lets torchrun end its workers; two seconds later nothing is left to wait for.
     timeout --kill-after=2 "$seconds" "${command[@]}" >"$log" 2>&1 </dev/null
     status=$?
     took=$(awk -v a="$began" -v b="$(date +%s.%N)" 'BEGIN {printf "%.1f", b - a}')
