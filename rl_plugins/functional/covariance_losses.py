@@ -7,7 +7,7 @@ few tokens carry most of it. Average the losses with `aggregate`. Which tokens a
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.masking import masked_mean, zero_masked
+from rl_plugins.functional.masking import centered, upcast
 from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, policy_inputs
 
 
@@ -27,8 +27,8 @@ def token_covariance(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    centred = [zero_masked(x, mask) - masked_mean(x, mask) for x in (logps, advantages)]
-    return zero_masked(centred[0] * centred[1], mask)
+    covariance = centered(logps, mask) * centered(advantages, mask)
+    return covariance.to(torch.promote_types(upcast(logps).dtype, advantages.dtype))
 
 
 def clip_cov(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rl_plugins.functional.aggregation import aggregate
 from rl_plugins.functional.divergences import kl_k3
-from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, zero_masked
-from rl_plugins.functional.ratios import log_importance_weights
+from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, upcast, zero_masked
+from rl_plugins.functional.ratios import log_importance_weights, log_ratios
 from rl_plugins.objectives.policy import PolicyLoss, clip_shares, policy_loss
 
 
@@ -67,7 +67,7 @@ def online_loss(
             raise ValueError(f"beta={beta} weighs the KL to a reference: give ref_logps, or set beta=0.")
         divergence = kl_k3(zero_masked(logps, mask), zero_masked(ref_logps, mask))
         if correct_kl:
-            log_ratio = zero_masked(logps, mask) - zero_masked(old_logps, mask)
+            log_ratio = log_ratios(zero_masked(logps, mask), zero_masked(old_logps, mask))
             level = str(loss.options.get("level", "token"))
             divergence = divergence * log_importance_weights(log_ratio, mask.bool(), level).exp()
         total = total + beta * aggregate(
@@ -92,7 +92,7 @@ def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Tensor]:
     Returns:
         0-d tensors; those of `..._terminated_length` are 0 where none ended.
     """
-    lengths = lengths.float()
+    lengths = upcast(lengths)
     terminated = lengths[ended.bool()] if ended.any() else torch.zeros_like(lengths[:1])
     return {
         **{f"completions/{name}_terminated_length": getattr(terminated, name)() for name in ("mean", "min", "max")},
@@ -113,6 +113,7 @@ def draft_metrics(counts: Tensor) -> dict[str, Tensor]:
         0-d tensors: `mtp/acceptance/head_k`, the share of head k's drafts that were accepted of those with all before
         them accepted, and `mtp/tokens_per_step`, the tokens of a row per forward pass. NaN where there are none.
     """
+    counts = upcast(counts)
     steps, tokens = counts[:2]
     reached, accepted = counts[2:].view(2, -1)
     rates = {f"mtp/acceptance/head_{k + 1}": rate for k, rate in enumerate((accepted / reached).unbind())}
@@ -134,6 +135,7 @@ def reward_metrics(rewards: Tensor, scores: Tensor, names: Sequence[str], group_
         `frac_reward_zero_std`, the share of groups that teach nothing. NaN where there are too few rewards.
     """
     metrics: dict[str, Tensor] = {}
+    rewards, scores = upcast(rewards), upcast(scores)
     metrics["reward"], metrics["reward_std"] = _moments(scores)
     for name, column in zip(names, rewards.unbind(1), strict=True):
         metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = _moments(column)

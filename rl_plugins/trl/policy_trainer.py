@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from rl_plugins.functional.mtp import completion_labels, completion_states
+from rl_plugins.functional.ratios import LOG_PROB_LIMIT, within_clamp
 from rl_plugins.generation.speculative import SpeculativeDecoder, speculating
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
 from rl_plugins.modules.heads import MTPHeads
@@ -46,7 +47,8 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             reward_funcs = naming(reward_funcs)
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
         self._policy_loss = args.make_policy_loss()
-        self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
+        self._host_inputs: Batch | None = None
+        self._loss_pass: tuple[Tensor, Tensor | None] | None = None
         self._scores: Tensor | None = None
         self.decoder: SpeculativeDecoder | None = None
         self.draft_heads: MTPHeads | None = None
@@ -138,10 +140,26 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self._loss_passes is not None:
-            self._loss_passes.append(result)
-        return result
+        logps, entropies, router_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._host_inputs is not None:
+            logps = self._hold_host_ratios(logps, self._host_inputs)
+            self._loss_pass = (logps, entropies)
+        return logps, entropies, router_loss
+
+    @staticmethod
+    def _hold_host_ratios(logps: Tensor, inputs: Batch) -> Tensor:
+        """Keep the ratios that the host is about to take exponentials of inside the clamp of our own losses.
+
+        The host has no clamp: one forced or filtered token makes its loss NaN, even at an advantage of 0.
+        """
+        logps = logps.clamp(min=-LOG_PROB_LIMIT)
+        if inputs.get("old_per_token_logps") is not None:
+            inputs["old_per_token_logps"] = within_clamp(inputs["old_per_token_logps"], logps)
+        if inputs.get("ref_per_token_logps") is not None:
+            reference = inputs["ref_per_token_logps"].clamp(min=-LOG_PROB_LIMIT)
+            # The ratio of the KL term is the other way round, and so are the signs.
+            inputs["ref_per_token_logps"] = -within_clamp(-reference, -logps)
+        return logps
 
     def _modality_inputs(self, batch: Batch) -> Batch:
         """Keyword arguments of the log-probability pass that a batch carries (images and the like)."""
@@ -191,15 +209,16 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
 
     def _objective(self, model: nn.Module, inputs: Batch) -> Tensor:
         """The loss, without the token loss of heads that draft."""
-        if self._policy_loss is None:
-            return super()._compute_loss(model, inputs)
-        self._loss_passes = []
+        self._host_inputs = dict(inputs)
+        if self._policy_loss is not None:
+            self._host_inputs["advantages"] = torch.zeros_like(inputs["advantages"])
         try:
-            host_loss = super()._compute_loss(model, {**inputs, "advantages": torch.zeros_like(inputs["advantages"])})
-            ((logps, entropies, _),) = self._loss_passes
+            host_loss = super()._compute_loss(model, self._host_inputs)
+            assert self._loss_pass is not None
+            logps, entropies = self._loss_pass
         finally:
-            self._loss_passes = None
-        return host_loss + self._policy_term(logps, entropies, inputs)
+            self._host_inputs = self._loss_pass = None
+        return host_loss if self._policy_loss is None else host_loss + self._policy_term(logps, entropies, inputs)
 
     def _policy_term(self, logps: Tensor, entropies: Tensor | None, inputs: Batch) -> Tensor:
         loss = self._policy_loss
