@@ -108,17 +108,6 @@ def exact_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> t
     return mean, torch.where(var <= rounding**2, 0.0, var), count
 
 
-def centered(x: Tensor, mask: Tensor) -> Tensor:
-    """Return `x - mean` in float64, 0 outside the mask and where the real entries are equal."""
-    mean, var, _ = exact_moments(x, mask)
-    return zero_masked(_deviations(x, mask, mean, var), mask)
-
-
-def _deviations(x: Tensor, mask: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    # Without variance the difference is the rounding of the mean.
-    return torch.where(var == 0, 0.0, zero_masked(x.double(), mask) - mean)
-
-
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, reduce: Reduce | None = None
 ) -> Tensor:
@@ -141,7 +130,9 @@ def masked_whiten(
         ValueError: the shape of `mask` does not lead the shape of `x`.
     """
     mean, var, _ = exact_moments(x, mask, reduce=reduce)
-    white = _deviations(x, mask, mean, var) * torch.rsqrt(var + eps)
+    # Without variance the difference is the rounding of the mean.
+    deviations = torch.where(var == 0, 0.0, zero_masked(x.double(), mask) - mean)
+    white = deviations * torch.rsqrt(var + eps)
     return zero_masked(white if shift_mean else white + mean, mask).to(upcast(x).dtype)
 
 
