@@ -248,6 +248,24 @@ def test_explained_variance_around_a_large_mean() -> None:
     torch.testing.assert_close(functional.explained_variance(forecast, y, torch.ones(40)).double(), expected)
 
 
+def test_divergences_of_any_two_log_probabilities_are_finite() -> None:
+    """Bounded where the exponential overflows; far on the other side k3 stays the line that pulls the policy back."""
+    lows = [-1e4, -100.0, -20.5, -math.inf, -3e38]
+    logps = torch.tensor([-0.5] * 5 + lows + [-math.inf], requires_grad=True)
+    ref = torch.tensor(lows + [-0.5] * 5 + [-math.inf])
+    k3 = functional.kl_k3(logps, ref)
+    (slope,) = torch.autograd.grad(k3.sum(), logps)
+    torch.testing.assert_close(k3[:4].detach(), torch.tensor([9998.5, 98.5, 19.0, 1e6 - 1.5]))
+    torch.testing.assert_close(slope[:5], torch.ones(5))
+    torch.testing.assert_close(k3[5:7].detach(), torch.full((2,), math.exp(20) - 21))
+    assert k3.isfinite().all() and not slope[5:7].any() and slope.isfinite().all() and k3[-1] == 0
+    for other in (functional.kl_k1(logps, ref), functional.kl_to_sampler(logps, ref)):
+        assert other.isfinite().all() and torch.autograd.grad(other.sum(), logps)[0].isfinite().all()
+    mask = torch.ones(1, 11)
+    assert functional.policy_distance(logps[None], ref[None], mask).isfinite().all()
+    assert functional.kl_shaped_rewards(mask, logps[None], ref[None], mask, beta=0.1).isfinite().all()
+
+
 def test_forbidden_tokens_have_no_share_in_the_entropy() -> None:
     logits = torch.tensor([[[1.0, -math.inf, 2.0, -math.inf], [0.0, 0.0, 0.0, 0.0], [3.0] + [-math.inf] * 3]])
     logits.requires_grad_()
