@@ -740,6 +740,28 @@ def test_qac_trains_its_networks_at_their_own_pace() -> None:
     assert module.trainer.global_step == 5 * (3 + 1)
 
 
+def test_actions_that_the_old_policy_never_takes_leave_the_losses_finite() -> None:
+    """Ratios above e^88 are infinite in float32, and 0 times infinity is no number, whatever bounds the weight."""
+    module = started(OffPolicyACModule("CartPole-v1", **SMALL))
+    module.remember(module.collect())
+    rollout, logps = module.replay[0]
+    strange = logps.clone()
+    strange[0, 0], strange[0, 1] = -200.0, -math.inf
+    loss, metrics = module.loss(module.replay[0]._replace(behaviour_logps=strange))
+    gradient = torch.autograd.grad(loss, list(module.parameters()))
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradient)
+    assert metrics["ratio_max"].item() == pytest.approx(math.exp(20), rel=1e-5)
+
+    trpo = started(TRPOModule("CartPole-v1", num_envs=1, rollout_steps=20, seed=1))
+    batch = trpo.estimate(trpo.collect())
+    strange = batch.logps.clone()
+    strange[0] = -200.0
+    advantages = batch.advantages.clone()
+    advantages[0] = 0.0
+    ordinary = trpo.surrogate(batch._replace(advantages=advantages))
+    torch.testing.assert_close(trpo.surrogate(batch._replace(logps=strange, advantages=advantages)), ordinary)
+
+
 def test_a_second_fit_starts_without_old_rollouts() -> None:
     module = OffPolicyACModule("CartPole-v1", **SMALL)
     assert len(fit(module).replay) == 5 and len(fit(module).replay) == 5

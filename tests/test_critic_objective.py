@@ -137,14 +137,16 @@ def test_scaling_by_value() -> None:
     values = torch.tensor([[0.5, 9.0], [9.0, 0.1], [0.999, 9.0], [0.0, 9.0]])
     mask = torch.tensor([[1.0, 1], [0, 1], [1, 1], [1, 1]])
     scaled = scale_advantages(advantages, values, mask, scaling="value")
-    close(scaled[:, 0], [2.0, 1 / 0.3, 10.0, 10.0])  # 1 / sqrt(v (1 - v)), at most 10
+    assert scaled[1, 0] == 0  # masked
+    close(scaled[:, 1], [2.0, 1 / 0.3, 10.0, 10.0])  # 1 / sqrt(v (1 - v)), at most 10
     wide = scale_advantages(advantages, values * 4 - 2, mask, scaling="value", reward_range=(-2.0, 2.0))
     torch.testing.assert_close(wide, scaled / 4)
 
 
 def test_initial_values_and_means() -> None:
     x, mask = torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]), torch.tensor([[1.0, 1, 0], [0, 1, 1], [0, 0, 0]])
-    assert initial_values(x, mask).tolist() == [1.0, 5.0, 7.0]
+    assert initial_values(x, mask).tolist() == [1.0, 5.0, 0.0]
+    assert initial_values(x[:, :0], mask[:, :0]).tolist() == [0.0] * 3
     assert sequence_means(x, mask).tolist() == [1.5, 5.5, 0.0]
 
 

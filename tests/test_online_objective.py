@@ -55,6 +55,21 @@ def trl_loss(x: dict[str, Tensor], aggregation: str, beta: float, entropy_coef: 
     return loss - entropy_coef * (x["entropies"] * mask).sum() / mask.sum()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_forced_tokens_leave_loss_and_gradient_finite(level: str) -> None:
+    """A token that the sampler, the policy or the reference gives next to no probability."""
+    x = batch()
+    x["old_logps"][0, 1], x["ref_logps"][1, 1] = -200.0, -math.inf
+    x["logps"][2, 0], x["old_logps"][2, 1] = -150.0, -math.inf
+    x["logps"].requires_grad_()
+    loss, metrics = online_loss(
+        PolicyLoss("ppo_clip", options={"level": level}), x["logps"], x["old_logps"], x["advantages"], x["mask"],
+        num_items=7.0, max_length=LENGTH, ref_logps=x["ref_logps"], beta=0.1, correct_kl=True,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, x["logps"])
+    assert loss.isfinite() and gradient.isfinite().all() and metrics["kl"].isfinite()
+
+
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "micro_batch", "constant", "sequence_sum"])
 def test_loss_and_gradient_are_trls(aggregation: str) -> None:
     gradients = []

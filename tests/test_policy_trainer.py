@@ -224,6 +224,45 @@ def test_garbage_in_padding_reaches_neither_loss_nor_gradient(make: Make) -> Non
             torch.testing.assert_close(mine, other, rtol=0, atol=0, msg=name)
 
 
+# Tokens of a ratio that float32 does not hold
+
+
+def forced(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A token forced upon the sampler, one that a filter forbade it, one that the reference never says, and more."""
+    batch["old_per_token_logps"][0, 1] = -200.0
+    batch["old_per_token_logps"][2, 0] = -torch.inf
+    batch["old_per_token_logps"][4, 2] = -1e4  # a tool's
+    batch["ref_per_token_logps"][3, 2] = -torch.inf
+    batch["advantages"][4] = 0.0
+    return batch
+
+
+@pytest.mark.parametrize("name", [None, *POLICY_LOSSES])
+def test_forced_tokens_leave_loss_and_gradient_finite(
+    make: Make, name: str | None, tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = make(str(tmp_path / "model"), policy_loss=name, beta=0.3)
+    loss, gradient = loss_and_gradient(trainer, trainer._compute_loss, forced(batch_for(trainer)))
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradient)
+    assert any(g.any() for g in gradient)
+    # The control: TRL has no clamp, not even where the advantages are 0.
+    batch = {**forced(batch_for(trainer)), "advantages": torch.zeros(8)}
+    loss, _ = loss_and_gradient(trainer, lambda *a: GRPOTrainer._compute_loss(trainer, *a), batch)
+    assert not loss.isfinite()
+
+
+def test_a_reference_that_is_far_more_certain_leaves_the_kl_finite() -> None:
+    logps = torch.tensor([[-150.0, -1.0]], requires_grad=True)
+    inputs = {"ref_per_token_logps": torch.tensor([[-0.5, -0.8]]), "old_per_token_logps": torch.tensor([[-0.1, -1.0]])}
+    held = GRPOVariantTrainer._hold_host_ratios(logps, inputs)
+    gap = inputs["ref_per_token_logps"] - held
+    torch.testing.assert_close(gap.detach(), torch.tensor([[20.0, 0.2]]))
+    assert inputs["old_per_token_logps"].equal(torch.tensor([[-0.1, -1.0]]))
+    assert torch.autograd.grad(gap.exp().sum(), logps)[0][0, 0] == 0
+
+
 # Clip metrics
 
 

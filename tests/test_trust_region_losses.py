@@ -196,6 +196,16 @@ def test_bapo_without_a_target_is_ppo_clip() -> None:
     torch.testing.assert_close(bapo(logps, old, advantages, mask, target_share=0.0), expected)
 
 
+def test_bapo_bounds_are_those_outside_autocast() -> None:
+    """Shares that differ by less than bfloat16 resolves: there the search stopped a step early."""
+    logps, old, advantages, _ = (x.float() for x in batch(rows=32, length=64))
+    for share in (0.42, 0.44, 0.46, 0.48):
+        expected = bapo_bounds(logps, old, advantages, target_share=share)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = bapo_bounds(logps, old, advantages, target_share=share)
+        assert found == expected
+
+
 def test_bapo_of_no_token() -> None:
     logps, old, advantages, mask = batch(3)
     none = torch.zeros_like(mask)

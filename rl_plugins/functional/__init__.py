@@ -14,6 +14,9 @@ skipped: the next state is the next real token. Outputs are 0 at masked position
 on input (NaN, inf) reaches neither a result nor a gradient.
 
 Arithmetic is float32 or wider: half-precision inputs are upcast; functions that only move entries keep dtype.
+Nothing here is a matrix product, which autocast would take in bfloat16: inside autocast the results are the same.
+Float64 inputs give float64 results. Log-ratios of policies are clamped to [-20, 20] before an exponential (see
+`ratios`), and a log-probability of -inf is valid, so that losses and gradients are finite whatever was sampled.
 Stop-gradients are the caller's: nothing here detaches, except where an equation itself writes sg[.].
 """
 
@@ -72,7 +75,7 @@ from rl_plugins.functional.natural_gradient import (
     trust_region_step,
 )
 from rl_plugins.functional.policy_losses import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
-from rl_plugins.functional.ratios import log_importance_weights
+from rl_plugins.functional.ratios import log_importance_weights, log_ratios
 from rl_plugins.functional.returns import (
     discount_factors,
     discounted_returns,
@@ -181,6 +184,7 @@ __all__ = [
     "load_entropy",
     "load_fractions",
     "log_importance_weights",
+    "log_ratios",
     "lookahead_values",
     "masked_mean",
     "masked_moments",

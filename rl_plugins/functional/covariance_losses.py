@@ -7,7 +7,7 @@ few tokens carry most of it. Average the losses with `aggregate`. Which tokens a
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.masking import masked_mean, zero_masked
+from rl_plugins.functional.masking import upcast, zero_masked
 from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, policy_inputs
 
 
@@ -27,8 +27,11 @@ def token_covariance(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    centred = [zero_masked(x, mask) - masked_mean(x, mask) for x in (logps, advantages)]
-    return zero_masked(centred[0] * centred[1], mask)
+    # In float64, where equal float32 numbers have their own value as their mean.
+    real = [zero_masked(x.double(), mask) for x in (logps, advantages)]
+    count = mask.bool().sum().clamp(min=1)
+    covariance = (real[0] - real[0].sum() / count) * (real[1] - real[1].sum() / count)
+    return zero_masked(covariance, mask).to(torch.promote_types(upcast(logps).dtype, advantages.dtype))
 
 
 def clip_cov(

@@ -1,10 +1,16 @@
-"""Divergences between two policies, estimated from sampled tokens."""
+"""Divergences between two policies, estimated from sampled tokens.
+
+Where a probability is 0, its logarithm counts as -1e6; the exponent of the k3 estimate is held at 20 (see `ratios`).
+Values and gradients are finite then, and nothing else changes.
+"""
 
 from torch import Tensor
 
+from rl_plugins.functional.ratios import LOG_RATIO_LIMIT, finite_logps
+
 
 def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Per-token estimate of `KL(pi || ref)` on tokens sampled from `pi`: `ln pi - ln ref` (the seed's 8.5).
+    """Per-token estimate of `KL(pi || ref)` on tokens sampled from `pi`: `ln pi - ln ref`.
 
     Unbiased, may be negative (Schulman, "Approximating KL divergence", 2020, estimator k1).
 
@@ -13,9 +19,9 @@ def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
         ref_logps: `(B, T)` under the reference.
 
     Returns:
-        `(B, T)`, in nats.
+        `(B, T)`, in nats, float32 or wider.
     """
-    return logps - ref_logps
+    return finite_logps(logps) - finite_logps(ref_logps)
 
 
 def kl_to_sampler(logps: Tensor, sampler_logps: Tensor) -> Tensor:
@@ -29,9 +35,10 @@ def kl_to_sampler(logps: Tensor, sampler_logps: Tensor) -> Tensor:
         sampler_logps: `(B, T)` under the policy to stay close to.
 
     Returns:
-        `(B, T)`, in nats.
+        `(B, T)`, in nats, float32 or wider; without a gradient where `r` is above `e^20`.
     """
-    log_ratio = logps - sampler_logps
+    # Bounded on one side: far below 0 the estimate is a straight line, whose slope pulls the policy back.
+    log_ratio = kl_k1(logps, sampler_logps).clamp(max=LOG_RATIO_LIMIT)
     return log_ratio.exp() - 1 - log_ratio
 
 
@@ -45,6 +52,6 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
         ref_logps: `(B, T)` under the reference.
 
     Returns:
-        `(B, T)`, in nats.
+        `(B, T)`, in nats, float32 or wider; without a gradient where `r` is above `e^20`.
     """
     return kl_to_sampler(ref_logps, logps)

@@ -11,7 +11,7 @@ advantages of exactly 0, where the mean of equal floats may be off by a unit in 
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.masking import Reduce, masked_moments, zero_masked
+from rl_plugins.functional.masking import Reduce, masked_moments, masked_whiten, zero_masked
 
 
 def group_normalized(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
@@ -175,11 +175,7 @@ def batch_normalized(
     if mask is not None:
         # zero_masked checks the shapes and repeats the mask along the rest of the dimensions.
         real = zero_masked(real, mask).bool()
-    mean, var, _ = masked_moments(returns, real, reduce=reduce)
-    # The mean of equal numbers is off by a few units in the last place, which 1 / sqrt(eps) would blow up.
-    rounding = 32 * torch.finfo(mean.dtype).eps * mean
-    scale = torch.where(var > rounding**2, torch.rsqrt(var + eps), 0.0)
-    return zero_masked((zero_masked(returns, real) - mean) * scale, real)
+    return masked_whiten(returns, real, eps=eps, reduce=reduce)
 
 
 def group_centered_batch_normalized(
@@ -334,16 +330,19 @@ def kalman(
             "give variances above 0 (process_var may be 0)."
         )
     grouped, scorable = _grouped(rewards, group_size)
-    mean = grouped.new_full(grouped.shape[:1], initial_mean)
+    last = grouped.new_full(grouped.shape[:1], initial_mean)
+    gap = torch.zeros_like(last)
     var = grouped.new_full(grouped.shape[:1], initial_var)
     advantages = []
     for reward, real in zip(grouped.unbind(1), scorable.unbind(1), strict=True):
         predicted_var = var + process_var
-        gain = predicted_var / (predicted_var + measurement_var)
-        mean = torch.where(real, mean + gain * (reward - mean), mean)
-        # K R is (1 - K) P' without the difference, of which little is left where K is near 1.
-        var = torch.where(real, gain * measurement_var, var)
-        advantages.append((reward - mean) / (var.sqrt() + eps))
+        share = measurement_var / (predicted_var + measurement_var)
+        # `share` is 1 - K without the difference. r_i - x_i is (1 - K) (r_i - x_{i-1}): followed in place of x, it
+        # keeps the digits that x would lose where the rewards are large and differ little.
+        gap = torch.where(real, share * (gap + (reward - last)), gap)
+        last = torch.where(real, reward, last)
+        var = torch.where(real, share * predicted_var, var)
+        advantages.append(gap / (var.sqrt() + eps))
     return zero_masked(torch.stack(advantages, dim=1), scorable).flatten()
 
 

@@ -27,7 +27,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0)
 
 
 def token_entropies(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """`H(pi(.|s_t)) = -sum_a pi ln pi` in nats.
+    """`H(pi(.|s_t)) = -sum_a pi ln pi` in nats, where `0 ln 0 = 0`: a logit of -inf forbids its token.
 
     Args:
         logits: `(B, T, V)`.
@@ -51,7 +51,8 @@ def _row_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 
 def _row_entropies(logits: Tensor, temperature: float) -> Tensor:
     logps = (upcast(logits) / temperature).log_softmax(-1)
-    return -(logps.exp() * logps).sum(-1)
+    # 0 * -inf is NaN, in the value and in the gradient; 0 times the lowest number is 0 in both.
+    return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)
 
 
 def _check(logits: Tensor, shape: torch.Size, temperature: float) -> None:

@@ -72,12 +72,14 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 def masked_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, population variance and count over the real entries of every rank.
 
-    `mean = sum m x / sum m`, `var = sum m (x - mean)^2 / sum m`; all three are 0 where the mask is empty.
+    `mean = sum m x / sum m`, `var = sum m (x - mean)^2 / sum m`; all three are 0 where the mask is empty. The sums are
+    taken in float64: equal numbers have a variance of exactly 0, and a small spread around a large mean keeps its
+    digits.
 
     Args:
         x: `(B, T, ...)`.
         mask: `(B, T)`, or any leading part of the shape of `x`.
-        reduce: sums a 1-D tensor across ranks; called twice.
+        reduce: sums a 1-D float64 tensor across ranks; called twice.
 
     Returns:
         `(mean, var, count)`, each 0-d and floating.
@@ -85,14 +87,25 @@ def masked_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> 
     Raises:
         ValueError: the shape of `mask` does not lead the shape of `x`.
     """
-    total = masked_sum(x, mask)
-    local = torch.stack([total, _expand(mask, x).sum().to(total.dtype)])
+    mean, var, count = (m.to(upcast(x).dtype) for m in exact_moments(x, mask, reduce=reduce))
+    return mean, var, count
+
+
+def exact_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the `masked_moments` in float64, for those who subtract the mean from `x`.
+
+    The sum of equal float32 numbers is exact in float64 (up to 2^29 of them), hence so is their mean.
+    """
+    real = zero_masked(x.double(), mask)
+    local = torch.stack([real.sum(), _expand(mask, x).sum().double()])
     total, count = (reduce(local) if reduce else local).unbind()
     mean = total / count.clamp(min=1)
-    # A second pass: E[x^2] - E[x]^2 cancels to noise in float32 once the mean exceeds the spread.
-    squares = masked_sum((zero_masked(x, mask) - mean) ** 2, mask).reshape(1)
+    # A second pass: E[x^2] - E[x]^2 cancels to noise once the mean exceeds the spread.
+    squares = masked_sum((real - mean) ** 2, mask).reshape(1)
     var = (reduce(squares) if reduce else squares).squeeze(0) / count.clamp(min=1)
-    return mean, var, count
+    # The mean of equal float64 numbers is off by a few units in the last place: that is no variance.
+    rounding = 32 * torch.finfo(mean.dtype).eps * mean
+    return mean, torch.where(var <= rounding**2, 0.0, var), count
 
 
 def masked_whiten(
@@ -100,24 +113,27 @@ def masked_whiten(
 ) -> Tensor:
     """Scale the real entries to unit variance and, with `shift_mean`, zero mean.
 
-    `(x - mean) / sqrt(var + eps)`, plus `mean` when not `shift_mean`.
+    `(x - mean) / sqrt(var + eps)`, plus `mean` when not `shift_mean`. The differences are taken in float64, as in
+    `masked_moments`: equal entries become exactly 0, or stay what they are when not `shift_mean`.
 
     Args:
         x: `(B, T, ...)`.
         mask: `(B, T)`, or any leading part of the shape of `x`.
         shift_mean: whether to leave the mean at 0.
         eps: added to the variance.
-        reduce: sums a 1-D tensor across ranks.
+        reduce: sums a 1-D float64 tensor across ranks.
 
     Returns:
-        The shape of `x`, 0 outside the mask.
+        The shape of `x`, 0 outside the mask, float32 or wider.
 
     Raises:
         ValueError: the shape of `mask` does not lead the shape of `x`.
     """
-    mean, var, _ = masked_moments(x, mask, reduce=reduce)
-    white = (zero_masked(x, mask) - mean) * torch.rsqrt(var + eps)
-    return zero_masked(white if shift_mean else white + mean, mask)
+    mean, var, _ = exact_moments(x, mask, reduce=reduce)
+    # Without variance the difference is the rounding of the mean.
+    deviations = torch.where(var == 0, 0.0, zero_masked(x.double(), mask) - mean)
+    white = deviations * torch.rsqrt(var + eps)
+    return zero_masked(white if shift_mean else white + mean, mask).to(upcast(x).dtype)
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> Tensor:
@@ -139,11 +155,10 @@ def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor, *, re
         raise ValueError(
             f"predictions {tuple(predictions.shape)} and targets {tuple(targets.shape)} differ: align them."
         )
-    mean, var, _ = masked_moments(targets, mask, reduce=reduce)
-    residual_var = masked_moments(upcast(targets) - upcast(predictions), mask, reduce=reduce)[1]
-    # The mean of equal numbers is off by a few units in the last place: that is not variance either.
-    rounding = 32 * torch.finfo(mean.dtype).eps * mean
-    return torch.where(var > rounding**2, 1 - residual_var / var, torch.nan)
+    _, var, _ = exact_moments(targets, mask, reduce=reduce)
+    residual_var = exact_moments(targets.double() - predictions.double(), mask, reduce=reduce)[1]
+    share = torch.where(var > 0, 1 - residual_var / var, torch.nan)
+    return share.to(torch.promote_types(upcast(targets).dtype, predictions.dtype))
 
 
 def _expand(mask: Tensor, x: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""The natural gradient: steps measured by how far they move a distribution, not its parameters."""
+"""The natural gradient: steps measured by how far they move a distribution, not its parameters.
+
+Dot products are sums of products, which stay in float32 under autocast; `@` would be taken in bfloat16.
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from rl_plugins.functional.masking import upcast
 
 
 def conjugate_gradient(
@@ -28,16 +33,17 @@ def conjugate_gradient(
     """
     if steps < 1 or b.ndim != 1:
         raise ValueError(f"steps={steps}, b {tuple(b.shape)}: give at least 1 step and a vector.")
+    b = upcast(b)
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
-    squared = residual @ residual
+    squared = _dot(residual, residual)
     target = tolerance * squared
     for _ in range(steps):
         if squared <= target:  # also where b = 0
             break
         image = product(direction)
-        length = squared / (direction @ image)
+        length = squared / _dot(direction, image)
         x, residual = x + length * direction, residual - length * image
-        previous, squared = squared, residual @ residual
+        previous, squared = squared, _dot(residual, residual)
         direction = residual + squared / previous * direction
     return x
 
@@ -55,9 +61,9 @@ def hessian_product(gradient: Tensor, parameters: Sequence[Tensor], vector: Tens
         damping: added to the diagonal.
 
     Returns:
-        `(n,)`.
+        `(n,)`, float32 or wider.
     """
-    return flat_gradient(gradient @ vector, parameters, retain_graph=True) + damping * vector
+    return flat_gradient(_dot(gradient, vector), parameters, retain_graph=True) + damping * upcast(vector)
 
 
 def flat_gradient(
@@ -106,5 +112,9 @@ def trust_region_step(
     if max_kl <= 0:
         raise ValueError(f"max_kl={max_kl}: give a positive bound, such as 0.01.")
     direction = conjugate_gradient(product, gradient, steps=steps)
-    curvature = direction @ product(direction)
+    curvature = _dot(direction, product(direction))
     return torch.where(curvature > 0, torch.sqrt(2 * max_kl / curvature.clamp(min=1e-30)), 0.0) * direction
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (upcast(x) * upcast(y)).sum()

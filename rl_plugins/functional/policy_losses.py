@@ -4,8 +4,10 @@ Every loss takes `logps`, `old_logps` (except `vanilla`), `advantages` and `mask
 wider, 0 at masked positions. What stands there on input (NaN, inf) reaches neither a value nor a gradient.
 Advantages are one per sequence, `(B,)`, or one per token, `(B, T)`; `mask=None` means that all tokens are real.
 
-`rho_t = pi(y_t|s_t) / pi_old(y_t|s_t)`. `sg` in an equation is its own stop-gradient and the only place where a
-gradient is cut: pass `old_logps` and `advantages` detached.
+`rho_t = pi(y_t|s_t) / pi_old(y_t|s_t)`, with `ln rho_t` clamped to [-20, 20] (see `ratios`): every loss and its
+gradient are finite, whatever the ratio, and for log-probabilities of -inf. `sg` in an equation is its own
+stop-gradient and, beside the clamp, the only place where a gradient is cut: pass `old_logps` and `advantages`
+detached.
 """
 
 import math
@@ -14,10 +16,15 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import upcast, zero_masked
-from rl_plugins.functional.ratios import check_widths, clipped_objective, log_importance_weights, policy_inputs
+from rl_plugins.functional.ratios import (
+    LOG_RATIO_LIMIT,
+    check_widths,
+    clipped_objective,
+    log_importance_weights,
+    policy_inputs,
+)
 
-# VESPO: the limits of the authors' code, which TRL took over: no log weight beyond 20, no weight below 1e-8.
-_LOG_LIMIT = 20.0
+# VESPO: the limits of the authors' code, which TRL took over: no weight below 1e-8, no log weight beyond 20.
 _LOG_FLOOR = math.log(1e-8)
 
 
@@ -229,7 +236,8 @@ def sapo(
         raise ValueError(f"temperature_pos={temperature_pos}, temperature_neg={temperature_neg}: give positive ones.")
     log_ratio, _, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
     ratio = torch.exp(log_importance_weights(log_ratio, mask, level))
-    temperature = torch.where(advantages > 0, temperature_pos, temperature_neg)
+    # Not where() of two numbers, which would be float32 whatever the advantages are.
+    temperature = torch.full_like(advantages, temperature_neg).masked_fill(advantages > 0, temperature_pos)
     gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     return -gate * advantages
 
@@ -271,10 +279,10 @@ def vespo(
     """
     check_widths(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)
     log_ratio, logps, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
-    log_weight = log_ratio.detach().clamp(-_LOG_LIMIT, _LOG_LIMIT).sum(1, keepdim=True)
+    log_weight = log_ratio.detach().sum(1, keepdim=True)
     if sampler_weights is not None:
         log_weight = log_weight + _log_sampler_weight(sampler_weights, mask)
-    log_weight = log_weight.clamp(_LOG_FLOOR, _LOG_LIMIT)
+    log_weight = log_weight.clamp(_LOG_FLOOR, LOG_RATIO_LIMIT)
     phi = torch.where(
         advantages >= 0, _gamma_weight(log_weight, k_pos, lambda_pos), _gamma_weight(log_weight, k_neg, lambda_neg)
     )
@@ -285,7 +293,7 @@ def _log_sampler_weight(weights: Tensor, mask: Tensor) -> Tensor:
     """Log of the product of the sampler's weights over each sequence, `(B, 1)`."""
     if weights.shape != mask.shape:
         raise ValueError(f"sampler_weights {tuple(weights.shape)}: give one per token {tuple(mask.shape)}.")
-    log_weights = upcast(weights.detach()).log().clamp(_LOG_FLOOR, _LOG_LIMIT)
+    log_weights = upcast(weights.detach()).log().clamp(_LOG_FLOOR, LOG_RATIO_LIMIT)
     return zero_masked(log_weights, mask).sum(1, keepdim=True)
 
 

@@ -1,11 +1,71 @@
-"""Probability ratios between the policy and the one that sampled, and what every policy loss does to its inputs."""
+"""Probability ratios between the policy and the one that sampled, and what every policy loss does to its inputs.
+
+A token that the old policy did not choose (forced, filtered or replayed) may have any ratio: above `e^88` it is
+infinite in float32, and a clipped loss or an advantage of 0 then makes NaN of it, `0 * inf`. Hence log-ratios are
+clamped to `LOG_RATIO_LIMIT` on either side, as in verl. Inside the clamp nothing changes; a token outside it has the
+ratio at the edge, and no gradient through its ratio.
+"""
 
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.masking import masked_mean, zero_masked
+from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
 
 LEVELS = ("token", "sequence")
+
+LOG_RATIO_LIMIT = 20.0
+"""Largest `|ln rho|`: beyond it a token is not of the old policy's choosing. The ratio is then 4.9e8 or 2.1e-9."""
+
+LOG_PROB_LIMIT = 1e6
+"""What stands for infinity in a log-probability: float32 resolves no ratio of log-probabilities that large."""
+
+
+def finite_logps(logps: Tensor) -> Tensor:
+    """Bring log-probabilities to float32 and to at least `-LOG_PROB_LIMIT`, which stands for `ln 0 = -inf`.
+
+    No gradient passes at the limit, since nothing can raise a probability of 0. NaN stays NaN.
+    """
+    return upcast(logps).clamp(-LOG_PROB_LIMIT, LOG_PROB_LIMIT)
+
+
+def log_ratios(logps: Tensor, old_logps: Tensor) -> Tensor:
+    """Log of the probability ratio, clamped: `ln rho = clamp(ln pi - ln pi_old, -20, 20)`.
+
+    The exponential of any ratio and its gradient are finite then. -inf (a probability of 0) is a valid
+    log-probability: the clamp's edge is its ratio, or 1 where both policies have it.
+
+    Args:
+        logps: `ln pi`, any shape.
+        old_logps: `ln pi_old`, the shape of `logps`.
+
+    Returns:
+        The shape of `logps`, float32 or wider; no gradient outside the clamp.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if logps.shape != old_logps.shape:
+        raise ValueError(f"logps {tuple(logps.shape)} and old_logps {tuple(old_logps.shape)} differ.")
+    return _clamp(finite_logps(logps) - finite_logps(old_logps))
+
+
+def _clamp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def within_clamp(anchor: Tensor, logps: Tensor) -> Tensor:
+    """Raise the log-probabilities that a ratio `exp(logps - anchor)` starts from until the ratio is inside the clamp.
+
+    For arithmetic of a host that has no clamp of its own. Inside the clamp `anchor` stays what it is.
+
+    Args:
+        anchor: `ln pi_old (B, T)`.
+        logps: `ln pi (B, T)`, finite.
+
+    Returns:
+        `(B, T)`.
+    """
+    return torch.where(logps - anchor > LOG_RATIO_LIMIT, logps - LOG_RATIO_LIMIT, anchor)
 
 
 def policy_inputs(
@@ -20,7 +80,8 @@ def policy_inputs(
         mask: real tokens `(B, T)`; `None` means all.
 
     Returns:
-        `(log_ratio, logps, advantages, mask)`, all `(B, T)`, with `log_ratio = ln pi - ln pi_old`; the mask is bool.
+        `(log_ratio, logps, advantages, mask)`, all `(B, T)`: the `log_ratios`, which are clamped, finite `logps`, and
+        the mask as bool.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -34,8 +95,8 @@ def policy_inputs(
         )
     real = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask.bool()
     per_token = advantages if advantages.shape == logps.shape else advantages[:, None].expand_as(logps)
-    logps = zero_masked(logps, real)
-    return logps - zero_masked(old_logps, real), logps, zero_masked(per_token, real), real
+    logps, old_logps = (finite_logps(zero_masked(x, real)) for x in (logps, old_logps))
+    return _clamp(logps - old_logps), logps, zero_masked(per_token, real), real
 
 
 def log_importance_weights(log_ratio: Tensor, mask: Tensor, level: str = "token") -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.divergences import kl_k1
 from rl_plugins.functional.masking import upcast, zero_masked
 from rl_plugins.functional.mtp import last_real
 
@@ -44,8 +45,7 @@ def kl_shaped_rewards(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: T
     Raises:
         ValueError: the shapes do not fit.
     """
-    charge = beta * (zero_masked(logps, mask) - zero_masked(ref_logps, mask))
-    return zero_masked(rewards, mask) - charge
+    return zero_masked(rewards, mask) - beta * kl_k1(zero_masked(logps, mask), zero_masked(ref_logps, mask))
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:

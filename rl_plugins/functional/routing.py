@@ -80,7 +80,7 @@ def load_fractions(counts: Tensor, k: int) -> Tensor:
     Returns:
         `f (..., E)`, sums to `k`; 0 where there are no tokens.
     """
-    return _over_total(k * counts, counts)
+    return k * _over_total(counts, counts)
 
 
 def switch_balance_loss(
@@ -131,9 +131,8 @@ def switch_balance_loss(
         layer_p = _mean_probabilities(layer_logits, mask, scoring)
         if fractions is None:
             _check_routed(layer_logits, layer_shares)
-            layer_shares = load_fractions(
-                expert_counts(layer_shares, layer_logits.shape[-1], mask), layer_shares.shape[-1]
-            )
+            counts = expert_counts(layer_shares, layer_logits.shape[-1], mask).to(layer_p.dtype)
+            layer_shares = load_fractions(counts, layer_shares.shape[-1])
         elif layer_shares.shape != layer_p.shape:
             raise ValueError(f"fractions {tuple(layer_shares.shape)}: give (E,), here {tuple(layer_p.shape)}.")
         f.append(upcast(layer_shares.detach()).to(device))
@@ -174,7 +173,7 @@ def sequence_balance_loss(
     tokens = real.sum(1, keepdim=True)
     experts, k = logits.shape[-1], indices.shape[-1]
     p = (router_probabilities(zero_masked(logits, real), scoring) * real[..., None]).sum(1) / tokens.clamp(min=1)
-    f = load_fractions(_count(indices, experts, real), k) * (experts / k)
+    f = load_fractions(_count(indices, experts, real).to(p.dtype), k) * (experts / k)
     return masked_mean((f * p).sum(-1), tokens.squeeze(1) > 0)
 
 
@@ -200,12 +199,12 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _sign(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
     """`sign(mean c - c_i)`."""
-    return _shortfall(counts).sign()
+    return _shortfall(counts).sign().to(bias.dtype)
 
 
 def _proportional(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
     """`(mean c - c_i) / mean c`."""
-    return _over_total(_shortfall(counts), counts)
+    return _over_total(_shortfall(counts).to(bias.dtype), counts)
 
 
 def _quantile(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
@@ -291,6 +290,8 @@ def selection_bias_quantile(scores: Tensor, bias: Tensor, k: int, mask: Tensor |
         raise ValueError(f"bias {tuple(bias.shape)}: give one per expert, ({experts},).")
     real = torch.ones_like(scores[:, 0], dtype=torch.bool) if mask is None else _check_mask(mask, scores)
     scores, bias = zero_masked(scores, real), upcast(bias)
+    if not len(scores):
+        return bias
     threshold = (scores + bias).topk(k + 1, dim=-1).values[:, -1:]
     quantile = _upper_quantile(torch.where(real[:, None], scores - threshold, -torch.inf), real.sum(), k, experts)
     return torch.where(real.any(), -quantile, bias)
@@ -359,13 +360,19 @@ def _count(indices: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
 
 def _shortfall(counts: Tensor) -> Tensor:
     """`E (mean c - c_i)`, exact for integers."""
+    counts = _wide(counts)
     return counts.sum(-1, keepdim=True) - counts.shape[-1] * counts
 
 
 def _over_total(x: Tensor, counts: Tensor) -> Tensor:
     """`x / sum_j c_j`, 0 where there are no tokens."""
-    total = counts.sum(-1, keepdim=True)
-    return torch.where(total > 0, x / torch.where(total > 0, total, 1), 0.0)
+    total = _wide(counts).sum(-1, keepdim=True)
+    return torch.where(total > 0, _wide(x) / torch.where(total > 0, total, 1), 0.0)
+
+
+def _wide(counts: Tensor) -> Tensor:
+    """Integers as they are, which count further than float32."""
+    return upcast(counts) if counts.is_floating_point() else counts
 
 
 def _upper_quantile(x: Tensor, rows: Tensor, k: int, of: int) -> Tensor:
@@ -375,7 +382,7 @@ def _upper_quantile(x: Tensor, rows: Tensor, k: int, of: int) -> Tensor:
     position = (rows - 1).clamp(min=0) * k
     low = position // of
     above, below = (ordered.index_select(0, row.reshape(1)).squeeze(0) for row in (low, low + (position % of > 0)))
-    return torch.lerp(above, below, (position % of / of).to(x.dtype))
+    return torch.lerp(above, below, (position % of).to(x.dtype) / of)
 
 
 def _check_logits(logits: Tensor) -> None:

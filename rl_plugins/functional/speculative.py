@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.masking import upcast
+
 
 def acceptance_probs(target: Tensor, draft: Tensor) -> Tensor:
     """Probability that a drafted token stays: `min(1, p(d) / q(d))` (Leviathan et al., arXiv 2211.17192, section 2.3;
@@ -13,9 +15,9 @@ def acceptance_probs(target: Tensor, draft: Tensor) -> Tensor:
         draft: `q(d)`, the probability that it was drafted with, of the same shape; above 0.
 
     Returns:
-        Probabilities of the same shape.
+        Probabilities of the same shape, float32 or wider.
     """
-    return (target / draft).clamp(max=1.0)
+    return (upcast(target) / upcast(draft)).clamp(max=1.0)
 
 
 def count_accepted(accepted: Tensor) -> Tensor:
@@ -41,8 +43,9 @@ def residual_probs(target: Tensor, draft: Tensor) -> Tensor:
         draft: `q (B, V)`; zeros where nothing was drafted, which leaves `p`.
 
     Returns:
-        `(B, V)`. `p` itself where nothing is left of it, which only rounding brings about.
+        `(B, V)`, float32 or wider. `p` itself where nothing is left of it, which only rounding brings about.
     """
+    target, draft = upcast(target), upcast(draft)
     rest = (target - draft).clamp(min=0.0)
     total = rest.sum(dim=-1, keepdim=True)
     return torch.where(total > 0.0, rest / total, target)
@@ -58,7 +61,8 @@ def expected_tokens(acceptance: Tensor) -> Tensor:
     Returns:
         `(K + 1,)` for `k = 0 .. K`.
     """
-    return 1.0 + torch.cat([acceptance.new_zeros(1), acceptance.cumprod(dim=0).cumsum(dim=0)])
+    reached = upcast(acceptance).cumprod(dim=0)
+    return 1.0 + torch.cat([reached.new_zeros(1), reached.cumsum(dim=0)])
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ def trace_weights(mask: Tensor, *, gamma: float = 1.0, lam: float = 0.99, style:
     Raises:
         ValueError: `mask` is not `(B, T)`, `gamma` or `lam` is out of range, or the style is unknown.
     """
+    return _weights(mask, gamma, lam, style).to(upcast(mask).dtype)
+
+
+def _weights(mask: Tensor, gamma: float, lam: float, style: str) -> Tensor:
+    """`trace_weights` in float64."""
     if mask.ndim != 2:
         raise ValueError(f"mask {tuple(mask.shape)}: give the completion mask, (B, T).")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
@@ -51,7 +56,7 @@ def trace_weights(mask: Tensor, *, gamma: float = 1.0, lam: float = 0.99, style:
     else:
         # The trace of token j has lag l = t - j: it fades as (gamma lam)^l to (gamma lam)^j at l = j and stays there.
         weights = sums[torch.minimum(before, after)] + (after - before).clamp(min=0) * powers[before]
-    return zero_masked(weights.float(), mask)
+    return zero_masked(weights, mask)
 
 
 def lambda_trace(
@@ -89,4 +94,5 @@ def lambda_trace(
     advantages = upcast(advantages)
     if min_advantage is not None:
         advantages = advantages.clamp(min=min_advantage)
-    return zero_masked(advantages[:, None] * trace_weights(mask, gamma=gamma, lam=lam, style=style), mask)
+    weights = _weights(mask, gamma, lam, style).to(advantages.dtype)
+    return zero_masked(advantages[:, None] * weights, mask)

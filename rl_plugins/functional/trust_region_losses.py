@@ -1,7 +1,7 @@
 """Policy losses per token that replace PPO's fixed clip of the ratio by another trust region.
 
 Average them with `aggregate`. Advantages and old log-probabilities come under stop-gradient; the masks and bounds
-that a loss derives from the data are constants in its gradient.
+that a loss derives from the data are constants in its gradient. Log-ratios are clamped to [-20, 20] (see `ratios`).
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import Reduce, zero_masked
-from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, policy_inputs
+from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, finite_logps, policy_inputs
 
 DPPO_THRESHOLDS = {"tv": 0.15, "kl": 0.05}
 """The thresholds of the DPPO paper's stability runs (appendix C.1), by divergence."""
@@ -57,11 +57,13 @@ def dppo(
     check_widths(threshold=threshold)
     if max_ratio is not None and max_ratio < 1:
         raise ValueError(f"max_ratio={max_ratio}: give at least 1, the ratio of an unchanged policy.")
-    log_ratio, logps, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
+    log_ratio, logps, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
     with torch.no_grad():
         outwards = log_ratio * advantages > 0
-        blocked = outwards & (_binary_divergence(logps, log_ratio, divergence) > threshold)
-    return torch.where(blocked, 0.0, -_truncated_ratio(log_ratio, max_ratio) * advantages)
+        # Of the log-probabilities themselves: behind the clamp of the ratio a token may have left the region long ago.
+        old_logps = finite_logps(zero_masked(old_logps, real))
+        blocked = outwards & (_binary_divergence(logps, old_logps, divergence) > threshold)
+    return torch.where(blocked, 0.0, -_truncated_ratio(log_ratio, logps, max_ratio) * advantages)
 
 
 def bapo(
@@ -206,23 +208,22 @@ def cpgd(
     return drift_coef * drift - gain
 
 
-def _binary_divergence(logps: Tensor, log_ratio: Tensor, divergence: str) -> Tensor:
+def _binary_divergence(logps: Tensor, old_logps: Tensor, divergence: str) -> Tensor:
     """Divergence of `pi` from `pi_old` when all other tokens are taken for one."""
-    old_logps = logps - log_ratio
     if divergence == "tv":
         return (logps.exp() - old_logps.exp()).abs()
     # Rounding may leave a log-probability just above 0.
     rest, old_rest = (-torch.expm1(x).clamp(max=0) for x in (logps, old_logps))
     # xlogy makes 0 ln 0 = 0: two policies that are both certain do not diverge.
-    return torch.xlogy(old_rest, old_rest) - torch.xlogy(old_rest, rest) - old_logps.exp() * log_ratio
+    return torch.xlogy(old_rest, old_rest) - torch.xlogy(old_rest, rest) - old_logps.exp() * (logps - old_logps)
 
 
-def _truncated_ratio(log_ratio: Tensor, max_ratio: float | None) -> Tensor:
+def _truncated_ratio(log_ratio: Tensor, logps: Tensor, max_ratio: float | None) -> Tensor:
     """`min(rho, C)`, whose gradient above `C` is that of `C ln pi` and not 0."""
     if max_ratio is None:
         return log_ratio.exp()
     weight = log_ratio.detach().exp().clamp(max=max_ratio)
-    return weight * (1 + log_ratio - log_ratio.detach())
+    return weight * (1 + (logps - logps.detach()))
 
 
 @torch.no_grad()
@@ -252,8 +253,9 @@ def _search_bounds(
     gains, losses = advantages.clamp(min=0).flatten(), -advantages.clamp(max=0).flatten()
     ratios = ratio.flatten()
     clipped = torch.empty_like(ratios)
-    positive = [gains @ torch.clamp(ratios, max=high, out=clipped) for high in highs]
-    negative = [losses @ torch.clamp(ratios, min=low, out=clipped) for low in lows]
+    # Not a dot product, which autocast would take in bfloat16.
+    positive = [torch.clamp(ratios, max=high, out=clipped).mul_(gains).sum() for high in highs]
+    negative = [torch.clamp(ratios, min=low, out=clipped).mul_(losses).sum() for low in lows]
     sums = torch.stack(positive + negative)
     positives, negatives = _search_path(*(reduce(sums) if reduce else sums).split([len(highs), len(lows)]))
     reached = positives >= target_share * (positives + negatives)

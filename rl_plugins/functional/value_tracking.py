@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
+from rl_plugins.functional.ratios import finite_logps
 
 
 def tracker_value(alpha: Tensor, beta: Tensor) -> Tensor:
@@ -74,9 +75,10 @@ def policy_distance(logps_then: Tensor, logps_now: Tensor, mask: Tensor) -> Tens
         mask: real tokens `(N, T)`.
 
     Returns:
-        `(N,)`, in nats, at least 0.
+        `(N,)`, in nats, at least 0; finite, since a log-probability of -inf counts as -1e6.
     """
-    return masked_mean((zero_masked(logps_then, mask) - zero_masked(logps_now, mask)).abs(), mask, dim=1)
+    then, now = (finite_logps(zero_masked(x, mask)) for x in (logps_then, logps_now))
+    return masked_mean((then - now).abs(), mask, dim=1)
 
 
 def forget_factor(kl: Tensor, *, half_life: float = 0.06, low: float = 0.875, high: float = 0.96) -> Tensor:
@@ -131,7 +133,8 @@ def initial_counts(values: Tensor, *, trials: int | Tensor = 8, min_forget: floa
             "values outside [0, 1]: give the mean of rewards in [0, 1], and trials=0 where there is none."
         )
     successes = torch.where(count > 0, count * v, 0.0)
-    total = torch.where(count > 0, 1 / (1 - min_forget), 1.0)
+    # Not where() of two numbers, which would be float32 whatever the values are.
+    total = torch.ones_like(count).masked_fill(count > 0, 1 / (1 - min_forget))
     return total * (successes + 0.5) / (count + 1), total * (count - successes + 0.5) / (count + 1)
 
 

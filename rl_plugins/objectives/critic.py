@@ -12,7 +12,9 @@ from rl_plugins.functional.masking import (
     explained_variance,
     masked_mean,
     masked_moments,
+    masked_sum,
     masked_whiten,
+    upcast,
     zero_masked,
 )
 from rl_plugins.functional.mtp import head_targets, lookahead_values, next_state_values
@@ -58,7 +60,12 @@ class CriticTargets(NamedTuple):
 
 
 def _lambdas(
-    estimator: str, lam_policy: float, lam_value: float, length_alpha: float | None, mask: Tensor
+    estimator: str,
+    lam_policy: float,
+    lam_value: float,
+    length_alpha: float | None,
+    mask: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[float | Tensor, float]:
     if estimator == "td":
         return 0.0, 0.0
@@ -66,7 +73,9 @@ def _lambdas(
         return 1.0, 1.0
     if estimator != "gae":
         raise ValueError(f"Unknown advantage estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
-    return (lam_policy if length_alpha is None else length_adaptive_lambda(mask.sum(1), length_alpha)), lam_value
+    if length_alpha is None:
+        return lam_policy, lam_value
+    return length_adaptive_lambda(mask.sum(1, dtype=dtype), length_alpha), lam_value
 
 
 @torch.no_grad()
@@ -109,7 +118,7 @@ def critic_targets(
     Raises:
         ValueError: If the estimator is unknown, or gamma or a lambda lies outside [0, 1].
     """
-    lam_advantage, lam_target = _lambdas(estimator, lam_policy, lam_value, length_alpha, mask)
+    lam_advantage, lam_target = _lambdas(estimator, lam_policy, lam_value, length_alpha, mask, upcast(values).dtype)
     bootstrap = lookahead_values(target_values, mask) if lookahead else target_values[..., 0]
     next_values = next_state_values(bootstrap, mask)
     baseline = values[..., 0]
@@ -148,6 +157,9 @@ def scale_advantages(
         reward_range: Smallest and largest reward, for `value`.
         reduce: Sums statistics over ranks.
 
+    Returns:
+        (B, T), 0 at masked positions; for `none` the advantages as they came.
+
     Raises:
         ValueError: If `scaling` is unknown.
     """
@@ -155,16 +167,17 @@ def scale_advantages(
         return masked_whiten(advantages, mask, reduce=reduce)
     if scaling == "value":
         low, high = reward_range
-        return value_scaled(advantages, initial_values(values, mask), low=low, high=high, min_std=0.1)
+        real = zero_masked(advantages, mask)
+        return value_scaled(real, initial_values(values, mask), low=low, high=high, min_std=0.1)
     if scaling != "none":
         raise ValueError(f"Unknown advantage scaling {scaling!r}; choose one of {', '.join(SCALINGS)}.")
     return advantages
 
 
 def initial_values(values: Tensor, mask: Tensor) -> Tensor:
-    """`V(s_0)` (B,) of head-1 values (B, T): the value at the first real token."""
-    first = mask.bool().int().argmax(dim=1, keepdim=True)
-    return values.gather(1, first).squeeze(1)
+    """`V(s_0)` (B,) of head-1 values (B, T): the value at the first real token, 0 where a row has none."""
+    real = mask.bool()
+    return masked_sum(values, real & (real.cumsum(1) == 1), dim=1)
 
 
 def value_loss(
@@ -192,8 +205,9 @@ def value_loss(
         The loss (0-d), its sum per head (K,) and the number of targets per head (K,), the latter two detached.
     """
     targets, target_mask = head_targets(returns, mask, values.shape[-1])
-    error = loss(values, targets.detach(), old_values)
-    per_head = error.masked_fill(~target_mask, 0.0).sum(dim=(0, 1))
+    # Before the loss: NaN in padding that is masked only afterwards is still NaN in the gradient.
+    error = loss(zero_masked(values, target_mask), targets.detach(), zero_masked(old_values, target_mask))
+    per_head = masked_sum(error, target_mask, dim=0).sum(0)
     return (
         per_head.sum() / (values.shape[-1] * num_items),
         per_head.detach(),
@@ -234,7 +248,7 @@ def rollout_metrics(
         mean, var, _ = masked_moments(x, mask, reduce=reduce)
         metrics[f"critic/{name}_mean"], metrics[f"critic/{name}_std"] = mean, var.sqrt()
     metrics["critic/td_error_abs"] = masked_moments(targets.td_errors.abs(), mask, reduce=reduce)[0]
-    gap = (values[..., 0] - target_values[..., 0]).abs()
+    gap = (upcast(values[..., 0]) - upcast(target_values[..., 0])).abs()
     metrics["critic/target_gap"] = masked_moments(gap, mask, reduce=reduce)[0]
     goals, goal_mask = head_targets(targets.monte_carlo, mask, values.shape[-1])
     for k in range(values.shape[-1]):
@@ -305,6 +319,7 @@ def per_head_means(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]
     Returns:
         0-d tensors, 0 where there is no target.
     """
+    sums, counts = upcast(sums), upcast(counts)
     means = sums / counts.clamp(min=1.0)
     return {
         name: sums.sum() / counts.sum().clamp(min=1.0),

@@ -21,6 +21,7 @@ from rl_plugins.functional.group_advantages import (
     pass_at_k,
 )
 from rl_plugins.functional.group_losses import gpg_scale
+from rl_plugins.functional.masking import upcast
 from rl_plugins.functional.returns import discounted_returns
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
 from rl_plugins.functional.traces import lambda_trace
@@ -28,7 +29,7 @@ from rl_plugins.functional.value_tracking import forget_factor, tracker_update
 
 
 def _reward(scores: Tensor, group_size: int) -> Tensor:
-    return scores.nan_to_num(0.0)
+    return upcast(scores).nan_to_num(0.0)
 
 
 def _group_centered_rescaled(scores: Tensor, group_size: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.divergences import kl_k3
-from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, masked_sum, zero_masked
-from rl_plugins.functional.ratios import log_importance_weights
+from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, masked_sum, upcast, zero_masked
+from rl_plugins.functional.ratios import log_importance_weights, log_ratios
 from rl_plugins.objectives.policy import PolicyLoss, averaged, clip_shares, policy_loss
 
 
@@ -103,7 +103,7 @@ def reference_kl(
     divergence = kl_k3(zero_masked(logps, mask), zero_masked(ref_logps, mask))
     if not correct:
         return divergence
-    log_ratio = zero_masked(logps, mask) - zero_masked(old_logps, mask)
+    log_ratio = log_ratios(zero_masked(logps, mask), zero_masked(old_logps, mask))
     return divergence * log_importance_weights(log_ratio, mask.bool(), level).exp()
 
 
@@ -118,7 +118,7 @@ def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Tensor]:
     Returns:
         0-d tensors; those of `..._terminated_length` are 0 where none ended.
     """
-    lengths = lengths.float()
+    lengths = upcast(lengths)
     terminated = lengths[ended.bool()] if ended.any() else torch.zeros_like(lengths[:1])
     return {
         **{f"completions/{name}_terminated_length": getattr(terminated, name)() for name in ("mean", "min", "max")},
@@ -139,6 +139,7 @@ def draft_metrics(counts: Tensor) -> dict[str, Tensor]:
         0-d tensors: `mtp/acceptance/head_k`, the share of head k's drafts that were accepted of those with all before
         them accepted, and `mtp/tokens_per_step`, the tokens of a row per forward pass. NaN where there are none.
     """
+    counts = upcast(counts)
     steps, tokens = counts[:2]
     reached, accepted = counts[2:].view(2, -1)
     rates = {f"mtp/acceptance/head_{k + 1}": rate for k, rate in enumerate((accepted / reached).unbind())}
@@ -160,6 +161,7 @@ def reward_metrics(rewards: Tensor, scores: Tensor, names: Sequence[str], group_
         `frac_reward_zero_std`, the share of groups that teach nothing. NaN where there are too few rewards.
     """
     metrics: dict[str, Tensor] = {}
+    rewards, scores = upcast(rewards), upcast(scores)
     metrics["reward"], metrics["reward_std"] = _moments(scores)
     for name, column in zip(names, rewards.unbind(1), strict=True):
         metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = _moments(column)

@@ -12,7 +12,7 @@ from rl_plugins.functional.aggregation import AGGREGATIONS, aggregate
 from rl_plugins.functional.covariance_losses import clip_cov, kl_cov
 from rl_plugins.functional.future_kl import fipo
 from rl_plugins.functional.group_losses import gvpo
-from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments
+from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, zero_masked
 from rl_plugins.functional.policy_losses import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
 from rl_plugins.functional.trust_region_losses import bapo, cpgd, dppo
 from rl_plugins.modules.settings import with_numbers
@@ -191,7 +191,8 @@ def policy_loss(
     per_token = advantages if advantages.ndim == 2 else advantages[:, None]
     cut = (slope == 0) & (per_token != 0) & mask.bool()
     if weights is not None:
-        token_loss = token_loss * weights
+        # NaN in padding would reach the gradient through the product.
+        token_loss = token_loss * zero_masked(weights.expand_as(token_loss), mask)
     return averaged(loss, token_loss, mask, num_items=num_items, max_length=max_length, batch=batch), cut
 
 

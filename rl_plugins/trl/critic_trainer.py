@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rl_plugins.functional.divergences import kl_to_sampler
+from rl_plugins.functional.masking import zero_masked
 from rl_plugins.functional.mtp import completion_labels, completion_states
 from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
@@ -218,7 +219,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         with self.mtp_heads.tapped(head_pass):
             logps = self._logps(model, inputs)
         mask = self._loss_mask(inputs)
-        divergence = kl_to_sampler(logps, inputs["held_logps"])
+        divergence = kl_to_sampler(zero_masked(logps, mask), zero_masked(inputs["held_logps"], mask))
         self._log_mean("phasic/kl", divergence, mask)
         hold = divergence.masked_fill(~mask.bool(), 0.0).sum() / self._num_items(inputs)
         return self.args.phasic_kl_coef * hold + self._critic_loss(head_pass, inputs)

@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from rl_plugins.functional.aggregation import prompt_weights
 from rl_plugins.functional.mtp import completion_labels, completion_states
+from rl_plugins.functional.ratios import LOG_PROB_LIMIT, within_clamp
 from rl_plugins.generation.scoring import checked, list_reward_funcs
 from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
 from rl_plugins.modules.head_pass import HeadPass, logit_divisor
@@ -69,7 +70,8 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             hide_critics_from_vllm(self.vllm_generation)
         self._policy_loss = args.make_policy_loss()
         self._warn_of_inert_loss()
-        self._loss_passes: list[tuple[Tensor, Tensor | None, Tensor | None]] | None = None
+        self._host_inputs: Batch | None = None
+        self._loss_pass: tuple[Tensor, Tensor | None] | None = None
         self._scores: Tensor | None = None
         self.decoder: SpeculativeDecoder | None = None
         self.draft_heads: MTPHeads | None = None
@@ -182,10 +184,26 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self._loss_passes is not None:
-            self._loss_passes.append(result)
-        return result
+        logps, entropies, router_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._host_inputs is not None:
+            logps = self._hold_host_ratios(logps, self._host_inputs)
+            self._loss_pass = (logps, entropies)
+        return logps, entropies, router_loss
+
+    @staticmethod
+    def _hold_host_ratios(logps: Tensor, inputs: Batch) -> Tensor:
+        """Keep the ratios that the host is about to take exponentials of inside the clamp of our own losses.
+
+        The host has no clamp: one forced or filtered token makes its loss NaN, even at an advantage of 0.
+        """
+        logps = logps.clamp(min=-LOG_PROB_LIMIT)
+        if inputs.get("old_per_token_logps") is not None:
+            inputs["old_per_token_logps"] = within_clamp(inputs["old_per_token_logps"], logps)
+        if inputs.get("ref_per_token_logps") is not None:
+            reference = inputs["ref_per_token_logps"].clamp(min=-LOG_PROB_LIMIT)
+            # The ratio of the KL term is the other way round, and so are the signs.
+            inputs["ref_per_token_logps"] = -within_clamp(-reference, -logps)
+        return logps
 
     def _modality_inputs(self, batch: Batch) -> Batch:
         """Keyword arguments of the log-probability pass that a batch carries (images and the like)."""
@@ -269,20 +287,20 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
 
     def _objective(self, model: nn.Module, inputs: Batch) -> Tensor:
         """The loss, without the token loss of heads that draft."""
-        if self._policy_loss is None:
-            return super()._compute_loss(model, inputs)
-        own_kl = self._policy_loss.aggregation == "prompt"
-        self._loss_passes = []
+        own_kl = self._policy_loss is not None and self._policy_loss.aggregation == "prompt"
+        self._host_inputs = dict(inputs)
+        if self._policy_loss is not None:
+            self._host_inputs["advantages"] = torch.zeros_like(inputs["advantages"])
         try:
             with self._host_beta(0.0 if own_kl else self.beta):
-                zeros = torch.zeros_like(inputs["advantages"])
-                host_loss = super()._compute_loss(model, {**inputs, "advantages": zeros})
-            ((logps, entropies, _),) = self._loss_passes
+                loss = super()._compute_loss(model, self._host_inputs)
+            assert self._loss_pass is not None
+            logps, entropies = self._loss_pass
         finally:
-            self._loss_passes = None
+            self._host_inputs = self._loss_pass = None
         if own_kl and self.beta != 0.0:
-            host_loss = host_loss + self._kl_term(logps, inputs)
-        return host_loss + self._policy_term(logps, entropies, inputs)
+            loss = loss + self._kl_term(logps, inputs)
+        return loss if self._policy_loss is None else loss + self._policy_term(logps, entropies, inputs)
 
     def _policy_term(self, logps: Tensor, entropies: Tensor | None, inputs: Batch) -> Tensor:
         loss = self._policy_loss

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rl_plugins.functional.masking import masked_whiten
 from rl_plugins.functional.policy_losses import cispo
+from rl_plugins.functional.ratios import log_ratios
 from rl_plugins.functional.returns import vtrace
 from rl_plugins.functional.value_losses import squared_error
 from rl_plugins.lightning.classic.actor_critic import ActorCriticModule
@@ -106,7 +107,7 @@ class OffPolicyACModule(ActorCriticModule):
         values = self.values(observations)  # (N, T + 1)
         distribution = self.policy(observations[:, :-1])
         logps = distribution.log_prob(rollout.actions)
-        ratios = torch.exp(logps.detach() - behaviour_logps)
+        ratios = log_ratios(logps.detach(), behaviour_logps).exp()
         targets, advantages = self.targets(rollout, values.detach(), ratios)
         if self.normalize_advantages:
             advantages = masked_whiten(advantages, rollout.mask)

@@ -8,6 +8,7 @@ from torch.distributions import kl_divergence
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from rl_plugins.functional.natural_gradient import flat_gradient, hessian_product, trust_region_step
+from rl_plugins.functional.ratios import log_ratios
 from rl_plugins.functional.value_losses import squared_error
 from rl_plugins.lightning.classic.actor_critic import ActorCriticModule, Batch
 from rl_plugins.lightning.classic.environments import EnvSpec
@@ -84,7 +85,8 @@ class TRPOModule(ActorCriticModule):
     def surrogate(self, batch: Batch) -> Tensor:
         """The objective, to be maximised: `mean(rho A) + entropy_coef H`, 0-d."""
         distribution = self.policy(batch.observations)
-        objective = (torch.exp(distribution.log_prob(batch.actions) - batch.logps) * batch.advantages).mean()
+        ratios = log_ratios(distribution.log_prob(batch.actions), batch.logps).exp()
+        objective = (ratios * batch.advantages).mean()
         return objective + self.entropy_coef * distribution.entropy().mean() if self.entropy_coef else objective
 
     def update_policy(self, batch: Batch) -> dict[str, Tensor | float]:
