@@ -180,8 +180,8 @@ def fipo_loop(steps: list[float], new: list[float], a: list[float], j: int) -> f
 
 
 def bapo_bounds_loop(x: Batch) -> tuple[float, float]:
-    pairs = list(zip([math.exp(p - q) for p, q in zip(real(x, "logps"), real(x, "old"), strict=True)],
-                     real(x, "advantages"), strict=True))  # fmt: skip
+    tokens = zip(real(x, "logps"), real(x, "old"), real(x, "advantages"), strict=True)
+    pairs = [(math.exp(p - q), math.exp(q) * a) for p, q, a in tokens]  # weighed by the sampler's probability
     highs, lows = [1.2 + 0.05 * i for i in range(37)], [0.6 + 0.02 * i for i in range(16)]
     for low, high in [(lows[0], h) for h in highs] + [(low, highs[-1]) for low in lows[1:]]:
         gain = math.fsum(min(r, high) * a for r, a in pairs if a > 0)
@@ -532,6 +532,10 @@ FUNCTIONAL: dict[str, Case] = {
     "aggregate": Case(
         lambda x: F.aggregate(x.logps, x.mask, "token", num_items=8), lambda x: math.fsum(real(x, "logps")) / 8
     ),
+    "prompt_weights": Case(
+        lambda x: F.prompt_weights(x.many, GROUP),
+        lambda x: groupwise(x, lambda n: [GROUP / math.fsum(n)] * GROUP, "many"),
+    ),
     # Divergences and log-probabilities
     "kl_k1": Case(lambda x: F.kl_k1(x.logps, x.ref), lambda x: elementwise(lambda p, q: p - q, x.logps, x.ref)),
     "kl_k3": Case(lambda x: F.kl_k3(x.logps, x.ref), lambda x: elementwise(k3, x.logps, x.ref)),
@@ -580,6 +584,10 @@ FUNCTIONAL: dict[str, Case] = {
     "discounted_returns": Case(
         lambda x: F.discounted_returns(x.rewards, x.mask, gamma=0.9),
         lambda x: rowwise(x, lambda r: discounted(r, 0.9), "rewards"),
+    ),
+    "discount_factors": Case(
+        lambda x: F.discount_factors(x.mask, gamma=0.9, dtype=x.rewards.dtype),
+        lambda x: rowwise(x, lambda r: [0.9**i for i in range(len(r))], "rewards"),
     ),
     "td_targets": Case(
         lambda x: F.td_targets(x.rewards, x.values, x.mask, gamma=0.9),
@@ -706,6 +714,10 @@ FUNCTIONAL: dict[str, Case] = {
         ),
     ),
     "group_centered": Case(lambda x: F.group_centered(x.scores, GROUP), lambda x: groupwise(x, centred)),
+    "group_min_max": Case(
+        lambda x: F.group_min_max(x.scores, GROUP),
+        lambda x: groupwise(x, lambda r: [2 * (a - min(r)) / (max(r) - min(r)) - 1 for a in r]),
+    ),
     "leave_one_out": Case(
         lambda x: F.leave_one_out(x.scores, GROUP),
         lambda x: groupwise(x, lambda r: [a - mean(r[:i] + r[i + 1 :]) for i, a in enumerate(r)]),

@@ -30,7 +30,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
     return _scan_real(_clean(rewards, mask), gamma, mask)
 
 
-def discount_factors(mask: Tensor, *, gamma: float) -> Tensor:
+def discount_factors(mask: Tensor, *, gamma: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Discount of each token seen from the start: `gamma^t`, `t` the number of real tokens before it.
 
     The gradient of the discounted objective, `E[sum_t gamma^t A_t grad ln pi(y_t|s_t)]`, has this factor (Sutton and
@@ -39,6 +39,7 @@ def discount_factors(mask: Tensor, *, gamma: float) -> Tensor:
     Args:
         mask: `(B, T)`.
         gamma: discount in `[0, 1]`.
+        dtype: of what the factors are multiplied with; they are float32 at least.
 
     Returns:
         `(B, T)`, 0 at masked positions.
@@ -47,7 +48,7 @@ def discount_factors(mask: Tensor, *, gamma: float) -> Tensor:
         ValueError: `gamma` is out of range.
     """
     _check_gamma(gamma)
-    real = mask.bool().to(torch.float32)
+    real = mask.bool().to(torch.promote_types(dtype, torch.float32))
     return zero_masked(gamma ** (real.cumsum(1) - real), mask)
 
 

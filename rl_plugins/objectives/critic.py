@@ -296,7 +296,7 @@ def critic_signal(
         targets.advantages, values[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
     )
     if discounted_objective:
-        advantages = advantages * discount_factors(mask, gamma=gamma)
+        advantages = advantages * discount_factors(mask, gamma=gamma, dtype=advantages.dtype)
     metrics = rollout_metrics(targets, values, target_values, mask, reduce=reduce)
     skipped = (~mask.any(dim=1)).sum().float().view(1)
     metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]
