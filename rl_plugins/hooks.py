@@ -180,6 +180,7 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         Hook("lightning.pytorch.loops.fit_loop._FitLoop.epoch_loop"),
         Hook("lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop.batch_progress"),
         Hook("lightning.pytorch.trainer.states.TrainerFn"),
+        Hook("lightning.pytorch.utilities.model_helpers.is_overridden", "method_name, instance"),
         Hook("transformers.trainer_pt_utils.get_parameter_names", "model, forbidden_layer_types"),
     ),
     DEEPSPEED_ON_CPU: (

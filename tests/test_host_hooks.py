@@ -326,14 +326,14 @@ def test_a_trl_that_has_changed_is_named_when_it_is_imported(monkeypatch: pytest
     def compute(self: Any, model: Any, inputs: Any, window: Any) -> None: ...
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute)
-    monkeypatch.delattr(trl.trainer.utils, "get_callable_name")
+    monkeypatch.delattr(trl.trainer.utils, "get_config_model_id")
     with pytest.raises(ImportError) as caught:
         reload(rl_plugins.trl)
     message = str(caught.value)
     assert message.startswith(
         "rl_plugins.trl cannot run with trl 1.99.0: trl.GRPOTrainer._compute_loss has a new parameter"
     )
-    assert "`window`" in message and "trl.trainer.utils.get_callable_name is gone" in message
+    assert "`window`" in message and "trl.trainer.utils.get_config_model_id is gone" in message
     assert f'pip install "trl=={TESTED["trl"]}"' in message
 
 

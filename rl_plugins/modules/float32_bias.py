@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from rl_plugins.modules.sharding import is_sharded, whole_parameters
 
@@ -29,6 +30,7 @@ class Float32Bias:
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         self.name = name
+        self.handles: list[RemovableHandle] = []
         live = stored(owner, name)
         with whole_parameters([live]) as (whole,):
             self.value = whole.detach().float().clone()
@@ -41,11 +43,20 @@ class Float32Bias:
             return present
         ours = cls(owner, name)
         setattr(owner, ATTRIBUTE, ours)
-        owner.register_forward_pre_hook(ours._before_forward)
-        # torch marks these functions, which it cannot do with methods.
-        owner.register_state_dict_post_hook(partial(ours._save))
-        owner.register_load_state_dict_pre_hook(partial(ours._load))
+        ours.handles = [
+            owner.register_forward_pre_hook(ours._before_forward),
+            # torch marks these functions, which it cannot do with methods.
+            owner.register_state_dict_post_hook(partial(ours._save)),
+            owner.register_load_state_dict_pre_hook(partial(ours._load)),
+        ]
         return ours
+
+    def release(self, owner: nn.Module) -> None:
+        """Leave the owner as it was, if the bias in the module tree is float32; a rounded one stays hidden."""
+        if stored(owner, self.name).dtype == torch.float32 and self.name not in vars(owner):
+            for handle in self.handles:
+                handle.remove()
+            delattr(owner, ATTRIBUTE)
 
     def _before_forward(self, owner: nn.Module, args: Any) -> None:
         self.show(owner)

@@ -127,9 +127,12 @@ class RouterBalancer:
             router.stored_bias.requires_grad_(False)
 
     def detach(self) -> None:
-        """Stop counting. Added biases stay, since the model was trained with them (`remove_selection_bias`)."""
+        """Stop counting. Added biases stay, since the model was trained with them (`remove_selection_bias`), and so do
+        float32 biases of which the model has rounded copies."""
         for handle in self._handles:
             handle.remove()
+        for router in self.routers:
+            router.release_float32()
         delattr(self._trunk, ATTRIBUTE)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RouterBalancer":

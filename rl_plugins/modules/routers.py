@@ -89,6 +89,12 @@ class Router:
         if self.bias_owner is not None:
             Float32Bias.of(self.bias_owner, self._bias_name)
 
+    def release_float32(self) -> None:
+        """Undo [`keep_float32`] where the module tree holds the bias in float32 anyway."""
+        behind = None if self.bias_owner is None else get_float32_bias(self.bias_owner)
+        if self.bias_owner is not None and behind is not None:
+            behind.release(self.bias_owner)
+
     @torch.no_grad()
     def set_bias(self, bias: Tensor, live: Tensor | None = None) -> None:
         """Route with another bias, and write it into the module tree, too.

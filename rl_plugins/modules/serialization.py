@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from rl_plugins.modules.attach import HEADS_ATTRIBUTE, attach_mtp_heads, base_model_of, get_mtp_heads
+from rl_plugins.modules.bias_files import SELECTION_BIAS_NAME
 from rl_plugins.modules.heads import MTPHeads, MTPHeadsConfig
 from rl_plugins.modules.native_mtp import get_native_mtp
 
@@ -82,7 +83,8 @@ def _index_single_file(directory: Path) -> None:
     """Name the tensors of `model.safetensors` in an index. transformers, which reads the file itself where there is
     one, does not look at it."""
     model_file = directory / SAFE_WEIGHTS_NAME
-    if model_file.is_file():
+    # Without an index vLLM refuses a folder with added selection biases, without which it would route otherwise.
+    if model_file.is_file() and not (directory / SELECTION_BIAS_NAME).is_file():
         with safe_open(model_file, framework="pt") as file:
             weight_map = dict.fromkeys(sorted(file.keys()), SAFE_WEIGHTS_NAME)
         index = {"metadata": {"total_size": model_file.stat().st_size}, "weight_map": weight_map}
