@@ -313,7 +313,7 @@ def test_the_check_names_files_and_options_that_exist(device: str, tmp_path: Pat
 @pytest.mark.slow
 def test_the_check_runs_on_a_cpu(tmp_path: Path) -> None:
     """DeepSpeed's engine and both trainers, in small."""
-    done = check_gpu("--device", "cpu", "--steps", "overhead zero2", "--output", str(tmp_path))
+    done = check_gpu("--device", "cpu", "--limit", "1920", "--steps", "overhead zero2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     overhead, zero = done.stdout.splitlines()[-2:]
     assert re.match(r"overhead +ok +[\d.]+  critic, step [\d.]+, goal 1.15: (met|missed); critic, memory", overhead)

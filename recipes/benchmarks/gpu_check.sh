@@ -195,7 +195,7 @@ if sys.argv[1] == "cuda":
     properties = torch.cuda.get_device_properties(0)
     print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
 else:
-    print(f"CPU {platform.machine()}, {os.cpu_count()} cores, in small")
+    print(f"CPU {platform.machine()}, {os.cpu_count()} cores, in small (the goals are for larger models)")
 names = ("torch", "transformers", "trl", "accelerate", "deepspeed")
 print(", ".join(f"{name} {metadata.version(name)}" for name in names))
 PYTHON
