@@ -30,7 +30,7 @@ TESTED = "1.16"
 HOST = "works: the host reads it where we leave it alone"
 GENERATE = "works: the host's generate, whatever is recorded meanwhile"
 SAMPLER = "works: the host's sampler, on a dataset that fills a batch"
-LOSS = "works: read by the loss that has such an option, refused for a policy_loss that has none"
+LOSS = "works: read by the loss that has such an option, refused for a loss that TRL does not have if that has none"
 WEIGHTS = "works: in the host's loss, and as a weight of our loss per token"
 ADVANTAGES = "works for the host's advantages, refused with others"
 VLLM = "works: the host's engine, which gets the policy without heads"
@@ -79,13 +79,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (CONFIGS, {"policy_loss": "gmpo", "delta": 2.0}, "delta=2.0 has no effect on policy_loss='gmpo', which reads"),
     (CONFIGS, {"policy_loss": "vanilla", "epsilon": 0.3}, "epsilon=0.3 has no .*'vanilla', which reads none of the"),
     (CONFIGS, {"policy_loss": "bapo", "sapo_temperature_pos": 2.0}, "sapo_temperature_pos=2.0 has no effect"),
-    (CONFIGS, {"policy_loss": "sapo", "vespo_k_pos": 1.0}, "which reads sapo_temperature_pos, sapo_temperature_neg"),
+    (CONFIGS, {"policy_loss": "fipo", "vespo_k_pos": 1.0}, "which reads .*epsilon, epsilon_high"),
     (
         CRITICS,
         {"policy_loss": "clip_cov", "importance_sampling_level": "sequence", "beta": 0.0},
         "importance_sampling_level='sequence' has no effect",
     ),
-    (CONFIGS, {"policy_loss": "gmpo", "loss_type": "cispo"}, "takes the place of loss_type='cispo'"),
     (CRITICS, {"sync_ref_model": True, "beta": 0.1}, "reference has no critic. Set sync_ref_model=False"),
     (VARIANT, {"sync_ref_model": True, "beta": 0.1, "speculative": True}, "the reference has no heads"),
 ]
@@ -145,6 +144,13 @@ def test_what_has_an_effect_is_not(configs: dict[str, Any], options: dict[str, A
         # Once more from its own fields, as parsers and checkpoints do.
         again = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
         config(**{**again, "generation_batch_size": None})
+
+
+def test_a_loss_of_the_host_beside_another_is_told(tmp_path: Path) -> None:
+    for config, own in CONFIGS.values():
+        with pytest.warns(UserWarning, match="loss_type='cispo' has no effect: policy_loss='gmpo' takes its place"):
+            args = config(str(tmp_path), use_cpu=True, bf16=False, policy_loss="gmpo", loss_type="cispo", **own)
+        assert (args.policy_loss, args.aggregation, args.loss_type) == ("gmpo", "sequence", "grpo")
 
 
 @pytest.fixture

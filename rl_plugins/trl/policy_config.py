@@ -1,5 +1,6 @@
 """Options of the policy loss, for every trainer that has one."""
 
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -20,6 +21,7 @@ CARRIERS = {
     "constant": "dr_grpo",
     "sequence_sum": "luspo",
 }
+HOST_LOSSES = {*CARRIERS.values(), "cispo", "sapo", "vespo"}
 # TRL's field for an option of a loss.
 HOST_FIELDS = {
     "epsilon_low": "epsilon",
@@ -149,18 +151,18 @@ class PolicyLossArguments(SpeculativeArguments):
         self.loss_type: str = CARRIERS[loss.aggregation]
 
     def _check_loss_fields(self, loss: PolicyLoss) -> None:
-        """Refuse fields of the host that this loss does not read."""
+        """Refuse fields of the host that this loss does not read; the host's own losses are spared, as in TRL."""
         host_fields: Any = self
         carrier = CARRIERS[loss.aggregation]
         if self.loss_type not in (field_default(GRPOConfig, "loss_type"), loss.name, carrier):
-            raise ValueError(
-                f"policy_loss={loss.name!r} takes the place of loss_type={self.loss_type!r}. Leave one of the two out."
+            warnings.warn(
+                f"loss_type={self.loss_type!r} has no effect: policy_loss={loss.name!r} takes its place.", stacklevel=4
             )
         accepted = PolicyLoss.accepted(loss.name)
         # The host's KL term, where it is corrected, has a ratio at this level, too.
         corrected = host_fields.beta != 0.0 and host_fields.use_bias_correction_kl
         kept = {"level"} if corrected or loss.name == "gspo_token" else set()
-        for option, host in HOST_FIELDS.items():
+        for option, host in HOST_FIELDS.items() if loss.name not in HOST_LOSSES else ():
             if option in accepted or option in kept or getattr(self, host) == field_default(GRPOConfig, host):
                 continue
             reads = [HOST_FIELDS[name] for name in accepted if name in HOST_FIELDS]
