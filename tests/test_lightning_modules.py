@@ -6,17 +6,20 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from datasets import Dataset
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from rl_plugins.lightning import (
     GRPOModule,
     MTPCriticModule,
+    MTPSFTModule,
     PolyakCallback,
     PromptDataModule,
     online_module,
@@ -558,3 +561,19 @@ def test_every_rank_has_dice_of_its_own(make: Make, monkeypatch: pytest.MonkeyPa
     torch.manual_seed(3)
     make("grpo")
     assert drawn[0] == torch.rand(()).item()
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_fsdp_is_refused_before_anything_is_sharded(
+    strategy: type, tiny_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    class Sharded(MTPSFTModule):
+        def configure_model(self) -> None:
+            """Shards by itself."""
+
+    module, own = MTPSFTModule(tiny_model(), tokenizer), Sharded(tiny_model(), tokenizer)
+    module._trainer = own._trainer = Mock(strategy=strategy())
+    with pytest.raises(TypeError, match=f"MTPSFTModule does not run under {strategy.__name__}.*deepspeed_stage_3"):
+        module.setup("fit")
+    if strategy is ModelParallelStrategy:
+        own.setup("fit")
