@@ -28,6 +28,7 @@ SPECULATIVE = "speculative decoding"
 NATIVE_MTP = "native MTP layers"
 BALANCING = "balancing of experts"
 VLLM = "generation with vLLM"
+FSDP2 = "training under FSDP2"
 OFF_POLICY_MASK = "off_policy_mask_threshold"
 TOP_ENTROPY = "top_entropy_quantile"
 DEEPSPEED_ON_CPU = "CPUDeepSpeedStrategy"
@@ -37,6 +38,7 @@ TURN_OFF = {
     NATIVE_MTP: "use parallel heads (native_mtp=False)",
     BALANCING: "train without MoEBalancingCallback",
     VLLM: "set use_vllm=False",
+    FSDP2: "train under DDP or DeepSpeed",
     OFF_POLICY_MASK: "leave off_policy_mask_threshold at None",
     TOP_ENTROPY: "leave top_entropy_quantile at 1.0",
 }
@@ -68,6 +70,7 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         Hook("transformers.PreTrainedModel._init_weights", "module"),
         Hook("transformers.PreTrainedModel._keys_to_ignore_on_save"),
         Hook("transformers.utils.cached_file", "path_or_repo_id, filename"),
+        Hook("transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES"),
     ),
     BALANCING: (
         Hook("transformers.PreTrainedModel._can_record_outputs"),
@@ -156,6 +159,8 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         Hook("transformers.trainer_callback.ExportableState.state", ""),
         Hook("transformers.trainer_callback.TrainerState.stateful_callbacks"),
         Hook("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR"),
+        Hook("transformers.trainer_utils.get_last_checkpoint", "folder"),
+        Hook("transformers.utils.peft_utils.find_adapter_config_file", "model_id"),
     ),
     OFF_POLICY_MASK: (
         Hook(
@@ -164,6 +169,10 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         ),
     ),
     TOP_ENTROPY: (Hook("trl.GRPOTrainer.get_high_entropy_mask", "entropies, mask, threshold"),),
+    FSDP2: (
+        Hook("torch.distributed.fsdp.FSDPModule._get_fsdp_state", ""),
+        Hook("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._register_pre_backward_hook", "output"),
+    ),
     VLLM: (Hook("trl.generation.vllm_generation.VLLMGeneration._iter_named_params", ""),),
     "rl_plugins.trl.scripts": (Hook("trl.scripts.grpo.GRPOScriptArguments"),),
     # Documented in Lightning, but easy to overlook: a loader with `state_dict` and `load_state_dict` is resumed in the

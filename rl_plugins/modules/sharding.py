@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rl_plugins.hooks import FSDP2, require_hooks
+
 
 def is_partitioned(param: Tensor) -> bool:
     """Whether ZeRO-3 owns `param`, so that this rank may hold a part of it only."""
@@ -126,4 +128,5 @@ def announce_loss(model: nn.Module, loss: Tensor) -> None:
         loss: 0-d; a term of it is enough.
     """
     if isinstance(model, FSDPModule):
+        require_hooks(FSDP2)
         model._get_fsdp_state()._register_pre_backward_hook(loss)
