@@ -180,7 +180,7 @@ EFFECTS: list[dict[str, Any]] = [
     {"epsilon_high": 0.001},
     {"importance_sampling_level": "sequence"},
     {"top_entropy_quantile": 0.5},
-    {"off_policy_mask_threshold": 1e-9, "advantage_scaling": "whiten"},  # of negative advantages
+    {"off_policy_mask_threshold": -1.0, "advantage_scaling": "whiten"},  # of negative advantages
     {"entropy_coef": 0.3},
     {"mask_truncated_completions": True},
     {"reward_weights": [0.3]},
