@@ -19,9 +19,8 @@ from rl_plugins.modules.sharding import whole_module
 class ValueRecorder:
     """Saves the values of all heads while a model generates, so the critic needs no forward of its own.
 
-    The state `h_t` that predicts `y_t` is in reach when `y_t` is chosen (the seed's 10.1.3 A: "we save these internal
-    value estimates into a buffer"). States wait until `flush_every` forward passes share one run of the heads, which
-    keeps the cost per token low without keeping all hidden states.
+    The state `h_t` that predicts `y_t` is in reach when `y_t` is chosen. States wait until `flush_every` forward
+    passes share one run of the heads, which keeps the cost per token low without keeping all hidden states.
 
     Inside [`following`] it listens to the model's own `generate`, and keeps account: each time a token is chosen, all
     tokens before it must have gone through the model, each once, and all rows must still be there. Decoding methods

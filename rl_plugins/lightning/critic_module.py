@@ -25,7 +25,7 @@ from rl_plugins.objectives.checks import check_head_reach
 
 class MTPCriticModule(HeadsModule, ValueModule):
     r"""Online reinforcement learning with a critic inside the policy: multi-token-prediction heads that also output a
-    value (the seed's 10). One network, one completion per prompt, an advantage for every token.
+    value. One network, one completion per prompt, an advantage for every token.
 
     `L = L_policy + lambda_1 L_MTP + lambda_2 L_TD`; see [`~rl_plugins.objectives.critic_targets`] for the equations.
 

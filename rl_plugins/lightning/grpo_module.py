@@ -32,7 +32,7 @@ class GRPOModule(OnlineModule):
     r"""Group Relative Policy Optimization (2402.03300) and its variants: any advantage and any policy loss of the
     package, by name.
 
-    `A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)` (the seed's 9) by default; [`~rl_plugins.objectives.ADVANTAGES`] and
+    `A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)` by default; [`~rl_plugins.objectives.ADVANTAGES`] and
     [`~rl_plugins.objectives.POLICY_LOSSES`] list what there is.
 
     ```python

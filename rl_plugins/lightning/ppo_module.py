@@ -28,7 +28,7 @@ from rl_plugins.objectives.checks import check_at_least
 
 
 class PPOModule(ValueModule):
-    r"""Proximal Policy Optimization with a separate value model (the seed's 8.4-8.5; Schulman et al., 1707.06347; for
+    r"""Proximal Policy Optimization with a separate value model (Schulman et al., 1707.06347; for
     language models Ouyang et al., 2203.02155).
 
     `L = L_clip + lambda_2 L_value - c H`, on advantages by GAE from token rewards that carry the score at the last

@@ -33,7 +33,7 @@ Metrics = dict[str, Tensor]
 class MTPSFTModule(HeadsModule):
     r"""Supervised fine-tuning that trains multi-token-prediction value heads along the way.
 
-    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)` (the seed's 10.2.7). Where rows have a `reward` (a number, paid at
+    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)`. Where rows have a `reward` (a number, paid at
     the last token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). With
     `native_mtp=True`, L_MTP is the loss of the architecture's own MTP layers (DeepSeek-V3, 2412.19437), which
     `generate(use_mtp=True)` of transformers drafts with after `save_pretrained`.

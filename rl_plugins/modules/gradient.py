@@ -88,7 +88,7 @@ def clamp_gradient(
 ) -> Tensor:
     """Return `x` unchanged, and on the way back clamp the gradient of every token, then scale it.
 
-    `g_t <- scale * g_t * min(1, max_norm / ||g_t||)`: the seed's "clamp the value gradients" (10.2.7). The norm is
+    `g_t <- scale * g_t * min(1, max_norm / ||g_t||)`, which clamps the value gradients. The norm is
     over the last dimension, so one surprising token cannot wash out the trunk.
 
     Args:

@@ -86,7 +86,7 @@ class MTPHead(nn.Module):
 
 
 class MTPHeads(TrunkTap):
-    """K parallel heads on the trunk's hidden state: `[logits_k, v_k] = head_k(h_t)` (the seed's 10.1.2).
+    """K parallel heads on the trunk's hidden state: `[logits_k, v_k] = head_k(h_t)`.
 
     Head k reads `h_t` alone. Its logits predict `y_{t+k}` (Gloeckle et al., 2404.19737, section 2; the main head
     predicts `y_t`) and its value forecasts the return from `r_{t+k-1}` on, so `v_1[t]` estimates `V(s_t)`.

@@ -42,10 +42,10 @@ def check_polyak(**settings: Any) -> None:
 
 
 class PolyakTarget(nn.Module):
-    """A float32 copy of the heads' value path that follows the online heads slowly (the seed's 10.2.5).
+    """A float32 copy of the heads' value path that follows the online heads slowly.
 
     `theta' <- tau theta + (1 - tau) theta'` after every optimizer step (Lillicrap et al., 1509.02971, algorithm 1), or
-    a hard copy every `period` steps (Mnih et al., 2015, the seed's 5.4). The trunk is not copied: the target heads
+    a hard copy every `period` steps (Mnih et al., 2015). The trunk is not copied: the target heads
     read the online trunk's hidden states, which is what makes them cheap.
 
     Keep this module outside the model: in float32 a small tau is not lost to rounding, and no engine partitions it.

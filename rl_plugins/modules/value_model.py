@@ -37,7 +37,7 @@ ValueTap = Callable[[Tensor], Any]
 class ValueModel(nn.Module):
     """`V(s) = w . RMSNorm(f(s)) + b` for every position of a sequence, `f` the trunk of a transformer.
 
-    The seed's 8.5.1: actor and critic as separate networks, so that neither's gradient washes out the other's. The
+    Actor and critic are separate networks, so that neither's gradient washes out the other's. The
     head starts at zero, so the first values are 0 whatever the trunk was trained for. A trunk that reads images, as
     that of a vision-language model does, gets those that the policy gets.
 

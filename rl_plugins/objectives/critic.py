@@ -50,7 +50,7 @@ class CriticTargets(NamedTuple):
         advantages: For the policy, before scaling.
         returns: Regression target of value head 1.
         monte_carlo: Discounted return that was observed; explained variance is measured against it.
-        td_errors: `delta_t`, the seed's dopamine signal.
+        td_errors: `delta_t`, the temporal-difference error.
     """
 
     advantages: Tensor
@@ -94,7 +94,7 @@ def critic_targets(
 ) -> CriticTargets:
     """Advantages and value targets of completions.
 
-    `Y_t = r_t + gamma v_1'[t+1]`, `delta_t = Y_t - v_1[t]` (the seed's 10.1.3 C and D), where `'` marks the slow
+    `Y_t = r_t + gamma v_1'[t+1]`, `delta_t = Y_t - v_1[t]`, where `'` marks the slow
     target heads. The policy gets `A_t = G_t(lam_policy) - v_1[t]` and head 1 regresses on `G_t(lam_value)`, the
     lambda-returns bootstrapped from the target heads (decoupled lambdas: VC-PPO, 2503.01491). `td` sets both lambdas
     to 0, so `A_t = delta_t`; `mc` sets both to 1.

@@ -34,7 +34,7 @@ def online_loss(
     """`L = L_policy + beta KL(pi || ref) - c H(pi)`, with TRL's units and metric names.
 
     The KL is estimated per token (k3; GRPO, 2402.03300, equations 3 and 4) and averaged like the policy loss; the
-    entropy is a mean over tokens, whatever the policy loss is averaged by (the seed's 8.5).
+    entropy is a mean over tokens, whatever the policy loss is averaged by.
 
     Args:
         loss: The policy loss.

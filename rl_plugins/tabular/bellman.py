@@ -13,7 +13,7 @@ from rl_plugins.tabular.mdp import MDP
 def action_values(mdp: MDP, values: Tensor) -> Tensor:
     """Action values from state values: `q(s, a) = r(s, a) + gamma sum_s' p(s'|s, a) v(s')`.
 
-    Sutton and Barto 2018, eq. 4.6 without the maximum; the seed's relation of the two values.
+    Sutton and Barto 2018, eq. 4.6 without the maximum: the relation of the two values.
 
     Args:
         mdp: the process.

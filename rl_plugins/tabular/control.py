@@ -1,4 +1,4 @@
-"""Model-free learning of tables: every method is one loop and one update, with another target (the seed's 4 and 5).
+"""Model-free learning of tables: every method is one loop and one update, with another target.
 
 Shapes: `B` copies, `T` steps of a rollout, `S` states, `A` actions.
 """
@@ -35,7 +35,7 @@ def learn_action_values(
     fresh_episodes: bool = False,
     initial: Tensor | None = None,
 ) -> Learned:
-    """Learn `q` from samples: `q(s, a) <- q(s, a) - alpha_n (q(s, a) - Y)` (the seed's 5.3).
+    """Learn `q` from samples: `q(s, a) <- q(s, a) - alpha_n (q(s, a) - Y)`.
 
     A pair that occurs several times in a rollout is updated once, towards the mean of its targets. Let many copies
     share an update of long rollouts: where visits are few, their number and their targets depend on each other.
@@ -86,7 +86,7 @@ def learn_state_values(
     steps: int = 1,
     initial: Tensor | None = None,
 ) -> Learned:
-    """Learn `v` of a policy by TD(0): `v(s) <- v(s) - alpha_n (v(s) - (r + gamma v(s')))` (the seed's 5.2).
+    """Learn `v` of a policy by TD(0): `v(s) <- v(s) - alpha_n (v(s) - (r + gamma v(s')))`.
 
     Args:
         copies: where the samples come from.
@@ -145,7 +145,7 @@ def monte_carlo_basic(
     policy: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Learned:
-    """Policy iteration whose evaluation is the mean return of episodes from each pair (the seed's 4.1).
+    """Policy iteration whose evaluation is the mean return of episodes from each pair.
 
     Only the first visit of an episode counts: the pair that it starts from. The estimate is replaced by the new mean,
     `alpha = 1`, and the policy by the greedy one.

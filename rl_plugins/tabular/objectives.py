@@ -12,7 +12,7 @@ from rl_plugins.tabular.mdp import MDP
 
 
 def discounted_objective(mdp: MDP, policy: Tensor) -> Tensor:
-    """The discounted return from the first state: `J = sum_s d(s) v_pi(s) = E[sum_t gamma^t r_t]` (the seed's 6.1).
+    """The discounted return from the first state: `J = sum_s d(s) v_pi(s) = E[sum_t gamma^t r_t]`.
 
     Args:
         mdp: the process; `d` is its `start`.
@@ -74,7 +74,7 @@ def stationary_distribution(mdp: MDP, policy: Tensor) -> Tensor:
 
 
 def average_reward(mdp: MDP, policy: Tensor) -> Tensor:
-    """The reward per step in the long run: `r_bar = sum_s d_pi(s) r_pi(s)` (the seed's 6.1; Sutton and Barto 10.6).
+    """The reward per step in the long run: `r_bar = sum_s d_pi(s) r_pi(s)` (Sutton and Barto 10.6).
 
     Args:
         mdp: the process; its discount plays no part.
@@ -111,7 +111,7 @@ def differential_values(mdp: MDP, policy: Tensor) -> Tensor:
 
 
 def policy_gradient(mdp: MDP, logits: Tensor) -> Tensor:
-    """Exact gradient of `discounted_objective` for a softmax table (policy gradient theorem, the seed's 6.2).
+    """Exact gradient of `discounted_objective` for a softmax table (policy gradient theorem).
 
     `dJ / dtheta_sa = eta(s) pi(a|s) (q_pi(s, a) - v_pi(s))`, with `eta` the discounted visits.
 
@@ -131,7 +131,7 @@ def policy_gradient(mdp: MDP, logits: Tensor) -> Tensor:
 
 
 def average_reward_gradient(mdp: MDP, logits: Tensor) -> Tensor:
-    """Exact gradient of `average_reward` for a softmax table (policy gradient theorem, the seed's 6.2).
+    """Exact gradient of `average_reward` for a softmax table (policy gradient theorem).
 
     `dr_bar / dtheta_sa = d_pi(s) pi(a|s) (q(s, a) - h(s))`, with the differential action values
     `q(s, a) = r(s, a) - r_bar + sum_s' p(s'|s, a) h(s')` (Sutton and Barto 2018, section 13.6).

@@ -58,7 +58,7 @@ def policy_evaluation(
 def value_iteration(
     mdp: MDP, *, tolerance: float = 1e-10, max_iterations: int = MAX_ITERATIONS, initial: Tensor | None = None
 ) -> Plan:
-    """Repeat `v <- max_a (r + gamma P v)` (the seed's 3.1; Sutton and Barto 2018, eq. 4.10).
+    """Repeat `v <- max_a (r + gamma P v)` (Sutton and Barto 2018, eq. 4.10).
 
     Truncated policy iteration with one sweep.
 
@@ -83,7 +83,7 @@ def truncated_policy_iteration(
     max_iterations: int = MAX_ITERATIONS,
     initial: Tensor | None = None,
 ) -> Plan:
-    """Improve the policy, evaluate it by `j` sweeps, and repeat (the seed's 3.3).
+    """Improve the policy, evaluate it by `j` sweeps, and repeat.
 
     `pi_k = greedy(v_k)`, `v_{k+1} = (T_{pi_k})^j v_k`. One sweep is value iteration, the limit policy iteration.
 
@@ -116,7 +116,7 @@ def truncated_policy_iteration(
 def policy_iteration(
     mdp: MDP, *, tolerance: float = 1e-10, max_iterations: int = MAX_ITERATIONS, initial: Tensor | None = None
 ) -> Plan:
-    """Improve the policy, evaluate it until its values have converged, and repeat (the seed's 3.2).
+    """Improve the policy, evaluate it until its values have converged, and repeat.
 
     Sutton and Barto 2018, section 4.3. At `gamma = 1` a policy that never ends may have no values, and evaluation then
     does not converge: use `value_iteration`.

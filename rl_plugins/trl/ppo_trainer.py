@@ -30,7 +30,7 @@ from rl_plugins.trl.value_trainer import ValueTrainer
 
 class PPOTrainer(ValueTrainer):
     r"""
-    Trainer for Proximal Policy Optimization with a separate value model (the seed's 8.4-8.5; Schulman et al.,
+    Trainer for Proximal Policy Optimization with a separate value model (Schulman et al.,
     1707.06347; for language models Ouyang et al., 2203.02155).
 
     `L = L_clip + lambda_2 L_value - c H`: clipped policy and value losses and an entropy bonus, on advantages by GAE

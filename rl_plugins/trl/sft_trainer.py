@@ -62,7 +62,7 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     r"""
     Supervised fine-tuning that trains multi-token-prediction value heads along the way.
 
-    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)` (the seed's 10.2.7). Gives heads to a model that has none, with
+    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)`. Gives heads to a model that has none, with
     the trunk trained or frozen. Where the dataset has a column `reward` (a number per example, paid at its last
     token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). Examples whose
     reward is `None`, NaN or infinite teach no values.

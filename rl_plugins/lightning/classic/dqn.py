@@ -1,4 +1,4 @@
-"""Deep Q-learning, the seed's chapter 5.4."""
+"""Deep Q-learning."""
 
 import copy
 from collections.abc import Sequence

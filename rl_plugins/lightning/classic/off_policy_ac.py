@@ -27,11 +27,11 @@ class Experience(NamedTuple):
 
 
 class OffPolicyACModule(ActorCriticModule):
-    """Off-policy actor-critic: importance weights correct for the behaviour policy `beta` (the seed's 7.3).
+    """Off-policy actor-critic: importance weights correct for the behaviour policy `beta`.
 
     `L = mean(-sg[min(rho, clip_rho) A] ln pi(a | s) + value_coef (V(s) - v)^2 - entropy_coef H)`, `rho = pi / beta`,
     with the targets `v` and advantages `A` of `functional.vtrace` (Degris et al., arXiv 1205.4839; Espeholt et al.,
-    arXiv 1802.01561, section 4.2). `gae_lambda = 0` is the seed's rule for the policy, `rho delta grad ln pi`.
+    arXiv 1802.01561, section 4.2). `gae_lambda = 0` is the one-step rule for the policy, `rho delta grad ln pi`.
 
     The behaviour is that of past policies: each iteration collects one rollout, then learns from `updates` of those
     kept. For another behaviour override `act` and `behaviour_logps` together.

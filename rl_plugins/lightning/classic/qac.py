@@ -18,7 +18,7 @@ from rl_plugins.lightning.classic.schedules import Schedule, set_rate, value_at
 
 
 class QACModule(PolicyGradientModule):
-    """QAC: the policy follows a critic `q(s, a)`, which learns by Sarsa (the seed's 7.1).
+    """QAC: the policy follows a critic `q(s, a)`, which learns by Sarsa.
 
     `L_policy = mean(-q(s, a) ln pi(a | s) - entropy_coef H)`, `L_critic = mean((q(s, a) - r - gamma q(s', a'))^2)`
     (Sutton and Barto 2018, eq. 6.7), with stopped gradients on `q` in the first and on the target in the second. `a'`

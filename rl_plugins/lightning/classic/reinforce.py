@@ -30,7 +30,7 @@ class ReinforceModule(PolicyGradientModule):
         num_envs: Environments that are stepped side by side.
         rollout_steps: Steps after which an environment finishes its episode, then waits for the others.
         discounted_objective: Whether step `t` of an episode weighs `gamma^t`, as the gradient of the discounted return
-            has it (the seed's 6.5); most code leaves it out, so that late steps count as much as early ones.
+            has it; most code leaves it out, so that late steps count as much as early ones.
         normalize_advantages: Whether the returns of an update are scaled to zero mean and unit variance.
         learning_rate: Of Adam, a number or a function of the share of training that remains.
         settings: Those of `PolicyGradientModule` and `ClassicModule`.
