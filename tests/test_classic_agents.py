@@ -198,6 +198,19 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
         PPOModule("CartPole-v1", **settings)
 
 
+@pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
+def test_text_is_no_number(agent: type) -> None:
+    for name in ("learning_rate", "gamma", "rollout_steps", "total_steps", "max_grad_norm"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got the text '1e-3'.*write 1.0e-3"):
+            agent("CartPole-v1", **{name: "1e-3"})
+
+    class Own(agent):  # type: ignore[misc,valid-type]
+        def __init__(self, env: Any, *, activation: str = "tanh", **settings: Any) -> None:
+            super().__init__(env, **settings)
+
+    assert Own("CartPole-v1", activation="relu", total_steps=5000).hparams["activation"] == "relu"
+
+
 # Rollouts.
 
 

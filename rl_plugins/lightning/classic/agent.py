@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from rl_plugins.lightning.classic.iterations import Iterations
 from rl_plugins.lightning.classic.networks import evaluation_mode
 from rl_plugins.lightning.classic.runner import Runner, Transition
 from rl_plugins.lightning.classic.schedules import Linear, Schedule, set_rate, value_at
+from rl_plugins.modules.settings import check_number
 
 _STATE = "classic"
 _LOG_EVERY_ENV_STEPS = 2000
@@ -87,6 +88,7 @@ class ClassicModule(LightningModule):
             off after 10,000 steps, since a deterministic policy may never end one.
 
     Raises:
+        TypeError: If a setting is text where a number is needed.
         ValueError: If the spaces of the environment are not supported, or a setting is out of range.
     """
 
@@ -109,6 +111,8 @@ class ClassicModule(LightningModule):
         max_episode_steps: int | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()
+        self._check_numbers()
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
         if total_steps < 1 or num_envs < 1 or eval_episodes < 1:
@@ -117,7 +121,6 @@ class ClassicModule(LightningModule):
             )
         if max_episode_steps is not None and max_episode_steps < 1:
             raise ValueError(f"max_episode_steps={max_episode_steps}: give at least 1 step, or None.")
-        self.save_hyperparameters()
         # A checkpoint that torch.load's safe mode can read holds no callables.
         for name in [n for n, value in self.hparams.items() if callable(value) and not isinstance(value, Linear)]:
             del self.hparams[name]
@@ -134,6 +137,13 @@ class ClassicModule(LightningModule):
         self._resumed: dict[str, Any] | None = None
         self._logged_steps = 0
         self._read_spaces()
+
+    def _check_numbers(self) -> None:
+        """Refuse text where the constructors of the agent and of its bases declare numbers."""
+        for constructor in (vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)):
+            for name, hint in getattr(constructor, "__annotations__", {}).items():
+                if isinstance(self.hparams.get(name), str) and {int, float} & {hint, *get_args(hint)}:
+                    check_number(name, self.hparams[name])
 
     def _read_spaces(self) -> None:
         envs = make_environments(self.env, 1)
