@@ -330,7 +330,7 @@ def test_router_losses(tokenizer: Any, kind: str) -> None:
     def run(size: int, number: int, **options: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
         model = make_moe_model("qwen3_moe")
         module = MTPSFTModule(model, tokenizer, lr_scheduler_type="constant", completion_only=False)
-        balancing = MoEBalancingCallback(rate=0.0, record_load=False, **options)
+        balancing = MoEBalancingCallback(rate=0.0, record_load=False, count_only=not options, **options)
         return step(module, listed(rows, size), balancing, accumulate_grad_batches=number)
 
     expected, plain = run(8, 1, **losses[kind]), run(8, 1)

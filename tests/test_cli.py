@@ -137,7 +137,7 @@ def test_arguments_reach_the_trainer(command: str, workplace: Path, monkeypatch:
     class Recorder:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             calls.append(("init", (args, kwargs)))
-            self.accelerator = SimpleNamespace(print=print)
+            self.accelerator = SimpleNamespace(print=print, wait_for_everyone=lambda: None)
 
         def __getattr__(self, name: str) -> Callable[..., None]:
             return lambda *args, **kwargs: calls.append((name, args or kwargs))

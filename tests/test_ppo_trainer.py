@@ -694,7 +694,9 @@ def test_ppo_and_the_mtp_critic_differ_only_in_where_values_come_from(
     theirs = weights(mtp)
     for name, weight in weights(ppo).items():
         if not is_critic(name):
-            torch.testing.assert_close(weight, theirs[name], atol=1e-5, rtol=1e-4)
+            # Adam's first steps are as large as the learning rate, 1e-2, however small the gradient: where it is next
+            # to nothing, rounding moves a weight by some thousandths of a step.
+            torch.testing.assert_close(weight, theirs[name], atol=1e-4, rtol=1e-4)
 
 
 # LoRA

@@ -298,7 +298,8 @@ class LanguageModule(LightningModule):
                 of an epoch that DeepSpeed carries into the next one.
         """
         self._means, self._share_of_loss = WindowMeans(), 0.0
-        check_windows_fit(self.trainer)
+        if self._trainer is not None:
+            check_windows_fit(self.trainer)
         if self._resumed is None:
             return
         states, self._resumed = self._resumed["ranks"], None
