@@ -81,11 +81,11 @@ class Config(TrainingArguments):
 
 
 BALANCINGS: dict[str, Callable[[Script], dict[str, Any]]] = {
-    "none": lambda script: {"rate": 0.0},
+    "none": lambda script: {"rate": 0.0, "count_only": True},
     "aux": lambda script: {"rate": 0.0, "aux_loss_coef": script.aux_loss_coef},
     "loss_free": lambda script: {"rate": script.rate, "rule": script.rule, "stop": script.stop},
 }
-"""Settings of `MoEBalancingCallback`: all that the runs differ in. Without a rate and a loss it only counts."""
+"""Settings of `MoEBalancingCallback`: all that the runs differ in. Without either it only counts."""
 
 
 class BriefProgress(ProgressCallback):
