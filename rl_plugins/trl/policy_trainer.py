@@ -440,7 +440,8 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             self.decoder.load_state_dict(state["draft_length"])
 
     def _own_files(self) -> dict[str, bool]:
-        return {**super()._own_files(), self._rollout_file(Path()).name: True}
+        # The first rank's file marks checkpoints of online trainers; other ranks may not see it.
+        return {**super()._own_files(), "rollout_0.pt": False, self._rollout_file(Path()).name: True}
 
     def _check_checkpoint(self, directory: Path) -> None:
         path = self._rollout_file(directory)
