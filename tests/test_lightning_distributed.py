@@ -146,7 +146,8 @@ def assert_close(mine: list[dict[str, float]], other: list[dict[str, float]], bo
     for i, (a, b) in enumerate(zip(mine, other, strict=True)):
         assert a.keys() == b.keys()
         gaps = {name: abs(a[name] - b[name]) for name in a}
-        assert max(gaps.values()) < bound, (i, max(gaps, key=lambda name: gaps[name]), max(gaps.values()))
+        # Within an accumulation window nothing is logged.
+        assert max(gaps.values(), default=0.0) < bound, (i, max(gaps, key=lambda name: gaps[name]), max(gaps.values()))
 
 
 def by_prompt(log: dict[str, Any]) -> list[dict[str, list[int]]]:
@@ -193,7 +194,7 @@ def test_polyak_targets_equal_those_of_one_process(two: Workplace, name: str) ->
     two.log(name)
     first, second = (two.tensors(name, "target", rank) for rank in (0, 1))
     assert gap(first, second) == 0.0
-    assert gap(first, two.tensors(reference(name), "target")) < 1e-6
+    assert gap(first, two.tensors(reference(name), "target")) < 1e-5  # a fifth of what AdamW makes of the weights
     heads = {
         f"heads.{key.split('mtp_heads.')[1]}": x
         for key, x in two.tensors(name, "weights").items()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from rl_plugins.functional.mtp import completion_states
@@ -59,15 +60,19 @@ class ValueRecorder:
             model: Causal LM with the heads attached, or a PEFT model around one.
         """
         base: Any = base_model_of(model)
-        if type(base).generate is not GenerationMixin.generate or "generate" in vars(base):
+        if not _generates_as_transformers(base):
             yield  # whose passes may be anything
             return
+        outer = vars(base).get("generate")
         base.generate = partial(self._generate, base.generate)
         try:
             with self.heads.tapped(self):
                 yield
         finally:
-            del base.generate
+            if outer is None:
+                del base.generate
+            else:
+                base.generate = outer
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -172,6 +177,15 @@ class ValueRecorder:
             both[0, rows[:, None], column] = online
             both[1, rows[:, None], column] = target
         return both[0, :, :num_tokens], both[1, :, :num_tokens]
+
+
+def _generates_as_transformers(base: Any) -> bool:
+    """Whether a model's `generate` is that of transformers, maybe in the wrapper that gathers for FSDP2."""
+    own = vars(base).get("generate")
+    if isinstance(base, FSDPModule) and own is not None:
+        wrapped = getattr(own, "__wrapped__", None)
+        return getattr(wrapped, "__func__", None) is GenerationMixin.generate
+    return own is None and type(base).generate is GenerationMixin.generate
 
 
 class _TokenChosen(StoppingCriteria):
