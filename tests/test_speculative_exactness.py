@@ -167,6 +167,8 @@ def p_value(exact: Exact, counts: dict[tuple[int, ...], int]) -> float:
         else:
             cells.append(cell)
     observed, expected = torch.tensor([rare, *cells] if rare[1] else cells, dtype=torch.float64).unbind(dim=1)
+    if len(expected) == 1:
+        return 1.0  # all cells were pooled: there is nothing to compare
     chi_square = ((observed - expected).square() / expected).sum()
     freedom = torch.tensor(len(expected) - 1.0, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom / 2, chi_square / 2))
@@ -206,7 +208,7 @@ def test_sampled_completions_have_the_distribution_of_the_model(tiny_model: Call
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "batches"), [(1, 250), (7, 120), (64, 60)])
+@pytest.mark.parametrize(("rows", "batches"), [(1, 250), (7, 400), (64, 60)])
 def test_small_batches_have_the_distribution_of_the_model(
     tiny_model: Callable[..., Any], rows: int, batches: int
 ) -> None:
