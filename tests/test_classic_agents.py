@@ -934,7 +934,7 @@ class ShortOrLong(gym.Env):
 
 
 def test_logged_returns_of_whole_episodes_favour_no_length() -> None:
-    """The episodes that rows play while they wait for others would bring the mean down to 24."""
+    """Episodes that rows play while they wait for others are mostly short: the long ones are still running."""
     module = started(ReinforceModule(ShortOrLong, num_envs=8, rollout_steps=16, hidden_sizes=(4,), seed=0))
     means = []
     for _ in range(150):
