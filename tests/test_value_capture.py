@@ -181,6 +181,26 @@ def test_idle_passes_after_the_end_are_not_recorded(model: Any) -> None:
     assert account(model.mtp_heads, 5, 1, -1, -1)
 
 
+@pytest.mark.parametrize("chosen", [1, 2, 3, 6, 7])
+def test_ranks_run_the_heads_equally_often(model: Any, chosen: int) -> None:
+    """Seven passes, the last ones idle: under ZeRO-3 every run of the heads waits for all ranks."""
+    record, runs = ValueRecorder(model.mtp_heads, flush_every=3), []
+    handle = model.mtp_heads.register_forward_hook(lambda *args: runs.append(1))
+
+    def passes(ids: Tensor, stopping_criteria: Any) -> Tensor:
+        for i in range(7):
+            record(torch.randn(2, 1 if i else 5, 32))
+            if i < chosen:
+                ids = torch.cat([ids, ids[:, :1]], 1)
+                stopping_criteria(ids, None)
+        return ids
+
+    record._generate(passes, torch.ones(2, 5, dtype=torch.long))
+    saved = record.finish(chosen)
+    handle.remove()
+    assert len(runs) == 3 and saved is not None and bool((saved[0] != 0).any(-1).all())
+
+
 def test_only_completions_that_were_generated_have_been_recorded(model: Any) -> None:
     record = ValueRecorder(model.mtp_heads)
     completions = generate(model, record, do_sample=True, temperature=50.0)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from rl_plugins.functional.mtp import completion_states
@@ -45,7 +44,7 @@ class ValueRecorder:
         self._rows: Tensor | None = None
         self._num_rows = 0
         self._chunks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._passes: list[Tensor] = []  # hidden states since a token was last chosen
+        self._passes: list[tuple[int, int]] = []  # rows and width of those since a token was last chosen
         self._prompt_length = self._length = self._cached = 0
         self._sequences: Tensor | None = None
         self.usable = True
@@ -60,19 +59,17 @@ class ValueRecorder:
             model: Causal LM with the heads attached, or a PEFT model around one.
         """
         base: Any = base_model_of(model)
-        if not _generates_as_transformers(base):
-            yield  # whose passes may be anything
+        if type(base).generate is not GenerationMixin.generate or "generate" in vars(base):
+            # Passes of another `generate` may be anything. FSDP2 puts a wrapper there, too, and values then come from
+            # a pass.
+            yield
             return
-        outer = vars(base).get("generate")
         base.generate = partial(self._generate, base.generate)
         try:
             with self.heads.tapped(self):
                 yield
         finally:
-            if outer is None:
-                del base.generate
-            else:
-                base.generate = outer
+            del base.generate
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -89,9 +86,22 @@ class ValueRecorder:
         return output
 
     def __call__(self, hidden: Tensor) -> None:
-        """Take the hidden states (B, S, D) of one forward pass."""
-        if self.usable:
-            self._passes.append(hidden)
+        """Take the hidden states (B, S, D) of one forward pass.
+
+        Every pass leaves a state, also one after which no token is chosen: under ZeRO-3 all ranks run the heads at
+        once, and ranks that have ended go on with idle passes. A full store is emptied by the next pass, so that
+        something is left for the last run on every rank.
+        """
+        rows, width = hidden.shape[:2]
+        self._passes.append((rows, width))
+        if rows != self._num_rows:
+            return
+        if self._rows is None:
+            self._rows = torch.arange(rows, device=hidden.device)
+        if len(self._states) == self.flush_every:
+            self._flush()
+        self._states.append(hidden[:, -1:].detach())
+        self._steps.append(self._rows.new_full((rows, 1), -1))
 
     def _choose(self, rows: int, length: int) -> None:
         """Keep the state that the newest token was chosen from, if the account is right.
@@ -101,18 +111,15 @@ class ValueRecorder:
             length: Tokens of each, the newest one included.
         """
         passes, self._passes = self._passes, []
-        widths = [hidden.shape[1] for hidden in passes]
+        widths = [width for _, width in passes]
         before = length - 1
-        self.usable &= rows == self._num_rows and all(len(hidden) == rows for hidden in passes)
+        self.usable &= rows == self._num_rows and all(found == rows for found, _ in passes)
         self.usable &= before == self._length
         # With a cache all that is new, in one pass or in chunks; without one everything.
         self.usable &= bool(widths) and (sum(widths) == before - self._cached or widths == [before])
         self._length, self._cached = length, before
         if self.usable:
-            if self._rows is None:
-                self._rows = torch.arange(rows, device=passes[-1].device)
-            step = self._rows.new_full((rows, 1), before - self._prompt_length)
-            self.record(passes[-1][:, -1:], step, self._rows)
+            self._steps[-1] = torch.full_like(self._steps[-1], before - self._prompt_length)
 
     def made(self, completion_ids: Tensor, mask: Tensor) -> bool:
         """Whether these are the completions that the followed `generate` returned.
@@ -167,7 +174,7 @@ class ValueRecorder:
                 cut shorter than the steps that idle ranks ran.
         """
         self._flush()
-        if not self.usable or not self._chunks:
+        if not self.usable or not any(bool((steps >= 0).any()) for _, _, steps, _ in self._chunks):
             return None
         first = self._chunks[0][0]
         both = first.new_zeros(2, self._num_rows, num_tokens + 1, first.shape[-1])
@@ -177,15 +184,6 @@ class ValueRecorder:
             both[0, rows[:, None], column] = online
             both[1, rows[:, None], column] = target
         return both[0, :, :num_tokens], both[1, :, :num_tokens]
-
-
-def _generates_as_transformers(base: Any) -> bool:
-    """Whether a model's `generate` is that of transformers, maybe in the wrapper that gathers for FSDP2."""
-    own = vars(base).get("generate")
-    if isinstance(base, FSDPModule) and own is not None:
-        wrapped = getattr(own, "__wrapped__", None)
-        return getattr(wrapped, "__func__", None) is GenerationMixin.generate
-    return own is None and type(base).generate is GenerationMixin.generate
 
 
 class _TokenChosen(StoppingCriteria):
