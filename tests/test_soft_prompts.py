@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rl_plugins.functional.mtp import completion_states
 from rl_plugins.generation.value_capture import ValuePass
 from rl_plugins.lightning import PromptDataModule
+from rl_plugins.modules.cache_name import cache_name
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -98,6 +99,8 @@ def test_soft_prompts_train_as_stock_does(make: Make, soft: str) -> None:
 
 @pytest.mark.parametrize("soft", SOFT)
 def test_values_with_a_soft_prompt(make: Make, soft: str) -> None:
+    if soft == "prefix" and cache_name() == "cache":
+        pytest.skip("PEFT's prefix does not reach generate of transformers 5.24")
     still = {"learning_rate": 0.0, "max_steps": 1}
     critic = make("critic", peft_config=SOFT[soft](), head_learning_rate=0.0, **still)
     with torch.no_grad():
