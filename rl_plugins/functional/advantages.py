@@ -1,4 +1,4 @@
-"""What is done to an advantage after it is estimated; `masked_whiten` is in `masking`."""
+"""Advantages scaled by the reward variance that V(s_0) implies; `masked_whiten` is in `masking`."""
 
 import torch
 from torch import Tensor

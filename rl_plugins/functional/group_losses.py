@@ -1,4 +1,4 @@
-"""What needs the other completions of the same prompt: a group is the rows of a batch that share an id."""
+"""Losses that compare the completions of a prompt: a group is the rows of a batch that share an id."""
 
 import torch
 from torch import Tensor

@@ -69,7 +69,7 @@ def next_state_values(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def head_targets(targets: Tensor, mask: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """What each value head regresses on: head `k` at `t` takes the target of head 1 at `t + k - 1`.
+    """Shift the targets of head 1 to all heads: head `k` at `t` regresses on the target at `t + k - 1`.
 
     `Y_k[t] = Y[t + k - 1]`, counted in real tokens and masked past the end.
 

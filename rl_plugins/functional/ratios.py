@@ -17,7 +17,7 @@ LOG_RATIO_LIMIT = 20.0
 """Largest `|ln rho|`: beyond it a token is not of the old policy's choosing. The ratio is then 4.9e8 or 2.1e-9."""
 
 LOG_PROB_LIMIT = 1e6
-"""What stands for infinity in a log-probability: float32 resolves no ratio of log-probabilities that large."""
+"""Size of a log-probability that stands for infinity: float32 resolves no ratio of larger ones."""
 
 
 def finite_logps(logps: Tensor) -> Tensor:

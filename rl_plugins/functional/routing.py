@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
 
 Scoring = Literal["softmax", "sigmoid"]
-"""What makes scores of a router's logits."""
+"""Function that makes scores of a router's logits."""
 
 BiasRule = Literal["sign", "proportional", "quantile"]
 """One of `BIAS_RULES`."""
@@ -47,7 +47,7 @@ def router_probabilities(logits: Tensor, scoring: Scoring = "softmax") -> Tensor
 
 
 def expert_counts(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
-    """How many real tokens went to each expert: `c_i = sum_t m_t [i in indices_t]`.
+    """Count the real tokens of each expert: `c_i = sum_t m_t [i in indices_t]`.
 
     Does not wait for the device.
 

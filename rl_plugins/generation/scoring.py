@@ -17,6 +17,12 @@ from rl_plugins.modules.sources import check_source
 RewardFunc = Callable[..., Any]
 """`(prompts, completions, completion_ids, **columns) -> one number or None per completion`, sync or async."""
 
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+"""Keyword arguments that every reward function is given, beside the columns of the data."""
+
+NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+"""Columns of the data that reward functions do not get, as in TRL: a demonstration is not for them."""
+
 
 def is_conversational(prompt: Any) -> bool:
     """Whether a prompt is a list of messages instead of text."""

@@ -17,6 +17,8 @@ from rl_plugins.functional.mtp import completion_states
 from rl_plugins.generation.batches import Batch, num_rows, select_rows
 from rl_plugins.generation.completions import Completions, eos_token_ids, generate_completions
 from rl_plugins.generation.scoring import (
+    NOT_COLUMNS,
+    REWARD_ARGUMENTS,
     RewardFunc,
     as_completions,
     as_reward_funcs,
@@ -46,10 +48,6 @@ from rl_plugins.objectives.online import online_loss
 from rl_plugins.objectives.policy import PolicyLoss, inert_message
 
 Metrics = dict[str, Tensor]
-
-NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL: a demonstration is not for the reward functions
-REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-"""Keyword arguments that every reward function is given, beside the columns."""
 
 
 class OnlineModule(DraftingModule):

@@ -1,8 +1,17 @@
 """Checks of settings before any work starts, for the configs and modules of all hosts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from rl_plugins.modules.settings import check_number
+
+
+def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings that are given, each of which has to be a number."""
+    for name, value in settings.items():
+        if value is not None:
+            check_number(name, value)
+            yield name, value
 
 
 def check_unit_interval(**settings: float | None) -> None:
@@ -12,10 +21,7 @@ def check_unit_interval(**settings: float | None) -> None:
         TypeError: If one is no number.
         ValueError: Naming the first one.
     """
-    for name, value in settings.items():
-        if value is None:
-            continue
-        check_number(name, value)
+    for name, value in _numbers(settings):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {value}.")
 
@@ -27,10 +33,7 @@ def check_at_least(low: float, **settings: float | None) -> None:
         TypeError: If one is no number.
         ValueError: Naming the first one.
     """
-    for name, value in settings.items():
-        if value is None:
-            continue
-        check_number(name, value)
+    for name, value in _numbers(settings):
         if not value >= low:
             raise ValueError(f"{name} must be at least {low}, got {value}.")
 
@@ -42,10 +45,7 @@ def check_above(low: float, **settings: float | None) -> None:
         TypeError: If one is no number.
         ValueError: Naming the first one.
     """
-    for name, value in settings.items():
-        if value is None:
-            continue
-        check_number(name, value)
+    for name, value in _numbers(settings):
         if not value > low:
             raise ValueError(f"{name} must be above {low}, got {value}.")
 
@@ -56,10 +56,7 @@ def check_whole(**settings: int | None) -> None:
     Raises:
         TypeError: Naming the first one.
     """
-    for name, value in settings.items():
-        if value is None:
-            continue
-        check_number(name, value)
+    for name, value in _numbers(settings):
         if not isinstance(value, int):
             raise TypeError(f"{name} must be a whole number, got {value!r}.")
 

@@ -8,13 +8,15 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from trl.data_utils import get_dataset_column_names
 
-from rl_plugins.generation.scoring import check_reward_arguments, list_reward_funcs
+from rl_plugins.generation.scoring import (
+    NOT_COLUMNS,
+    REWARD_ARGUMENTS,
+    check_reward_arguments,
+    list_reward_funcs,
+)
 from rl_plugins.modules.settings import settle_numbers
 from rl_plugins.objectives.checks import check_above, check_at_least
 
-# Keyword arguments of reward functions that the host adds to the columns.
-REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 # What is left where remove_unused_columns=True.
 USED_COLUMNS = ("prompt", "image", "images")
 # Columns of which the host's SFT needs one.
