@@ -25,9 +25,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from rl_plugins.classic import ClassicModule
 from rl_plugins.hooks import require_hooks
-from rl_plugins.lightning.classic import ClassicModule
-from rl_plugins.modules.process_group import end_process_group
+from rl_plugins.process_group import end_process_group
 from rl_plugins.report import Panel, plot_training_curves
 
 require_hooks("recipes/lightning_classic.py")

@@ -29,7 +29,7 @@ from mtp_critic import Script, build_datasets, character_tokenizer, make_reward,
 from transformers import AutoTokenizer
 
 from rl_plugins.lightning import MTPCriticModule, MTPSFTModule, PromptDataModule, RolloutProgressBar, TokenValueReport
-from rl_plugins.modules.process_group import end_process_group
+from rl_plugins.process_group import end_process_group
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves
 
 ACCURACY = "eval_rewards/accuracy/mean"

@@ -30,7 +30,7 @@ from transformers import Dots1Config, Dots1ForCausalLM, ProgressCallback, Traine
 from trl import TrlParser
 
 from rl_plugins.functional import expert_counts, max_violation
-from rl_plugins.modules.process_group import end_process_group
+from rl_plugins.process_group import end_process_group
 from rl_plugins.report import LOAD_FILE_NAME, plot_expert_load, plot_max_violation, read_loads
 from rl_plugins.trl import MoEBalancingCallback
 

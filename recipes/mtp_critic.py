@@ -40,7 +40,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
-from rl_plugins.modules.process_group import end_process_group
+from rl_plugins.process_group import end_process_group
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves, traces_from_rollout, write_token_values_html
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, MTPSFTConfig, MTPSFTTrainer
 

@@ -1,7 +1,7 @@
 """Plugin components for TRL and Lightning: an MTP value head as the critic inside the policy.
 
-Import from the layer you need: `rl_plugins.trl`, `rl_plugins.lightning`, `rl_plugins.modules`,
-`rl_plugins.functional`.
+Import from the layer you need: `rl_plugins.trl`, `rl_plugins.lightning`, `rl_plugins.classic`, `rl_plugins.moe`,
+`rl_plugins.nn`, `rl_plugins.functional`.
 
 Time index, the same everywhere:
 

@@ -65,7 +65,7 @@ class Hook(NamedTuple):
 CACHE = "cache|past_key_values"
 
 HOOKS: dict[str, tuple[Hook, ...]] = {
-    "rl_plugins.modules": (
+    "rl_plugins.nn": (
         Hook("transformers.PreTrainedModel.get_decoder", ""),
         Hook("transformers.PreTrainedModel._init_weights", "module"),
         Hook("transformers.PreTrainedModel._keys_to_ignore_on_save"),

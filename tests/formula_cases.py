@@ -1,4 +1,4 @@
-"""Every public function of `functional` and `objectives` on one batch, and the equations as loops over floats."""
+"""Every public function of `functional` and `signals` on one batch, and the equations as loops over floats."""
 
 import itertools
 import math
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rl_plugins import functional as F
-from rl_plugins import objectives as O
-from rl_plugins.functional.covariance_losses import token_covariance
+from rl_plugins import signals as O
+from rl_plugins.functional.policy_losses.covariance import token_covariance
 
 GROUP, HEADS, EXPERTS, CHOSEN, VOCABULARY = 3, 3, 4, 2, 5
 Batch = SimpleNamespace
@@ -21,7 +21,7 @@ Loop = Callable[[Batch], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A call with the tensors of a batch, and the same in a loop; `None` where objectives only combine functions."""
+    """A call with the tensors of a batch, and the same in a loop; `None` where signals only combine functions."""
 
     call: Callable[[Batch], Any]
     loop: Loop | None
@@ -962,7 +962,15 @@ OBJECTIVES: dict[str, Case] = {
     "token_covariance": Case(lambda x: token_covariance(x.logps, x.advantages, x.mask), covariance_loop),
 }
 
-SETTINGS = {"ADVANTAGES", "advantage_options", "check_advantage", "PolicyLoss", "value_losses"}
-"""Names of `objectives` that take no tensors."""
+SETTINGS = {
+    "ADVANTAGES",
+    "PolicyLoss",
+    "ValueTracker",
+    "advantage_options",
+    "check_advantage",
+    "prompt_key",
+    "value_losses",
+}
+"""Names of `signals` that take no tensors."""
 
 CASES = FUNCTIONAL | OBJECTIVES

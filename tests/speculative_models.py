@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel
 
-from rl_plugins.generation import SpeculativeDecoder, SpeculativeOutput
-from rl_plugins.modules import MTPHeads, attach_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
+from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput
 
 PAD, EOS = 0, 1
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13, 14, 15, 2], [4], [5, 5, 6, 3, 2]]

@@ -21,8 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
-from rl_plugins.functional import conjugate_gradient, flat_gradient, hessian_product, trust_region_step
-from rl_plugins.lightning.classic import (
+from rl_plugins.classic import (
     A2CModule,
     DQNModule,
     Linear,
@@ -32,18 +31,19 @@ from rl_plugins.lightning.classic import (
     ReinforceModule,
     TRPOModule,
 )
-from rl_plugins.lightning.classic.actor_critic import Batch
-from rl_plugins.lightning.classic.environments import (
+from rl_plugins.classic.actor_critic import Batch
+from rl_plugins.classic.environments import (
     check_spaces,
     decode_actions,
     encode_observations,
     make_environments,
 )
-from rl_plugins.lightning.classic.iterations import Iterations
-from rl_plugins.lightning.classic.networks import CategoricalPolicy, GaussianPolicy, ObservationNorm, mlp
-from rl_plugins.lightning.classic.off_policy_ac import Experience
-from rl_plugins.lightning.classic.rollouts import Rollout, collect, episode_steps, next_values
-from rl_plugins.lightning.classic.runner import Runner
+from rl_plugins.classic.iterations import Iterations
+from rl_plugins.classic.networks import CategoricalPolicy, GaussianPolicy, ObservationNorm, mlp
+from rl_plugins.classic.off_policy_ac import Experience
+from rl_plugins.classic.rollouts import Rollout, collect, episode_steps, next_values
+from rl_plugins.classic.runner import Runner
+from rl_plugins.functional import conjugate_gradient, flat_gradient, hessian_product, trust_region_step
 from rl_plugins.tabular import MDP, discounted_objective, policy_gradient
 
 AGENTS = [A2CModule, OffPolicyACModule, PPOModule, QACModule, ReinforceModule, TRPOModule]
@@ -869,7 +869,7 @@ def test_an_evaluation_without_a_time_limit_is_bounded_and_says_so() -> None:
 @pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
 def test_training_starts_where_no_episode_need_end(agent: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation before the first step, and whole episodes of REINFORCE."""
-    monkeypatch.setattr("rl_plugins.lightning.classic.agent._MAX_EPISODE_STEPS", 40)
+    monkeypatch.setattr("rl_plugins.classic.agent._MAX_EPISODE_STEPS", 40)
     settings = SMALL | ({"learning_starts": 16} if agent is DQNModule else {})
     module = agent("CliffWalking-v1", **settings)
     run = trainer(limit_val_batches=1, num_sanity_val_steps=1, val_check_interval=2)

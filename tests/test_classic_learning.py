@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from rl_plugins.lightning.classic import Linear, OffPolicyACModule, PPOModule, ReinforceModule, TRPOModule
+from rl_plugins.classic import Linear, OffPolicyACModule, PPOModule, ReinforceModule, TRPOModule
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

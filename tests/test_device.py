@@ -13,13 +13,14 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from rl_plugins.classic import DQNModule
+from rl_plugins.classic import PPOModule as ClassicPPOModule
 from rl_plugins.functional import gae, switch_balance_loss, token_log_probs
-from rl_plugins.generation import SpeculativeDecoder, completion_values
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
-from rl_plugins.lightning.classic import DQNModule
-from rl_plugins.lightning.classic import PPOModule as ClassicPPOModule
-from rl_plugins.modules import BalancingConfig, RouterBalancer, attach_mtp_heads
-from rl_plugins.objectives import POLICY_LOSSES, PolicyLoss
+from rl_plugins.moe import BalancingConfig, RouterBalancer
+from rl_plugins.nn import attach_mtp_heads
+from rl_plugins.rollouts import SpeculativeDecoder, completion_values
+from rl_plugins.signals import POLICY_LOSSES, PolicyLoss
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,

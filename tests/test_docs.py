@@ -30,13 +30,12 @@ from torch.distributed.run import get_args_parser
 from trl import GRPOConfig, SFTConfig, TrlParser
 
 import rl_plugins.lightning
-from rl_plugins import functional
+from rl_plugins import classic, functional
 from rl_plugins.functional import AGGREGATIONS
-from rl_plugins.generation import SpeculativeDecoder
 from rl_plugins.hooks import TESTED
-from rl_plugins.lightning import classic
-from rl_plugins.modules import BalancingConfig, RouterBalancer
-from rl_plugins.objectives import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
+from rl_plugins.moe import BalancingConfig, RouterBalancer
+from rl_plugins.rollouts import SpeculativeDecoder
+from rl_plugins.signals import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -56,7 +55,7 @@ DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").gl
 CRITIC, VARIANTS, PPO, MOE, SPECULATIVE = (
     ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo", "moe", "speculative")
 )
-LAYERS = ("functional", "modules", "generation", "objectives", "tabular", "report", "trl", "lightning")
+LAYERS = ("functional", "nn", "moe", "rollouts", "signals", "classic", "tabular", "report", "trl", "lightning")
 METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ratio/", "moe/")
 RECIPES = ("mtp_critic", "grpo_variants", "ppo", "moe_balancing")
 LIGHTNING_RECIPES = ("lightning_mtp_critic", "lightning_classic")

@@ -9,14 +9,14 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.modules import load_mtp_heads, load_native_mtp
-from rl_plugins.modules.serialization import HEADS_WEIGHTS_NAME
+from rl_plugins.nn import load_mtp_heads, load_native_mtp
+from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
 from rl_plugins.trl.attachments import check_fsdp
 
-from . import test_distributed as distributed
+from . import test_trl_critic_distributed as distributed
 from .conftest import CHARACTERS
 from .moe_models import make_moe_model
-from .test_moe_distributed import gap, start_both
+from .test_trl_balancing_distributed import gap, start_both
 
 Base: Any = distributed.Workplace
 largest_gap, fsdp = distributed.largest_gap, distributed.fsdp

@@ -13,10 +13,10 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from rl_plugins.generation.batches import select_rows
-from rl_plugins.generation.completions import Completions, pad_left
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, OnlineModule, PPOModule, PromptDataModule
 from rl_plugins.lightning.polyak_callback import target_of
+from rl_plugins.rollouts.batch import select_rows
+from rl_plugins.rollouts.completions import Completions, pad_left
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,

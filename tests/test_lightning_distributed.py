@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_plugins.lightning import MTPCriticModule
-from rl_plugins.modules import load_mtp_heads
+from rl_plugins.nn import load_mtp_heads
 
-from . import test_distributed as distributed
-from .test_moe_distributed import gap
+from . import test_trl_critic_distributed as distributed
+from .test_trl_balancing_distributed import gap
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,6 @@ from lightning.pytorch.loggers import CSVLogger
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rl_plugins.generation.scoring import reward_name
 from rl_plugins.lightning import (
     MoEBalancingCallback,
     MTPCriticModule,
@@ -30,11 +29,12 @@ from rl_plugins.lightning import (
 )
 from rl_plugins.lightning.models import find_language_model
 from rl_plugins.report.expert_load import LOAD_FILE_NAME
+from rl_plugins.rollouts.rewards import reward_name
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
 
 from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
 from .moe_models import make_moe_model
-from .test_critic_exact import ENOUGH, PROMPT, Case, accuracy, digits_tokenizer, election, exact_mdp, random_policy
+from .test_trl_critic_exact import ENOUGH, PROMPT, Case, accuracy, digits_tokenizer, election, exact_mdp, random_policy
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -284,7 +284,7 @@ def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: A
 
 @pytest.mark.slow
 def test_the_critic_finds_the_exact_values_of_a_frozen_policy() -> None:
-    """As TRL's critic trainer does (tests/test_critic_exact.py), and the trunk stays as it is."""
+    """As TRL's critic trainer does (tests/test_trl_critic_exact.py), and the trunk stays as it is."""
     case = Case(election, vocab_size=4, max_length=5, eos_token_id=3, gamma=0.9, seed=3)
     model = random_policy(case.vocab_size, case.seed)
     mdp = exact_mdp(model, case)

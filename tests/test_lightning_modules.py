@@ -25,7 +25,7 @@ from rl_plugins.lightning import (
     online_module,
 )
 from rl_plugins.lightning.polyak_callback import target_of
-from rl_plugins.modules import attach_mtp_heads, save_mtp_heads
+from rl_plugins.nn import attach_mtp_heads, save_mtp_heads
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,

@@ -14,8 +14,7 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rl_plugins.functional.mtp import completion_states
-from rl_plugins.generation.completions import Completions, pad_left
+from rl_plugins.functional.alignment import completion_states
 from rl_plugins.lightning import (
     GRPOModule,
     MTPCriticModule,
@@ -24,8 +23,9 @@ from rl_plugins.lightning import (
     PromptDataModule,
 )
 from rl_plugins.lightning.prompts import PromptLoader, RepeatSampler, rows_of
-from rl_plugins.modules import get_mtp_heads
-from rl_plugins.modules.attach import trunk_of
+from rl_plugins.nn import get_mtp_heads
+from rl_plugins.nn.attach import trunk_of
+from rl_plugins.rollouts.completions import Completions, pad_left
 
 from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_plugins.modules import ValueModel, load_mtp_heads
+from rl_plugins.nn import ValueModel, load_mtp_heads
 from rl_plugins.report import read_loads
 
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.modules import attach_mtp_heads, save_mtp_heads
+from rl_plugins.nn import attach_mtp_heads, save_mtp_heads
 
-from . import test_distributed as distributed
+from . import test_trl_critic_distributed as distributed
 from .speculative_models import randomise_heads
-from .test_moe_distributed import gap
+from .test_trl_balancing_distributed import gap
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rl_plugins.generation import SpeculativeDecoder, verification
+from rl_plugins.rollouts import SpeculativeDecoder
+from rl_plugins.rollouts.speculative import verification
 from tests.speculative_models import EOS, attach_random_heads, padded, processors_of
 
 PROMPTS = [[3, 2], [2, 3, 2, 3], [3], [2, 2, 3]]

@@ -16,8 +16,8 @@ from transformers import (
     StopStringCriteria,
 )
 
-from rl_plugins.generation import SpeculativeDecoder, SpeculativeOutput, ValueRecorder, completion_values, speculating
-from rl_plugins.modules import PolyakTarget
+from rl_plugins.nn import PolyakTarget
+from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, ValueRecorder, completion_values, speculating
 from tests.speculative_models import (
     EOS,
     FAMILIES,

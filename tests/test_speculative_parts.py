@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from rl_plugins.generation import DraftStatistics, SpeculativeDecoder
-from rl_plugins.generation.decoding import SPARE_SHARE
-from rl_plugins.generation.drafting import Verified, make_drafter
-from rl_plugins.generation.rollback import SPARE_SLOTS, RollbackCache, RollbackLayer, kept_slots
-from rl_plugins.generation.score_processing import ScoreProcessor
-from rl_plugins.generation.stopping import Stopping
-from rl_plugins.generation.verification import Drafts, verify
-from rl_plugins.modules import attach_mtp_heads
-from rl_plugins.modules.cache_name import cache_name
+from rl_plugins.nn import attach_mtp_heads
+from rl_plugins.nn.cache_name import cache_name
+from rl_plugins.rollouts import DraftStatistics, SpeculativeDecoder
+from rl_plugins.rollouts.speculative.cache import SPARE_SLOTS, RollbackCache, RollbackLayer, kept_slots
+from rl_plugins.rollouts.speculative.decoding import SPARE_SHARE
+from rl_plugins.rollouts.speculative.drafters import Verified, make_drafter
+from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
+from rl_plugins.rollouts.speculative.stopping import Stopping
+from rl_plugins.rollouts.speculative.verification import Drafts, verify
 from tests.speculative_models import FAMILIES, attach_random_heads, make, padded, processors_of
 
 # The cache

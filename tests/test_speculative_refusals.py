@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, SynthIDTextWatermarkingConfig
 
-from rl_plugins.generation import SpeculativeDecoder
-from rl_plugins.modules.cache_name import cache_name
+from rl_plugins.nn.cache_name import cache_name
+from rl_plugins.rollouts import SpeculativeDecoder
 from tests.speculative_models import EXPERTS, PROMPTS, attach_random_heads, decode, make, padded
 
 

@@ -14,8 +14,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from rl_plugins.generation import completion_values
-from rl_plugins.modules import attach_mtp_heads, attach_native_mtp, save_mtp_heads
+from rl_plugins.nn import attach_mtp_heads, attach_native_mtp, save_mtp_heads
+from rl_plugins.rollouts import completion_values
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,

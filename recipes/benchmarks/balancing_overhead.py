@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rl_plugins.modules import BalancingConfig, RouterBalancer
+from rl_plugins.moe import BalancingConfig, RouterBalancer
 
 GOAL = 0.02
 SETTINGS = {

@@ -34,8 +34,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from rl_plugins.lightning.classic import A2CModule, ClassicModule, DQNModule, PPOModule, TRPOModule
-from rl_plugins.modules.process_group import end_process_group
+from rl_plugins.classic import A2CModule, ClassicModule, DQNModule, PPOModule, TRPOModule
+from rl_plugins.process_group import end_process_group
 
 CONFIGS = Path(__file__).parents[1] / "classic"
 ENV = "CartPole-v1"

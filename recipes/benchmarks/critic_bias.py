@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rl_plugins.functional.returns import discount_factors
 from rl_plugins.functional.rewards import terminal_rewards
-from rl_plugins.objectives import critic_targets
+from rl_plugins.signals import critic_targets
 from rl_plugins.tabular import TokenMDP
 
 SIZES = (1, 2, 8, 32, 128)

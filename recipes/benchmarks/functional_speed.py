@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional import aggregate
-from rl_plugins.objectives import POLICY_LOSSES, PolicyLoss
+from rl_plugins.signals import POLICY_LOSSES, PolicyLoss
 
 BASE, GOAL, GROUP = "ppo_clip", 3.0, 8
 

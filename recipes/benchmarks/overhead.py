@@ -140,7 +140,7 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from rl_plugins.modules import load_mtp_heads
+    from rl_plugins.nn import load_mtp_heads
     from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
 
     tokenizer = make_tokenizer(settings)
@@ -332,7 +332,7 @@ def main() -> None:
     if "grpo" not in args.trainers:
         parser.error("--trainers must include grpo, which the others are compared with")
     if args.worker:
-        from rl_plugins.modules.process_group import end_process_group
+        from rl_plugins.process_group import end_process_group
 
         print(json.dumps(run_worker(args.worker, settings)))
         end_process_group()

@@ -44,9 +44,9 @@ from transformers import (
     set_seed,
 )
 
-from rl_plugins.generation import SpeculativeDecoder
-from rl_plugins.modules import get_mtp_heads, load_mtp_heads
-from rl_plugins.modules.process_group import end_process_group
+from rl_plugins.nn import get_mtp_heads, load_mtp_heads
+from rl_plugins.process_group import end_process_group
+from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
 CHARACTERS = "0123456789+-=., abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"

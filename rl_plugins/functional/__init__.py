@@ -20,6 +20,13 @@ Float64 inputs give float64 results. Log-ratios of policies are clamped to [-20,
 Stop-gradients are the caller's: nothing here detaches, except where an equation itself writes sg[.].
 """
 
+from rl_plugins.functional.acceptance import (
+    acceptance_probs,
+    count_accepted,
+    expected_tokens,
+    inverse_cdf,
+    residual_probs,
+)
 from rl_plugins.functional.action_values import (
     double_q_targets,
     expected_sarsa_targets,
@@ -27,37 +34,31 @@ from rl_plugins.functional.action_values import (
     sarsa_targets,
     stochastic_update,
 )
-from rl_plugins.functional.advantages import value_implied_std, value_scaled
-from rl_plugins.functional.aggregation import AGGREGATIONS, aggregate, prompt_weights
-from rl_plugins.functional.averaging import periodic_update, polyak_update
-from rl_plugins.functional.covariance_losses import clip_cov, kl_cov
-from rl_plugins.functional.divergences import kl_k1, kl_k3, kl_to_sampler
-from rl_plugins.functional.future_kl import fipo
-from rl_plugins.functional.group_advantages import (
+from rl_plugins.functional.advantages.group import (
     batch_normalized,
+    gpg_scale,
     group_centered,
     group_centered_batch_normalized,
     group_centered_batch_scaled,
     group_min_max,
     group_normalized,
+    informative_groups,
     kalman,
     leave_one_out,
     length_weighted,
     max_likelihood,
     pass_at_k,
 )
-from rl_plugins.functional.group_losses import gpg_scale, gvpo
-from rl_plugins.functional.log_probs import token_entropies, token_log_probs
-from rl_plugins.functional.masking import (
-    Reduce,
-    explained_variance,
-    masked_mean,
-    masked_moments,
-    masked_sum,
-    masked_whiten,
-    zero_masked,
+from rl_plugins.functional.advantages.scaling import value_implied_std, value_scaled
+from rl_plugins.functional.advantages.traces import lambda_trace, trace_weights
+from rl_plugins.functional.advantages.tracked import (
+    forget_factor,
+    initial_counts,
+    policy_distance,
+    tracker_update,
+    tracker_value,
 )
-from rl_plugins.functional.mtp import (
+from rl_plugins.functional.alignment import (
     completion_labels,
     completion_states,
     head_targets,
@@ -68,13 +69,28 @@ from rl_plugins.functional.mtp import (
     predicted_mask,
     shift_real,
 )
+from rl_plugins.functional.log_probs import kl_k1, kl_k3, kl_to_sampler, token_entropies, token_log_probs
+from rl_plugins.functional.masking import (
+    Reduce,
+    explained_variance,
+    masked_mean,
+    masked_moments,
+    masked_sum,
+    masked_whiten,
+    zero_masked,
+)
 from rl_plugins.functional.natural_gradient import (
     conjugate_gradient,
     flat_gradient,
     hessian_product,
     trust_region_step,
 )
-from rl_plugins.functional.policy_losses import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
+from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS, aggregate, prompt_weights
+from rl_plugins.functional.policy_losses.clip import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
+from rl_plugins.functional.policy_losses.covariance import clip_cov, kl_cov
+from rl_plugins.functional.policy_losses.future_kl import fipo
+from rl_plugins.functional.policy_losses.gvpo import gvpo
+from rl_plugins.functional.policy_losses.trust_region import bapo, bapo_bounds, cpgd, dppo
 from rl_plugins.functional.ratios import log_importance_weights, log_ratios
 from rl_plugins.functional.returns import (
     discount_factors,
@@ -103,24 +119,8 @@ from rl_plugins.functional.routing import (
     sequence_balance_loss,
     switch_balance_loss,
 )
-from rl_plugins.functional.sampling import informative_groups
-from rl_plugins.functional.speculative import (
-    acceptance_probs,
-    count_accepted,
-    expected_tokens,
-    inverse_cdf,
-    residual_probs,
-)
-from rl_plugins.functional.traces import lambda_trace, trace_weights
-from rl_plugins.functional.trust_region_losses import bapo, bapo_bounds, cpgd, dppo
+from rl_plugins.functional.target_networks import periodic_update, polyak_update
 from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
-from rl_plugins.functional.value_tracking import (
-    forget_factor,
-    initial_counts,
-    policy_distance,
-    tracker_update,
-    tracker_value,
-)
 
 __all__ = [
     "AGGREGATIONS",

@@ -169,3 +169,18 @@ def _expand(mask: Tensor, x: Tensor) -> Tensor:
             "pass the completion mask (B, T) with tensors (B, T, ...)."
         )
     return mask.bool().reshape(mask.shape + (1,) * (x.ndim - mask.ndim)).expand_as(x)
+
+
+def same_group(groups: Tensor, present: Tensor) -> Tensor:
+    """Tell which rows belong to one group, `(B, B)`; absent rows belong to none.
+
+    Args:
+        groups: id of each row's prompt `(B,)`.
+        present: rows that count `(B,)`, bool.
+
+    Raises:
+        ValueError: there is not one id per row.
+    """
+    if groups.shape != present.shape:
+        raise ValueError(f"groups {tuple(groups.shape)}: give the prompt's id of each row, {tuple(present.shape)}.")
+    return (groups[:, None] == groups[None, :]) & present[:, None] & present[None, :]

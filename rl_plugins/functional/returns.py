@@ -8,8 +8,8 @@ token; an own tensor is used as it is there too, so that a truncated completion 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.alignment import last_real, next_state_values, shift_real
 from rl_plugins.functional.masking import upcast, zero_masked
-from rl_plugins.functional.mtp import last_real, next_state_values, shift_real
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:

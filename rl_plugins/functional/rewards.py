@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.divergences import kl_k1
+from rl_plugins.functional.alignment import last_real
+from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.masking import upcast, zero_masked
-from rl_plugins.functional.mtp import last_real
 
 
 def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:

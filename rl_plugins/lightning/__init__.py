@@ -1,6 +1,6 @@
 """Modules, callbacks and a strategy for Lightning: `from rl_plugins.lightning import MTPCriticModule`.
 
-Agents for Gymnasium are in `rl_plugins.lightning.classic`, DeepSpeed on a CPU in `rl_plugins.lightning.deepspeed`.
+Agents for Gymnasium are in `rl_plugins.classic`, DeepSpeed on a CPU in `rl_plugins.lightning.deepspeed`.
 """
 
 from rl_plugins.extras import require

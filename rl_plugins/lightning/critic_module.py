@@ -9,25 +9,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_plugins.functional.mtp import completion_labels, completion_states
-from rl_plugins.generation.batches import Batch
-from rl_plugins.generation.completions import Completions
-from rl_plugins.generation.scoring import RewardFunc
-from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
+from rl_plugins.functional.alignment import completion_labels, completion_states
 from rl_plugins.lightning.heads import HeadsModule
 from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.ranks import sum_over_ranks
 from rl_plugins.lightning.value_module import ValueModule
-from rl_plugins.modules.head_pass import HeadPass
-from rl_plugins.objectives.checks import check_head_reach
+from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.rollouts.batch import Batch
+from rl_plugins.rollouts.completions import Completions
+from rl_plugins.rollouts.rewards import RewardFunc
+from rl_plugins.rollouts.values import ValuePass, ValueRecorder
+from rl_plugins.signals.checks import check_head_reach
 
 
 class MTPCriticModule(HeadsModule, ValueModule):
     r"""Online reinforcement learning with a critic inside the policy: multi-token-prediction heads that also output a
     value. One network, one completion per prompt, an advantage for every token.
 
-    `L = L_policy + lambda_1 L_MTP + lambda_2 L_TD`; see [`~rl_plugins.objectives.critic_targets`] for the equations.
+    `L = L_policy + lambda_1 L_MTP + lambda_2 L_TD`; see [`~rl_plugins.signals.critic_targets`] for the equations.
 
     ```python
     from lightning.pytorch import Trainer

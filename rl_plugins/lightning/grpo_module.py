@@ -8,32 +8,32 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_plugins.functional.divergences import kl_k1
-from rl_plugins.functional.group_advantages import batch_normalized, group_normalized
+from rl_plugins.functional.advantages.group import batch_normalized, group_normalized
+from rl_plugins.functional.advantages.traces import lambda_trace
+from rl_plugins.functional.advantages.tracked import policy_distance
+from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.masking import masked_moments
-from rl_plugins.functional.traces import lambda_trace
-from rl_plugins.functional.value_tracking import policy_distance
-from rl_plugins.generation.batches import Batch
-from rl_plugins.generation.scoring import RewardFunc
 from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.ranks import gather_objects, gather_rows, own_rows, rank, sum_over_ranks
-from rl_plugins.modules.settings import with_numbers
-from rl_plugins.modules.value_tracker import TrackedAdvantages, prompt_key
-from rl_plugins.objectives.group_advantages import (
+from rl_plugins.rollouts.batch import Batch
+from rl_plugins.rollouts.rewards import RewardFunc
+from rl_plugins.settings import with_numbers
+from rl_plugins.signals.advantages import (
     GROUPLESS,
     check_advantage,
     group_advantages,
     penalised_returns,
 )
+from rl_plugins.signals.value_tracker import TrackedAdvantages, prompt_key
 
 
 class GRPOModule(OnlineModule):
     r"""Group Relative Policy Optimization (2402.03300) and its variants: any advantage and any policy loss of the
     package, by name.
 
-    `A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)` by default; [`~rl_plugins.objectives.ADVANTAGES`] and
-    [`~rl_plugins.objectives.POLICY_LOSSES`] list what there is.
+    `A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)` by default; [`~rl_plugins.signals.ADVANTAGES`] and
+    [`~rl_plugins.signals.POLICY_LOSSES`] list what there is.
 
     ```python
     from lightning.pytorch import Trainer
@@ -47,7 +47,7 @@ class GRPOModule(OnlineModule):
         model: See [`OnlineModule`].
         tokenizer: See [`OnlineModule`].
         reward_funcs: See [`OnlineModule`].
-        advantage: One of [`~rl_plugins.objectives.ADVANTAGES`].
+        advantage: One of [`~rl_plugins.signals.ADVANTAGES`].
         advantage_kwargs: Its options, such as `{"k": 4}` for `pass_at_k`.
         kl_in_reward: Subtract `beta` times the KL from the token rewards instead of adding it to the loss
             (`batch_normalized` only: REINFORCE++).

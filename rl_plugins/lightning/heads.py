@@ -11,23 +11,23 @@ from rl_plugins.lightning.accumulation import ends_window
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.polyak_callback import polyak_callback, target_of
 from rl_plugins.lightning.ranks import sum_over_ranks
-from rl_plugins.modules.attach import (
+from rl_plugins.nn.attach import (
     HEADS_ATTRIBUTE,
     base_model_of,
     hook_mtp_heads,
     trunk_of,
 )
-from rl_plugins.modules.gradient import GradientStats
-from rl_plugins.modules.head_pass import HeadPass, logit_divisor
-from rl_plugins.modules.heads import MTPHeads
-from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
-from rl_plugins.modules.native_mtp_files import save_native_mtp
-from rl_plugins.modules.native_pass import NativePass
-from rl_plugins.modules.native_training import prepare_native_mtp
-from rl_plugins.modules.polyak import PolyakTarget, check_polyak
-from rl_plugins.modules.serialization import check_heads_folder, find_mtp_heads, prepare_mtp_heads, save_mtp_heads
-from rl_plugins.objectives.checks import check_at_least, check_whole
-from rl_plugins.objectives.critic import per_head_means
+from rl_plugins.nn.gradient import GradientStats
+from rl_plugins.nn.head_pass import HeadPass, logit_divisor
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.nn.native_mtp_files import save_native_mtp
+from rl_plugins.nn.native_pass import NativePass
+from rl_plugins.nn.native_training import prepare_native_mtp
+from rl_plugins.nn.serialization import check_heads_folder, find_mtp_heads, prepare_mtp_heads, save_mtp_heads
+from rl_plugins.nn.target_heads import PolyakTarget, check_polyak
+from rl_plugins.signals.checks import check_at_least, check_whole
+from rl_plugins.signals.critic_targets import per_head_means
 
 TokenTerm = tuple[Tensor | float, dict[str, Tensor], dict[str, Tensor]]
 
@@ -225,7 +225,7 @@ def token_term(sums: Tensor | None, counts: Tensor | None, num_items: Tensor, co
 
 
 def head_means(name: str, sums: Tensor, counts: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """[`~rl_plugins.objectives.per_head_means`] of all ranks, and how many targets each is a mean over."""
+    """[`~rl_plugins.signals.per_head_means`] of all ranks, and how many targets each is a mean over."""
     sums, counts = sum_over_ranks(sums), sum_over_ranks(counts)
     weights = {name: counts.sum(), **{f"{name}/head_{k + 1}": count for k, count in enumerate(counts)}}
     return per_head_means(name, sums, counts), weights

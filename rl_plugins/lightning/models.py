@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rl_plugins.modules.attach import base_model_of
-from rl_plugins.modules.sources import check_language_model, check_source, check_tokenizer
+from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.sources import check_language_model, check_source, check_tokenizer
 
 
 def find_language_model(module: nn.Module) -> nn.Module | None:

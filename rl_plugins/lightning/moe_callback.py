@@ -11,9 +11,9 @@ from torch import Tensor
 from rl_plugins.lightning.callbacks import LightningOnly
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.models import find_language_model
-from rl_plugins.modules.balancing_config import BalancingConfig
-from rl_plugins.modules.load_log import LoadLog
-from rl_plugins.modules.router_balancer import RouterBalancer
+from rl_plugins.moe.balancer import RouterBalancer
+from rl_plugins.moe.config import BalancingConfig
+from rl_plugins.moe.load_log import LoadLog
 from rl_plugins.report.expert_load import LOAD_FILE_NAME, append_load
 
 

@@ -11,12 +11,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_plugins.functional.aggregation import prompt_weights
+from rl_plugins.functional.alignment import completion_states
 from rl_plugins.functional.log_probs import token_entropies, token_log_probs
-from rl_plugins.functional.mtp import completion_states
-from rl_plugins.generation.batches import Batch, num_rows, select_rows
-from rl_plugins.generation.completions import Completions, eos_token_ids, generate_completions
-from rl_plugins.generation.scoring import (
+from rl_plugins.functional.policy_losses.aggregation import prompt_weights
+from rl_plugins.lightning.accumulation import batches_ahead, is_accumulating, window_size
+from rl_plugins.lightning.progress import RolloutProgressBar
+from rl_plugins.lightning.prompts import Row, rows_of
+from rl_plugins.lightning.ranks import gather_rows, own_rows, rank, sum_over_ranks, world_size
+from rl_plugins.lightning.reference import Reference
+from rl_plugins.lightning.rollouts import average_logged, counts_of, cut_rollout, describe_rollout
+from rl_plugins.lightning.speculation import DraftingModule
+from rl_plugins.nn.sources import check_lengths, check_tokenizer, learned_positions
+from rl_plugins.rollouts.batch import Batch, num_rows, select_rows
+from rl_plugins.rollouts.completions import Completions, eos_token_ids, generate_completions
+from rl_plugins.rollouts.rewards import (
     NOT_COLUMNS,
     REWARD_ARGUMENTS,
     RewardFunc,
@@ -29,23 +37,15 @@ from rl_plugins.generation.scoring import (
     reward_name,
     weighted_scores,
 )
-from rl_plugins.lightning.accumulation import batches_ahead, is_accumulating, window_size
-from rl_plugins.lightning.progress import RolloutProgressBar
-from rl_plugins.lightning.prompts import Row, rows_of
-from rl_plugins.lightning.ranks import gather_rows, own_rows, rank, sum_over_ranks, world_size
-from rl_plugins.lightning.reference import Reference
-from rl_plugins.lightning.rollouts import average_logged, counts_of, cut_rollout, describe_rollout
-from rl_plugins.lightning.speculation import DraftingModule
-from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
-from rl_plugins.objectives.checks import (
+from rl_plugins.signals.checks import (
     check_above,
     check_at_least,
     check_head_reach,
     check_unit_interval,
     check_whole,
 )
-from rl_plugins.objectives.online import online_loss
-from rl_plugins.objectives.policy import PolicyLoss, inert_message
+from rl_plugins.signals.online import online_loss
+from rl_plugins.signals.policy import PolicyLoss, inert_message
 
 Metrics = dict[str, Tensor]
 
@@ -78,14 +78,14 @@ class OnlineModule(DraftingModule):
         generation_kwargs: Further fields of transformers' `GenerationConfig`, such as `{"no_repeat_ngram_size": 3}`.
         steps_per_generation: Slices that a batch of completions is cut into, one for each training step.
         num_iterations: Passes over the slices.
-        policy_loss: One of [`~rl_plugins.objectives.POLICY_LOSSES`]; TRL's default, `dapo`, if none is named.
+        policy_loss: One of [`~rl_plugins.signals.POLICY_LOSSES`]; TRL's default, `dapo`, if none is named.
         policy_loss_kwargs: Its options, such as `{"epsilon_high": 0.28}`.
         aggregation: How it is averaged; as usual for it by default.
         beta: Coefficient of the KL to the reference, which is the policy as it is given.
         use_bias_correction_kl: Weigh the KL term by the importance ratio, as TRL does by default.
         entropy_coef: Weight of the entropy bonus.
         mask_truncated_completions: Leave completions that did not end out of the loss.
-        speculative: Let MTP heads draft the completions (see [`~rl_plugins.generation.SpeculativeDecoder`]). A module
+        speculative: Let MTP heads draft the completions (see [`~rl_plugins.rollouts.SpeculativeDecoder`]). A module
             without heads of its own gets some, which learn from every rollout.
         speculative_kwargs: Options of that: `num_draft_tokens`, `draft_cost` (0.2; `None` measures it), `adaptive`;
             and, in a module without heads of its own, those of [`~rl_plugins.lightning.speculation.DraftHeads`].
@@ -437,7 +437,7 @@ class OnlineModule(DraftingModule):
     def policy_objective(
         self, logps: Tensor, entropies: Tensor | None, inputs: Batch, *, beta: float | None = None
     ) -> tuple[Tensor, Metrics]:
-        """[`~rl_plugins.objectives.online_loss`] with this module's settings."""
+        """[`~rl_plugins.signals.online_loss`] with this module's settings."""
         by_micro_batch = self.policy_loss.aggregation == "micro_batch"
         return online_loss(
             self.policy_loss,

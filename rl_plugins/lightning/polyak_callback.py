@@ -7,10 +7,10 @@ from torch import Tensor
 
 from rl_plugins.lightning.callbacks import LightningOnly
 from rl_plugins.lightning.models import find_language_model
-from rl_plugins.modules.attach import get_mtp_heads
-from rl_plugins.modules.heads import MTPHeads
-from rl_plugins.modules.polyak import PolyakTarget, check_polyak
-from rl_plugins.modules.sharding import whole_module, whole_parameters
+from rl_plugins.nn.attach import get_mtp_heads
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.sharding import whole_module, whole_parameters
+from rl_plugins.nn.target_heads import PolyakTarget, check_polyak
 
 
 class PolyakCallback(LightningOnly, Callback):

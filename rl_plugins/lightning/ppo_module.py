@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_plugins.functional.mtp import completion_states
-from rl_plugins.generation.batches import Batch, num_rows, reordered
-from rl_plugins.generation.scoring import RewardFunc
+from rl_plugins.functional.alignment import completion_states
 from rl_plugins.lightning.online_module import Metrics
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.value_module import ValueModule
-from rl_plugins.modules.sources import check_language_model
-from rl_plugins.modules.value_model import (
+from rl_plugins.nn.sources import check_language_model
+from rl_plugins.nn.value_model import (
     CRITIC_ATTRIBUTE,
     ValueModel,
     attach_value_model,
@@ -24,7 +22,9 @@ from rl_plugins.modules.value_model import (
     hook_value_model,
     make_value_model,
 )
-from rl_plugins.objectives.checks import check_at_least
+from rl_plugins.rollouts.batch import Batch, num_rows, reordered
+from rl_plugins.rollouts.rewards import RewardFunc
+from rl_plugins.signals.checks import check_at_least
 
 
 class PPOModule(ValueModule):

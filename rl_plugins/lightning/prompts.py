@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from rl_plugins.objectives.checks import check_at_least
+from rl_plugins.signals.checks import check_at_least
 
 Row = Mapping[str, Any]
 

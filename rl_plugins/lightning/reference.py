@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from transformers import PreTrainedModel
 
-from rl_plugins.modules.attach import base_model_of, detach_mtp_heads, get_mtp_heads
-from rl_plugins.modules.value_model import detach_value_model, get_value_model
+from rl_plugins.nn.attach import base_model_of, detach_mtp_heads, get_mtp_heads
+from rl_plugins.nn.value_model import detach_value_model, get_value_model
 
 
 class Reference:

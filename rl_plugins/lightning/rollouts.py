@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rl_plugins.generation.batches import Batch, num_rows, select_rows
-from rl_plugins.generation.completions import Completions
-from rl_plugins.generation.scoring import weighted_scores
 from rl_plugins.lightning.ranks import gather_objects, gather_rows
-from rl_plugins.objectives.online import completion_metrics, reward_metrics
+from rl_plugins.rollouts.batch import Batch, num_rows, select_rows
+from rl_plugins.rollouts.completions import Completions
+from rl_plugins.rollouts.rewards import weighted_scores
+from rl_plugins.signals.online import completion_metrics, reward_metrics
 
 
 def cut_rollout(rollout: Batch, slices: int, *, whole_groups_of: int | None = None) -> list[Batch]:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_plugins.functional.mtp import completion_states, mtp_labels, predicted_mask
+from rl_plugins.functional.alignment import completion_states, mtp_labels, predicted_mask
 from rl_plugins.functional.rewards import terminal_rewards
-from rl_plugins.generation.scoring import is_conversational, prompt_tokens
 from rl_plugins.lightning.heads import HeadsModule, head_means
 from rl_plugins.lightning.prompts import Row, rows_of
 from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks
-from rl_plugins.modules.head_pass import HeadPass
-from rl_plugins.modules.native_training import check_native_settings, check_no_rewards
-from rl_plugins.modules.polyak import PolyakTarget
-from rl_plugins.objectives.checks import check_at_least, check_choice, check_head_reach, check_unit_interval
-from rl_plugins.objectives.critic import (
+from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.native_training import check_native_settings, check_no_rewards
+from rl_plugins.nn.target_heads import PolyakTarget
+from rl_plugins.rollouts.rewards import is_conversational, prompt_tokens
+from rl_plugins.signals.checks import check_at_least, check_choice, check_head_reach, check_unit_interval
+from rl_plugins.signals.critic_targets import (
     ESTIMATORS,
     critic_targets,
     rollout_metrics,

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rl_plugins.functional.mtp import completion_labels, completion_states
-from rl_plugins.generation.batches import Batch
+from rl_plugins.functional.alignment import completion_labels, completion_states
 from rl_plugins.lightning.heads import HeadTraining, TokenTerm
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.ranks import sum_over_ranks
-from rl_plugins.modules.attach import HEADS_ATTRIBUTE
-from rl_plugins.modules.head_pass import HeadPass
-from rl_plugins.objectives.checks import check_at_least
-from rl_plugins.objectives.online import draft_metrics
+from rl_plugins.nn.attach import HEADS_ATTRIBUTE
+from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.rollouts.batch import Batch
+from rl_plugins.signals.checks import check_at_least
+from rl_plugins.signals.online import draft_metrics
 
 if TYPE_CHECKING:
-    from rl_plugins.generation.speculative import SpeculativeDecoder
+    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder
 
 DECODING = ("num_draft_tokens", "draft_cost", "adaptive")
 """Options of the decoder; all others are those of the heads."""
@@ -92,7 +92,7 @@ class DraftHeads:
 
 def make_decoder(options: Mapping[str, Any]) -> "SpeculativeDecoder":
     """The decoder of a training run, whose choices depend on its seed alone unless `draft_cost` is `None`."""
-    from rl_plugins.generation.speculative import SpeculativeDecoder  # see rl_plugins.generation
+    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
 
     given = {key: options[key] for key in DECODING if key in options}
     return SpeculativeDecoder(**{"draft_cost": 0.2, **given}, values=False)
@@ -173,7 +173,7 @@ class DraftingModule(LanguageModule):
         return total + token_term, {**metrics, **token_metrics}
 
     def acceptance_metrics(self) -> dict[str, Tensor]:
-        """[`~rl_plugins.objectives.online.draft_metrics`] of the newest rollout of all ranks; none where it was not
+        """[`~rl_plugins.signals.online.draft_metrics`] of the newest rollout of all ranks; none where it was not
         decoded speculatively."""
         if self.decoder is None or self.decoder.last is None:
             return {}

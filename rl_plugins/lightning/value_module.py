@@ -8,24 +8,24 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_plugins.functional.divergences import kl_k1
+from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.masking import masked_moments
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
-from rl_plugins.generation.batches import Batch
-from rl_plugins.generation.scoring import RewardFunc
 from rl_plugins.lightning.heads import head_means
 from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.ranks import sum_over_ranks
-from rl_plugins.modules.warmup import pause_weight_decay
-from rl_plugins.objectives.checks import check_above, check_at_least, check_choice, check_unit_interval
-from rl_plugins.objectives.critic import (
+from rl_plugins.rollouts.batch import Batch
+from rl_plugins.rollouts.rewards import RewardFunc
+from rl_plugins.signals.checks import check_above, check_at_least, check_choice, check_unit_interval
+from rl_plugins.signals.critic_targets import (
     ESTIMATORS,
     SCALINGS,
     critic_signal,
     value_loss,
     value_losses,
 )
+from rl_plugins.signals.warmup import pause_weight_decay
 
 
 class ValueModule(OnlineModule):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel
 
-from rl_plugins.modules.attach import HEADS_ATTRIBUTE
-from rl_plugins.modules.heads import MTPHeads
-from rl_plugins.modules.serialization import (
+from rl_plugins.nn.attach import HEADS_ATTRIBUTE
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.serialization import (
     HEADS_WEIGHTS_NAME,
     check_heads_folder,
     find_mtp_heads,

@@ -13,15 +13,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl.trainer.base_trainer import _BaseTrainer
 
 from rl_plugins.functional.masking import masked_moments
-from rl_plugins.modules.attach import base_model_of
-from rl_plugins.modules.head_pass import HeadPass
-from rl_plugins.modules.native_pass import NativePass
-from rl_plugins.modules.polyak import TARGET_NAME
-from rl_plugins.modules.serialization import HEADS_WEIGHTS_NAME
-from rl_plugins.modules.sharding import announce_loss
-from rl_plugins.modules.sources import check_trainable_dtype
-from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE, HEAD_NAME
-from rl_plugins.objectives.critic import per_head_means, value_loss, value_losses
+from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.native_pass import NativePass
+from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
+from rl_plugins.nn.sharding import announce_loss
+from rl_plugins.nn.sources import check_trainable_dtype
+from rl_plugins.nn.target_heads import TARGET_NAME
+from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE, HEAD_NAME
+from rl_plugins.signals.critic_targets import per_head_means, value_loss, value_losses
 from rl_plugins.trl.inputs import check_callback, check_inputs
 from rl_plugins.trl.moe_callback import MoEBalancingCallback
 

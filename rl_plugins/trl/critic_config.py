@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from rl_plugins.objectives.checks import check_head_reach
+from rl_plugins.signals.checks import check_head_reach
 from rl_plugins.trl.heads_config import MTPHeadsArguments
 from rl_plugins.trl.inputs import settle_options
 from rl_plugins.trl.policy_config import field_default

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rl_plugins.functional.divergences import kl_to_sampler
+from rl_plugins.functional.alignment import completion_labels, completion_states
+from rl_plugins.functional.log_probs import kl_to_sampler
 from rl_plugins.functional.masking import zero_masked
-from rl_plugins.functional.mtp import completion_labels, completion_states
-from rl_plugins.generation.value_capture import ValuePass, ValueRecorder
-from rl_plugins.modules.head_pass import HeadPass, logit_divisor
+from rl_plugins.nn.head_pass import HeadPass, logit_divisor
+from rl_plugins.rollouts.values import ValuePass, ValueRecorder
 from rl_plugins.trl.attachments import find_saved_heads
 from rl_plugins.trl.critic_config import MTPCriticConfig
 from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args
@@ -29,8 +29,8 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
     output a value. One network, one completion per prompt, an advantage for every token.
 
     `L = L_policy + lambda_1 L_MTP + lambda_2 L_TD`, where `L_policy` is any TRL loss type, or any loss of
-    [`~rl_plugins.objectives.POLICY_LOSSES`] but `gvpo`, on the critic's advantages (see
-    [`~rl_plugins.objectives.critic_targets`] for the equations).
+    [`~rl_plugins.signals.POLICY_LOSSES`] but `gvpo`, on the critic's advantages (see
+    [`~rl_plugins.signals.critic_targets`] for the equations).
 
     Takes the arguments of [`~trl.GRPOTrainer`], with an [`MTPCriticConfig`] for `args`. With `use_critic=False` it is
     that trainer.

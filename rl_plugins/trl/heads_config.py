@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from rl_plugins.modules.polyak import check_polyak
-from rl_plugins.objectives.checks import check_at_least
+from rl_plugins.nn.target_heads import check_polyak
+from rl_plugins.signals.checks import check_at_least
 from rl_plugins.trl.speculative_config import TokenHeadsArguments
 from rl_plugins.trl.value_config import ValueArguments
 

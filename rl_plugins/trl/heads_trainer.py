@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
-from rl_plugins.modules import (
+from rl_plugins.nn import (
     GradientStats,
     HeadPass,
     MTPHeads,
@@ -21,10 +21,10 @@ from rl_plugins.modules import (
     prepare_native_mtp,
     save_native_mtp,
 )
-from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
-from rl_plugins.modules.polyak import TARGET_NAME
-from rl_plugins.modules.sharding import whole_module, whole_parameters
-from rl_plugins.modules.sources import check_language_model
+from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.nn.sharding import whole_module, whole_parameters
+from rl_plugins.nn.sources import check_language_model
+from rl_plugins.nn.target_heads import TARGET_NAME
 from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rl_plugins.hooks import VLLM, require_hooks
-from rl_plugins.modules.attach import HEADS_ATTRIBUTE, base_model_of
-from rl_plugins.modules.native_mtp import NATIVE_ATTRIBUTE
-from rl_plugins.modules.routers import Router
-from rl_plugins.modules.value_model import CRITIC_ATTRIBUTE
+from rl_plugins.moe.routers import Router
+from rl_plugins.nn.attach import HEADS_ATTRIBUTE, base_model_of
+from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration

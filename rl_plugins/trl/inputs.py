@@ -8,14 +8,14 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from trl.data_utils import get_dataset_column_names
 
-from rl_plugins.generation.scoring import (
+from rl_plugins.rollouts.rewards import (
     NOT_COLUMNS,
     REWARD_ARGUMENTS,
     check_reward_arguments,
     list_reward_funcs,
 )
-from rl_plugins.modules.settings import settle_numbers
-from rl_plugins.objectives.checks import check_above, check_at_least
+from rl_plugins.settings import settle_numbers
+from rl_plugins.signals.checks import check_above, check_at_least
 
 # What is left where remove_unused_columns=True.
 USED_COLUMNS = ("prompt", "image", "images")

@@ -11,9 +11,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from rl_plugins.modules.balancing_config import BalancingConfig
-from rl_plugins.modules.load_log import LoadLog
-from rl_plugins.modules.router_balancer import RouterBalancer, get_router_balancer
+from rl_plugins.moe.balancer import RouterBalancer, get_router_balancer
+from rl_plugins.moe.config import BalancingConfig
+from rl_plugins.moe.load_log import LoadLog
 from rl_plugins.report.expert_load import LOAD_FILE_NAME, append_load
 from rl_plugins.trl.callbacks import TrainerOnly
 from rl_plugins.trl.host import own_router_loss, stream_biases_to_vllm

@@ -6,9 +6,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from rl_plugins.functional.aggregation import AGGREGATIONS
-from rl_plugins.objectives.checks import check_choice
-from rl_plugins.objectives.policy import POLICY_LOSSES, PolicyLoss
+from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS
+from rl_plugins.signals.checks import check_choice
+from rl_plugins.signals.policy import POLICY_LOSSES, PolicyLoss
 from rl_plugins.trl.speculative_config import SpeculativeArguments
 
 # Which of TRL's loss types averages like this; it carries the KL term, so that KL and policy loss share their units.

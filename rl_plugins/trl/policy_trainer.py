@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from rl_plugins.functional.aggregation import prompt_weights
-from rl_plugins.functional.mtp import completion_labels, completion_states
+from rl_plugins.functional.alignment import completion_labels, completion_states
+from rl_plugins.functional.policy_losses.aggregation import prompt_weights
 from rl_plugins.functional.ratios import LOG_PROB_LIMIT, within_clamp
-from rl_plugins.generation.scoring import checked, list_reward_funcs
 from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
-from rl_plugins.modules.head_pass import HeadPass, logit_divisor
-from rl_plugins.modules.heads import MTPHeads
-from rl_plugins.modules.sources import check_lengths, check_tokenizer, learned_positions
-from rl_plugins.objectives.online import draft_metrics, reference_kl
-from rl_plugins.objectives.policy import averaged, clip_shares, inert_message, policy_loss
+from rl_plugins.nn.head_pass import HeadPass, logit_divisor
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.sources import check_lengths, check_tokenizer, learned_positions
+from rl_plugins.rollouts.rewards import checked, list_reward_funcs
+from rl_plugins.signals.online import draft_metrics, reference_kl
+from rl_plugins.signals.policy import averaged, clip_shares, inert_message, policy_loss
 from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads, find_saved_heads
 from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_critics_from_vllm
 from rl_plugins.trl.reference import lent_name
 
 if TYPE_CHECKING:
-    from rl_plugins.generation.speculative import SpeculativeDecoder
+    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder
 
 Batch = dict[str, Any]
 
@@ -96,7 +96,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         """Decode speculatively from now on, if the options say so; the heads are there."""
         args = self.args
         if args.speculative:
-            from rl_plugins.generation.speculative import SpeculativeDecoder  # see rl_plugins.generation
+            from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
 
             self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost, values=False)
             self.decoder.check(self.model)
@@ -106,7 +106,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             check_lengths(prompt_ids, self.max_completion_length, self._positions)
         if self.decoder is None:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        from rl_plugins.generation.speculative import speculating
+        from rl_plugins.rollouts.speculative.decoder import speculating
 
         with speculating(self.model, self.decoder):
             result = super()._generate_single_turn(prompt_ids, *args, **kwargs)

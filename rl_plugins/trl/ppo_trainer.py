@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
-from rl_plugins.functional.mtp import completion_states
-from rl_plugins.generation.batches import reordered
-from rl_plugins.modules.value_model import (
+from rl_plugins.functional.alignment import completion_states
+from rl_plugins.nn.value_model import (
     CRITIC_ATTRIBUTE,
     HEAD_NAME,
     ValueModel,
@@ -21,6 +20,7 @@ from rl_plugins.modules.value_model import (
     make_value_model,
     save_value_model,
 )
+from rl_plugins.rollouts.batch import reordered
 from rl_plugins.trl.attachments import Attachment
 from rl_plugins.trl.heads_trainer import complete_args
 from rl_plugins.trl.policy_trainer import Batch

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
-from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.nn.sharding import whole_parameters
 
 
 @contextmanager

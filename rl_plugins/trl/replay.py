@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_plugins.generation.batches import LEFT_PADDED, Batch
+from rl_plugins.rollouts.batch import LEFT_PADDED, Batch
 
 
 @dataclass(eq=False)  # found again by identity: tensors have no truth value

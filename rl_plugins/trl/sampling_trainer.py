@@ -8,10 +8,10 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor
 
+from rl_plugins.functional.advantages.group import informative_groups
 from rl_plugins.functional.rewards import overlong_penalty
-from rl_plugins.functional.sampling import informative_groups
-from rl_plugins.generation.batches import Batch, join_rows, num_rows, select_rows
-from rl_plugins.generation.scoring import list_reward_funcs
+from rl_plugins.rollouts.batch import Batch, join_rows, num_rows, select_rows
+from rl_plugins.rollouts.rewards import list_reward_funcs
 from rl_plugins.trl.policy_trainer import PolicyLossTrainer
 from rl_plugins.trl.replay import ReplayBuffer
 from rl_plugins.trl.variant_config import GRPOVariantConfig

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from rl_plugins.functional.mtp import completion_states, mtp_labels, predicted_mask
+from rl_plugins.functional.alignment import completion_states, mtp_labels, predicted_mask
 from rl_plugins.functional.rewards import terminal_rewards
-from rl_plugins.modules.head_pass import HeadPass
-from rl_plugins.modules.native_pass import NativePass
-from rl_plugins.modules.native_training import check_no_rewards
-from rl_plugins.modules.polyak import PolyakTarget
-from rl_plugins.objectives.critic import critic_targets, rollout_metrics
+from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.native_pass import NativePass
+from rl_plugins.nn.native_training import check_no_rewards
+from rl_plugins.nn.target_heads import PolyakTarget
+from rl_plugins.signals.critic_targets import critic_targets, rollout_metrics
 from rl_plugins.trl.attachments import find_saved_heads
 from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args
 from rl_plugins.trl.sft_config import MTPSFTConfig

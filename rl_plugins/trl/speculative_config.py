@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rl_plugins.objectives.checks import check_at_least, check_head_reach
+from rl_plugins.signals.checks import check_at_least, check_head_reach
 
 
 @dataclass
@@ -68,7 +68,7 @@ class SpeculativeArguments(TokenHeadsArguments):
 
         speculative (`bool`, *optional*, defaults to `False`):
             Whether MTP heads draft the completions, which the model then verifies several tokens at a time (see
-            [`~rl_plugins.generation.SpeculativeDecoder`]). The distribution of the completions stays what it is.
+            [`~rl_plugins.rollouts.SpeculativeDecoder`]). The distribution of the completions stays what it is.
         num_draft_tokens (`int`, *optional*):
             Most tokens to draft per step; as many as there are heads by default. Fewer are drafted while that pays.
         draft_cost (`float`, *optional*, defaults to `0.2`):

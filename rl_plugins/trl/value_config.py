@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from rl_plugins.objectives.checks import check_choice, check_unit_interval
-from rl_plugins.objectives.critic import ESTIMATORS, SCALINGS, value_losses
+from rl_plugins.signals.checks import check_choice, check_unit_interval
+from rl_plugins.signals.critic_targets import ESTIMATORS, SCALINGS, value_losses
 from rl_plugins.trl.policy_config import PolicyLossArguments
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_plugins.functional.divergences import kl_k1
+from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
-from rl_plugins.modules.warmup import pause_weight_decay
-from rl_plugins.objectives.critic import critic_signal, initial_values, sequence_means
+from rl_plugins.signals.critic_targets import critic_signal, initial_values, sequence_means
+from rl_plugins.signals.warmup import pause_weight_decay
 from rl_plugins.trl.policy_trainer import Batch, PolicyLossTrainer
 from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
 

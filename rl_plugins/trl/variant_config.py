@@ -5,9 +5,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from rl_plugins.modules.settings import with_numbers
-from rl_plugins.objectives.checks import check_choice
-from rl_plugins.objectives.group_advantages import ADVANTAGES, GROUPLESS, check_advantage
+from rl_plugins.settings import with_numbers
+from rl_plugins.signals.advantages import ADVANTAGES, GROUPLESS, check_advantage
+from rl_plugins.signals.checks import check_choice
 from rl_plugins.trl.inputs import settle_options
 from rl_plugins.trl.policy_config import PolicyLossArguments
 from rl_plugins.trl.presets import GRPO_PRESETS, NamedArguments, apply_preset
@@ -29,7 +29,7 @@ class GRPOVariantConfig(NamedArguments, PolicyLossArguments, GRPOConfig):
         > Parameters that control the advantage
 
         advantage (`str`, *optional*):
-            One of [`~rl_plugins.objectives.ADVANTAGES`]; `None` leaves it to TRL's `scale_rewards`.
+            One of [`~rl_plugins.signals.ADVANTAGES`]; `None` leaves it to TRL's `scale_rewards`.
         advantage_kwargs (`dict` or `str`, *optional*):
             Options of the advantage, such as `{"k": 4}` for `"pass_at_k"`.
         kl_in_reward (`bool`, *optional*, defaults to `False`):

@@ -9,14 +9,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rl_plugins.functional.divergences import kl_k1
-from rl_plugins.functional.group_advantages import batch_normalized, group_normalized
-from rl_plugins.functional.traces import lambda_trace
-from rl_plugins.functional.value_tracking import policy_distance
-from rl_plugins.generation.batches import Batch, num_rows, reordered
-from rl_plugins.modules.value_tracker import TrackedAdvantages, ValueTracker, prompt_key
-from rl_plugins.objectives.critic import sequence_means
-from rl_plugins.objectives.group_advantages import group_advantages, penalised_returns
+from rl_plugins.functional.advantages.group import batch_normalized, group_normalized
+from rl_plugins.functional.advantages.traces import lambda_trace
+from rl_plugins.functional.advantages.tracked import policy_distance
+from rl_plugins.functional.log_probs import kl_k1
+from rl_plugins.rollouts.batch import Batch, num_rows, reordered
+from rl_plugins.signals.advantages import group_advantages, penalised_returns
+from rl_plugins.signals.critic_targets import sequence_means
+from rl_plugins.signals.value_tracker import TrackedAdvantages, ValueTracker, prompt_key
 from rl_plugins.trl.heads_trainer import complete_args
 from rl_plugins.trl.sampling_trainer import INFORMATIVE, SCORES, TABLE_ROW, SamplingTrainer
 from rl_plugins.trl.variant_config import GRPOVariantConfig

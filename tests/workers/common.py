@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import rl_plugins.trl  # noqa: F401  (slow, and most workers import it)
-from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.nn.sharding import whole_parameters
 
 Run = dict[str, Any]
 CHILDREN: list[int] = []

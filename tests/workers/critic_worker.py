@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_plugins.generation.value_capture import ValueRecorder
-from rl_plugins.modules.sharding import whole_parameters
+from rl_plugins.nn.sharding import whole_parameters
+from rl_plugins.rollouts.values import ValueRecorder
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,

@@ -43,10 +43,10 @@ from safetensors.torch import save_file
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_plugins.generation.completions import Completions, eos_token_ids, pad_left, until_eos
-from rl_plugins.generation.scoring import prompt_tokens
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, PPOModule, PromptDataModule
 from rl_plugins.lightning.deepspeed import CPUDeepSpeedStrategy
+from rl_plugins.rollouts.completions import Completions, eos_token_ids, pad_left, until_eos
+from rl_plugins.rollouts.rewards import prompt_tokens
 
 WORLD = 2
 TIMEOUT = timedelta(seconds=60)

@@ -15,7 +15,7 @@ import critic_worker
 import lightning_worker
 from common import Run, main
 
-from rl_plugins.generation import SpeculativeDecoder
+from rl_plugins.rollouts import SpeculativeDecoder
 
 drafts: list[list[float]] = []
 
@@ -44,8 +44,8 @@ def train_rank(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    import rl_plugins.generation.speculative
+    import rl_plugins.rollouts.speculative.decoder
 
-    rl_plugins.generation.speculative.SpeculativeDecoder = NotingDecoder  # type: ignore[misc]
+    rl_plugins.rollouts.speculative.decoder.SpeculativeDecoder = NotingDecoder  # type: ignore[misc]
     train_in_lightning, lightning_worker.train_rank = lightning_worker.train_rank, train_rank
     main(lightning_worker.train, lightning_worker.load)

@@ -34,7 +34,7 @@ from trl import (
 from trl.scripts.grpo import GRPOScriptArguments
 
 from rl_plugins.cli import COMMANDS
-from rl_plugins.modules.process_group import end_process_group
+from rl_plugins.process_group import end_process_group
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,

@@ -1,0 +1,402 @@
+"""What all agents share: environments, evaluation, logs, checkpoints. An algorithm adds `act` and `iterate`."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, get_args
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from rl_plugins.classic.checkpoints import check_checkpoint
+from rl_plugins.classic.environments import (
+    EnvSpec,
+    action_size,
+    check_spaces,
+    decode_actions,
+    environment_name,
+    has_time_limit,
+    make_environments,
+    observation_size,
+    to_tensor,
+)
+from rl_plugins.classic.iterations import Iterations
+from rl_plugins.classic.networks import evaluation_mode
+from rl_plugins.classic.runner import Runner, Transition
+from rl_plugins.classic.schedules import Linear, Schedule, set_rate, value_at
+from rl_plugins.settings import check_number
+
+_STATE = "classic"
+_LOG_EVERY_ENV_STEPS = 2000
+_MAX_EVAL_ENVS = 16
+_MAX_EPISODE_STEPS = 10_000
+
+
+class Evaluation(NamedTuple):
+    """Episodes under the deterministic policy, ordered by environment."""
+
+    returns: np.ndarray
+    """Undiscounted returns `(episodes,)`."""
+    lengths: np.ndarray
+    """Steps `(episodes,)`."""
+    cut_off: np.ndarray
+    """`(episodes,)`, bool: whether the agent's bound on steps ended the episode, rather than the environment."""
+
+
+class ClassicModule(LightningModule):
+    """A reinforcement learning agent as a LightningModule, the base of all agents in this folder.
+
+    One training step is one iteration of the algorithm: it collects from `num_envs` environments, then updates. An
+    epoch is `total_steps` environment steps:
+
+    ```python
+    Trainer(max_epochs=1).fit(PPOModule("CartPole-v1", total_steps=100_000))
+    ```
+
+    `Trainer(val_check_interval=n)` evaluates the deterministic policy every `n` iterations, `trainer.validate(module)`
+    does it once. A checkpoint holds all that training needs, the environments included, so that a resumed run equals
+    one that was never interrupted; resuming unpickles the environments, so resume from files that you trust only.
+    Callables among the settings, `Linear` aside, are not stored: give them to `load_from_checkpoint` again.
+
+    A subclass builds its networks in `__init__` inside `with self.seeded():` and defines `act`, `steps_per_iteration`,
+    `iterate` and `configure_optimizers`; what else it has to remember goes into `training_state`.
+
+    Logged are `time/env_steps`, `rollout/return_mean` and `rollout/length_mean` of the last 100 episodes, `train/...`
+    as `iterate` returns it, and `eval/return_mean`, `eval/return_std`, `eval/length_mean`, `eval/cut_off_share`.
+
+    Networks act and judge in evaluation mode. Only the forward passes that a gradient goes through run in training
+    mode, in which dropout is random and batch statistics count.
+
+    Args:
+        env: The id of a registered environment, or a callable that makes one.
+        total_steps: Environment steps of an epoch, of all environments together.
+        num_envs: Environments that are stepped side by side.
+        gamma: Discount in [0, 1].
+        learning_rate: A number, or a function of the share of training that remains, such as `Linear(1e-3)`.
+        max_grad_norm: Bound of the norm of a gradient; None for no bound. (Trainer's own clipping is for automatic
+            optimization only.)
+        seed: Makes environments, exploration and initial weights reproducible, whatever was drawn before. By default
+            it is drawn from torch's global generator.
+        eval_episodes: Episodes of an evaluation.
+        max_episode_steps: Steps after which an episode is cut off, in training and evaluation, besides the
+            environment's own time limit. By default, evaluations of an environment without a time limit cut episodes
+            off after 10,000 steps, since a deterministic policy may never end one.
+
+    Raises:
+        TypeError: If a setting is text where a number is needed.
+        ValueError: If the spaces of the environment are not supported, or a setting is out of range.
+    """
+
+    continuous: ClassVar[bool] = True
+    """Whether the algorithm can act in a Box."""
+    whole_episodes: ClassVar[bool] = False
+    """Whether the algorithm waits for the ends of episodes, so that training needs a bound on their steps, too."""
+
+    def __init__(
+        self,
+        env: EnvSpec,
+        *,
+        total_steps: int = 100_000,
+        num_envs: int = 1,
+        gamma: float = 0.99,
+        learning_rate: Schedule = 1e-3,
+        max_grad_norm: float | None = 0.5,
+        seed: int | None = None,
+        eval_episodes: int = 10,
+        max_episode_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self._check_numbers()
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
+        if total_steps < 1 or num_envs < 1 or eval_episodes < 1:
+            raise ValueError(
+                f"total_steps={total_steps}, num_envs={num_envs}, eval_episodes={eval_episodes}: give at least 1."
+            )
+        if max_episode_steps is not None and max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps={max_episode_steps}: give at least 1 step, or None.")
+        # A checkpoint that torch.load's safe mode can read holds no callables.
+        for name in [n for n, value in self.hparams.items() if callable(value) and not isinstance(value, Linear)]:
+            del self.hparams[name]
+        self.automatic_optimization = False
+        self.env, self.total_steps, self.num_envs, self.gamma = env, total_steps, num_envs, gamma
+        self.learning_rate, self.max_grad_norm, self.eval_episodes = learning_rate, max_grad_norm, eval_episodes
+        self.max_episode_steps = max_episode_steps
+        self._warned_of_cuts = False
+        self.seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self._init_state = self.generator.get_state()
+        self.iteration = 0
+        self._runner: Runner | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._logged_steps = 0
+        self._read_spaces()
+
+    def _check_numbers(self) -> None:
+        """Refuse text where the constructors of the agent and of its bases declare numbers."""
+        for constructor in (vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)):
+            for name, hint in getattr(constructor, "__annotations__", {}).items():
+                if isinstance(self.hparams.get(name), str) and {int, float} & {hint, *get_args(hint)}:
+                    check_number(name, self.hparams[name])
+
+    def _read_spaces(self) -> None:
+        envs = make_environments(self.env, 1)
+        self.env_name = environment_name(envs.envs[0])
+        self._has_time_limit = has_time_limit(envs.envs[0])
+        self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
+        envs.close()
+        check_spaces(self.env_name, self.observation_space, self.action_space, continuous=self.continuous)
+        self.observation_size = observation_size(self.observation_space)
+        self.action_size = action_size(self.action_space)
+
+    def _step_limit(self, *, waits_for_ends: bool) -> int | None:
+        """Steps after which an episode is cut off, besides the environment's own limit; None for no other limit."""
+        if self.max_episode_steps is None and waits_for_ends and not self._has_time_limit:
+            return _MAX_EPISODE_STEPS
+        return self.max_episode_steps
+
+    # What an algorithm defines.
+
+    def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
+        """Choose actions; called without gradients.
+
+        Args:
+            observations: `(N, D)`.
+            deterministic: Whether to take the best actions, as in an evaluation, or to explore.
+
+        Returns:
+            Indices `(N,)` of Discrete actions, vectors `(N, A)` of a Box.
+        """
+        raise NotImplementedError
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Environment steps of one training step, of all environments together."""
+        raise NotImplementedError
+
+    def iterate(self) -> dict[str, Tensor | float]:
+        """Collect with `step_environments`, update with `optimize`; what is returned is logged as `train/...`."""
+        raise NotImplementedError
+
+    # What an algorithm uses.
+
+    @property
+    def runner(self) -> Runner:
+        """The training environments, from the start of fit on."""
+        assert self._runner is not None, "the environments are made when fit starts"
+        return self._runner
+
+    @property
+    def remaining(self) -> float:
+        """Share of the training that is left, from 1 down to 0."""
+        return max(0.0, 1.0 - self.runner.steps / self.total_steps)
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Inside, torch's global generator draws what `seed` says, each time from where the last time ended."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._init_state)
+            yield
+            self._init_state = torch.get_rng_state()
+
+    def step_environments(self, actions: Tensor, counted: np.ndarray | None = None) -> Transition:
+        """Take actions `(N,)` or `(N, A)` from `act` in the training environments.
+
+        Args:
+            actions: One for each environment.
+            counted: `(N,)`, bool: the environments whose episodes enter the logged means; all by default.
+        """
+        return self.runner.step(decode_actions(self.action_space, actions), counted)
+
+    @property
+    def optimizer(self) -> LightningOptimizer:
+        """The only optimizer."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer), "there are several: take them from self.optimizers()"
+        return optimizer
+
+    def optimize(self, loss: Tensor, optimizer: LightningOptimizer, parameters: list[torch.nn.Parameter]) -> None:
+        """One step on a loss, its gradient clipped to `max_grad_norm`.
+
+        Args:
+            loss: 0-d.
+            optimizer: The one that steps.
+            parameters: All that it optimises.
+        """
+        for parameter in parameters:  # what zero_grad does, less its records for the profiler
+            parameter.grad = None
+        self.manual_backward(loss)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        optimizer.step()
+
+    def set_learning_rates(self) -> None:
+        """Set all optimizers to `learning_rate` at the start of an iteration."""
+        for optimizer in self.trainer.optimizers:
+            set_rate(optimizer, value_at(self.learning_rate, self.remaining))
+
+    # Training.
+
+    def train_dataloader(self) -> Iterations:
+        """As many iterations as `total_steps` takes."""
+        return Iterations(math.ceil(self.total_steps / self.steps_per_iteration))
+
+    def on_fit_start(self) -> None:
+        """Make the environments, or go on from a checkpoint.
+
+        Raises:
+            ValueError: If there is more than one process.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"world_size={self.trainer.world_size}: agents train in one process; raise num_envs instead."
+            )
+        limit = self._step_limit(waits_for_ends=self.whole_episodes)
+        self._runner = Runner(make_environments(self.env, self.num_envs, max_episode_steps=limit))
+        self.generator.manual_seed(self.seed)
+        self.iteration = self._logged_steps = 0
+        if self._resumed is None:
+            self.runner.reset(seed=self.seed)
+        else:
+            self.load_training_state(self._resumed)
+            self._resumed = None
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        """One iteration."""
+        self.iteration += 1
+        self.set_learning_rates()
+        metrics = self.iterate()
+        if self._is_logging():
+            self._log_iteration(metrics)
+
+    def on_train_epoch_end(self) -> None:
+        """Stop after `total_steps`, whatever the Trainer's number of epochs."""
+        self.trainer.should_stop = True
+
+    def _is_logging(self) -> bool:
+        # Every call of self.log takes about as long as a step of CartPole.
+        return (
+            self.iteration % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+            or self.runner.steps - self._logged_steps >= _LOG_EVERY_ENV_STEPS
+            or self.trainer.is_last_batch
+        )
+
+    def _log_iteration(self, metrics: dict[str, Tensor | float]) -> None:
+        self._logged_steps = self.runner.steps
+        self.log("time/env_steps", float(self.runner.steps), prog_bar=True)
+        if self.runner.returns:
+            self.log("rollout/return_mean", float(np.mean(self.runner.returns)), prog_bar=True)
+            self.log("rollout/length_mean", float(np.mean(self.runner.lengths)))
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()})
+
+    # Evaluation.
+
+    def val_dataloader(self) -> Iterations:
+        """One evaluation."""
+        return Iterations(1)
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """Evaluate the deterministic policy, always from the same initial states."""
+        result = self.evaluate(self.eval_episodes)
+        self.log("eval/return_mean", float(result.returns.mean()), prog_bar=True, batch_size=1)
+        self.log("eval/return_std", float(result.returns.std()), batch_size=1)
+        self.log("eval/length_mean", float(result.lengths.mean()), batch_size=1)
+        self.log("eval/cut_off_share", float(result.cut_off.mean()), batch_size=1)
+
+    @torch.no_grad()
+    def evaluate(self, episodes: int, *, seed: int | None = None) -> Evaluation:
+        """Play episodes with the deterministic policy, in fresh environments and in evaluation mode.
+
+        Every environment plays a fixed share of the episodes: to take those that end first would favour short ones.
+
+        Args:
+            episodes: Number of episodes.
+            seed: Seed of the environments; by default one that training does not use, and always the same.
+
+        Returns:
+            Returns and lengths of the episodes, and which of them were cut off after `max_episode_steps`, or after
+            10,000 steps where the environment has no time limit.
+
+        Raises:
+            ValueError: If `episodes` is below 1.
+        """
+        if episodes < 1:
+            raise ValueError(f"episodes={episodes}: give at least 1.")
+        count, limit = min(episodes, _MAX_EVAL_ENVS), self._step_limit(waits_for_ends=True)
+        quotas = [episodes // count + (index < episodes % count) for index in range(count)]
+        runner = Runner(make_environments(self.env, count, max_episode_steps=limit), window=1)
+        runner.reset(seed=self.seed + 2**20 if seed is None else seed)
+        finished: list[list[tuple[float, int, bool]]] = [[] for _ in range(count)]
+        with evaluation_mode(self):
+            while any(len(rows) < quota for rows, quota in zip(finished, quotas, strict=True)):
+                actions = self.act(to_tensor(runner.observations, self.device), deterministic=True)
+                ended = runner.step(decode_actions(self.action_space, actions)).terminated
+                for index, episode_return, length in runner.finished:
+                    if len(finished[index]) < quotas[index]:
+                        cut_off = limit is not None and length >= limit and not ended[index]
+                        finished[index].append((episode_return, length, cut_off))
+        runner.close()
+        columns = zip(*(row for rows in finished for row in rows), strict=True)
+        result = Evaluation(*(np.array(column) for column in columns))
+        self._warn_of_cuts(result, limit)
+        return result
+
+    def _warn_of_cuts(self, result: Evaluation, limit: int | None) -> None:
+        if self.max_episode_steps is not None or self._warned_of_cuts or not result.cut_off.any():
+            return
+        self._warned_of_cuts = True
+        rank_zero_warn(
+            f"The evaluation cut off {result.cut_off.sum()} of {len(result.returns)} episodes after {limit} steps: "
+            f"{self.env_name} has no time limit, and the deterministic policy did not end them. Their returns count "
+            "up to there, and eval/cut_off_share says how many there are. Set max_episode_steps for another bound."
+        )
+
+    # Checkpoints.
+
+    def training_state(self) -> dict[str, Any]:
+        """What a resumed run needs besides networks and optimizers: extend it with `super()`."""
+        return {
+            "seed": self.seed,
+            "iteration": self.iteration,
+            "generator": self.generator.get_state(),
+            "runner": self.runner.state_dict(),
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from a `training_state`, when fit starts and the environments are made."""
+        self.seed, self.iteration = state["seed"], state["iteration"]
+        self.generator.set_state(state["generator"])
+        self.runner.load_state_dict(state["runner"], fresh_seed=self.seed + state["runner"]["steps"])
+        self._logged_steps = self.runner.steps
+
+    def _identity(self) -> dict[str, str]:
+        return {
+            "agent": type(self).__name__,
+            "environment": self.env_name,
+            "observation space": str(self.observation_space),
+            "action space": str(self.action_space),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not know of."""
+        checkpoint[_STATE] = {"identity": self._identity()}
+        if self._runner is not None:
+            checkpoint[_STATE]["training"] = self.training_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, before weights are copied.
+
+        Raises:
+            ValueError: If it is of another agent, environment or architecture.
+        """
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if _STATE not in checkpoint:
+            raise ValueError("The checkpoint is not of an agent of rl_plugins.classic.")
+        check_checkpoint(checkpoint, checkpoint[_STATE]["identity"], self, self._identity(), resuming=fitting)
+        self._resumed = checkpoint[_STATE].get("training") if fitting else None

@@ -1,0 +1,128 @@
+"""Rows of experience: `N` environments side by side for `T` steps, with any number of episodes in a row."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl_plugins.classic.agent import ClassicModule
+from rl_plugins.classic.environments import to_tensor
+from rl_plugins.classic.networks import evaluation_mode
+
+
+class Rollout(NamedTuple):
+    """What `N` environments gave in `T` steps; `M` of them cut an episode off."""
+
+    observations: Tensor
+    """`(N, T + 1, D)`: the states acted in, and the one after the last step."""
+    actions: Tensor
+    """`(N, T)` indices, or `(N, T, A)` vectors."""
+    rewards: Tensor
+    """`(N, T)`."""
+    terminated: Tensor
+    """`(N, T)`, bool: the step ended the task."""
+    truncated: Tensor
+    """`(N, T)`, bool: the step cut an episode off that had not ended."""
+    final_observations: Tensor
+    """`(M, D)`: the states in which episodes were cut off, by step and then by environment."""
+    mask: Tensor
+    """`(N, T)`, bool: the steps to learn from."""
+
+    @property
+    def ends(self) -> Tensor:
+        """`(N, T)`, bool: the last steps of episodes."""
+        return self.terminated | self.truncated
+
+
+@torch.inference_mode()
+def collect(agent: ClassicModule, steps: int, *, whole_episodes: bool = False) -> Rollout:
+    """Act in the training environments.
+
+    With `whole_episodes`, all environments start anew, and every row runs on after `steps` until its episode is over.
+    A row's number of episodes is then a stopping time, so that sums over its steps are unbiased (Wald's identity), as
+    they are not if episodes that are cut off, the long ones, are thrown away.
+
+    Args:
+        agent: Its `act` explores.
+        steps: `T`; with `whole_episodes`, the smallest `T`.
+        whole_episodes: Whether rows consist of whole episodes; what comes after the last one is masked.
+
+    Returns:
+        The rows.
+    """
+    runner = agent.runner
+    if whole_episodes:
+        runner.reset(whole_episodes=True)
+    observations: list[np.ndarray] = []
+    actions: list[Tensor] = []
+    rewards: list[np.ndarray] = []
+    terminated: list[np.ndarray] = []
+    truncated: list[np.ndarray] = []
+    mask: list[np.ndarray] = []
+    final = np.empty((0, agent.observation_size), dtype=np.float32)
+    open_rows = np.ones(runner.num_envs, dtype=bool)
+    with evaluation_mode(agent):
+        while len(rewards) < steps or (whole_episodes and open_rows.any()):
+            observations.append(runner.observations)
+            actions.append(agent.act(to_tensor(runner.observations, agent.device)))
+            # Episodes of rows that wait for the others are not learned from. Most of them would be short ones: the
+            # next rollout starts anew, which leaves out those that take longer than the others need.
+            transition = agent.step_environments(actions[-1], counted=open_rows)
+            cut = transition.truncated & ~transition.terminated
+            if cut.any():
+                final = np.concatenate([final, transition.next_observations[cut]])
+            rewards.append(transition.rewards)
+            terminated.append(transition.terminated)
+            truncated.append(cut)
+            mask.append(open_rows)
+            if whole_episodes and len(rewards) >= steps:
+                open_rows = open_rows & ~(cut | transition.terminated)
+    observations.append(runner.observations)
+
+    def rows(arrays: list[np.ndarray]) -> Tensor:
+        return to_tensor(np.stack(arrays, axis=1), agent.device)
+
+    with torch.inference_mode(False):  # what autograd is to use may not be an inference tensor
+        return Rollout(
+            observations=rows(observations),
+            actions=torch.stack(actions, dim=1),
+            rewards=rows(rewards).float(),
+            terminated=rows(terminated),
+            truncated=rows(truncated),
+            final_observations=to_tensor(final, agent.device),
+            mask=rows(mask),
+        )
+
+
+def next_values(rollout: Rollout, values: Tensor, final_values: Tensor) -> Tensor:
+    """`V(s_{t+1})` of every step: 0 where the task ended, that of the real last state where an episode was cut off.
+
+    Args:
+        rollout: `N` rows of `T` steps.
+        values: `V(s_t) (N, T + 1)`.
+        final_values: `V` of `rollout.final_observations`, `(M,)`.
+
+    Returns:
+        `(N, T)`.
+    """
+    following = torch.where(rollout.terminated, 0.0, values[:, 1:])
+    # Through the transposed view, in the order in which the episodes were cut off.
+    following.T[rollout.truncated.T] = final_values
+    return following
+
+
+def episode_steps(rollout: Rollout) -> Tensor:
+    """How many steps of its episode came before each step, if rows start with an episode.
+
+    Args:
+        rollout: `N` rows of `T` steps.
+
+    Returns:
+        `(N, T)`, from 0.
+    """
+    index = torch.arange(rollout.ends.shape[1], device=rollout.ends.device).expand_as(rollout.ends)
+    # The step after an end is the first of an episode: carry its index on to the next one.
+    starts = torch.where(rollout.ends, index + 1, 0).cummax(dim=1).values.roll(1, dims=1)
+    starts[:, 0] = 0
+    return index - starts

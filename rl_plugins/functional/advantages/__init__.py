@@ -1,0 +1,1 @@
+"""Advantages from rewards alone: of groups, from tracked prompts, spread by eligibility traces; and their scaling."""

@@ -1,0 +1,114 @@
+"""Save added selection biases beside a model, and load them again."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rl_plugins.moe.routers import Router, find_routers
+from rl_plugins.nn.attach import base_model_of
+
+SELECTION_BIAS_NAME = "selection_bias.safetensors"
+
+
+def save_selection_bias(model: nn.Module, directory: str | Path) -> Path | None:
+    """Write selection biases in float32 into `directory`, beside `model.safetensors`: those that were added to a
+    model, and an architecture's own where a cast has rounded the copy in the module tree.
+
+    Args:
+        model: Causal LM, or a PEFT model around one.
+        directory: Created if missing.
+
+    Returns:
+        The file; `None` where no bias was added or rounded, since an architecture's own bias is in the stock
+        checkpoint.
+    """
+    routers = [router for router in find_routers(model) if router.has_bias]
+    if not any(router.injected is not None or router.is_rounded for router in routers):
+        return None
+    added = {router.name: router.bias.detach().float().reshape(-1) for router in routers}
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({name: bias.cpu().contiguous() for name, bias in added.items()}, path / SELECTION_BIAS_NAME)
+    return path / SELECTION_BIAS_NAME
+
+
+def load_selection_bias(model: nn.Module, directory: str | Path) -> None:
+    """Route with the selection biases that were saved beside a model: the one call after `from_pretrained`.
+
+    Args:
+        model: The model, freshly loaded.
+        directory: Where it was saved; `selection_bias.safetensors` is read.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the biases belong to other routers or another number of experts; nothing is changed then.
+    """
+    path = Path(directory) / SELECTION_BIAS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No {SELECTION_BIAS_NAME} in {directory}. save_pretrained writes it while a model routes with an added "
+            "selection bias; models with a bias of their own keep it in their checkpoint and need no such file, "
+            "unless they are trained in half precision."
+        )
+    biases = load_file(path)
+    routers = {router.name: router for router in find_routers(model)}
+    check_biases_fit(biases, list(routers.values()), whose=str(path))
+    for name, bias in biases.items():
+        routers[name].add_bias()
+        routers[name].set_bias(bias)
+    save_beside(model)
+
+
+def check_biases_fit(biases: Mapping[str, Tensor], routers: list[Router], *, whose: str) -> None:
+    """Compare names and sizes.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    wanted = {router.name: router.num_experts for router in routers}
+    given = {name: bias.numel() for name, bias in biases.items()}
+    if wanted != given:
+        only_given, only_wanted = sorted(set(given) - set(wanted)), sorted(set(wanted) - set(given))
+        other = [
+            f"{n}: {given[n]} instead of {wanted[n]}"
+            for n in sorted(set(given) & set(wanted))
+            if given[n] != wanted[n]
+        ]
+        raise ValueError(
+            f"The selection biases of {whose} do not fit this model. Experts that differ: {other or 'none'}; routers "
+            f"that the model lacks: {only_given or 'none'}; routers without a bias: {only_wanted or 'none'}. Load the "
+            "model that they were trained with."
+        )
+
+
+class _SaveBeside:
+    """`save_pretrained` of one model, followed by its added biases."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.stock: Callable[..., Any] = model.save_pretrained
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
+        result = self.stock(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and save_selection_bias(self.model, save_directory) is not None:
+            added = any(router.injected is not None for router in find_routers(self.model))
+            why = "that its architecture does not have" if added else "that its dtype cannot hold"
+            warnings.warn(
+                f"{type(base_model_of(self.model)).__name__} was saved with selection biases {why}. They are in "
+                f"{SELECTION_BIAS_NAME}; without them tokens go to other experts. After from_pretrained call "
+                "rl_plugins.moe.load_selection_bias(model, directory).",
+                stacklevel=2,
+            )
+        return result
+
+
+def save_beside(model: nn.Module) -> None:
+    """Have `save_pretrained` write added biases too, whoever calls it; again does nothing."""
+    modules: dict[int, Any] = {id(module): module for module in (model, base_model_of(model))}
+    for module in modules.values():
+        if "save_pretrained" not in vars(module):
+            module.save_pretrained = _SaveBeside(module).save_pretrained

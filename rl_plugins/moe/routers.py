@@ -1,0 +1,268 @@
+"""The routers of a Hugging Face mixture of experts: where they are, what they return, and their selection bias."""
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rl_plugins.functional.routing import Scoring
+from rl_plugins.hooks import BALANCING, require_hooks
+from rl_plugins.moe.float32_bias import Float32Bias, get_float32_bias, stored
+from rl_plugins.moe.selection_bias import SelectionBias, get_selection_bias
+from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.nn.sharding import whole_size
+from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE
+
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+"""What the architectures with a selection bias of their own call it."""
+
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+SELECTED_COUNTS = ("top_k", "num_experts_per_tok")
+
+
+@dataclass
+class Router:
+    """One router of a model.
+
+    Args:
+        name: Dotted name in the model.
+        module: The router; its forward returns logits, weights and indices of the selected experts.
+        num_experts: E.
+        top_k: k, experts per token.
+        scoring: How logits become affinities; `None` where the code does not tell.
+        bias_owner: The module that holds a selection bias of the architecture's own; `None` without one.
+        bias_key: Its dotted name in the model, which ends in its attribute there.
+    """
+
+    name: str
+    module: nn.Module
+    num_experts: int
+    top_k: int
+    scoring: Scoring | None
+    bias_owner: nn.Module | None = None
+    bias_key: str = ""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether selection can be biased: by the architecture, or since [`SelectionBias`] was added."""
+        return self.bias_owner is not None or self.injected is not None
+
+    @property
+    def injected(self) -> SelectionBias | None:
+        """The bias that we added, if any."""
+        return get_selection_bias(self.module)
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias with E entries that the router adds; of a model that is being balanced it is float32."""
+        if self.bias_owner is not None:
+            behind = get_float32_bias(self.bias_owner)
+            return self.stored_bias if behind is None else behind.show(self.bias_owner)
+        assert self.injected is not None
+        return self.injected.bias
+
+    @property
+    def stored_bias(self) -> Tensor:
+        """The bias in the module tree: a rounded copy of [`bias`] where the model has been cast."""
+        if self.bias_owner is not None:
+            return stored(self.bias_owner, self._bias_name)
+        assert self.injected is not None
+        return self.injected.bias
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the module tree holds a rounded copy of the bias only."""
+        return self.has_bias and self.bias is not self.stored_bias
+
+    @property
+    def _bias_name(self) -> str:
+        return self.bias_key.rpartition(".")[2]
+
+    def keep_float32(self) -> None:
+        """Have the router see a float32 bias of its architecture's own whatever the model is cast to."""
+        if self.bias_owner is not None:
+            Float32Bias.of(self.bias_owner, self._bias_name)
+
+    def release_float32(self) -> None:
+        """Undo [`keep_float32`] where the module tree holds the bias in float32 anyway."""
+        behind = None if self.bias_owner is None else get_float32_bias(self.bias_owner)
+        if self.bias_owner is not None and behind is not None:
+            behind.release(self.bias_owner)
+
+    @torch.no_grad()
+    def set_bias(self, bias: Tensor, live: Tensor | None = None) -> None:
+        """Route with another bias, and write it into the module tree, too.
+
+        Args:
+            bias: (E,).
+            live: [`stored_bias`], whole: where an engine shards it, from `whole_parameters(writing=True)`.
+        """
+        if self.bias_owner is not None:
+            live = self.stored_bias if live is None else live
+            Float32Bias.of(self.bias_owner, self._bias_name).set(self.bias_owner, bias, live)
+        else:
+            self.bias.copy_(bias)
+
+    def check_can_add_bias(self) -> None:
+        """Look at the code of a router that has no selection bias.
+
+        Raises:
+            TypeError: If its forward does not select experts with `topk`.
+        """
+        if "topk" not in _names_in_forward(self.module):
+            raise TypeError(
+                f"{self.name} ({type(self.module).__name__}) does not select its experts with torch.topk, so no "
+                "selection bias can be added to it. Balance this model with aux_loss_coef > 0 and rate=0."
+            )
+
+    def add_bias(self) -> None:
+        """Give a router without a selection bias one, at zero.
+
+        Raises:
+            TypeError: If its forward does not select experts with `topk`.
+        """
+        if not self.has_bias:
+            self.check_can_add_bias()
+            SelectionBias.add_to(self.module, self.num_experts, self.top_k)
+
+    def read(self, output: object) -> tuple[Tensor, Tensor]:
+        """Logits (N, E) and indices (N, k) in what the router's forward returned.
+
+        Raises:
+            TypeError: If it is neither `(logits, weights, indices)`, nor Llama 4's `(scores, logits)`, nor JetMoe's
+                `(slots, tokens, weights, counts, logits)`, whose N k slots are sorted by expert.
+        """
+        match output:
+            case (Tensor() as logits, Tensor(), Tensor() as indices) if not indices.is_floating_point():
+                return logits, indices
+            case (Tensor() as scores, Tensor() as logits) if scores.shape == logits.shape:
+                # Zero for all experts but the selected ones.
+                return logits, scores.detach().topk(self.top_k, dim=-1).indices
+            case (Tensor() as slots, Tensor(), Tensor(), list() as counts, Tensor() as logits):
+                experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots.device)
+                return logits, torch.empty_like(slots).scatter_(0, slots, experts).view(-1, self.top_k)
+        raise TypeError(
+            f"{self.name} ({type(self.module).__name__}) returns neither (logits, weights, indices), nor "
+            "(scores, logits), nor what JetMoe's routers return, so its load cannot be counted."
+        )
+
+
+def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> list[Router]:
+    """All routers of a model, in the order of its modules.
+
+    They are the modules that transformers records `router_logits` from; in a model that names none, every `gate` or
+    `router` beside `experts`. MTP layers that are part of an architecture's model are found with the rest; those of
+    [`NativeMTP`] are not, since they run after the trunk, where no load is counted.
+
+    Args:
+        model: Causal LM, or a PEFT model around one.
+        extra_modules: More modules to search, such as native MTP layers, which transformers keeps outside the model.
+
+    Raises:
+        TypeError: If the model has no router, or one whose numbers of experts are not to be read.
+    """
+    require_hooks(BALANCING)
+    base = base_model_of(model)
+    recorded = _recorded_classes(base)
+    routers: list[Router] = []
+    for prefix, root in [("", base), *((f"extra.{i}.", module) for i, module in enumerate(extra_modules))]:
+        # A value model beside the policy has a trunk of its own, whose experts are not the policy's.
+        foreign = {CRITIC_ATTRIBUTE, NATIVE_ATTRIBUTE}
+        modules = {name: x for name, x in root.named_modules() if foreign.isdisjoint(name.split("."))}
+        for name, module in _candidates(modules, recorded):
+            parent = modules[re.sub(r"\.modules_to_save\.[^.]+$", "", name).rpartition(".")[0]]
+            routers.append(_describe(prefix + _without_peft(name), module, parent))
+    if not routers:
+        raise TypeError(
+            f"{type(base).__name__} has no routers: it is a dense model, or its experts are not reached through a "
+            "`gate` or `router` beside `experts`. There is no load to balance."
+        )
+    return routers
+
+
+def _recorded_classes(base: PreTrainedModel) -> tuple[type, ...]:
+    """Classes that transformers' own `OutputRecorder`s take router logits from."""
+    classes: list[type] = []
+    for module in base.modules():
+        if isinstance(module, PreTrainedModel):
+            recorders = (module._can_record_outputs or {}).get("router_logits", ())
+            for recorder in recorders if isinstance(recorders, list | tuple) else [recorders]:
+                classes.append(recorder if isinstance(recorder, type) else recorder.target_class)
+    return tuple(classes)
+
+
+def _candidates(modules: dict[str, nn.Module], recorded: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+    found = [(name, module) for name, module in modules.items() if isinstance(module, recorded)]
+    # JetMoe's logits are recorded from its attention, too, which passes on those of the router inside it.
+    names = [name for name, _ in found]
+    found = [(name, module) for name, module in found if not any(x.startswith(f"{name}.") for x in names)]
+    if not found:
+        found = [
+            (name, module)
+            for name, module in modules.items()
+            if name.rpartition(".")[2] in ("gate", "router") and "experts" in modules[name.rpartition(".")[0]]._modules
+        ]
+    # PEFT keeps idle copies of a module that it saves whole: the original, and those of other adapters.
+    return ((name, module) for name, module in found if not _is_idle(name, modules))
+
+
+def _is_idle(name: str, modules: dict[str, nn.Module]) -> bool:
+    path = name.split(".")
+    if "modules_to_save" not in path:
+        return "original_module" in path
+    level = path.index("modules_to_save")
+    adapters: Any = getattr(modules[".".join(path[:level])], "active_adapters", ())
+    return path[level + 1] not in adapters
+
+
+def _without_peft(name: str) -> str:
+    """The name that a module had before PEFT wrapped it, or a module around it, to save that whole."""
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name)
+
+
+def _describe(name: str, module: nn.Module, parent: nn.Module) -> Router:
+    num_experts, top_k = _integer(module, EXPERT_COUNTS), _integer(module, SELECTED_COUNTS)
+    if num_experts is None or top_k is None:
+        raise TypeError(
+            f"{name} ({type(module).__name__}) does not say how many experts it has and selects (num_experts, top_k), "
+            "as transformers' routers do. This architecture cannot be balanced."
+        )
+    owner, bias_key = _own_bias(name, module, parent, num_experts)
+    return Router(name, module, num_experts, top_k, _scoring(module), owner, bias_key)
+
+
+def _integer(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def _own_bias(path: str, module: nn.Module, parent: nn.Module, num_experts: int) -> tuple[nn.Module | None, str]:
+    """Module and dotted name of the architecture's own selection bias."""
+    inside = [(f"{path}.{name}" if name else path, child) for name, child in module.named_modules()]
+    for prefix, owner in [*inside, (path.rpartition(".")[0], parent)]:
+        for name in BIAS_NAMES:
+            tensor = owner._parameters.get(name, owner._buffers.get(name))
+            if tensor is not None and whole_size(tensor) == num_experts:
+                return owner, f"{prefix}.{name}"
+    return None, ""
+
+
+def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+    return inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def _scoring(module: nn.Module) -> Scoring | None:
+    """Which of softmax and sigmoid the router's code calls; `None` for both or neither."""
+    names = _names_in_forward(module)
+    match "softmax" in names, "sigmoid" in names:
+        case True, False:
+            return "softmax"
+        case False, True:
+            return "sigmoid"
+    return None

@@ -1,0 +1,92 @@
+"""Slow copies of the heads, the stable bootstrap of the temporal difference."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rl_plugins.functional.target_networks import periodic_update, polyak_update
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.settings import check_number
+
+TARGET_NAME = "polyak_target.safetensors"
+"""File of the target heads in a checkpoint."""
+
+
+def check_polyak(**settings: Any) -> None:
+    """Refuse target heads that would never follow the online heads, or not as they should.
+
+    Args:
+        settings: Step of the moving average and steps between copies, in this order, by the names that the user knows
+            them under.
+
+    Raises:
+        TypeError: If one is no number.
+        ValueError: If the step is outside [0, 1], or 0 without a period, or the period is below 1.
+    """
+    (tau_name, tau), (period_name, period) = settings.items()
+    check_number(tau_name, tau)
+    if not 0.0 <= tau <= 1.0:
+        raise ValueError(f"{tau_name} must be in [0, 1], got {tau}.")
+    if period is not None:
+        check_number(period_name, period)
+        if period < 1:
+            raise ValueError(f"{period_name} must be at least 1 step, got {period}; use None for the moving average.")
+    elif tau == 0.0:
+        raise ValueError(
+            f"{tau_name}=0 never moves the target heads: all values would bootstrap from the first ones. Set it above "
+            f"0, such as 0.05, or copy the online heads every {period_name} steps."
+        )
+
+
+class PolyakTarget(nn.Module):
+    """A float32 copy of the heads' value path that follows the online heads slowly.
+
+    `theta' <- tau theta + (1 - tau) theta'` after every optimizer step (Lillicrap et al., 1509.02971, algorithm 1), or
+    a hard copy every `period` steps (Mnih et al., 2015). The trunk is not copied: the target heads
+    read the online trunk's hidden states, which is what makes them cheap.
+
+    Keep this module outside the model: in float32 a small tau is not lost to rounding, and no engine partitions it.
+
+    Args:
+        heads: Online heads with full (gathered) weights.
+        tau: Step of the moving average, above 0 and at most 1.
+        period: Copy every this many steps instead of averaging.
+
+    Raises:
+        ValueError: If `tau` is out of range, or `period` is below 1.
+    """
+
+    def __init__(self, heads: MTPHeads, *, tau: float = 0.05, period: int | None = None) -> None:
+        super().__init__()
+        check_polyak(tau=tau, period=period)
+        self.tau, self.period = tau, period
+        # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
+        skip = {id(heads.trunk_hook): None, id(heads.tap): None}
+        self.heads = copy.deepcopy(heads, skip).float().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Target values (B, T, K) in float32 of trunk states (B, T, D)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.heads(hidden.float())
+
+    def update(self, online: Iterable[Tensor], *, step: int) -> None:
+        """Move towards the online weights after optimizer step number `step`.
+
+        Args:
+            online: Full parameters of the online heads, in the order of `heads.parameters()`.
+            step: Number of optimizer steps done; counts for `period` only.
+        """
+        if self.period is None:
+            polyak_update(self.heads.parameters(), online, tau=self.tau)
+        else:
+            periodic_update(self.heads.parameters(), online, step=step, period=self.period)
+
+    @torch.no_grad()
+    def distance(self, online: Iterable[Tensor]) -> Tensor:
+        """Root mean square gap between target and online weights, a 0-d tensor."""
+        gaps = [(t - o.float()).square() for t, o in zip(self.heads.parameters(), online, strict=True)]
+        return (torch.stack([gap.sum() for gap in gaps]).sum() / sum(gap.numel() for gap in gaps)).sqrt()

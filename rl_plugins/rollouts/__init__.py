@@ -1,0 +1,34 @@
+"""Rollouts: completions by the model's own `generate`, their rewards, and the values saved on the way."""
+
+from typing import TYPE_CHECKING, Any
+
+from rl_plugins.rollouts.completions import Completions, generate_completions
+from rl_plugins.rollouts.rewards import RewardModel, call_rewards
+from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics, SpeculativeOutput
+from rl_plugins.rollouts.values import ValuePass, ValueRecorder, completion_values
+
+if TYPE_CHECKING:
+    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder, speculating
+
+__all__ = [
+    "Completions",
+    "DraftStatistics",
+    "RewardModel",
+    "SpeculativeDecoder",
+    "SpeculativeOutput",
+    "ValuePass",
+    "ValueRecorder",
+    "call_rewards",
+    "completion_values",
+    "generate_completions",
+    "speculating",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import speculative decoding when it is used: nothing else leans on what it needs of transformers."""
+    if name not in ("SpeculativeDecoder", "speculating"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rl_plugins.rollouts.speculative import decoder
+
+    return getattr(decoder, name)

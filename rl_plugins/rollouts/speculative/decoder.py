@@ -1,0 +1,185 @@
+"""Speculative sampling in batches: heads draft, the model verifies, every row keeps what it accepts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from rl_plugins.hooks import SPECULATIVE, require_hooks
+
+require_hooks(SPECULATIVE)
+
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMode
+
+from rl_plugins.nn.attach import base_model_of, get_mtp_heads, has_soft_prompt
+from rl_plugins.rollouts.speculative.cache import rollback_cache
+from rl_plugins.rollouts.speculative.decoding import Decoding, check_positions
+from rl_plugins.rollouts.speculative.draft_length import DraftLength
+from rl_plugins.rollouts.speculative.draft_statistics import SpeculativeOutput
+from rl_plugins.rollouts.speculative.drafters import Drafter, make_drafter
+from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
+from rl_plugins.rollouts.speculative.stopping import Stopping
+from rl_plugins.rollouts.values import ValueRecorder
+
+
+class SpeculativeDecoder:
+    """Decoding method for `model.generate(..., custom_generate=SpeculativeDecoder())`: the tokens that `generate`
+    would sample, in fewer forward passes.
+
+    In each step the heads draft up to K tokens, one forward pass of the model scores all of them, and every row keeps
+    its drafts up to the first that is rejected, and one more token from what is left of the model's distribution
+    (Leviathan et al., 2211.17192, algorithm 1). The completions have exactly the distribution of plain sampling, with
+    all of `generate`'s options that change scores (temperature, top-k, top-p, min-p, repetition penalty, ...); greedy
+    ones are the same tokens. Floating-point sums differ in the last digits, as between batch sizes.
+
+    Rows of one batch may accept different numbers of tokens; rows that have ended are left out of later passes.
+    `generate` keeps its `tokenizer` from decoding methods, and so refuses `stop_strings` here: pass
+    `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])`.
+
+    Args:
+        num_draft_tokens: Most drafts per step; as many as there are heads by default.
+        draft_cost: What one more draft costs, in units of a step without drafts; `None` measures it. With a number
+            the same seed gives the same completions. See [`DraftLength`].
+        adaptive: Draft as many tokens as pay, down to none; otherwise always `num_draft_tokens`.
+        values: Whether to return the values of the model's MTP heads, if it has any.
+        recorder: Takes the state of every token, in place of one for the model's heads.
+        listener: Called with the number of tokens of the longest completion after each step.
+
+    Attributes:
+        last: What the newest call returned.
+
+    Raises:
+        ValueError: If `num_draft_tokens` is below 1; when called, if it is more than there are heads, the model has no
+            heads, or its cache cannot take tokens back row by row.
+    """
+
+    def __init__(
+        self,
+        num_draft_tokens: int | None = None,
+        *,
+        draft_cost: float | None = None,
+        adaptive: bool = True,
+        values: bool = True,
+        recorder: ValueRecorder | None = None,
+        listener: Callable[[int], None] | None = None,
+    ) -> None:
+        if num_draft_tokens is not None and num_draft_tokens < 1:
+            raise ValueError(
+                f"num_draft_tokens must be at least 1, got {num_draft_tokens}. To draft nothing, generate without "
+                "speculation."
+            )
+        if draft_cost is not None and draft_cost < 0.0:
+            raise ValueError(f"draft_cost must be at least 0, got {draft_cost}.")
+        self.num_draft_tokens, self.draft_cost, self.adaptive = num_draft_tokens, draft_cost, adaptive
+        self.values, self.recorder, self.listener = values, recorder, listener
+        self.draft_length: DraftLength | None = None
+        self.last: SpeculativeOutput | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | SpeculativeOutput:
+        """Complete the prompts (B, P); `generate` calls this after its preparations."""
+        drafter = make_drafter(model)
+        self._prepare(drafter)
+        assert self.draft_length is not None
+        _check_options(generation_config, model_kwargs)
+        recorder = self.recorder
+        if recorder is None and self.values and (heads := get_mtp_heads(model)) is not None:
+            recorder = ValueRecorder(heads)
+        decoding = Decoding(
+            model,
+            drafter,
+            self.draft_length,
+            input_ids,
+            ScoreProcessor(logits_processor),
+            Stopping(stopping_criteria),
+            generation_config,
+            recorder,
+            model_kwargs,
+        )
+        self.last = decoding.run(self.listener)
+        if generation_config.return_dict_in_generate:
+            return self.last
+        assert self.last.sequences is not None
+        return self.last.sequences
+
+    def check(self, model: nn.Module) -> None:
+        """See that a model can be decoded with these settings, before any work starts.
+
+        Raises:
+            ValueError: As when called.
+        """
+        base = base_model_of(model)
+        if has_soft_prompt(model):
+            raise ValueError(
+                "Speculative decoding does not know the places that PEFT's soft prompts take before the prompt. Train "
+                "a LoRA adapter instead, or set speculative=False."
+            )
+        self._prepare(make_drafter(model))
+        check_positions(base)
+        rollback_cache(DynamicCache(config=base.config), getattr(base.config.get_text_config(), "layer_types", None))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How well drafts have been received so far, so that a resumed run goes on as it would have."""
+        return {} if self.draft_length is None else self.draft_length.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; the model has been checked before."""
+        if state:
+            assert self.draft_length is not None
+            self.draft_length.load_state_dict(state)
+
+    def _prepare(self, drafter: Drafter) -> None:
+        limit = self.num_draft_tokens or drafter.max_drafts
+        if limit > drafter.max_drafts:
+            raise ValueError(
+                f"num_draft_tokens={limit}, but the model has {drafter.max_drafts} heads, and each drafts one token. "
+                f"Set num_draft_tokens to at most {drafter.max_drafts}, or train more heads."
+            )
+        if self.draft_length is None or self.draft_length.max_drafts != limit:
+            self.draft_length = DraftLength(limit, self.draft_cost, adaptive=self.adaptive)
+
+
+def _check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("Speculative decoding needs the prompts as input_ids: inputs_embeds is not supported.")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        raise ValueError(
+            f"Speculative decoding samples or decodes greedily, but these options ask for {mode.value}. Leave them "
+            "out, or generate without speculation."
+        )
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name}=True is not supported by speculative decoding, which scores several tokens at once; "
+                "log_probs are in its output. Leave it out, or generate without speculation."
+            )
+
+
+@contextmanager
+def speculating(model: nn.Module, decoder: SpeculativeDecoder) -> Iterator[None]:
+    """Have every `generate` of a model inside the block decode speculatively, whoever calls it.
+
+    Args:
+        model: Causal LM, or a PEFT model around one.
+        decoder: Does it.
+    """
+    base: Any = base_model_of(model)
+    outer = base.__dict__.get("generate")
+    base.generate = partial(base.generate, custom_generate=decoder)
+    try:
+        yield
+    finally:
+        if outer is None:
+            del base.generate
+        else:
+            base.generate = outer

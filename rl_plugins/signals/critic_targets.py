@@ -1,0 +1,327 @@
+"""The critic's training signal: what to advantage the policy by, and what the value heads regress on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.advantages.scaling import value_scaled
+from rl_plugins.functional.alignment import head_targets, lookahead_values, next_state_values
+from rl_plugins.functional.masking import (
+    Reduce,
+    explained_variance,
+    masked_mean,
+    masked_moments,
+    masked_sum,
+    masked_whiten,
+    upcast,
+    zero_masked,
+)
+from rl_plugins.functional.returns import (
+    discount_factors,
+    discounted_returns,
+    lambda_returns,
+    length_adaptive_lambda,
+    td_errors,
+)
+from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
+
+ESTIMATORS = ("gae", "td", "mc")
+SCALINGS = ("none", "whiten", "value")
+
+ValueLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(values, targets, old_values) -> elementwise loss`."""
+
+
+def value_losses(clip_range: float = 0.2, huber_delta: float = 1.0) -> dict[str, ValueLoss]:
+    """Value losses by the name that configs use."""
+    return {
+        "squared": lambda v, y, old: squared_error(v, y),
+        "clipped": lambda v, y, old: clipped_squared_error(v, y, old, clip_range=clip_range),
+        "huber": lambda v, y, old: huber(v, y, delta=huber_delta),
+    }
+
+
+class CriticTargets(NamedTuple):
+    """What one batch of completions teaches, all (B, T).
+
+    Attributes:
+        advantages: For the policy, before scaling.
+        returns: Regression target of value head 1.
+        monte_carlo: Discounted return that was observed; explained variance is measured against it.
+        td_errors: `delta_t`, the temporal-difference error.
+    """
+
+    advantages: Tensor
+    returns: Tensor
+    monte_carlo: Tensor
+    td_errors: Tensor
+
+
+def _lambdas(
+    estimator: str,
+    lam_policy: float,
+    lam_value: float,
+    length_alpha: float | None,
+    mask: Tensor,
+    dtype: torch.dtype,
+) -> tuple[float | Tensor, float]:
+    if estimator == "td":
+        return 0.0, 0.0
+    if estimator == "mc":
+        return 1.0, 1.0
+    if estimator != "gae":
+        raise ValueError(f"Unknown advantage estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
+    if length_alpha is None:
+        return lam_policy, lam_value
+    return length_adaptive_lambda(mask.sum(1, dtype=dtype), length_alpha), lam_value
+
+
+@torch.no_grad()
+def critic_targets(
+    rewards: Tensor,
+    values: Tensor,
+    target_values: Tensor,
+    mask: Tensor,
+    *,
+    estimator: str = "gae",
+    gamma: float = 1.0,
+    lam_policy: float = 0.95,
+    lam_value: float = 1.0,
+    length_alpha: float | None = None,
+    lookahead: bool = False,
+) -> CriticTargets:
+    """Advantages and value targets of completions.
+
+    `Y_t = r_t + gamma v_1'[t+1]`, `delta_t = Y_t - v_1[t]`, where `'` marks the slow
+    target heads. The policy gets `A_t = G_t(lam_policy) - v_1[t]` and head 1 regresses on `G_t(lam_value)`, the
+    lambda-returns bootstrapped from the target heads (decoupled lambdas: VC-PPO, 2503.01491). `td` sets both lambdas
+    to 0, so `A_t = delta_t`; `mc` sets both to 1.
+
+    Where both networks agree, `A_t` is GAE's sum of `(gamma lam)^l delta_{t+l}` (1506.02438, equation 16). That sum
+    itself would add up the gap between target and online values once per step: a lag of 0.1 becomes -2 over a
+    completion of 20 tokens.
+
+    Args:
+        rewards: Token rewards (B, T).
+        values: Values of all heads when the completion was made (B, T, K).
+        target_values: The same from the target heads (B, T, K).
+        mask: Real tokens (B, T); may have holes.
+        estimator: `gae`, `td` or `mc`.
+        gamma: Discount.
+        lam_policy: Lambda of the advantages (`gae` only).
+        lam_value: Lambda of the value targets (`gae` only).
+        length_alpha: Use VAPO's length-adaptive lambda for the policy with this alpha.
+        lookahead: Bootstrap from the mean of all heads' forecasts of `V(s_{t+1})` instead of head 1's alone.
+
+    Raises:
+        ValueError: If the estimator is unknown, or gamma or a lambda lies outside [0, 1].
+    """
+    lam_advantage, lam_target = _lambdas(estimator, lam_policy, lam_value, length_alpha, mask, upcast(values).dtype)
+    bootstrap = lookahead_values(target_values, mask) if lookahead else target_values[..., 0]
+    next_values = next_state_values(bootstrap, mask)
+    baseline = values[..., 0]
+    return CriticTargets(
+        advantages=zero_masked(
+            lambda_returns(rewards, baseline, mask, gamma=gamma, lam=lam_advantage, next_values=next_values)
+            - baseline,
+            mask,
+        ),
+        returns=lambda_returns(rewards, baseline, mask, gamma=gamma, lam=lam_target, next_values=next_values),
+        monte_carlo=discounted_returns(rewards, mask, gamma=gamma),
+        td_errors=td_errors(rewards, baseline, mask, gamma=gamma, next_values=next_values),
+    )
+
+
+@torch.no_grad()
+def scale_advantages(
+    advantages: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    scaling: str = "whiten",
+    reward_range: tuple[float, float] = (0.0, 1.0),
+    reduce: Reduce | None = None,
+) -> Tensor:
+    """Scale advantages over the batch or per prompt.
+
+    `whiten`: zero mean and unit variance over all real tokens of all ranks (PPO's convention). `value`: divide by the
+    standard deviation that `V(s_0)` implies, so that rare successes count more, as they do in GRPO, without a group.
+
+    Args:
+        advantages: (B, T).
+        values: Values of head 1 (B, T), for `value`.
+        mask: Real tokens (B, T).
+        scaling: `none`, `whiten` or `value`.
+        reward_range: Smallest and largest reward, for `value`.
+        reduce: Sums statistics over ranks.
+
+    Returns:
+        (B, T), 0 at masked positions; for `none` the advantages as they came.
+
+    Raises:
+        ValueError: If `scaling` is unknown.
+    """
+    if scaling == "whiten":
+        return masked_whiten(advantages, mask, reduce=reduce)
+    if scaling == "value":
+        low, high = reward_range
+        real = zero_masked(advantages, mask)
+        return value_scaled(real, initial_values(values, mask), low=low, high=high, min_std=0.1)
+    if scaling != "none":
+        raise ValueError(f"Unknown advantage scaling {scaling!r}; choose one of {', '.join(SCALINGS)}.")
+    return advantages
+
+
+def initial_values(values: Tensor, mask: Tensor) -> Tensor:
+    """`V(s_0)` (B,) of head-1 values (B, T): the value at the first real token, 0 where a row has none."""
+    real = mask.bool()
+    return masked_sum(values, real & (real.cumsum(1) == 1), dim=1)
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    num_items: Tensor | float,
+    loss: ValueLoss,
+    old_values: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value loss of all heads: head k at t regresses on the target of head 1 at t+k-1 (design, "Time index").
+
+    `L_TD = 1 / (K N) sum_k sum_t l(v_k[t], sg(Y_{t+k-1}))`.
+
+    Args:
+        values: Online values with gradient (B, T, K).
+        returns: Targets of head 1 (B, T).
+        mask: Real tokens that count (B, T).
+        num_items: N, real tokens that the loss is averaged over.
+        loss: Elementwise loss.
+        old_values: Values when the completion was made (B, T, K), for the clipped loss.
+
+    Returns:
+        The loss (0-d), its sum per head (K,) and the number of targets per head (K,), the latter two detached.
+    """
+    targets, target_mask = head_targets(returns, mask, values.shape[-1])
+    # Before the loss: NaN in padding that is masked only afterwards is still NaN in the gradient.
+    error = loss(zero_masked(values, target_mask), targets.detach(), zero_masked(old_values, target_mask))
+    per_head = masked_sum(error, target_mask, dim=0).sum(0)
+    return (
+        per_head.sum() / (values.shape[-1] * num_items),
+        per_head.detach(),
+        target_mask.sum(dim=(0, 1)).float(),
+    )
+
+
+@torch.no_grad()
+def rollout_metrics(
+    targets: CriticTargets,
+    values: Tensor,
+    target_values: Tensor,
+    mask: Tensor,
+    *,
+    reduce: Reduce | None = None,
+) -> dict[str, Tensor]:
+    """How good the saved values were, before this batch is learnt from.
+
+    `critic/explained_variance` is `1 - Var(G - v) / Var(G)` against the observed return G, so 1 is a perfect forecast,
+    0 is no better than a constant, and it cannot be gamed by bootstrapping. Per head k the return is that of `t+k-1`.
+
+    Args:
+        targets: From [`critic_targets`].
+        values: (B, T, K).
+        target_values: (B, T, K).
+        mask: Real tokens that count (B, T).
+        reduce: Sums statistics over ranks.
+
+    Returns:
+        0-d tensors by metric name.
+    """
+    metrics: dict[str, Tensor] = {}
+    for name, x in (
+        ("value", values[..., 0]),
+        ("return", targets.monte_carlo),
+        ("advantage", targets.advantages),
+    ):
+        mean, var, _ = masked_moments(x, mask, reduce=reduce)
+        metrics[f"critic/{name}_mean"], metrics[f"critic/{name}_std"] = mean, var.sqrt()
+    metrics["critic/td_error_abs"] = masked_moments(targets.td_errors.abs(), mask, reduce=reduce)[0]
+    gap = (upcast(values[..., 0]) - upcast(target_values[..., 0])).abs()
+    metrics["critic/target_gap"] = masked_moments(gap, mask, reduce=reduce)[0]
+    goals, goal_mask = head_targets(targets.monte_carlo, mask, values.shape[-1])
+    for k in range(values.shape[-1]):
+        score = explained_variance(values[..., k], goals[..., k], goal_mask[..., k], reduce=reduce)
+        metrics[f"critic/explained_variance/head_{k + 1}"] = score
+    metrics["critic/explained_variance"] = metrics["critic/explained_variance/head_1"]
+    return metrics
+
+
+@torch.no_grad()
+def critic_signal(
+    rewards: Tensor,
+    values: Tensor,
+    target_values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    scaling: str = "whiten",
+    reward_range: tuple[float, float] = (0.0, 1.0),
+    discounted_objective: bool = False,
+    reduce: Reduce | None = None,
+    **options: Any,
+) -> tuple[CriticTargets, Tensor, dict[str, Tensor]]:
+    """Everything that the critic says about a batch just generated.
+
+    Args:
+        rewards: Token rewards (B, T).
+        values: Values of all heads when the completion was made (B, T, K).
+        target_values: The same from the target heads (B, T, K).
+        mask: Real tokens that count (B, T).
+        gamma: Discount.
+        scaling: See [`scale_advantages`].
+        reward_range: See [`scale_advantages`].
+        discounted_objective: Multiply the scaled advantage of token `t` by `gamma^t`. Without the factor the gradient
+            is not that of the discounted return where `gamma < 1`: late tokens count too much.
+        reduce: Sums statistics over ranks.
+        options: Further keyword arguments of [`critic_targets`].
+
+    Returns:
+        The targets, the policy's scaled advantages (B, T), and metrics (0-d): [`rollout_metrics`], and
+        `critic/skipped_completions`, of which no token counts.
+    """
+    targets = critic_targets(rewards, values, target_values, mask, gamma=gamma, **options)
+    advantages = scale_advantages(
+        targets.advantages, values[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
+    )
+    if discounted_objective:
+        advantages = advantages * discount_factors(mask, gamma=gamma, dtype=advantages.dtype)
+    metrics = rollout_metrics(targets, values, target_values, mask, reduce=reduce)
+    skipped = (~mask.any(dim=1)).sum().float().view(1)
+    metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]
+    return targets, advantages, metrics
+
+
+def sequence_means(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the real tokens of each sequence, (B, T) -> (B,); 0 where there are none."""
+    return masked_mean(x, mask, dim=1)
+
+
+def per_head_means(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Metrics of a loss per head: `<name>/head_k`, and `name` over all heads.
+
+    Args:
+        name: Of the loss.
+        sums: Summed losses of all ranks (K,).
+        counts: Numbers of targets of all ranks (K,).
+
+    Returns:
+        0-d tensors, 0 where there is no target.
+    """
+    sums, counts = upcast(sums), upcast(counts)
+    means = sums / counts.clamp(min=1.0)
+    return {
+        name: sums.sum() / counts.sum().clamp(min=1.0),
+        **{f"{name}/head_{k + 1}": mean for k, mean in enumerate(means)},
+    }

@@ -1,0 +1,259 @@
+"""The policy's training signal: a loss per token by name, averaged, and how much of it was cut."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, zero_masked
+from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS, aggregate
+from rl_plugins.functional.policy_losses.clip import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
+from rl_plugins.functional.policy_losses.covariance import clip_cov, kl_cov
+from rl_plugins.functional.policy_losses.future_kl import fipo
+from rl_plugins.functional.policy_losses.gvpo import gvpo
+from rl_plugins.functional.policy_losses.trust_region import bapo, cpgd, dppo
+from rl_plugins.settings import with_numbers
+
+PolicyFunction = Callable[..., Tensor]
+"""`(logps, old_logps, advantages, mask, **options) -> loss per token`, all (B, T)."""
+
+
+class LossEntry(NamedTuple):
+    """What is known of a policy loss.
+
+    Attributes:
+        function: Loss per token.
+        aggregation: How it is usually averaged.
+        acts_on_policy: Whether the loss is all there while the policy is the one that sampled. Where it is not, its
+            gradient at ratio 1 is that of `vanilla`, up to a positive factor: its clip, mask or weight begins with the
+            second update on a rollout.
+    """
+
+    function: PolicyFunction
+    aggregation: str
+    acts_on_policy: bool = False
+
+
+def _vanilla(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
+    return vanilla(logps, advantages, mask)
+
+
+# TRL's names for the clipped loss say how it is averaged; the others name the loss.
+POLICY_LOSSES: dict[str, LossEntry] = {
+    "grpo": LossEntry(ppo_clip, "sequence"),
+    "bnpo": LossEntry(ppo_clip, "micro_batch"),
+    "dr_grpo": LossEntry(ppo_clip, "constant"),
+    "dapo": LossEntry(ppo_clip, "token"),
+    "luspo": LossEntry(ppo_clip, "sequence_sum"),
+    "cispo": LossEntry(cispo, "token"),
+    "sapo": LossEntry(sapo, "sequence"),
+    "vespo": LossEntry(vespo, "token"),
+    "ppo_clip": LossEntry(ppo_clip, "token"),
+    "vanilla": LossEntry(_vanilla, "token", acts_on_policy=True),
+    "gpg": LossEntry(_vanilla, "token", acts_on_policy=True),
+    "gspo_token": LossEntry(gspo_token, "sequence"),
+    "gmpo": LossEntry(gmpo, "sequence"),
+    "dppo": LossEntry(dppo, "token"),
+    "fipo": LossEntry(fipo, "token"),
+    "bapo": LossEntry(bapo, "token"),
+    "cpgd": LossEntry(cpgd, "token"),
+    "clip_cov": LossEntry(clip_cov, "token", acts_on_policy=True),
+    "kl_cov": LossEntry(kl_cov, "token"),
+    "gvpo": LossEntry(gvpo, "sequence"),
+}
+"""Loss per token, usual aggregation, and whether it acts on-policy, by name."""
+
+BATCH_ARGUMENTS = ("groups", "sampler_weights", "reduce")
+"""Keyword arguments of a loss that come with each batch instead of from the settings."""
+
+
+def _keywords(function: PolicyFunction) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A policy loss with its settings.
+
+    Args:
+        name: One of `POLICY_LOSSES`.
+        aggregation: One of [`~rl_plugins.functional.aggregate`]'s; the usual one of the loss by default.
+        options: Keyword arguments of the loss function. Those not given keep the function's defaults, which are the
+            paper's.
+
+    Raises:
+        ValueError: If a name is unknown (the message lists the valid ones) or the loss refuses the value of an option.
+    """
+
+    name: str
+    aggregation: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in POLICY_LOSSES:
+            raise ValueError(f"Unknown policy loss {self.name!r}; choose one of {', '.join(POLICY_LOSSES)}.")
+        if not self.aggregation:
+            object.__setattr__(self, "aggregation", POLICY_LOSSES[self.name].aggregation)
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"Unknown aggregation {self.aggregation!r}; choose one of {', '.join(AGGREGATIONS)}.")
+        valid = self.accepted(self.name)
+        unknown = sorted(set(self.options) - set(valid))
+        if unknown:
+            raise ValueError(
+                f"The policy loss {self.name!r} has no option {', '.join(map(repr, unknown))}; it has "
+                f"{', '.join(valid) or 'none'}."
+            )
+        object.__setattr__(self, "options", with_numbers(self.options))
+        self._try_options()
+
+    def _try_options(self) -> None:
+        x = torch.zeros(2, 2)
+        try:
+            self.per_token(x, x, x[:, 0], x, {"groups": torch.zeros(2, dtype=torch.long)})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The options {dict(self.options)} do not suit {self.name!r}: {error}") from error
+
+    @staticmethod
+    def accepted(name: str) -> list[str]:
+        """Names of the options of a loss."""
+        return [key for key in _keywords(POLICY_LOSSES[name].function) if key not in BATCH_ARGUMENTS]
+
+    @property
+    def level(self) -> str:
+        """Whose the importance ratio is: a token's, or the sequence's."""
+        return str(self.options.get("level", "token"))
+
+    @property
+    def batch_arguments(self) -> list[str]:
+        """Names of what it takes with every batch, beside the usual four tensors."""
+        return [key for key in _keywords(POLICY_LOSSES[self.name].function) if key in BATCH_ARGUMENTS]
+
+    def per_token(
+        self,
+        logps: Tensor,
+        old_logps: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        batch: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Loss per token (B, T), 0 at masked positions."""
+        given = {key: (batch or {}).get(key) for key in self.batch_arguments}
+        return POLICY_LOSSES[self.name].function(logps, old_logps, advantages, mask, **self.options, **given)
+
+
+def policy_loss(
+    loss: PolicyLoss,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    max_length: int | None = None,
+    batch: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`L_policy`: the loss per token, weighted and aggregated.
+
+    Args:
+        loss: Which one, and how it is averaged.
+        logps: `ln pi(y_t|s_t)` (B, T), with gradient.
+        old_logps: The same under the policy that sampled (B, T).
+        advantages: (B,) or (B, T).
+        mask: Real tokens (B, T).
+        weights: Factor on each token's loss (B, T) or (B, 1): sequences masked as off-policy, tokens of low entropy,
+            the correction for another sampler.
+        num_items: Real tokens that `token` averages over; this batch's own by default.
+        max_length: Length that `constant` divides by.
+        batch: What `loss.batch_arguments` names: `groups`, the id of each row's prompt (B,) (`gvpo` needs it);
+            `sampler_weights` (B, T); `reduce`, which sums statistics over ranks. The aggregation `prompt` needs
+            `prompt_weights` (B,), of [`~rl_plugins.functional.prompt_weights`].
+
+    Returns:
+        The loss (0-d), and which tokens do not move the policy (B, T), bool: their advantage is not 0, but the
+        gradient of their loss is. For the clipped loss those are the clipped ones.
+
+    Raises:
+        ValueError: If shapes or settings are wrong.
+    """
+    learning = logps.requires_grad
+    with torch.enable_grad():
+        leaf = logps if learning else logps.detach().requires_grad_()
+        token_loss = loss.per_token(leaf, old_logps, advantages, mask, batch)
+        # Stops at the log-probabilities, so it costs a few elementwise operations and never enters the model.
+        (slope,) = torch.autograd.grad(token_loss.sum(), leaf, retain_graph=learning)
+    if not learning:
+        token_loss = token_loss.detach()
+    per_token = advantages if advantages.ndim == 2 else advantages[:, None]
+    cut = (slope == 0) & (per_token != 0) & mask.bool()
+    if weights is not None:
+        # NaN in padding would reach the gradient through the product.
+        token_loss = token_loss * zero_masked(weights.expand_as(token_loss), mask)
+    return averaged(loss, token_loss, mask, num_items=num_items, max_length=max_length, batch=batch), cut
+
+
+def averaged(
+    loss: PolicyLoss,
+    x: Tensor,
+    mask: Tensor,
+    *,
+    num_items: Tensor | float | None,
+    max_length: int | None,
+    batch: Mapping[str, Any] | None,
+) -> Tensor:
+    """`x` (B, T), averaged as the policy loss is, so that both have the same units; arguments as for
+    [`policy_loss`]."""
+    return aggregate(
+        x,
+        mask,
+        loss.aggregation,
+        num_items=num_items,
+        max_length=max_length,
+        row_weights=(batch or {}).get("prompt_weights"),
+    )
+
+
+def inert_message(loss: PolicyLoss, where: str, remedy: str) -> str | None:
+    """What to tell someone whose policy loss cannot act, since each rollout is learnt from in one update.
+
+    Args:
+        loss: The policy loss.
+        where: Which settings make it so.
+        remedy: Which settings would change it.
+
+    Returns:
+        Two sentences; `None` for a loss that acts on-policy.
+    """
+    if POLICY_LOSSES[loss.name].acts_on_policy:
+        return None
+    return (
+        f"policy_loss={loss.name!r} compares the policy with the one that sampled, but with {where} there is one "
+        "update per rollout, in which both are equal: its gradient is that of policy_loss='vanilla', up to a factor. "
+        f"Only the advantage, the sampling and aggregation={loss.aggregation!r} act. {remedy}"
+    )
+
+
+@torch.no_grad()
+def clip_shares(
+    cut: Tensor, advantages: Tensor, mask: Tensor, *, reduce: Reduce | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Share of tokens whose gradient was cut, under TRL's metric names.
+
+    Args:
+        cut: From [`policy_loss`] (B, T).
+        advantages: (B,) or (B, T); `low` counts the negative ones, `high` the positive ones.
+        mask: Real tokens (B, T).
+        reduce: Sums statistics over ranks.
+
+    Returns:
+        0-d means by metric name, and the shares `low`, `high` of each sequence (B, 2).
+    """
+    per_token = advantages if advantages.ndim == 2 else advantages[:, None]
+    sides = {"low": cut & (per_token < 0), "high": cut & (per_token > 0), "region": cut}
+    means = {f"clip_ratio/{side}_mean": masked_moments(x.float(), mask, reduce=reduce)[0] for side, x in sides.items()}
+    rows = torch.stack([masked_mean(sides[side].float(), mask, dim=1) for side in ("low", "high")], dim=1)
+    return means, rows

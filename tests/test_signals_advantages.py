@@ -1,0 +1,97 @@
+"""Advantages by name: each is its function, options are known, and what is unknown lists the valid ones."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rl_plugins.functional.advantages import group as pure
+from rl_plugins.functional.advantages.group import gpg_scale
+from rl_plugins.signals.advantages import (
+    ADVANTAGES,
+    GROUP_ADVANTAGES,
+    GROUPLESS,
+    advantage_options,
+    group_advantages,
+)
+
+NAN = math.nan
+SCORES = torch.tensor([0.0, 1.0, 0.5, 0.25, 1.0, 1.0, 1.0, 1.0, NAN, 0.5, 0.0, NAN, NAN, NAN, NAN, 0.75])
+LENGTHS = torch.tensor([3, 5, 1, 2, 4, 4, 4, 4, 6, 2, 1, 3, 0, 1, 2, 3])
+OPTIONS: dict[str, dict[str, Any]] = {"pass_at_k": {"k": 2}, "kalman": {"measurement_var": 0.1}}
+OPTIONS["group_normalized"] = {"eps": 0.1}
+
+
+@pytest.mark.parametrize("name", [*GROUP_ADVANTAGES, "batch_normalized"])
+def test_each_name_is_its_function(name: str) -> None:
+    options = OPTIONS.get(name, {})
+    found = group_advantages(name, SCORES, 4, LENGTHS, options=options)
+    if name == "reward":
+        expected = torch.where(SCORES.isnan(), 0.0, SCORES)
+    elif name == "group_centered_rescaled":
+        expected = pure.group_centered(SCORES, 4) * 2  # two of four groups have a signal
+    elif name == "batch_normalized":
+        expected = pure.batch_normalized(SCORES)
+    elif name == "length_weighted":
+        expected = pure.length_weighted(SCORES, 4, LENGTHS)
+    else:
+        expected = getattr(pure, name)(SCORES, 4, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert found.shape == SCORES.shape and (found[SCORES.isnan()] == 0).all() and found.abs().max() > 0.1
+
+
+def test_gpg_by_hand() -> None:
+    scores = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    found = group_advantages("group_centered_rescaled", scores, 2, torch.ones(6), options={})
+    assert found.tolist() == [-1.5, 1.5, 0.0, 0.0, 0.0, 0.0]
+    groups = torch.arange(6) // 2
+    assert gpg_scale(scores, groups).item() == 3.0
+    nothing = group_advantages("group_centered_rescaled", torch.ones(6), 2, torch.ones(6), options={})
+    assert nothing.tolist() == [0.0] * 6
+
+
+def test_evaluation_with_fewer_than_k_completions() -> None:
+    scores = torch.tensor([0.0, 1.0, 0.5, 0.5])
+    found = group_advantages("pass_at_k", scores, 2, torch.ones(4), options={"k": 4})
+    torch.testing.assert_close(found, pure.pass_at_k(scores, 2, k=2), rtol=0, atol=0)
+    single = group_advantages("pass_at_k", scores, 1, torch.ones(4), options={"k": 4})
+    assert single.tolist() == [0.0] * 4
+
+
+def test_no_gradient() -> None:
+    scores = SCORES.nan_to_num(0.5).requires_grad_()
+    assert not group_advantages("group_normalized", scores, 4, LENGTHS, options={}).requires_grad
+
+
+def test_options_of_each_name() -> None:
+    expected = {
+        "reward": [],
+        "group_normalized": ["eps"],
+        "group_centered": [],
+        "group_min_max": [],
+        "group_centered_rescaled": [],
+        "leave_one_out": [],
+        "max_likelihood": ["eps"],
+        "length_weighted": [],
+        "group_centered_batch_normalized": ["eps"],
+        "group_centered_batch_scaled": ["eps"],
+        "pass_at_k": ["k", "normalize", "eps"],
+        "kalman": ["process_var", "measurement_var", "initial_mean", "initial_var", "eps"],
+        "batch_normalized": ["eps"],
+        "value_tracker": ["forget", "half_life", "low", "high"],
+        "lambda_trace": ["gamma", "lam", "style", "min_advantage"],
+    }
+    assert {name: advantage_options(name) for name in ADVANTAGES} == expected
+    assert set(GROUPLESS) <= set(ADVANTAGES) and len(set(ADVANTAGES)) == len(ADVANTAGES) == 15
+
+
+def test_unknown_names_list_the_valid_ones() -> None:
+    with pytest.raises(
+        ValueError, match="Unknown advantage 'gae'; choose one of reward, group_normalized, .*lambda_tr"
+    ):
+        advantage_options("gae")
+    with pytest.raises(ValueError, match="Unknown group advantage 'value_tracker'; choose one of reward, .*kalman"):
+        group_advantages("value_tracker", SCORES, 4, LENGTHS, options={})
+    with pytest.raises(ValueError, match="do not divide into groups|must divide the batch"):
+        group_advantages("group_centered", SCORES, 3, LENGTHS, options={})

@@ -1,0 +1,285 @@
+"""Two gloo ranks equal one process under DDP and ZeRO-1/2/3, and a killed run goes on as if it had not been killed."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from rl_plugins.nn import load_mtp_heads
+from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
+
+pytestmark = pytest.mark.slow
+
+STEPS, CHECKPOINT, KILL_AT = 6, 3, 4
+GREEDY = {"max_steps": 5, "generation_kwargs": {"do_sample": False}}
+ITERATIONS = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
+RESUMABLE = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": CHECKPOINT}
+MID_CYCLE = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+
+Run = dict[str, Any]
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed config that shards even the tiny model's smallest parameter."""
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+
+
+def fsdp(state_dict: str = "FULL") -> dict[str, Any]:
+    """Options for FSDP2, and how it writes checkpoints."""
+    config = {"version": 2, "reshard_after_forward": True, "state_dict_type": f"{state_dict}_STATE_DICT"}
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Workplace:
+    """Starts lists of runs of a worker and reads what they left."""
+
+    worker = Path(__file__).parent / "workers" / "critic_worker.py"
+    timeout = 300
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def run(self, name: str, model: str = "tied", batch: int = 8, **options: Any) -> Run:
+        """One run; what is not an option of the worker is one of the trainer."""
+        worker = {key: options.pop(key) for key in ("lora", "kill_at", "resume", "save") if key in options}
+        args = {"per_device_train_batch_size": batch, **options}
+        return {"out": str(self.root / name), "model": str(self.root / model), "args": args, **worker}
+
+    def resumed(self, name: str, batch: int, **options: Any) -> list[Run]:
+        """An uninterrupted run, one that is killed, and one that goes on from its checkpoint."""
+        checkpoint = str(self.root / f"{name}_killed" / f"checkpoint-{CHECKPOINT}")
+        options = {**RESUMABLE, **options, "batch": batch}
+        return [
+            self.run(f"{name}_whole", **options),
+            self.run(f"{name}_killed", **options, kill_at=KILL_AT),
+            self.run(f"{name}_resumed", **options, resume=checkpoint),
+        ]
+
+    def start(self, runs: list[Run], ranks: int) -> None:
+        """Run the worker; a failed run leaves an error file for `results`."""
+        file = self.root / f"runs_{ranks}.json"
+        file.write_text(json.dumps([{**run, "port": free_port()} for run in runs]))
+        env = os.environ | ({"RANKS": str(ranks)} if ranks > 1 else {})
+        done = subprocess.run(
+            [sys.executable, str(self.worker), str(file)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=self.timeout,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def log(self, name: str) -> dict[str, Any]:
+        """What a run logged; its error if it failed."""
+        out = self.root / name
+        errors = [path.read_text() for path in sorted(out.glob("error_*.txt"))]
+        assert not errors, "\n".join(errors)
+        return json.loads((out / "log.json").read_text())
+
+    def history(self, name: str) -> list[dict[str, float]]:
+        """Log entries of the optimizer steps, without times."""
+        entries = [entry for entry in self.log(name)["history"] if "loss" in entry]
+        return [{key: value for key, value in entry.items() if key != "step_time"} for entry in entries]
+
+    def tensors(self, name: str, what: str, rank: int = 0) -> dict[str, Tensor]:
+        """Trained heads or their targets."""
+        return load_file(self.root / name / f"{what}_{rank}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def place(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Workplace:
+    place = Workplace(tmp_path_factory.mktemp("distributed"))
+    for name in ("tied", "untied"):
+        # Weights large enough that greedy completions differ in length and in reward.
+        model = tiny_model(tie_word_embeddings=name == "tied", initializer_range=0.2)
+        model.save_pretrained(place.root / name)
+        tokenizer.save_pretrained(place.root / name)
+    return place
+
+
+@pytest.fixture(scope="session")
+def one(place: Workplace) -> Workplace:
+    """All runs of one process."""
+    runs = [
+        place.run("one", **GREEDY),
+        place.run("one_lora", lora=True, **GREEDY),
+        place.run("one_iterations", model="untied", **GREEDY, **ITERATIONS),
+        *place.resumed("plain", batch=8),
+        *place.resumed("mid_cycle", batch=4, **MID_CYCLE),
+        *place.resumed("phasic", batch=4, phasic_every=2),
+    ]
+    place.start(runs, ranks=1)
+    return place
+
+
+@pytest.fixture(scope="session")
+def two(one: Workplace) -> Workplace:
+    """All runs of two ranks."""
+    iterations = {**GREEDY, **ITERATIONS, "ds3_gather_for_generation": False}
+    runs = [
+        one.run("ddp", batch=4, **GREEDY),
+        one.run("zero1", batch=4, deepspeed=zero(1), **GREEDY),
+        one.run("zero2", batch=4, deepspeed=zero(2), save=str(one.root / "zero2" / "final"), **GREEDY),
+        one.run("zero3", batch=4, deepspeed=zero(3), save=str(one.root / "zero3" / "final"), **GREEDY),
+        one.run(
+            "zero3_lora", batch=4, lora=True, deepspeed=zero(3), save=str(one.root / "zero3_lora" / "final"), **GREEDY
+        ),
+        one.run("zero3_iterations", model="untied", batch=4, deepspeed=zero(3), **iterations),
+        *one.resumed("zero3_mid_cycle", batch=4, deepspeed=zero(3), **MID_CYCLE),
+    ]
+    one.start(runs, ranks=2)
+    return one
+
+
+def largest_gap(a: list[dict[str, float]], b: list[dict[str, float]], prefix: str) -> float:
+    """Largest difference over steps and metrics that start with `prefix`."""
+    gaps = [0.0]
+    for mine, other in zip(a, b, strict=True):
+        names = {name for name in {*mine, *other} if name.startswith(prefix)}
+        for name in names:
+            # The host logs None where a metric is not defined at a step, and so does every backend.
+            assert (mine[name] is None) == (other[name] is None), name
+            if mine[name] is not None:
+                gaps.append(abs(mine[name] - other[name]))
+    assert all(map(math.isfinite, gaps))
+    return max(gaps)
+
+
+PAIRS = [
+    ("ddp", "one"),
+    ("zero1", "one"),
+    ("zero2", "one"),
+    ("zero3", "one"),
+    ("zero3_lora", "one_lora"),
+    ("zero3_iterations", "one_iterations"),
+]
+
+
+class TestTwoRanksEqualOneProcess:
+    @pytest.mark.parametrize(("backend", "reference"), PAIRS)
+    def test_losses_and_gradient_norms(self, two: Workplace, backend: str, reference: str) -> None:
+        mine, other = two.history(backend), two.history(reference)
+        assert len(mine) == GREEDY["max_steps"]
+        assert len({entry["loss"] for entry in mine}) > 1
+        assert largest_gap(mine, other, "loss") < 1e-4
+        assert largest_gap(mine, other, "grad_norm") < 1e-3
+
+    @pytest.mark.parametrize(("backend", "reference"), PAIRS)
+    def test_critic_metrics(self, two: Workplace, backend: str, reference: str) -> None:
+        mine, other = two.history(backend), two.history(reference)
+        assert "critic/explained_variance" in mine[0] and "critic/advantage_std" in mine[0]
+        if "iterations" in backend:
+            # What is measured in the loss is averaged over micro-batches, which each rank shuffles on its own.
+            names = ("critic/explained_variance", "critic/advantage", "critic/value_mean", "critic/return")
+        else:
+            names = ("critic/", "mtp/", "completions/", "reward", "entropy")
+        for name in names:
+            assert largest_gap(mine, other, name) < 1e-3, name
+
+    @pytest.mark.parametrize(("backend", "reference"), PAIRS)
+    def test_polyak_targets(self, two: Workplace, backend: str, reference: str) -> None:
+        first, second = two.tensors(backend, "target", 0), two.tensors(backend, "target", 1)
+        expected, heads = two.tensors(reference, "target"), two.tensors(backend, "heads")
+        for name in expected:
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], expected[name], atol=1e-5, rtol=0.0)
+        assert any(not torch.equal(first[f"heads.{name}"], heads[name]) for name in heads)
+
+    @pytest.mark.parametrize("backend", [pair[0] for pair in PAIRS])
+    def test_values_are_saved_while_generating(self, two: Workplace, backend: str) -> None:
+        log = two.log(backend)
+        assert log["sharded"] == ("zero3" in backend)
+        assert len(log["captured"]) == (3 if "iterations" in backend else 5)
+        assert all(log["captured"])
+
+    def test_old_logps_path_ran(self, two: Workplace) -> None:
+        """The second pass over a batch is off-policy, so some ratios leave the clip range."""
+        assert two.history("zero3_iterations")[1]["clip_ratio/region_mean"] > 0.0
+
+
+RESUMED = ["plain", "mid_cycle", "phasic"]
+
+
+class TestResume:
+    def check(self, place: Workplace, name: str, ranks: int) -> None:
+        whole, resumed = place.history(f"{name}_whole"), place.history(f"{name}_resumed")
+        assert len(whole) == STEPS
+        assert resumed == whole
+        for what in ("heads", "target"):
+            for rank in range(ranks):
+                expected, tensors = (place.tensors(f"{name}_{end}", what, rank) for end in ("whole", "resumed"))
+                assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+    @pytest.mark.parametrize("name", RESUMED)
+    def test_one_process(self, one: Workplace, name: str) -> None:
+        self.check(one, name, ranks=1)
+
+    def test_zero3(self, two: Workplace) -> None:
+        self.check(two, "zero3_mid_cycle", ranks=2)
+
+    @pytest.mark.parametrize("name", [*RESUMED, "zero3_mid_cycle"])
+    def test_the_killed_run_was_killed(self, two: Workplace, name: str) -> None:
+        killed = two.root / f"{name}_killed"
+        assert (killed / f"checkpoint-{CHECKPOINT}").is_dir()
+        assert not (killed / "log.json").exists() and not list(killed.glob("error_*"))
+
+    def test_the_checkpoint_fell_between_two_generations(self, one: Workplace) -> None:
+        """Three optimizer steps of two micro-steps, four micro-steps for each generated batch."""
+        file = one.root / "mid_cycle_killed" / f"checkpoint-{CHECKPOINT}" / "rollout_0.pt"
+        state = torch.load(file, weights_only=True)
+        assert state["step"] == 6
+        assert len(state["buffered_inputs"]) == MID_CYCLE["steps_per_generation"]
+
+
+class TestSavedModel:
+    @pytest.mark.parametrize("backend", ["zero2", "zero3"])
+    def test_stock_transformers_loads_it(self, two: Workplace, backend: str) -> None:
+        two.log(backend)
+        final = two.root / backend / "final"
+        model, info = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        heads = load_mtp_heads(model, final).state_dict()
+        trained = two.tensors(backend, "heads")
+        assert heads.keys() == trained.keys()
+        assert all(torch.equal(heads[name], trained[name]) for name in trained)
+
+    def test_adapter(self, two: Workplace) -> None:
+        two.log("zero3_lora")
+        final = two.root / "zero3_lora" / "final"
+        heads, trained = load_file(final / HEADS_WEIGHTS_NAME), two.tensors("zero3_lora", "heads")
+        assert all(torch.equal(heads[name], trained[name]) for name in trained)
+        adapter = load_file(final / "adapter_model.safetensors")
+        assert adapter and all("lora_" in name and value.numel() for name, value in adapter.items())
