@@ -306,22 +306,3 @@ def critic_signal(
 def sequence_means(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens of each sequence, (B, T) -> (B,); 0 where there are none."""
     return masked_mean(x, mask, dim=1)
-
-
-def per_head_means(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Metrics of a loss per head: `<name>/head_k`, and `name` over all heads.
-
-    Args:
-        name: Of the loss.
-        sums: Summed losses of all ranks (K,).
-        counts: Numbers of targets of all ranks (K,).
-
-    Returns:
-        0-d tensors, 0 where there is no target.
-    """
-    sums, counts = upcast(sums), upcast(counts)
-    means = sums / counts.clamp(min=1.0)
-    return {
-        name: sums.sum() / counts.sum().clamp(min=1.0),
-        **{f"{name}/head_{k + 1}": mean for k, mean in enumerate(means)},
-    }

@@ -1,6 +1,5 @@
 """The policy's training signal: a loss per token by name, averaged, and how much of it was cut."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,26 +14,32 @@ from rl_plugins.functional.policy_losses.covariance import clip_cov, kl_cov
 from rl_plugins.functional.policy_losses.future_kl import fipo
 from rl_plugins.functional.policy_losses.gvpo import gvpo
 from rl_plugins.functional.policy_losses.trust_region import bapo, cpgd, dppo
-from rl_plugins.settings import with_numbers
+from rl_plugins.settings import keyword_names, with_numbers
 
 PolicyFunction = Callable[..., Tensor]
 """`(logps, old_logps, advantages, mask, **options) -> loss per token`, all (B, T)."""
 
 
 class LossEntry(NamedTuple):
-    """What is known of a policy loss.
+    """Facts about a policy loss, by which everything else tells one from another.
 
     Attributes:
         function: Loss per token.
-        aggregation: How it is usually averaged.
+        aggregation: Usual way to average it.
         acts_on_policy: Whether the loss is all there while the policy is the one that sampled. Where it is not, its
             gradient at ratio 1 is that of `vanilla`, up to a positive factor: its clip, mask or weight begins with the
             second update on a rollout.
+        of_trl: Whether TRL has the loss under this name, with its own fields for the options.
+        around_sampler: Whether its trust region is around the engine that sampled, where that is another one.
+        fixed_level: Whether the level of its importance ratio is its own, whatever `importance_sampling_level` says.
     """
 
     function: PolicyFunction
     aggregation: str
     acts_on_policy: bool = False
+    of_trl: bool = False
+    around_sampler: bool = False
+    fixed_level: bool = False
 
 
 def _vanilla(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -43,20 +48,21 @@ def _vanilla(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor 
 
 # TRL's names for the clipped loss say how it is averaged; the others name the loss.
 POLICY_LOSSES: dict[str, LossEntry] = {
-    "grpo": LossEntry(ppo_clip, "sequence"),
-    "bnpo": LossEntry(ppo_clip, "micro_batch"),
-    "dr_grpo": LossEntry(ppo_clip, "constant"),
-    "dapo": LossEntry(ppo_clip, "token"),
-    "luspo": LossEntry(ppo_clip, "sequence_sum"),
-    "cispo": LossEntry(cispo, "token"),
-    "sapo": LossEntry(sapo, "sequence"),
-    "vespo": LossEntry(vespo, "token"),
+    "grpo": LossEntry(ppo_clip, "sequence", of_trl=True),
+    "bnpo": LossEntry(ppo_clip, "micro_batch", of_trl=True),
+    "dr_grpo": LossEntry(ppo_clip, "constant", of_trl=True),
+    "dapo": LossEntry(ppo_clip, "token", of_trl=True),
+    "luspo": LossEntry(ppo_clip, "sequence_sum", of_trl=True),
+    "cispo": LossEntry(cispo, "token", of_trl=True),
+    "sapo": LossEntry(sapo, "sequence", of_trl=True),
+    "vespo": LossEntry(vespo, "token", of_trl=True),
     "ppo_clip": LossEntry(ppo_clip, "token"),
     "vanilla": LossEntry(_vanilla, "token", acts_on_policy=True),
     "gpg": LossEntry(_vanilla, "token", acts_on_policy=True),
-    "gspo_token": LossEntry(gspo_token, "sequence"),
+    "gspo_token": LossEntry(gspo_token, "sequence", fixed_level=True),
     "gmpo": LossEntry(gmpo, "sequence"),
-    "dppo": LossEntry(dppo, "token"),
+    # The trust region of 2602.04879, section 5.2, is around the sampler.
+    "dppo": LossEntry(dppo, "token", around_sampler=True),
     "fipo": LossEntry(fipo, "token"),
     "bapo": LossEntry(bapo, "token"),
     "cpgd": LossEntry(cpgd, "token"),
@@ -64,15 +70,14 @@ POLICY_LOSSES: dict[str, LossEntry] = {
     "kl_cov": LossEntry(kl_cov, "token"),
     "gvpo": LossEntry(gvpo, "sequence"),
 }
-"""Loss per token, usual aggregation, and whether it acts on-policy, by name."""
+"""Loss per token, usual aggregation, and what else is known of it, by name."""
 
 BATCH_ARGUMENTS = ("groups", "sampler_weights", "reduce")
 """Keyword arguments of a loss that come with each batch instead of from the settings."""
 
 
 def _keywords(function: PolicyFunction) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+    return [name for name in keyword_names(function) if name != "generator"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,21 @@ class PolicyLoss:
     def accepted(name: str) -> list[str]:
         """Names of the options of a loss."""
         return [key for key in _keywords(POLICY_LOSSES[name].function) if key not in BATCH_ARGUMENTS]
+
+    @property
+    def entry(self) -> LossEntry:
+        """Facts about the loss."""
+        return POLICY_LOSSES[self.name]
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether it compares the completions of a prompt, which must then stay in one micro-batch."""
+        return "groups" in self.batch_arguments
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether it takes the correction for another sampler itself, instead of being weighed by it."""
+        return "sampler_weights" in self.batch_arguments
 
     @property
     def level(self) -> str:

@@ -26,20 +26,20 @@ class TrainerOnly:
         return {}
 
 
-class PolyakCallback(TrainerOnly, TrainerCallback):
-    """Moves target heads after every optimizer step.
+class AfterStep(TrainerCallback):
+    """Calls something after every optimizer step, such as a critic whose slow copies follow.
 
     Under DeepSpeed the engine steps inside `backward`, so only the end of the step is after the update everywhere.
 
     Args:
-        update: Called with the number of optimizer steps done.
+        call: Given the number of optimizer steps done.
     """
 
-    def __init__(self, update: Callable[[int], None]) -> None:
-        self.update = update
+    def __init__(self, call: Callable[[int], None]) -> None:
+        self.call = call
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Called by the trainer after each optimizer step."""
-        self.update(state.global_step)
+        self.call(state.global_step)

@@ -2,7 +2,33 @@
 
 from typing import Any
 
-Batch = dict[str, Any]
+from torch import Tensor
+
+from rl_plugins.functional.log_probs import kl_to_sampler
+from rl_plugins.functional.masking import masked_moments, zero_masked
+from rl_plugins.functional.policy_losses.aggregation import aggregate
+from rl_plugins.rollouts.batch import Batch, loss_mask
+from rl_plugins.signals.host import Host
+from rl_plugins.signals.metrics import Metrics
+from rl_plugins.signals.options import PhasicOptions
+
+
+def hold_loss(logps: Tensor, batch: Batch, num_items: Tensor, host: Host) -> tuple[Tensor, Metrics]:
+    """Hold the policy while the values learn: `KL(pi_held || pi)` per token (PPG, 2009.04416, equation 4).
+
+    Args:
+        logps: `ln pi(y_t|s_t)` (B, T), with gradient.
+        batch: Completions with `held_logps`.
+        num_items: Real tokens that the KL is averaged over.
+        host: Sums over ranks.
+
+    Returns:
+        The mean KL (0-d), and metrics.
+    """
+    mask = loss_mask(batch)
+    divergence = kl_to_sampler(zero_masked(logps, mask), zero_masked(batch["held_logps"], mask))
+    kl = masked_moments(divergence.detach(), mask, reduce=host.sum_over_ranks)[0]
+    return aggregate(divergence, mask, "token", num_items=num_items), Metrics({"phasic/kl": kl})
 
 
 class PhasicSchedule:
@@ -10,13 +36,17 @@ class PhasicSchedule:
     algorithm 1).
 
     Args:
-        every: Generation batches in one policy phase.
-        epochs: Passes in one auxiliary phase.
+        options: Length of the phases.
         cycle: Micro-steps that the policy spends on one generation batch.
     """
 
-    def __init__(self, every: int, epochs: int, cycle: int) -> None:
-        self.every, self.epochs, self.cycle = every, epochs, cycle
+    def __init__(self, options: PhasicOptions, cycle: int) -> None:
+        self.options, self.cycle = options, cycle
+        self.every, self.epochs, self.kl_coef = options.phasic_every, options.phasic_epochs, options.phasic_kl_coef
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a policy phase, with nothing stored."""
         self.stored: list[Batch] = []
         self.policy_steps = 0
         self.auxiliary_steps = 0
@@ -42,7 +72,7 @@ class PhasicSchedule:
         batch = self.stored[self.auxiliary_steps % len(self.stored)]
         self.auxiliary_steps += 1
         if self.auxiliary_steps == self.epochs * len(self.stored):
-            self.stored, self.policy_steps, self.auxiliary_steps = [], 0, 0
+            self.reset()
         return batch
 
     def state_dict(self) -> dict[str, Any]:

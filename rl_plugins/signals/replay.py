@@ -1,7 +1,7 @@
-"""A buffer of groups of completions that still teach something."""
+"""A buffer of groups of completions whose rewards differ, to learn from once more."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,20 +25,20 @@ class StoredGroup:
 
 
 def trimmed(batch: Batch) -> Batch:
-    """A batch without the padding that all of its rows share."""
+    """Cut the padding that all rows of a batch share."""
     num_tokens = batch["completion_mask"].shape[1]
     real_prompt = batch["prompt_mask"].any(dim=0).nonzero()
     real = batch["completion_mask"].any(dim=0).nonzero()
     start = int(real_prompt[0]) if len(real_prompt) else 0
     stop = int(real[-1]) + 1 if len(real) else 1
-    cut: Batch = {}
+    cut: dict[str, Any] = {}
     for key, value in batch.items():
-        if key in LEFT_PADDED:
+        if key in LEFT_PADDED and isinstance(value, Tensor):
             value = value[:, start:]
         elif isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == num_tokens:
             value = value[:, :stop]
         cut[key] = value.clone() if isinstance(value, Tensor) else value
-    return cut
+    return cast(Batch, cut)
 
 
 class ReplayBuffer:

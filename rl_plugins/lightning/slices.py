@@ -1,4 +1,4 @@
-"""What an online module does with the completions of all ranks: slices to learn from, and metrics."""
+"""Slices of a rollout to learn from, and metrics of its completions over all ranks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from rl_plugins.lightning.ranks import gather_objects, gather_rows
 from rl_plugins.rollouts.batch import Batch, num_rows, select_rows
 from rl_plugins.rollouts.completions import Completions
 from rl_plugins.rollouts.rewards import weighted_scores
-from rl_plugins.signals.online import completion_metrics, reward_metrics
+from rl_plugins.signals.metrics import Metrics, completion_metrics, reward_metrics
 
 
 def cut_rollout(rollout: Batch, slices: int, *, whole_groups_of: int | None = None) -> list[Batch]:
@@ -33,7 +33,7 @@ def cut_rollout(rollout: Batch, slices: int, *, whole_groups_of: int | None = No
         )
     if whole_groups_of is not None and rows // slices % whole_groups_of:
         raise ValueError(
-            f"policy_loss='gvpo' compares the completions of a prompt inside the loss, but a slice has "
+            "The policy loss compares the completions of a prompt inside the loss, but a slice has "
             f"{rows // slices} completions, which num_generations={whole_groups_of} does not divide. Change "
             "steps_per_generation, or the batch size of the loader."
         )
@@ -52,8 +52,8 @@ def counts_of(batch: Batch) -> Tensor:
 
 def describe_rollout(
     completions: Completions, rewards: Tensor, weights: Tensor | None, names: Sequence[str], group_size: int
-) -> dict[str, Tensor]:
-    """Metrics of rewards and lengths, of all ranks.
+) -> Metrics:
+    """Describe rewards and lengths of all ranks.
 
     Args:
         completions: Of this rank (B).
@@ -65,10 +65,12 @@ def describe_rollout(
     rewards = gather_rows(rewards)
     rewards = rewards.masked_fill(rewards.isinf(), torch.nan)  # as TRL's metrics: only that number is left out
     lengths = gather_rows(completions.completion_mask.sum(1))
-    return {
-        **reward_metrics(rewards, weighted_scores(rewards, weights), names, group_size),
-        **completion_metrics(lengths, gather_rows(completions.ended)),
-    }
+    return Metrics(
+        {
+            **reward_metrics(rewards, weighted_scores(rewards, weights), names, group_size),
+            **completion_metrics(lengths, gather_rows(completions.ended)),
+        }
+    )
 
 
 def average_logged(logged: Mapping[str, list[float]], device: torch.device) -> dict[str, Tensor]:

@@ -1,11 +1,10 @@
-"""Papers in one word: the options that each preset sets.
+"""Presets: the options that reproduce the method of a paper, by short name.
 
-Only what makes the method is here. Learning rate, batch size and completions per prompt belong to a model and a
+Only options that make the method are here. Learning rate, batch size and completions per prompt belong to a model and a
 machine; docs/variants.md lists what the papers used.
 """
 
-from dataclasses import fields
-from typing import Any, Self
+from typing import Any
 
 Preset = dict[str, Any]
 
@@ -118,49 +117,20 @@ PPO_PRESETS: dict[str, Preset] = {
         "value_loss_type": "squared",
     },
 }
-WITH_PRESETS = (
-    f"GRPOVariantConfig(preset=...) has {', '.join(GRPO_PRESETS)}; PPOConfig(preset=...) has {', '.join(PPO_PRESETS)}."
-)
 
 
-class NamedArguments:
-    """A config that knows which fields the caller named, so that a preset leaves them alone, whatever their value.
+def find_preset(name: str, presets: dict[str, Preset], elsewhere: str = "") -> Preset:
+    """Look up a preset.
 
-    Raises:
-        TypeError: For a preset where there are none.
-    """
-
-    _named: frozenset[str] = frozenset()
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        if "preset" in kwargs and "preset" not in {f.name for f in fields(cls)}:  # type: ignore[arg-type]
-            raise TypeError(f"{cls.__name__} has no presets. {WITH_PRESETS}")
-        config = super().__new__(cls)
-        config._named = frozenset(kwargs)
-        return config
-
-    def is_named(self, name: str) -> bool:
-        """Whether the caller named a field; a command-line parser names every one, which says nothing."""
-        parsed = self._named >= {f.name for f in fields(self) if f.init}  # type: ignore[arg-type]
-        return name in self._named and not parsed
-
-
-def apply_preset(config: Any, presets: dict[str, Preset]) -> None:
-    """Set the fields of a preset that the caller did not set.
-
-    A command-line parser names every field; there a field counts as set if it differs from its default.
+    Args:
+        name: Its name.
+        presets: Those that there are.
+        elsewhere: Says where the others are.
 
     Raises:
-        ValueError: If the preset is unknown; the message lists the valid ones.
+        ValueError: If there is none of that name; the message lists the valid ones.
     """
-    if config.preset is None:
-        return
-    if config.preset not in presets:
-        elsewhere = f" {WITH_PRESETS}" if config.preset in {**GRPO_PRESETS, **PPO_PRESETS} else ""
-        raise ValueError(f"Unknown preset {config.preset!r}; choose one of {', '.join(presets)}.{elsewhere}")
-    for f in fields(config):
-        if f.name not in presets[config.preset]:
-            continue
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        if getattr(config, f.name) == default and not config.is_named(f.name):
-            setattr(config, f.name, presets[config.preset][f.name])
+    if name not in presets:
+        hint = f" {elsewhere}" if elsewhere and name in {**GRPO_PRESETS, **PPO_PRESETS} else ""
+        raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(presets)}.{hint}")
+    return presets[name]
