@@ -36,6 +36,7 @@ from rl_plugins.hooks import TESTED
 from rl_plugins.moe import BalancingConfig, RouterBalancer
 from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.signals import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
+from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS, Preset
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -45,9 +46,8 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
-from rl_plugins.trl.presets import GRPO_PRESETS, PPO_PRESETS, Preset
+from rl_plugins.trl.configs import SpeculativeArguments, TokenHeadsArguments
 from rl_plugins.trl.scripts import online
-from rl_plugins.trl.speculative_config import SpeculativeArguments, TokenHeadsArguments
 from tests.moe_models import make_moe_model
 
 ROOT = Path(__file__).parent.parent

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_plugins.nn import load_mtp_heads, load_native_mtp
-from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
 from rl_plugins.trl.attachments import check_fsdp
 
 from . import test_trl_critic_distributed as distributed

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from peft import get_peft_model
+from rl_plugins.nn.attach import trunk_of
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,7 +25,6 @@ from rl_plugins.lightning import (
 )
 from rl_plugins.lightning.prompts import PromptLoader, RepeatSampler, rows_of
 from rl_plugins.nn import get_mtp_heads
-from rl_plugins.nn.attach import trunk_of
 from rl_plugins.rollouts.completions import Completions, pad_left
 
 from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights

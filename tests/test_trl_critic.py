@@ -23,9 +23,9 @@ from trl.generation.vllm_generation import VLLMGeneration
 from rl_plugins.nn import MTPHeads, attach_mtp_heads, detach_mtp_heads, get_mtp_heads, load_mtp_heads
 from rl_plugins.rollouts.values import ValuePass, ValueRecorder
 from rl_plugins.signals import sequence_means
+from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.trl import MTPCriticTrainer
 from rl_plugins.trl.host import hide_critics_from_vllm, without_critics
-from rl_plugins.trl.phasic import PhasicSchedule
 
 Make = Callable[..., MTPCriticTrainer]
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]

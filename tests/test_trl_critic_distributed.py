@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_plugins.nn import load_mtp_heads
-from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from trl import GRPOConfig, TrlParser
 
+from rl_plugins.signals.presets import GRPO_PRESETS
 from rl_plugins.trl import GRPOVariantConfig
-from rl_plugins.trl.presets import GRPO_PRESETS
 
 Args = Callable[..., GRPOVariantConfig]
 OWN = {f.name for f in dataclasses.fields(GRPOVariantConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}

@@ -52,8 +52,8 @@ class LanguageTraining:
 
     Attributes:
         attached: Modules attached to the model, and their learning rates; `None` for `learning_rate`.
-        router_weights: Share of the newest micro-batch in its accumulation window, by tokens and by rows, for losses of
-            routers.
+        router_weights: Share of the newest micro-batch in its accumulation window, by tokens and by rows, for the
+            losses of routers.
 
     Raises:
         TypeError: If a setting is no number.
@@ -139,7 +139,7 @@ class LanguageTraining:
     def save_checkpoint(
         self, module: LightningModule, checkpoint: dict[str, Any], rank_state: dict[str, Any], shared: dict[str, Any]
     ) -> None:
-        """Add to a checkpoint what tells one architecture from another, the state of every rank, and what they share."""
+        """Add to a checkpoint the shapes of the architecture, the state of every rank, and the state they share."""
         ranks = gather_objects({**random_state(module.device), **rank_state})
         checkpoint[STATE] = {"shapes": parameter_shapes(module), "ranks": ranks, "shared": shared}
 
@@ -231,6 +231,12 @@ def log_metrics(
     for (name, value), skip in zip(metrics.items(), undefined, strict=True):
         if not skip:
             module.log(f"{prefix}{name}", value, prog_bar=name in shown, batch_size=rows, sync_dist=evaluating)
+
+
+def router_weights(module: LightningModule) -> tuple[Tensor, Tensor] | None:
+    """Share of the newest micro-batch in its accumulation window, by tokens and by rows; `None` where nobody counts."""
+    language = getattr(module, "language", None)
+    return language.router_weights if isinstance(language, LanguageTraining) else None
 
 
 def window_counts(module: LightningModule, own: Tensor, count: Callable[[Any], Tensor]) -> Tensor:

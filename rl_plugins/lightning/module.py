@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -55,11 +55,8 @@ from rl_plugins.signals.sampling import (
     with_overlong_penalty,
     without_marks,
 )
-from rl_plugins.signals.signals import DraftHeads, Signal
+from rl_plugins.signals.signals import DraftHeads, Signal, make_decoder
 from rl_plugins.signals.warmup import pause_weight_decay
-
-if TYPE_CHECKING:
-    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder
 
 
 class RLModule(LightningModule):
@@ -236,19 +233,16 @@ class RLModule(LightningModule):
 
     def _set_up_drafts(self, model: Any, drafts: DraftOptions, heads: HeadOptions) -> None:
         """Decode speculatively, if the options say so, with the critic's heads or with heads that only draft."""
-        self.decoder: SpeculativeDecoder | None = None
+        self.decoder = make_decoder(drafts)
         self.draft_heads: DraftHeads | None = None
-        if not drafts.speculative:
+        if self.decoder is None:
             return
-        from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
-
         own = None if self.critic is None else self.critic.draft_options
         drafts.check_drafts(heads if own is None else own, self.max_completion_length)
         if own is None:
             self.draft_heads = DraftHeads(heads, temperature=self.temperature)
             self.draft_heads.prepare(model)
             self.language.attached.append((self.draft_heads.attach(self.model), heads.head_learning_rate))
-        self.decoder = SpeculativeDecoder(drafts.num_draft_tokens, draft_cost=drafts.draft_cost)
         self.decoder.check(self.model)
 
     @property
@@ -495,7 +489,7 @@ class RLModule(LightningModule):
         return loss
 
     def _next_inputs(self, batch: Any) -> tuple[Batch, Metrics]:
-        """The slice of this training step and what its rollout said; completions of the whole accumulation window are
+        """The slice of this training step, and its rollout's metrics; completions of the whole accumulation window are
         there before its first loss, so that their tokens can be counted. The policy is the same for all of them."""
         rows = rows_of(batch)
         if not self._queue:
@@ -518,7 +512,7 @@ class RLModule(LightningModule):
         items, tokens, rows, real = (total / (world_size() * size)).clamp(min=1e-9)
         for _, inputs, _ in self._queue:
             own = counts_of(inputs)
-            inputs.update(num_items=items, num_tokens=tokens)
+            inputs["num_items"], inputs["num_tokens"] = items, tokens
             inputs["row_weight"] = own[2] / rows
             inputs["micro_batch_weight"] = torch.full_like(rows, size / number)
             inputs["router_weight"] = own[3] / real
@@ -553,8 +547,8 @@ class RLModule(LightningModule):
             extra = "" if self.phasic is None else ", and an auxiliary phase more"
             raise ValueError(
                 f"One batch of prompts makes steps_per_generation * num_iterations = {self.batch_repeats} training "
-                f"steps{extra}, but the loader went on to the next. Give Trainer.fit a PromptDataModule, which repeats "
-                "batches, or set both to 1."
+                f"steps{extra}, but the loader went on to the next. Give Trainer.fit a PromptDataModule, which "
+                "repeats batches, or set both to 1."
             )
 
     def next_epoch(self, slices: list[Batch]) -> list[Batch]:
@@ -601,11 +595,12 @@ class RLModule(LightningModule):
         """The objective on one slice, and its metrics (0-d, of all ranks)."""
         critic, drafts, num_items = self.critic, self.draft_heads, inputs["num_items"]
         alone, auxiliary = self.signal.warming_up(self), "held_logps" in inputs
-        scale = {"scale": 1.0} if auxiliary else {}
         with ExitStack() as stack:
             run = draft = None
             if critic is not None:
-                run = stack.enter_context(critic.learning(inputs, num_items, alone=alone, **scale))
+                run = stack.enter_context(
+                    critic.learning(inputs, num_items, alone=alone, scale=1.0 if auxiliary else None)
+                )
             if drafts is not None and drafts.learns:
                 draft = stack.enter_context(drafts.learning(inputs, alone=alone))
             logps, entropies = self._pass(inputs, self.model, entropy=not auxiliary)
@@ -639,7 +634,7 @@ class RLModule(LightningModule):
             inputs["completion_mask"],
             num_items=inputs["num_items"],
             max_length=self.max_completion_length,
-            scale=inputs.get("micro_batch_weight" if by_micro_batch else "row_weight", 1.0),
+            scale=inputs.get("micro_batch_weight", 1.0) if by_micro_batch else inputs.get("row_weight", 1.0),
             ref_logps=inputs.get("ref_per_token_logps"),
             beta=0.0 if self.signal.kl_in_reward else self.beta,
             correct_kl=self.use_bias_correction_kl,

@@ -1,6 +1,6 @@
 """The online modules: a critic inside the policy, PPO, and GRPO with its variants. Each says what it is made of."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS, Preset, find_p
 from rl_plugins.signals.signals import GroupSignal
 from rl_plugins.signals.value_tracker import ValueTracker
 
-RewardFuncs = RewardFunc | PreTrainedModel | str | list[RewardFunc | PreTrainedModel | str] | None
+RewardFuncs: TypeAlias = RewardFunc | PreTrainedModel | str | list[RewardFunc | PreTrainedModel | str] | None
 
 LOSS_OPTIONS = {
     "epsilon": "epsilon_low",
@@ -204,8 +204,8 @@ class PPOModule(RLModule):
 
 
 class GRPOModule(RLModule):
-    r"""Group Relative Policy Optimization (2402.03300) and its variants: any advantage, policy loss and way of sampling
-    of the package, by name, or all of a paper's by `preset`.
+    r"""Group Relative Policy Optimization (2402.03300) and its variants: any advantage, policy loss and way of
+    sampling of the package, by name, or all of a paper's by `preset`.
 
     `A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)` by default; [`~rl_plugins.signals.ADVANTAGES`] and
     [`~rl_plugins.signals.POLICY_LOSSES`] list what there is.

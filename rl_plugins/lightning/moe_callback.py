@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rl_plugins.lightning.callbacks import LightningOnly
-from rl_plugins.lightning.language_module import LanguageModule
+from rl_plugins.lightning.language import router_weights
 from rl_plugins.lightning.models import find_language_model
 from rl_plugins.moe.balancer import RouterBalancer
 from rl_plugins.moe.config import BalancingConfig
@@ -85,15 +85,16 @@ class MoEBalancingCallback(LightningOnly, Callback):
         """Weigh each micro-batch's auxiliary loss like Lightning weighs its loss."""
         assert self.balancer is not None
         scale = 1.0 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
-        twice = trainer.strategy.handles_gradient_accumulation and not isinstance(pl_module, LanguageModule)
+        twice = trainer.strategy.handles_gradient_accumulation and not hasattr(pl_module, "language")
         # DeepSpeed accumulates by itself, and Lightning does not know: both divide the loss.
         self.balancer.loss_scale = scale**2 if twice else scale
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh it by the micro-batch's share of the tokens or rows of its accumulation window, where the module knows
         them by now."""
-        if self.balancer is not None and isinstance(pl_module, LanguageModule) and pl_module.router_weights:
-            by_tokens, by_rows = (weight / trainer.accumulate_grad_batches for weight in pl_module.router_weights)
+        weights = router_weights(pl_module)
+        if self.balancer is not None and weights is not None:
+            by_tokens, by_rows = (weight / trainer.accumulate_grad_batches for weight in weights)
             self.balancer.set_loss_scales(by_tokens, by_rows)
 
     def on_train_batch_end(

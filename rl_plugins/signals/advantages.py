@@ -24,8 +24,8 @@ from rl_plugins.functional.advantages.group import (
     max_likelihood,
     pass_at_k,
 )
-from rl_plugins.functional.advantages.tracked import forget_factor, tracker_update
 from rl_plugins.functional.advantages.traces import lambda_trace
+from rl_plugins.functional.advantages.tracked import forget_factor, tracker_update
 from rl_plugins.functional.masking import upcast
 from rl_plugins.functional.returns import discounted_returns
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards

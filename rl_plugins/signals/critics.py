@@ -36,9 +36,15 @@ from rl_plugins.rollouts.batch import Batch, loss_mask
 from rl_plugins.rollouts.values import EachStep, ValueRecord, WholeRows
 from rl_plugins.signals.critic_targets import critic_signal, value_loss, value_losses
 from rl_plugins.signals.heads import HeadTraining
-from rl_plugins.signals.host import Host
+from rl_plugins.signals.host import Host, Ranks
 from rl_plugins.signals.metrics import Metrics, head_metrics
-from rl_plugins.signals.options import HeadOptions, OnlineValueOptions, ValueHeadOptions, ValueModelOptions, ValueOptions
+from rl_plugins.signals.options import (
+    HeadOptions,
+    OnlineValueOptions,
+    ValueHeadOptions,
+    ValueModelOptions,
+    ValueOptions,
+)
 from rl_plugins.signals.signals import Signal
 
 Values = tuple[Tensor, Tensor]
@@ -110,25 +116,28 @@ class Critic(ABC):
     # 3. Learn
 
     @abstractmethod
-    def learning(self, batch: Batch, num_items: Tensor, *, alone: bool) -> AbstractContextManager[Any]:
+    def learning(
+        self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
+    ) -> AbstractContextManager[Any]:
         """Compute the values in the policy's forward inside the block, and give the run that has them afterwards.
 
         Args:
             batch: Completions.
             num_items: Real tokens that the losses are averaged over.
             alone: Whether only the critic learns, so that no gradient may enter the trunk.
+            scale: Factor on the value gradient that enters the trunk, instead of the critic's own.
         """
 
     # 4. Loss
 
-    def loss(self, run: Any, batch: Batch, num_items: Tensor, host: Host) -> tuple[Tensor, Metrics]:
+    def loss(self, run: Any, batch: Batch, num_items: Tensor, ranks: Ranks) -> tuple[Tensor, Metrics]:
         """lambda_2 L_TD of a run, and its metrics."""
         return self.value_term(
-            run.values, batch["returns"], batch["critic_mask"], num_items, batch["old_values"], host
+            run.values, batch["returns"], batch["critic_mask"], num_items, batch["old_values"], ranks
         )
 
     def value_term(
-        self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor, host: Host
+        self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
         """lambda_2 L_TD of values (B, T, K) with gradient; arguments as for
         [`~rl_plugins.signals.value_loss`]."""
@@ -141,9 +150,9 @@ class Critic(ABC):
             loss=value_losses(options.value_clip_range)[options.value_loss_type],
             old_values=old_values,
         )
-        return options.value_loss_coef * loss, head_metrics("critic/value_loss", sums, counts, host.sum_over_ranks)
+        return options.value_loss_coef * loss, head_metrics("critic/value_loss", sums, counts, ranks.sum_over_ranks)
 
-    def gradient_totals(self, host: Host) -> Tensor | None:
+    def gradient_totals(self, ranks: Ranks) -> Tensor | None:
         """Say what the backward pass showed of the value gradient into the trunk, of all ranks: sum of norms, clamped
         tokens, tokens (3,); `None` where there was none."""
         return None
@@ -209,7 +218,7 @@ class TrunkCritic(Critic):
             yield
 
     def recorded(self, batch: Batch, host: Host) -> Values:
-        """Give values saved while generating, else those of the pass for the old log-probabilities, else of a new one."""
+        """Give values saved while generating, else of the pass for the old log-probabilities, else of a new pass."""
         saved = self._saved(batch, host)
         if saved is not None:
             return saved
@@ -235,8 +244,8 @@ class TrunkCritic(Critic):
         return None if host.sum_over_ranks(missing) > 0 else saved
 
     @contextmanager
-    def learning(self, batch: Batch, num_items: Tensor, *, alone: bool) -> Iterator[Any]:
-        """Run the module in the policy's forward; `alone` is up to a module that lets gradient into the trunk."""
+    def learning(self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None) -> Iterator[Any]:
+        """Run the module in the policy's forward; `alone` and `scale` are for modules with gradient into the trunk."""
         run, num_tokens = CriticRun(), batch["completion_ids"].shape[1]
 
         def observe(hidden: Tensor) -> tuple[Tensor | None, ...]:
@@ -320,20 +329,20 @@ class HeadCritic(TrunkCritic):
             self._stats = run.stats
             yield run
 
-    def loss(self, run: Any, batch: Batch, num_items: Tensor, host: Host) -> tuple[Tensor, Metrics]:
+    def loss(self, run: Any, batch: Batch, num_items: Tensor, ranks: Ranks) -> tuple[Tensor, Metrics]:
         """lambda_2 L_TD + lambda_1 L_MTP of a run, and their metrics."""
         values, metrics = self.value_term(
-            run.values, batch["returns"], batch["critic_mask"], num_items, batch["old_values"], host
+            run.values, batch["returns"], batch["critic_mask"], num_items, batch["old_values"], ranks
         )
-        tokens, token_metrics = self.training.loss(run, num_items, host)
+        tokens, token_metrics = self.training.loss(run, num_items, ranks)
         metrics.add(token_metrics)
         return values + tokens, metrics
 
     def value_term(
-        self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor, host: Host
+        self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
         """lambda_2 L_TD of values (B, T, K), whose clamp keeps its units whatever the host does to the loss."""
-        term, metrics = Critic.value_term(self, values, returns, mask, num_items, old_values, host)
+        term, metrics = Critic.value_term(self, values, returns, mask, num_items, old_values, ranks)
         limit, self._limit = self._limit, None
         if limit is not None and term.requires_grad:
             # Hosts scale a loss before its backward pass: by one over the number of micro-batches, DeepSpeed by that
@@ -343,10 +352,10 @@ class HeadCritic(TrunkCritic):
             term.register_hook(lambda grad: limit.mul_(grad.float()) and None)
         return term, metrics
 
-    def gradient_totals(self, host: Host) -> Tensor | None:
+    def gradient_totals(self, ranks: Ranks) -> Tensor | None:
         """Say what the clamp saw in the last backward pass."""
         stats, self._stats = self._stats, None
-        return None if stats is None else host.sum_over_ranks(stats.totals(host.device))
+        return None if stats is None else ranks.sum_over_ranks(stats.totals(ranks.device))
 
     def copy(self) -> None:
         """Make the target heads."""
@@ -439,7 +448,9 @@ class ValueModelCritic(Critic):
         return values, values
 
     @contextmanager
-    def learning(self, batch: Batch, num_items: Tensor, *, alone: bool) -> Iterator[CriticRun]:
+    def learning(
+        self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
+    ) -> Iterator[CriticRun]:
         """Run the network in the policy's forward; it has no gradient into the policy."""
         run = CriticRun()
 
@@ -461,6 +472,8 @@ class CriticSignal(Signal):
     Args:
         critic: Where the values come from; made with [`OnlineValueOptions`].
     """
+
+    critic: Critic
 
     def __init__(self, critic: Critic) -> None:
         assert isinstance(critic.values, OnlineValueOptions)
@@ -507,13 +520,8 @@ class CriticSignal(Signal):
             lookahead=self.critic.lookahead,
             discounted_objective=options.discounted_objective,
         )
-        batch.update(
-            advantages=advantages,
-            returns=targets.returns,
-            old_values=values,
-            critic_mask=mask,
-            td_errors=targets.td_errors,
-        )
+        batch["advantages"], batch["returns"], batch["td_errors"] = advantages, targets.returns, targets.td_errors
+        batch["old_values"], batch["critic_mask"] = values, mask
         return Metrics({**metrics, **kl})
 
     def state_dict(self) -> dict[str, Any]:
@@ -523,5 +531,3 @@ class CriticSignal(Signal):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the critic."""
         self.critic.load_state_dict(state)
-
-

@@ -13,7 +13,7 @@ from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.token_loss import logit_divisor
 from rl_plugins.rollouts.batch import Batch, loss_mask
-from rl_plugins.signals.host import Host
+from rl_plugins.signals.host import Ranks
 from rl_plugins.signals.metrics import Metrics, head_metrics
 from rl_plugins.signals.options import HeadOptions
 
@@ -46,7 +46,7 @@ class HeadTraining:
         """
         given = self.options.mtp_heads_path
         if given is not None:
-            MTPHeads.check_folder(given)
+            MTPHeads.check_saved(given)
         self._saved = given or (MTPHeads.find(policy, revision=revision) if isinstance(policy, str) else None)
 
     def attach(self, model: nn.Module, *, seed: int = 0) -> MTPHeads:
@@ -97,20 +97,20 @@ class HeadTraining:
             labels = completion_labels(batch["prompt_ids"], batch["completion_ids"], loss_mask(batch), num_heads)
         return partial(completion_states, num_tokens=num_tokens), labels
 
-    def loss(self, run: HeadRun, num_items: Tensor, host: Host) -> tuple[Tensor | float, Metrics]:
+    def loss(self, run: HeadRun, num_items: Tensor, ranks: Ranks) -> tuple[Tensor | float, Metrics]:
         """lambda_1 L_MTP of a run, `L_MTP = 1 / (K N) sum_k L_k`, and its metrics.
 
         Args:
             run: After the forward.
             num_items: N, real tokens that the loss is averaged over.
-            host: Sums over ranks.
+            ranks: Sums over ranks.
         """
-        return token_term(run, self.options.mtp_loss_coef, num_items, host)
+        return token_term(run, self.options.mtp_loss_coef, num_items, ranks)
 
 
-def token_term(run: HeadRun, coef: float, num_items: Tensor, host: Host) -> tuple[Tensor | float, Metrics]:
+def token_term(run: HeadRun, coef: float, num_items: Tensor, ranks: Ranks) -> tuple[Tensor | float, Metrics]:
     """Weigh the token losses of heads or native layers; arguments as for [`HeadTraining.loss`]."""
     if run.token_losses is None or run.token_counts is None:
         return 0.0, Metrics()
-    metrics = head_metrics("mtp/token_loss", run.token_losses.detach(), run.token_counts, host.sum_over_ranks)
+    metrics = head_metrics("mtp/token_loss", run.token_losses.detach(), run.token_counts, ranks.sum_over_ranks)
     return coef * run.token_losses.sum() / (len(run.token_losses) * num_items), metrics

@@ -9,16 +9,23 @@ from torch import Tensor
 from rl_plugins.rollouts.batch import Batch
 
 
-class Host(Protocol):
+class Ranks(Protocol):
+    """A process among others that train the same model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """Sum a tensor over all ranks."""
+
+
+class Host(Ranks, Protocol):
     """A trainer of TRL or a module of Lightning, as signals see it; both hosts' classes are one."""
 
     @property
     def model(self) -> Any:
         """The policy; a PEFT model around it where there are adapters."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes."""
 
     @property
     def training(self) -> bool:
@@ -35,9 +42,6 @@ class Host(Protocol):
     @property
     def beta(self) -> float:
         """Coefficient of the KL to the reference."""
-
-    def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """Sum a tensor over all ranks."""
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """Join the rows (B, ...) of all ranks, in their order."""

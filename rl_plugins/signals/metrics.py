@@ -19,7 +19,9 @@ class Metrics(dict[str, Tensor]):
         counts: Items that they are means over, by name; for all of them where it is a tensor.
     """
 
-    def __init__(self, values: Mapping[str, Tensor] | None = None, counts: Mapping[str, Tensor] | Tensor | None = None):
+    def __init__(
+        self, values: Mapping[str, Tensor] | None = None, counts: Mapping[str, Tensor] | Tensor | None = None
+    ):
         super().__init__(values or {})
         self.counts: dict[str, Tensor] = {}
         if isinstance(counts, Tensor):

@@ -91,9 +91,7 @@ def online_loss(
     if beta != 0.0:
         if ref_logps is None:
             raise ValueError(f"beta={beta} weighs the KL to a reference: give ref_logps, or set beta=0.")
-        divergence = reference_kl(
-            logps, old_logps, ref_logps, mask, correct=correct_kl, level=kl_level or loss.level
-        )
+        divergence = reference_kl(logps, old_logps, ref_logps, mask, correct=correct_kl, level=kl_level or loss.level)
         total = total + beta * averaged(
             loss, divergence, mask, num_items=num_items, max_length=max_length, batch=batch
         )

@@ -152,7 +152,8 @@ class ValueHeadOptions(HeadOptions):
         None, "Copy the online heads every this many optimizer steps instead of averaging."
     )
     bootstrap_lookahead: bool = option(
-        False, "Whether to bootstrap from the mean of all heads' forecasts of the next state instead of head 1's alone."
+        False,
+        "Whether to bootstrap from the mean of all heads' forecasts of the next state instead of head 1's alone.",
     )
 
     def check(self) -> None:
@@ -489,7 +490,7 @@ class SamplingOptions(Options):
 
 @dataclass
 class PhasicOptions(Options):
-    """Phasic Policy Gradient (2009.04416): policy phases, then phases in which the values learn and the policy is held.
+    """Phasic Policy Gradient (2009.04416): phases of the policy, then phases of the values, which hold the policy.
 
     It lets a critic inside the policy learn long on completions without moving the policy.
     """

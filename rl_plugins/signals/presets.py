@@ -1,7 +1,7 @@
 """Presets: the options that reproduce the method of a paper, by short name.
 
-Only options that make the method are here. Learning rate, batch size and completions per prompt belong to a model and a
-machine; docs/variants.md lists what the papers used.
+Only options that make the method are here. Learning rate, batch size and completions per prompt belong to a model and
+a machine; docs/variants.md lists what the papers used.
 """
 
 from typing import Any

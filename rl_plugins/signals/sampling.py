@@ -74,7 +74,7 @@ def score(rewards: Tensor, weights: Tensor | None, names: Sequence[str]) -> tupl
 
 
 def further_rows(count: int, length: int, *key: object) -> list[int]:
-    """Draw rows of a dataset of `length` rows; the same again for the same key, so that a resumed run draws them, too."""
+    """Draw rows of a dataset of `length` rows; the same key gives the same rows, also in a resumed run."""
     dice = random.Random(" ".join(map(str, key)))
     return [dice.randrange(length) for _ in range(count)]
 

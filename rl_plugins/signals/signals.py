@@ -18,10 +18,11 @@ from rl_plugins.signals.advantages import ADVANTAGES, advantages_of, penalised_r
 from rl_plugins.signals.heads import HeadTraining
 from rl_plugins.signals.host import Host
 from rl_plugins.signals.metrics import Metrics
-from rl_plugins.signals.options import HeadOptions, VariantOptions
+from rl_plugins.signals.options import DraftOptions, HeadOptions, VariantOptions
 from rl_plugins.signals.value_tracker import TrackedAdvantages, ValueTracker, prompt_key
 
 if TYPE_CHECKING:
+    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder
     from rl_plugins.signals.critics import Critic
 
 
@@ -135,9 +136,7 @@ class GroupSignal(Signal):
         batch["advantages"] = advantages.to(torch.float32)
         return metrics
 
-    def _of_returns(
-        self, name: str, batch: Batch, scores: Tensor, mask: Tensor, host: Host
-    ) -> tuple[Tensor, Metrics]:
+    def _of_returns(self, name: str, batch: Batch, scores: Tensor, mask: Tensor, host: Host) -> tuple[Tensor, Metrics]:
         """Advantages of what is left of score and KL penalties at each token."""
         if "old_per_token_logps" not in batch:
             batch["old_per_token_logps"] = host.log_probs(batch)
@@ -147,7 +146,9 @@ class GroupSignal(Signal):
         returns = penalised_returns(scores, logps, ref_logps, mask, beta=host.beta)
         function = ADVANTAGES[name].of_returns
         assert function is not None
-        return function(returns, mask=mask, reduce=host.sum_over_ranks, **self.options.advantage_options), Metrics({"kl": kl})
+        return function(returns, mask=mask, reduce=host.sum_over_ranks, **self.options.advantage_options), Metrics(
+            {"kl": kl}
+        )
 
     def _of_prompts(
         self, tracked: TrackedAdvantages, batch: Batch, scores: Tensor, prompts: Sequence[Any], host: Host
@@ -216,3 +217,15 @@ class DraftHeads:
     def loss(self, run: HeadRun, num_items: Tensor, host: Host) -> tuple[Tensor | float, Metrics]:
         """lambda_1 L_MTP of a run, and its metrics."""
         return self.training.loss(run, num_items, host)
+
+
+def make_decoder(options: DraftOptions) -> "SpeculativeDecoder | None":
+    """Make the decoder of a training run; `None` without speculation.
+
+    Its choices depend on the run's seed alone, unless `draft_cost` is `None`.
+    """
+    if not options.speculative:
+        return None
+    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
+
+    return SpeculativeDecoder(options.num_draft_tokens, draft_cost=options.draft_cost, values=False)

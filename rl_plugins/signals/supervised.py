@@ -16,7 +16,7 @@ from rl_plugins.nn.token_loss import logit_divisor
 from rl_plugins.signals.critic_targets import critic_targets, rollout_metrics
 from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.heads import token_term
-from rl_plugins.signals.host import Host
+from rl_plugins.signals.host import Ranks
 from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.options import HeadOptions
 
@@ -40,9 +40,7 @@ class HeadsAlong:
         """Give the model heads, or go on with those that it has."""
         return self.critic.attach(model, seed=seed)
 
-    def learning(
-        self, inputs: Inputs, rewards: Tensor | None, num_items: Tensor
-    ) -> AbstractContextManager[HeadRun]:
+    def learning(self, inputs: Inputs, rewards: Tensor | None, num_items: Tensor) -> AbstractContextManager[HeadRun]:
         """Run the heads in the model's next forward.
 
         Args:
@@ -58,16 +56,16 @@ class HeadsAlong:
         return self.critic.running(select, labels, num_items, target=target)
 
     def loss(
-        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, host: Host
+        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
         """Losses of the heads in a run, and their metrics."""
-        tokens, metrics = self.critic.training.loss(run, num_items, host)
-        values, value_metrics = self._value_term(run, inputs, rewards, num_items, host)
+        tokens, metrics = self.critic.training.loss(run, num_items, ranks)
+        values, value_metrics = self._value_term(run, inputs, rewards, num_items, ranks)
         metrics.add(value_metrics)
         return tokens + values, metrics
 
     def _value_term(
-        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, host: Host
+        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
         """lambda_2 L_TD on scored rows; the state that predicts token p+1 acts where that token has a label."""
         values, options = run.values, self.critic.values
@@ -88,10 +86,10 @@ class HeadsAlong:
             lookahead=self.critic.lookahead,
         )
         metrics = Metrics(
-            rollout_metrics(targets, old_values, target_values, mask, reduce=host.sum_over_ranks),
-            host.sum_over_ranks(mask.sum().float()),
+            rollout_metrics(targets, old_values, target_values, mask, reduce=ranks.sum_over_ranks),
+            ranks.sum_over_ranks(mask.sum().float()),
         )
-        term, value_metrics = self.critic.value_term(values, targets.returns, mask, num_items, old_values, host)
+        term, value_metrics = self.critic.value_term(values, targets.returns, mask, num_items, old_values, ranks)
         metrics.add(value_metrics)
         return term, metrics
 
@@ -116,9 +114,7 @@ class NativeAlong:
         self._divisor = logit_divisor(base.config)
         return self.native
 
-    def learning(
-        self, inputs: Inputs, rewards: Tensor | None, num_items: Tensor
-    ) -> AbstractContextManager[HeadRun]:
+    def learning(self, inputs: Inputs, rewards: Tensor | None, num_items: Tensor) -> AbstractContextManager[HeadRun]:
         """Run the layers in the model's next forward; arguments as for [`HeadsAlong`], without rewards."""
         return self.native.running(
             self._lm_head(),
@@ -131,9 +127,9 @@ class NativeAlong:
         )
 
     def loss(
-        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, host: Host
+        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
         """The layers' loss in a run, and its metrics."""
-        term, metrics = token_term(run, self.options.mtp_loss_coef, num_items, host)
+        term, metrics = token_term(run, self.options.mtp_loss_coef, num_items, ranks)
         assert isinstance(term, Tensor)
         return term, metrics

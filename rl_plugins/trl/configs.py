@@ -9,6 +9,7 @@ from trl import GRPOConfig, SFTConfig
 
 from rl_plugins.signals.advantages import ADVANTAGES
 from rl_plugins.signals.checks import check_head_reach
+from rl_plugins.signals.native_checks import check_native_settings
 from rl_plugins.signals.options import (
     DraftOptions,
     HeadOptions,
@@ -23,7 +24,6 @@ from rl_plugins.signals.options import (
     VariantOptions,
     option,
 )
-from rl_plugins.signals.native_checks import check_native_settings
 from rl_plugins.signals.policy import POLICY_LOSSES, PolicyLoss
 from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS, Preset, find_preset
 from rl_plugins.trl.inputs import settle_options
@@ -102,7 +102,7 @@ def check_options(config: Any) -> None:
     for kind in type(config).__mro__:
         own = issubclass(kind, Options) and not issubclass(kind, TrainingArguments)
         if own and "check" in vars(kind):
-            kind.check(config)
+            kind.check(config)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -139,11 +139,11 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, GRP
     def __post_init__(self) -> None:
         settle_options(self)
         self.settle()
-        generations: Any = self.num_generations
+        generations: Any = getattr(self, "num_generations")  # noqa: B009
         if self.is_groupless and generations == 1:
-            self.num_generations = PassesGroupCheck(1)
+            setattr(self, "num_generations", PassesGroupCheck(1))  # noqa: B010
         GRPOConfig.__post_init__(self)  # which also parses JSON strings
-        self.num_generations = generations
+        setattr(self, "num_generations", generations)  # noqa: B010
         check_options(self)
         self._settle_policy_loss()
         self._check_host_advantages()
@@ -168,7 +168,9 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, GRP
         if not (named or self.aggregation is not None or self.policy_loss_kwargs or self.needs_own_loss):
             return None
         usual = str(self.loss_type)
-        return PolicyOptions.as_policy_loss(self, usual, self._host_options(self.policy_loss or usual, complete=not named))
+        return PolicyOptions.as_policy_loss(
+            self, usual, self._host_options(self.policy_loss or usual, complete=not named)
+        )
 
     def _host_options(self, name: str, *, complete: bool) -> dict[str, Any]:
         """Options of a loss by TRL's own fields.
@@ -447,8 +449,8 @@ class GRPOVariantConfig(VariantOptions, SamplingOptions, RLConfig):
         loss, group = self.make_policy_loss(), self.num_generations or 1
         assert self.steps_per_generation is not None
         rows = self.per_device_train_batch_size * self.steps_per_generation
-        self.check_variant( group, self.beta, loss)
-        self.check_sampling( self.advantage, group, self.max_completion_length, rows)
+        self.check_variant(group, self.beta, loss)
+        self.check_sampling(self.advantage, group, self.max_completion_length, rows)
         if loss is not None and loss.compares_groups and self.per_device_train_batch_size % group:
             raise ValueError(
                 f"{loss.name} compares the completions of a prompt inside the loss, but num_generations={group} does "
@@ -478,9 +480,7 @@ class MTPSFTConfig(RemembersSetFields, ValueHeadOptions, ValueOptions, SFTConfig
 
     mtp_loss_coef: float = option(0.3, "lambda_1, weight of the heads' token loss.")
     freeze_trunk: bool = option(False, "Whether to train the heads only.")
-    native_mtp: bool = option(
-        False, "Whether to train the architecture's own MTP layers instead of parallel heads."
-    )
+    native_mtp: bool = option(False, "Whether to train the architecture's own MTP layers instead of parallel heads.")
 
     def __post_init__(self) -> None:
         settle_options(self)
@@ -492,4 +492,4 @@ class MTPSFTConfig(RemembersSetFields, ValueHeadOptions, ValueOptions, SFTConfig
         SFTConfig.__post_init__(self)
         if self.freeze_trunk and self.ddp_find_unused_parameters is None:
             # The heads are all that learns, and run in every forward, which no longer has a graph to look for them in.
-            self.ddp_find_unused_parameters = False
+            self.ddp_find_unused_parameters: bool | None = False

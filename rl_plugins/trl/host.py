@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rl_plugins.hooks import VLLM, require_hooks
-from rl_plugins.nn.attachment import Attachment, base_model_of
 from rl_plugins.moe.routers import Router
+from rl_plugins.nn.attachment import Attachment, base_model_of
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
+from rl_plugins.functional.alignment import predicted_mask
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.sharding import announce_loss
 from rl_plugins.nn.sources import check_trainable_dtype
 from rl_plugins.nn.target_heads import PolyakTarget
-from rl_plugins.functional.alignment import predicted_mask
 from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.metrics import gradient_metrics
 from rl_plugins.signals.native_checks import check_no_rewards

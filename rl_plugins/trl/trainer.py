@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object, send_to_device
@@ -26,7 +26,7 @@ from rl_plugins.signals.critics import Critic
 from rl_plugins.signals.entropy import EntropyControl
 from rl_plugins.signals.metrics import Metrics, draft_metrics, gradient_metrics
 from rl_plugins.signals.online import online_loss
-from rl_plugins.signals.options import HeadOptions, SamplingOptions, VariantOptions
+from rl_plugins.signals.options import DraftOptions, HeadOptions, VariantOptions
 from rl_plugins.signals.phasic import PhasicSchedule, hold_loss
 from rl_plugins.signals.policy import PolicyLoss, inert_message
 from rl_plugins.signals.sampling import (
@@ -38,7 +38,7 @@ from rl_plugins.signals.sampling import (
     with_overlong_penalty,
     without_marks,
 )
-from rl_plugins.signals.signals import DraftHeads, GroupSignal, Signal
+from rl_plugins.signals.signals import DraftHeads, GroupSignal, Signal, make_decoder
 from rl_plugins.signals.warmup import pause_weight_decay
 from rl_plugins.trl.attachments import TrainedAttachments
 from rl_plugins.trl.callbacks import AfterStep
@@ -55,11 +55,8 @@ from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_attachments_from_vllm, log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
 from rl_plugins.trl.reference import lent_name
-from rl_plugins.trl.rollouts import fill_empty
+from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
 from rl_plugins.trl.router_loss import connect_balancing
-
-if TYPE_CHECKING:
-    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder
 
 HOST_ARGUMENTS = list(inspect.signature(GRPOTrainer.__init__).parameters)[4:]
 """Names of the host's arguments after model, reward functions and args."""
@@ -161,6 +158,7 @@ class RLTrainer(GRPOTrainer):
         self._table_rows = 0
         self._draft_counts: list[Tensor] = []
         self.last_rollout: Batch = {}
+        self._buffered_inputs: list[Batch] | None = self._buffered_inputs
 
         self._attached, self._renamed = TrainedAttachments(self), RenamedWeights(self)
         for learner in (self.critic, self.draft_heads):
@@ -170,13 +168,10 @@ class RLTrainer(GRPOTrainer):
             self.critic.copy()
             self.critic.place(self.accelerator.device)
             self.add_callback(AfterStep(self.critic.follow))
-            custom = self.rollout_func
-            self.rollout_func = custom and fill_empty(custom, self.eos_token_ids[0])
-        self.decoder: SpeculativeDecoder | None = None
-        if args.speculative:
-            from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
-
-            self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost)
+            custom: RolloutFunc | None = self.rollout_func
+            self.rollout_func: RolloutFunc | None = custom and fill_empty(custom, self.eos_token_ids[0])
+        self.decoder = make_decoder(DraftOptions.of(args))
+        if self.decoder is not None:
             self.decoder.check(self.model)
 
     def _check_host(self, args: RLConfig) -> None:
@@ -272,7 +267,7 @@ class RLTrainer(GRPOTrainer):
             return self._pass(self.model, batch, batch_size=size)[0]
 
     def _pass(self, model: nn.Module, batch: Batch, **settings: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probabilities and entropies (B, T) of completions, and the router loss (0-d); the latter two if asked."""
+        """Log-probabilities and, if asked, entropies (B, T) of completions, and the router loss (0-d)."""
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
@@ -344,10 +339,14 @@ class RLTrainer(GRPOTrainer):
         return batch
 
     def _draw_further(self, groups: int, draw: int) -> Batch:
-        """Draw further prompts, the same after a resumption, and get a batch of them."""
+        """Get a batch of further prompts from the host."""
+        return self._draw(self._further_prompts(groups, draw))
+
+    def _further_prompts(self, groups: int, draw: int) -> list[dict[str, Any]]:
+        """Draw rows of the dataset for some groups of this rank; the same rows after a resumption."""
         rank, dataset = self.accelerator.process_index, self.train_dataset
         rows = further_rows(groups, len(dataset), self.args.seed, self._step, draw, rank)
-        return self._draw([dict(dataset[i]) for i in rows for _ in range(self.group_size)])
+        return [dict(dataset[i]) for i in rows for _ in range(self.group_size)]
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if not self.use_vllm:  # whose engine has limits of its own
@@ -367,7 +366,13 @@ class RLTrainer(GRPOTrainer):
             return result
 
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         host_pass = super()._get_per_token_logps_and_entropies
         critic, saves = self.critic, self._in_rollout and model is self.model
@@ -426,15 +431,15 @@ class RLTrainer(GRPOTrainer):
         self._start_epoch()
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        new = self._buffered_inputs is not before
+        slices, new = cast(list[Batch], self._buffered_inputs), self._buffered_inputs is not before
         if new and self._policy_loss is not None and self._policy_loss.compares_groups:
             # The host has shuffled the batch; this loss needs the completions of a prompt in one slice.
-            groups = torch.cat([batch["groups"] for batch in self._buffered_inputs])
-            self._buffered_inputs = reordered(self._buffered_inputs, torch.argsort(groups, stable=True))
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+            groups = torch.cat([batch["groups"] for batch in slices])
+            self._buffered_inputs = slices = reordered(slices, torch.argsort(groups, stable=True))
+            inputs = slices[self._step % self.args.steps_per_generation]
         if self._phasic is not None:
             # Copies, since the auxiliary phase adds a key that must not reach the policy's loss.
-            self._phasic.policy_step([batch.copy() for batch in self._buffered_inputs] if new else None)
+            self._phasic.policy_step([batch.copy() for batch in slices] if new else None)
         return inputs
 
     def _start_epoch(self) -> None:
@@ -452,11 +457,13 @@ class RLTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         critic, drafts, num_items = self.critic, self.draft_heads, self._num_items(inputs)
         alone, auxiliary = self.signal.warming_up(self), "held_logps" in inputs
-        metrics, extra = Metrics(), {"scale": 1.0} if auxiliary else {}
+        metrics = Metrics()
         with ExitStack() as stack:
             run = draft = None
             if critic is not None:
-                run = stack.enter_context(critic.learning(inputs, num_items, alone=alone, **extra))
+                run = stack.enter_context(
+                    critic.learning(inputs, num_items, alone=alone, scale=1.0 if auxiliary else None)
+                )
             if drafts is not None and drafts.learns:
                 draft = stack.enter_context(drafts.learning(inputs, alone=alone))
             if auxiliary:
@@ -477,7 +484,8 @@ class RLTrainer(GRPOTrainer):
             metrics.add(learnt)
         if drafts is not None and draft is not None:
             tokens, learnt = drafts.loss(draft, num_items, self)
-            announce_loss(self.model, tokens)
+            if isinstance(tokens, Tensor):
+                announce_loss(self.model, tokens)
             loss = loss + tokens
             metrics.add(learnt)
         log_metrics(self, metrics)
@@ -486,7 +494,7 @@ class RLTrainer(GRPOTrainer):
     def _objective(
         self, model: nn.Module, inputs: Batch, loss: PolicyLoss, num_items: Tensor
     ) -> tuple[Tensor, Metrics]:
-        """Policy loss, KL, entropy bonus and router loss of one micro-batch, as its part of the accumulation window."""
+        """Policy loss, KL, entropy bonus and router loss of a micro-batch, as its part of the accumulation window."""
         logps, entropies, router_loss = self._pass(
             model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
@@ -666,9 +674,7 @@ class RLTrainer(GRPOTrainer):
             return
         folder = Path(checkpoint)
         # Not map_location=device: torch does not know the "cpu:0" that accelerate names a rank's CPU.
-        ours = torch.load(
-            rollout_file(folder, self.accelerator.process_index), map_location="cpu", weights_only=True
-        )
+        ours = torch.load(rollout_file(folder, self.accelerator.process_index), map_location="cpu", weights_only=True)
         self._load_rank_state(send_to_device(ours, self.device))
         if self.signal.state_dict():
             self.signal.load_state_dict(torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True))

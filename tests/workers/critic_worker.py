@@ -143,7 +143,7 @@ def load(run: Run) -> Any:
 
 def train(run: Run) -> None:
     """One run, on this rank."""
-    import rl_plugins.trl.critic_trainer as critic_trainer
+    import rl_plugins.trl.trainers as critic_trainer
 
     critic_trainer.ValueRecorder = RecordingRecorder
     start_engine(run)
