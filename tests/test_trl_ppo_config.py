@@ -184,6 +184,7 @@ def test_every_field_has_help_and_is_documented() -> None:
     for f in dataclasses.fields(PPOConfig):
         if f.name in own_fields():
             assert f.metadata["help"], f.name
-            assert f"{f.name} (`" in docs, f.name
+            text = f.metadata["help"]
+            assert f"{f.name} (`" in docs or f"{f.name}: {text}" in docs, f.name
             if f.metadata.get("choices"):
                 assert f.default is None or f.default in f.metadata["choices"], f.name

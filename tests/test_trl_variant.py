@@ -1,7 +1,7 @@
 """`GRPOVariantTrainer` on a tiny model: advantages, sampling, tracker and replay by their numbers."""
 
 import copy
-import json
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +24,7 @@ from rl_plugins.rollouts.batch import loss_mask
 from rl_plugins.signals import sampling as module
 from rl_plugins.signals.advantages import ADVANTAGES, advantages_of
 from rl_plugins.signals.presets import GRPO_PRESETS
+from rl_plugins.signals.signals import GroupSignal
 from rl_plugins.signals.value_tracker import prompt_key
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
 
@@ -355,7 +356,7 @@ def test_kl_in_the_reward_is_not_in_the_loss_too(make: Make) -> None:
     loss = trainer._compute_loss(trainer.model, {**batch, "advantages": torch.zeros_like(batch["advantages"])})
     assert loss.item() == 0.0 and trainer.beta == 0.3
     assert len(metrics(trainer)["kl"]) == count
-    trainer.args.kl_in_reward = False
+    trainer.signal = GroupSignal(dataclasses.replace(trainer.signal.options, kl_in_reward=False))
     assert trainer._compute_loss(trainer.model, {**batch, "advantages": batch["advantages"] * 0}).item() > 0.01
 
 
@@ -590,8 +591,7 @@ def test_rejected_groups_are_out_of_everything(make: Make, advantage: str | None
     assert (batch["completion_mask"].sum(1) > 0).tolist() == kept.tolist()
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
     scores = torch.tensor(right_half(prompts_of(trainer, batch)[4:8], ids_of(batch)[4:8]))
-    lengths = torch.ones(4)
-    expected = advantages_of(advantage or "group_normalized", scores, 4, mask, options={})
+    expected = advantages_of(advantage or "group_normalized", scores, 4, torch.ones(4, 1), options={})
     equal(batch["advantages"][kept], expected)
     assert (batch["advantages"][~kept] == 0).all() and expected.abs().max() > 0.1
     assert metrics(trainer)["sampling/informative_groups"] == [0.25]
@@ -829,9 +829,7 @@ def test_the_tracker_is_in_checkpoints(make: Make, tmp_path: Path, kwargs: dict[
     counts = trainer.value_tracker.counts
     assert len(counts) == 8  # of the first batch; the second is still to be absorbed
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    assert {
-        key: tuple(pair) for key, pair in json.loads((checkpoint / "value_tracker.json").read_text()).items()
-    } == counts
+    assert torch.load(checkpoint / "rl_plugins.pt", weights_only=True)["prompts"] == counts
     resumed = make(**options, output_dir="resumed")
     resumed.create_optimizer_and_scheduler(2)
     resumed._load_optimizer_and_scheduler(str(checkpoint))
@@ -845,8 +843,8 @@ def test_the_tracker_is_in_checkpoints(make: Make, tmp_path: Path, kwargs: dict[
     generate(trainer, first=40)
     generate(resumed, first=40)
     assert resumed.value_tracker.counts == trainer.value_tracker.counts and len(resumed.value_tracker) == 16
-    (checkpoint / "value_tracker.json").unlink()
-    with pytest.raises(FileNotFoundError, match="with other settings: it has no value_tracker.json"):
+    (checkpoint / "rl_plugins.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="with other settings: it has no rl_plugins.pt"):
         make(**options).train(resume_from_checkpoint=str(checkpoint))
 
 

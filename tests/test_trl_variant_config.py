@@ -294,7 +294,8 @@ def test_every_field_has_help_and_is_documented() -> None:
     for f in dataclasses.fields(GRPOVariantConfig):
         if f.name not in inherited:
             assert f.metadata["help"], f.name
-            assert f"{f.name} (`" in docs, f.name
+            text = f.metadata["help"]
+            assert f"{f.name} (`" in docs or f"{f.name}: {text}" in docs, f.name
 
 
 def test_presets_name_fields_that_exist() -> None:
