@@ -23,8 +23,8 @@ from rl_plugins.lightning import (
     PromptDataModule,
 )
 from rl_plugins.lightning.prompts import PromptLoader, RepeatSampler, rows_of
-from rl_plugins.nn import get_mtp_heads
-from rl_plugins.nn.attach import trunk_of
+from rl_plugins.nn import MTPHeads
+from rl_plugins.nn.attachment import trunk_of
 from rl_plugins.rollouts.completions import Completions, pad_left
 
 from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
@@ -335,11 +335,11 @@ def test_the_reference_is_a_copy_without_critics(make: Make, tiny_model: Callabl
     first = make("critic")
     second = make("critic", first.model, beta=0.1)  # heads of an earlier run
     reference = second.reference.model
-    assert get_mtp_heads(reference) is None and get_mtp_heads(second.model) is first.mtp_heads
+    assert MTPHeads.of(reference) is None and MTPHeads.of(second.model) is first.mtp_heads
     assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
     assert not any("reference" in name for name in second.state_dict())
     seen: list[Tensor] = []
-    with second.mtp_heads.tapped(seen.append):
+    with second.mtp_heads.watching(seen.append):
         reference(input_ids=torch.tensor([[3, 4]]))
     assert not seen
     start = {name: p.clone() for name, p in reference.named_parameters()}

@@ -135,7 +135,7 @@ class MTPCriticModule(HeadsModule, ValueModule):
             return super().log_probs(batch, model)
         record = ValuePass(self.mtp_heads, self.polyak_target, batch["completion_ids"].shape[1])
         self._passes.append(record)
-        with self.mtp_heads.tapped(record):
+        with self.mtp_heads.watching(record):
             return super().log_probs(batch)
 
     def recorded_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ class MTPCriticModule(HeadsModule, ValueModule):
             inputs["num_items"],
             heads_only=warming_up,
         )
-        with self.mtp_heads.tapped(head_pass):
+        with self.mtp_heads.watching(head_pass):
             yield head_pass
 
     def critic_loss(self, record: HeadPass, inputs: Batch) -> tuple[Tensor, Metrics]:

@@ -11,20 +11,12 @@ from rl_plugins.lightning.accumulation import ends_window
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.polyak_callback import polyak_callback, target_of
 from rl_plugins.lightning.ranks import sum_over_ranks
-from rl_plugins.nn.attach import (
-    HEADS_ATTRIBUTE,
-    base_model_of,
-    hook_mtp_heads,
-    trunk_of,
-)
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.gradient import GradientStats
 from rl_plugins.nn.head_pass import HeadPass, logit_divisor
 from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
-from rl_plugins.nn.native_mtp_files import save_native_mtp
+from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.native_pass import NativePass
-from rl_plugins.nn.native_training import prepare_native_mtp
-from rl_plugins.nn.serialization import check_heads_folder, find_mtp_heads, prepare_mtp_heads, save_mtp_heads
 from rl_plugins.nn.target_heads import PolyakTarget, check_polyak
 from rl_plugins.signals.checks import check_at_least, check_whole
 from rl_plugins.signals.critic_targets import per_head_means
@@ -57,7 +49,7 @@ class HeadTraining:
         ValueError: If a setting is out of range, or the model's heads are others.
     """
 
-    attribute = HEADS_ATTRIBUTE
+    attribute = MTPHeads.name
 
     def __init__(
         self,
@@ -86,9 +78,9 @@ class HeadTraining:
         )
         check_whole(num_mtp_heads=num_heads, mtp_inner_size=inner_size)
         if heads_path is not None:
-            check_heads_folder(heads_path)
-        saved = heads_path or (find_mtp_heads(source) if isinstance(source, str) else None)
-        self.heads = prepare_mtp_heads(model, num_heads, inner_size=inner_size, path=saved)
+            MTPHeads.check_saved(heads_path)
+        saved = heads_path or (MTPHeads.find(source) if isinstance(source, str) else None)
+        self.heads = MTPHeads.prepare(model, num_heads, inner_size=inner_size, path=saved)
         self.draft_only = draft_only
         if draft_only:
             self.heads.draft_only()
@@ -155,11 +147,11 @@ class HeadTraining:
 
     def hook(self) -> None:
         """Have the heads run in the model's forward."""
-        hook_mtp_heads(self.model)
+        self.heads.hook(self.model)
 
     def save(self, directory: Path) -> None:
         """Write the heads beside the model."""
-        save_mtp_heads(self.model, directory)
+        self.heads.save(directory)
 
 
 class NativeTraining:
@@ -176,13 +168,13 @@ class NativeTraining:
             number of them.
     """
 
-    attribute = NATIVE_ATTRIBUTE
+    attribute = NativeMTP.name
 
     def __init__(self, model: nn.Module, *, num_layers: int, token_loss_coef: float, detach_trunk: bool) -> None:
         check_at_least(1, num_mtp_heads=num_layers)
         check_at_least(0, mtp_loss_coef=token_loss_coef)
         self.model, self.token_loss_coef, self.detach_trunk = model, token_loss_coef, detach_trunk
-        self.heads = prepare_native_mtp(model, num_layers)
+        self.heads = NativeMTP.prepare(model, num_layers)
         self.divisor = logit_divisor(base_model_of(model).config)
 
     def native_pass(self, inputs: Mapping[str, Tensor]) -> NativePass:
@@ -209,11 +201,11 @@ class NativeTraining:
 
     def hook(self) -> None:
         """Have the layers run in the model's forward."""
-        self.heads.hook(trunk_of(base_model_of(self.model)))
+        self.heads.hook(self.model)
 
     def save(self, directory: Path) -> None:
         """Add the layers to the model's checkpoint."""
-        save_native_mtp(self.model, directory)
+        self.heads.save(directory)
 
 
 def token_term(sums: Tensor | None, counts: Tensor | None, num_items: Tensor, coef: float) -> TokenTerm:

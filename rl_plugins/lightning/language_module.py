@@ -31,7 +31,7 @@ from rl_plugins.lightning.models import (
     parameter_shapes,
 )
 from rl_plugins.lightning.ranks import gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
-from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.sharding import whole_parameters
 from rl_plugins.nn.sources import check_trainable_dtype
 from rl_plugins.signals.checks import check_at_least

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.sources import check_language_model, check_source, check_tokenizer
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rl_plugins.lightning.callbacks import LightningOnly
 from rl_plugins.lightning.models import find_language_model
-from rl_plugins.nn.attach import get_mtp_heads
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sharding import whole_module, whole_parameters
 from rl_plugins.nn.target_heads import PolyakTarget, check_polyak
@@ -49,7 +48,7 @@ class PolyakCallback(LightningOnly, Callback):
 
     def _copy(self, pl_module: LightningModule) -> None:
         model = find_language_model(pl_module)
-        heads = None if model is None else get_mtp_heads(model)
+        heads = None if model is None else MTPHeads.of(model)
         if self.target is None and heads is not None:
             self._heads = heads
             with whole_parameters(list(heads.parameters())), whole_module(heads):

@@ -14,14 +14,7 @@ from rl_plugins.lightning.online_module import Metrics
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.value_module import ValueModule
 from rl_plugins.nn.sources import check_language_model
-from rl_plugins.nn.value_model import (
-    CRITIC_ATTRIBUTE,
-    ValueModel,
-    attach_value_model,
-    get_value_model,
-    hook_value_model,
-    make_value_model,
-)
+from rl_plugins.nn.value_model import ValueModel
 from rl_plugins.rollouts.batch import Batch, num_rows, reordered
 from rl_plugins.rollouts.rewards import RewardFunc
 from rl_plugins.signals.checks import check_at_least
@@ -80,7 +73,7 @@ class PPOModule(ValueModule):
         **kwargs: Any,
     ) -> None:
         check_language_model(model, kwargs.get("model_init_kwargs"))  # before its trunk is copied or loaded
-        critic = make_value_model(
+        critic = ValueModel.prepare(
             value_model,
             model,
             policy_init_kwargs=kwargs.get("model_init_kwargs"),
@@ -99,7 +92,7 @@ class PPOModule(ValueModule):
         )
         check_at_least(0, value_learning_rate=value_learning_rate)
         self.value_learning_rate = value_learning_rate
-        attach_value_model(self.model, critic.train())
+        critic.train().attach(self.model)
         if kwargs.get("gradient_checkpointing"):
             critic.trunk.gradient_checkpointing_enable({"use_reentrant": False})
         self._new_values: Tensor | None = None
@@ -109,18 +102,18 @@ class PPOModule(ValueModule):
     @property
     def value_model(self) -> ValueModel:
         """The critic, which is a submodule of the policy."""
-        found = get_value_model(self.model)
+        found = ValueModel.of(self.model)
         assert found is not None
         return found
 
     def learning_rates(self) -> dict[str, float | None]:
         """The value model has its own."""
-        return {**super().learning_rates(), CRITIC_ATTRIBUTE: self.value_learning_rate}
+        return {**super().learning_rates(), ValueModel.name: self.value_learning_rate}
 
     def restore_hooks(self) -> None:
         """The value model runs in a hook of the policy."""
         super().restore_hooks()
-        hook_value_model(self.model)
+        self.value_model.hook(self.model)
 
     # Values
 
@@ -134,7 +127,7 @@ class PPOModule(ValueModule):
         if model is not None or self._new_values is not None:
             return super().log_probs(batch, model)
         chunks: list[Tensor] = []
-        with self.value_model.tapped(chunks.append):
+        with self.value_model.watching(chunks.append):
             logps = super().log_probs(batch)
         self._new_values = torch.cat(chunks)
         return logps
@@ -151,7 +144,7 @@ class PPOModule(ValueModule):
     def training_values(self, inputs: Batch, *, warming_up: bool) -> Iterator[list[Tensor]]:
         """The value model runs in the policy's forward."""
         record: list[Tensor] = []
-        with self.value_model.tapped(record.append):
+        with self.value_model.watching(record.append):
             yield record
 
     def critic_loss(self, record: list[Tensor], inputs: Batch) -> tuple[Tensor, Metrics]:
@@ -167,4 +160,4 @@ class PPOModule(ValueModule):
 
     def _save_extras(self, directory: Path) -> None:
         super()._save_extras(directory)
-        self.value_model.save_pretrained(directory / CRITIC_ATTRIBUTE)
+        self.value_model.save(directory)

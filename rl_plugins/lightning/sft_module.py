@@ -15,7 +15,6 @@ from rl_plugins.lightning.heads import HeadsModule, head_means
 from rl_plugins.lightning.prompts import Row, rows_of
 from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks
 from rl_plugins.nn.head_pass import HeadPass
-from rl_plugins.nn.native_training import check_native_settings, check_no_rewards
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.rollouts.rewards import is_conversational, prompt_tokens
 from rl_plugins.signals.checks import check_at_least, check_choice, check_head_reach, check_unit_interval
@@ -26,6 +25,7 @@ from rl_plugins.signals.critic_targets import (
     value_loss,
     value_losses,
 )
+from rl_plugins.signals.native_checks import check_native_settings, check_no_rewards
 
 Metrics = dict[str, Tensor]
 
@@ -217,13 +217,13 @@ class MTPSFTModule(HeadsModule):
         if self.native_training is not None:
             check_no_rewards(rewards is not None)
             native_pass = self.native_training.native_pass(inputs)
-            with self.native_training.heads.tapped(native_pass):
+            with self.native_training.heads.watching(native_pass):
                 loss, metrics = self._own_loss(inputs, mask, num_items)
             token_term, token_metrics, weights = self.native_training.token_term(native_pass, num_items)
             self.metric_weights |= weights
             return loss + token_term, {**metrics, **token_metrics}
         head_pass = self._head_pass(labels, num_items, None if rewards is None else self.polyak_target)
-        with self.mtp_heads.tapped(head_pass):
+        with self.mtp_heads.watching(head_pass):
             loss, metrics = self._own_loss(inputs, mask, num_items)
         token_term, token_metrics, weights = self.head_training.token_term(head_pass, num_items)
         self.metric_weights |= weights

@@ -13,8 +13,8 @@ from rl_plugins.functional.alignment import completion_labels, completion_states
 from rl_plugins.lightning.heads import HeadTraining, TokenTerm
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.ranks import sum_over_ranks
-from rl_plugins.nn.attach import HEADS_ATTRIBUTE
 from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.rollouts.batch import Batch
 from rl_plugins.signals.checks import check_at_least
 from rl_plugins.signals.online import draft_metrics
@@ -58,7 +58,7 @@ class DraftHeads:
         mtp_detach_trunk: bool = True,
     ) -> None:
         check_at_least(0, head_learning_rate=head_learning_rate)
-        self.learning_rates = {HEADS_ATTRIBUTE: head_learning_rate}
+        self.learning_rates = {MTPHeads.name: head_learning_rate}
         self.training = HeadTraining(
             model,
             source,
@@ -166,7 +166,7 @@ class DraftingModule(LanguageModule):
         if self.draft_heads is None:
             return loss(inputs)
         head_pass = self.draft_heads.head_pass(inputs, heads_only=self.warming_up)
-        with self.draft_heads.training.heads.tapped(head_pass):
+        with self.draft_heads.training.heads.watching(head_pass):
             total, metrics = loss(inputs)
         token_term, token_metrics, weights = self.draft_heads.token_term(head_pass, inputs)
         self.metric_weights |= weights

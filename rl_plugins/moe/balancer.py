@@ -24,7 +24,7 @@ from rl_plugins.moe.files import check_biases_fit, save_beside
 from rl_plugins.moe.losses import RouterLosses
 from rl_plugins.moe.routers import Router, find_routers
 from rl_plugins.moe.routing_pass import RoutingPass
-from rl_plugins.nn.attach import base_model_of, trunk_of
+from rl_plugins.nn.attachment import base_model_of, trunk_of
 from rl_plugins.nn.sharding import is_fsdp2, show_trained, whole_parameters
 
 Reduce = Callable[[Tensor], Tensor]

@@ -9,9 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rl_plugins.moe.routers import Router, find_routers
-from rl_plugins.nn.attach import base_model_of
-
-SELECTION_BIAS_NAME = "selection_bias.safetensors"
+from rl_plugins.nn.attachment import SELECTION_BIAS_NAME, base_model_of
 
 
 def save_selection_bias(model: nn.Module, directory: str | Path) -> Path | None:

@@ -14,10 +14,8 @@ from rl_plugins.functional.routing import Scoring
 from rl_plugins.hooks import BALANCING, require_hooks
 from rl_plugins.moe.float32_bias import Float32Bias, get_float32_bias, stored
 from rl_plugins.moe.selection_bias import SelectionBias, get_selection_bias
-from rl_plugins.nn.attach import base_model_of
-from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.nn.attachment import Attachment, base_model_of
 from rl_plugins.nn.sharding import whole_size
-from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE
 
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """What the architectures with a selection bias of their own call it."""
@@ -173,7 +171,7 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
     routers: list[Router] = []
     for prefix, root in [("", base), *((f"extra.{i}.", module) for i, module in enumerate(extra_modules))]:
         # A value model beside the policy has a trunk of its own, whose experts are not the policy's.
-        foreign = {CRITIC_ATTRIBUTE, NATIVE_ATTRIBUTE}
+        foreign = Attachment.names()
         modules = {name: x for name, x in root.named_modules() if foreign.isdisjoint(name.split("."))}
         for name, module in _candidates(modules, recorded):
             parent = modules[re.sub(r"\.modules_to_save\.[^.]+$", "", name).rpartition(".")[0]]

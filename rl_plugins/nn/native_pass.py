@@ -63,7 +63,7 @@ def native_token_loss(
 class NativePass:
     """Tap that takes the token loss of the native layers on one training forward.
 
-    Use with `native.tapped(native_pass)`; read `token_losses` and `token_counts` after the forward.
+    Use with `native.watching(native_pass)`; read `token_losses` and `token_counts` after the forward.
 
     Args:
         native: The attached layers.

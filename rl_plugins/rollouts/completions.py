@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.sharding import gathers_in_forward
 
 if TYPE_CHECKING:

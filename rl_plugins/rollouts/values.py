@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from rl_plugins.functional.alignment import completion_states
-from rl_plugins.nn.attach import base_model_of, get_mtp_heads
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sharding import whole_module
 from rl_plugins.nn.target_heads import PolyakTarget
@@ -66,7 +66,7 @@ class ValueRecorder:
             return
         base.generate = partial(self._generate, base.generate)
         try:
-            with self.heads.tapped(self):
+            with self.heads.watching(self):
                 yield
         finally:
             del base.generate
@@ -240,14 +240,14 @@ def completion_values(
     Raises:
         ValueError: If the model has no heads or a prompt is empty.
     """
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     if heads is None:
         raise ValueError("The model has no MTP heads; attach_mtp_heads(model) or load_mtp_heads(model, path) first.")
     values = []
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         record = ValuePass(heads, None, len(completion))
         ids = torch.tensor([[*prompt, *completion]], device=base_model_of(model).device)
-        with heads.tapped(record):
+        with heads.watching(record):
             model(input_ids=ids, use_cache=False)
         values.append(record.finish(1)[0][0].cpu())
     return values

@@ -1,7 +1,6 @@
 """Modules of ours in the policy: trained by its engine, saved beside it."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,40 +10,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel
 
-from rl_plugins.nn.attach import HEADS_ATTRIBUTE
+from rl_plugins.nn.attachment import Attachment
 from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.serialization import (
-    HEADS_WEIGHTS_NAME,
-    check_heads_folder,
-    find_mtp_heads,
-    load_mtp_heads,
-    prepare_mtp_heads,
-    save_mtp_heads,
-)
 from rl_plugins.trl.base import PluginTrainer
 
 
 @dataclass(frozen=True)
-class Attachment:
-    """A submodule of the policy that is trained with it and kept out of its checkpoint: MTP heads, native MTP layers,
-    or a whole value model.
+class Attached:
+    """A module of ours in the policy, and how it is trained.
 
     Args:
-        name: Of the submodule in the policy.
-        module: The submodule.
+        module: The module.
         learning_rate: Its learning rate; `None` for the policy's.
-        save: Writes it: `save(model, directory, state_dict=...)`, from the whole model's `state_dict` where the host
-            gathered one.
-        load: Reads what `save` wrote: `load(model, directory)`.
-        file: One of those that `save` writes, by which a checkpoint is recognised; `None` where they are the model's.
     """
 
-    name: str
-    module: nn.Module
+    module: Attachment
     learning_rate: float | None
-    save: Callable[..., Any]
-    load: Callable[..., Any]
-    file: str | None = None
 
 
 class AttachmentTrainer(PluginTrainer):
@@ -54,12 +35,12 @@ class AttachmentTrainer(PluginTrainer):
     `accelerator.prepare`, so that they are optimised and sharded with the rest.
     """
 
-    _attachments: tuple[Attachment, ...] = ()
+    _attachments: tuple[Attached, ...] = ()
 
-    def _attach(self, attachment: Attachment) -> None:
+    def _attach(self, module: Attachment, learning_rate: float | None) -> None:
         """Take care of a submodule from now on."""
         plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is not None and attachment.learning_rate is not None and "optimizer" in plugin.deepspeed_config:
+        if plugin is not None and learning_rate is not None and "optimizer" in plugin.deepspeed_config:
             raise ValueError(
                 "The DeepSpeed config declares its own optimizer, which cannot give the critic a learning rate of "
                 "its own. Remove its `optimizer` section, or set head_learning_rate (MTP heads) or "
@@ -69,10 +50,10 @@ class AttachmentTrainer(PluginTrainer):
             check_fsdp(self.accelerator.state.fsdp_plugin, adapters=is_peft_model(self.model))
         if self.optimizer is not None:
             raise ValueError(
-                f"The optimizer that was given (optimizers=...) was made before the policy had its {attachment.name}, "
+                f"The optimizer that was given (optimizers=...) was made before the policy had its {module.name}, "
                 "which it would never train. Leave it out, and set `optim`, `optim_args` and the learning rates."
             )
-        self._attachments = (*self._attachments, attachment)
+        self._attachments = (*self._attachments, Attached(module, learning_rate))
 
     # Optimizer
 
@@ -90,7 +71,7 @@ class AttachmentTrainer(PluginTrainer):
     def _own_files(self) -> dict[str, bool]:
         # DeepSpeed and FSDP have everything in the engine's own files.
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        files = [attachment.file for attachment in self._attachments]
+        files = [attachment.module.mark for attachment in self._attachments]
         return super()._own_files() | {file: not sharded for file in files if file is not None}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -98,14 +79,12 @@ class AttachmentTrainer(PluginTrainer):
         super()._save(output_dir, state_dict=None if state_dict is None else dict(state_dict))
         # An empty state dict is what the host passes when ZeRO-3 may not gather: the engine's checkpoint has them.
         if self._attachments and self.args.should_save and state_dict != {}:
-            model = self.accelerator.unwrap_model(self.model)
             for attachment in self._attachments:
-                attachment.save(model, os.fspath(output_dir or self.args.output_dir), state_dict=state_dict)
+                attachment.module.save(os.fspath(output_dir or self.args.output_dir), state_dict)
 
     def _load_attachments(self, directory: str) -> None:
-        model = self.accelerator.unwrap_model(self.model)
         for attachment in self._attachments:
-            attachment.load(model, directory)
+            attachment.module.load(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -120,7 +99,7 @@ class AttachmentTrainer(PluginTrainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # They live in files of their own; the host would report them as missing from its own.
-        names, missing = {attachment.name for attachment in self._attachments}, load_result.missing_keys
+        names, missing = {attachment.module.name for attachment in self._attachments}, load_result.missing_keys
         missing[:] = [key for key in missing if names.isdisjoint(key.split("."))]
         super()._issue_warnings_after_load(load_result)
 
@@ -162,11 +141,11 @@ def _split_groups(optimizer: torch.optim.Optimizer, module: nn.Module, learning_
 def find_saved_heads(model: Any, args: Any) -> str | None:
     """Directory of saved heads that a run should start from: the one given, or the model's own."""
     if args.mtp_heads_path is not None:
-        check_heads_folder(args.mtp_heads_path)
+        MTPHeads.check_saved(args.mtp_heads_path)
         return args.mtp_heads_path
     if not isinstance(model, str):
         return None
-    return find_mtp_heads(model, revision=(args.model_init_kwargs or {}).get("revision"))
+    return MTPHeads.find(model, revision=(args.model_init_kwargs or {}).get("revision"))
 
 
 def attach_heads(trainer: AttachmentTrainer, saved_heads: str | None) -> MTPHeads:
@@ -176,9 +155,8 @@ def attach_heads(trainer: AttachmentTrainer, saved_heads: str | None) -> MTPHead
         ValueError: If those that there are do not fit the options.
     """
     args = trainer.args
-    heads = prepare_mtp_heads(
+    heads = MTPHeads.prepare(
         trainer.model, args.num_mtp_heads, inner_size=args.mtp_inner_size, path=saved_heads, seed=args.seed
     )
-    rate = args.head_learning_rate
-    trainer._attach(Attachment(HEADS_ATTRIBUTE, heads, rate, save_mtp_heads, load_mtp_heads, HEADS_WEIGHTS_NAME))
+    trainer._attach(heads, args.head_learning_rate)
     return heads

@@ -13,20 +13,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl.trainer.base_trainer import _BaseTrainer
 
 from rl_plugins.functional.masking import masked_moments
-from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.native_pass import NativePass
-from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
 from rl_plugins.nn.sharding import announce_loss
 from rl_plugins.nn.sources import check_trainable_dtype
 from rl_plugins.nn.target_heads import TARGET_NAME
-from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE, HEAD_NAME
+from rl_plugins.nn.value_model import ValueModel
 from rl_plugins.signals.critic_targets import per_head_means, value_loss, value_losses
 from rl_plugins.trl.inputs import check_callback, check_inputs
 from rl_plugins.trl.moe_callback import MoEBalancingCallback
 
 # By which checkpoints of our own trainers are told from one another.
-MARKS = (HEADS_WEIGHTS_NAME, TARGET_NAME, f"{CRITIC_ATTRIBUTE}/{HEAD_NAME}", "rollout_0.pt")
+MARKS = (MTPHeads.mark, TARGET_NAME, ValueModel.mark, "rollout_0.pt")
 
 
 class PluginTrainer(_BaseTrainer):

@@ -139,7 +139,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
             return host_pass(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         record = ValuePass(self.mtp_heads, self.polyak_target, logits_to_keep)
         self._passes.append(record)
-        with self.mtp_heads.tapped(record):
+        with self.mtp_heads.watching(record):
             return host_pass(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
     def _recorded_values(self, output: Batch) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
     def _training_values(self, inputs: Batch, *, warming_up: bool) -> Iterator[HeadPass]:
         assert self.mtp_heads is not None
         head_pass = self._head_pass(inputs, self.args.value_grad_scale, heads_only=warming_up)
-        with self.mtp_heads.tapped(head_pass):
+        with self.mtp_heads.watching(head_pass):
             yield head_pass
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
@@ -216,7 +216,7 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         """Value loss into heads and trunk, and a KL term that holds the policy (PPG, 2009.04416, equation 4)."""
         assert self.mtp_heads is not None
         head_pass = self._head_pass(inputs, 1.0)
-        with self.mtp_heads.tapped(head_pass):
+        with self.mtp_heads.watching(head_pass):
             logps = self._logps(model, inputs)
         mask = self._loss_mask(inputs)
         divergence = kl_to_sampler(zero_masked(logps, mask), zero_masked(inputs["held_logps"], mask))

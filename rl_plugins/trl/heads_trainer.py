@@ -16,16 +16,12 @@ from rl_plugins.nn import (
     NativeMTP,
     NativePass,
     PolyakTarget,
-    load_native_mtp,
     logit_divisor,
-    prepare_native_mtp,
-    save_native_mtp,
 )
-from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
 from rl_plugins.nn.sharding import whole_module, whole_parameters
 from rl_plugins.nn.sources import check_language_model
 from rl_plugins.nn.target_heads import TARGET_NAME
-from rl_plugins.trl.attachments import Attachment, AttachmentTrainer, attach_heads
+from rl_plugins.trl.attachments import AttachmentTrainer, attach_heads
 from rl_plugins.trl.callbacks import PolyakCallback
 
 
@@ -66,9 +62,8 @@ class MTPHeadsTrainer(AttachmentTrainer):
 
     def _set_up_native(self) -> None:
         """Native layers instead of heads."""
-        native = self.native_mtp = prepare_native_mtp(self.model, self.args.num_mtp_heads, seed=self.args.seed)
-        rate = self.args.head_learning_rate
-        self._attach(Attachment(NATIVE_ATTRIBUTE, native, rate, save_native_mtp, load_native_mtp))
+        native = self.native_mtp = NativeMTP.prepare(self.model, self.args.num_mtp_heads, seed=self.args.seed)
+        self._attach(native, self.args.head_learning_rate)
         self._logit_divisor = logit_divisor(self.model.config)
 
     def _set_up_heads(self, saved_heads: str | None) -> None:

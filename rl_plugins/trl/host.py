@@ -7,19 +7,17 @@ from torch import Tensor, nn
 
 from rl_plugins.hooks import VLLM, require_hooks
 from rl_plugins.moe.routers import Router
-from rl_plugins.nn.attach import HEADS_ATTRIBUTE, base_model_of
-from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
-from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE
+from rl_plugins.nn.attachment import Attachment, base_model_of
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
 
 
 def without_critics(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Drop heads, native MTP layers and value model from a stream of named parameters; every parameter is still
-    consumed, since gathering it is collective."""
+    """Drop attached modules from a stream of named parameters; every parameter is still consumed, since gathering it
+    is collective."""
     for name, tensor in stream:
-        if {HEADS_ATTRIBUTE, NATIVE_ATTRIBUTE, CRITIC_ATTRIBUTE}.isdisjoint(name.split(".")):
+        if Attachment.names().isdisjoint(name.split(".")):
             yield name, tensor
 
 

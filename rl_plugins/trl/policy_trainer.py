@@ -143,7 +143,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
             detach_tokens=self.args.mtp_detach_trunk or self._warming_up,
             with_values=False,
         )
-        with self.draft_heads.tapped(head_pass):
+        with self.draft_heads.watching(head_pass):
             yield head_pass
 
     # Rewards

@@ -11,17 +11,8 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from rl_plugins.functional.alignment import completion_states
-from rl_plugins.nn.value_model import (
-    CRITIC_ATTRIBUTE,
-    HEAD_NAME,
-    ValueModel,
-    attach_value_model,
-    load_value_model,
-    make_value_model,
-    save_value_model,
-)
+from rl_plugins.nn.value_model import ValueModel
 from rl_plugins.rollouts.batch import reordered
-from rl_plugins.trl.attachments import Attachment
 from rl_plugins.trl.heads_trainer import complete_args
 from rl_plugins.trl.policy_trainer import Batch
 from rl_plugins.trl.ppo_config import PPOConfig
@@ -95,22 +86,20 @@ class PPOTrainer(ValueTrainer):
     ) -> None:
         args = complete_args(args, PPOConfig, model, "PPO")
         own: Any = args.value_model_init_kwargs  # a command line's JSON has been parsed by now
-        critic = make_value_model(
+        critic = ValueModel.prepare(
             value_model or args.value_model_path,
             model,
             policy_init_kwargs={"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})},
             init_kwargs=own,
         )
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
-        attach_value_model(self.model, critic)
+        critic.attach(self.model)
         self.value_model = critic
         if args.disable_dropout:  # the host has done so for the policy
             disable_dropout_in_model(critic)
         if args.gradient_checkpointing:
             critic.trunk.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        rate = args.value_learning_rate
-        file = f"{CRITIC_ATTRIBUTE}/{HEAD_NAME}"
-        self._attach(Attachment(CRITIC_ATTRIBUTE, critic, rate, save_value_model, load_value_model, file))
+        self._attach(critic, args.value_learning_rate)
         self._set_up_rollouts()
         self._new_values: Tensor | None = None
 
@@ -130,7 +119,7 @@ class PPOTrainer(ValueTrainer):
             return host_pass(model, input_ids, *args, **kwargs)
         assert self.value_model is not None
         chunks: list[Tensor] = []
-        with self.value_model.tapped(chunks.append):
+        with self.value_model.watching(chunks.append):
             result = host_pass(model, input_ids, *args, **kwargs)
         self._new_values = torch.cat(chunks)
         return result
@@ -153,7 +142,7 @@ class PPOTrainer(ValueTrainer):
     def _training_values(self, inputs: Batch, *, warming_up: bool) -> Iterator[list[Tensor]]:
         assert self.value_model is not None
         record: list[Tensor] = []
-        with self.value_model.tapped(record.append):
+        with self.value_model.watching(record.append):
             yield record
 
     def _critic_loss(self, record: list[Tensor], inputs: Batch) -> Tensor:

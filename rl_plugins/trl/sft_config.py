@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from rl_plugins.nn.native_training import check_native_settings
 from rl_plugins.signals.checks import check_head_reach
+from rl_plugins.signals.native_checks import check_native_settings
 from rl_plugins.trl.heads_config import MTPHeadsArguments
 from rl_plugins.trl.inputs import settle_options
 from rl_plugins.trl.presets import NamedArguments

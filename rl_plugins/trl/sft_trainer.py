@@ -18,9 +18,9 @@ from rl_plugins.functional.alignment import completion_states, mtp_labels, predi
 from rl_plugins.functional.rewards import terminal_rewards
 from rl_plugins.nn.head_pass import HeadPass
 from rl_plugins.nn.native_pass import NativePass
-from rl_plugins.nn.native_training import check_no_rewards
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.signals.critic_targets import critic_targets, rollout_metrics
+from rl_plugins.signals.native_checks import check_no_rewards
 from rl_plugins.trl.attachments import find_saved_heads
 from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args
 from rl_plugins.trl.sft_config import MTPSFTConfig
@@ -124,7 +124,7 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
     @contextmanager
     def _frozen_trunk(self) -> Iterator[None]:
         """Thawed again afterwards: the next trainer that is handed this model would not learn with it, nor say so."""
-        names = {attachment.name for attachment in self._attachments}
+        names = {attachment.module.name for attachment in self._attachments}
         frozen = [
             param
             for name, param in self.model.named_parameters()
@@ -168,7 +168,7 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         else:
             head_pass = self._head_pass(inputs, num_items, None if rewards is None else self.polyak_target)
         assert self.critic_module is not None
-        with self.critic_module.tapped(head_pass):
+        with self.critic_module.watching(head_pass):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         loss = loss + self._token_term(head_pass, num_items)

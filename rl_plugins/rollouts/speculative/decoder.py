@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
-from rl_plugins.nn.attach import base_model_of, get_mtp_heads, has_soft_prompt
+from rl_plugins.nn.attachment import base_model_of, has_soft_prompt
+from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.rollouts.speculative.cache import rollback_cache
 from rl_plugins.rollouts.speculative.decoding import Decoding, check_positions
 from rl_plugins.rollouts.speculative.draft_length import DraftLength
@@ -92,7 +93,7 @@ class SpeculativeDecoder:
         assert self.draft_length is not None
         _check_options(generation_config, model_kwargs)
         recorder = self.recorder
-        if recorder is None and self.values and (heads := get_mtp_heads(model)) is not None:
+        if recorder is None and self.values and (heads := MTPHeads.of(model)) is not None:
             recorder = ValueRecorder(heads)
         decoding = Decoding(
             model,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import GenerationConfig
 
-from rl_plugins.nn.attach import base_model_of, trunk_of
+from rl_plugins.nn.attachment import base_model_of, trunk_of
 from rl_plugins.nn.cache_name import cache_name
 from rl_plugins.nn.sharding import gathers_in_forward
 from rl_plugins.rollouts.speculative.cache import TURN_OFF, kept_slots, rollback_cache

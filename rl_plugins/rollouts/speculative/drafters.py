@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from rl_plugins.functional.alignment import shift_real
-from rl_plugins.nn.attach import base_model_of, get_mtp_heads
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.head_pass import logit_divisor
-from rl_plugins.nn.native_mtp import get_native_mtp
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.rollouts.speculative.cache import RollbackCache, RollbackLayer
 
 Choose = Callable[[Tensor], Tensor]
@@ -70,7 +71,7 @@ class ParallelDrafter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        base, heads = base_model_of(model), get_mtp_heads(model)
+        base, heads = base_model_of(model), MTPHeads.of(model)
         assert heads is not None
         self.heads, self.max_drafts = heads, heads.config.num_heads
         self.lm_head: Any = base.get_output_embeddings()
@@ -109,7 +110,7 @@ class SequentialDrafter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        native = get_native_mtp(model)
+        native = NativeMTP.of(model)
         assert native is not None
         self.native, self.max_drafts = native, native.num_layers
         self._cache = RollbackCache([RollbackLayer() for _ in range(native.num_layers)])
@@ -152,9 +153,9 @@ def make_drafter(model: nn.Module) -> Drafter:
     Raises:
         ValueError: If neither is.
     """
-    if get_native_mtp(model) is not None:
+    if NativeMTP.of(model) is not None:
         return SequentialDrafter(model)
-    if get_mtp_heads(model) is None:
+    if MTPHeads.of(model) is None:
         raise ValueError(
             f"{type(base_model_of(model)).__name__} has no MTP heads to draft with. Train some with MTPSFTTrainer and "
             "load them with load_mtp_heads(model, path), or generate without speculation."
