@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.nn import load_mtp_heads, load_native_mtp
+from rl_plugins.nn import MTPHeads, NativeMTP, load_mtp_heads
 from rl_plugins.trl.attachments import check_fsdp
 
 from . import test_trl_critic_distributed as distributed
@@ -152,7 +151,7 @@ class TestSavedModel:
         model, info = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
         assert not info["missing_keys"] and not info["mismatched_keys"]
         if case == "native":
-            native = dict(load_native_mtp(model, final).named_parameters())
+            native = dict(NativeMTP.from_checkpoint(model, final).named_parameters())
             assert gap(native, two.tensors("native_fsdp", "heads")) == 0.0
             return
         assert not info["unexpected_keys"]
@@ -168,7 +167,7 @@ class TestSavedModel:
     def test_adapter(self, two: Workplace) -> None:
         two.log("untied_fsdp")
         final = two.root / "untied_fsdp" / "final"
-        assert gap(load_file(final / HEADS_WEIGHTS_NAME), two.tensors("untied_fsdp", "heads")) == 0.0
+        assert gap(load_file(final / MTPHeads.mark), two.tensors("untied_fsdp", "heads")) == 0.0
         adapter = load_file(final / "adapter_model.safetensors")
         assert adapter and all("lora_" in name and value.numel() for name, value in adapter.items())
 

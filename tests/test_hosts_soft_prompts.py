@@ -109,7 +109,7 @@ def test_values_with_a_soft_prompt(make: Make, soft: str) -> None:
     critic.train()
     batch = critic.last_rollout
     record = ValuePass(critic.mtp_heads, None, batch["completion_ids"].shape[1])
-    with critic.mtp_heads.tapped(record), torch.no_grad():
+    with critic.mtp_heads.watching(record), torch.no_grad():
         critic.model(**whole(batch), use_cache=False)
     values, mask = record.finish(8)[0], batch["completion_mask"].bool()
     torch.testing.assert_close(batch["old_values"][mask], values[mask], atol=1e-5, rtol=1e-5)

@@ -25,7 +25,7 @@ from rl_plugins.lightning import (
     online_module,
 )
 from rl_plugins.lightning.polyak_callback import target_of
-from rl_plugins.nn import attach_mtp_heads, save_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -433,11 +433,11 @@ def test_models_that_cannot_be_trained(
     bare.pad_token = bare.eos_token = None
     with pytest.raises(ValueError, match="neither a pad token nor an end-of-text token"):
         GRPOModule(tiny_model(), bare, reward)
-    with pytest.raises(ValueError, match="comes with 2 MTP heads, but num_mtp_heads is 3"):
+    with pytest.raises(ValueError, match="comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
         make("critic", make("critic").model, num_mtp_heads=3)
     tiny_model(hidden_size=16).save_pretrained(tmp_path / "small")
     attach_mtp_heads(small := tiny_model(hidden_size=16), 2)
-    save_mtp_heads(small, tmp_path / "small")
+    MTPHeads.of(small).save(tmp_path / "small")
     with pytest.raises(ValueError, match="trained for hidden size 16, but this model has 32"):
         make("critic", mtp_heads_path=str(tmp_path / "small"))
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from peft import get_peft_model
-from rl_plugins.nn.attach import trunk_of
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,7 +23,8 @@ from rl_plugins.lightning import (
     PromptDataModule,
 )
 from rl_plugins.lightning.prompts import PromptLoader, RepeatSampler, rows_of
-from rl_plugins.nn import get_mtp_heads
+from rl_plugins.nn import MTPHeads
+from rl_plugins.nn.attachment import trunk_of
 from rl_plugins.rollouts.completions import Completions, pad_left
 
 from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
@@ -331,15 +331,15 @@ def test_an_adapter_with_its_reference(make: Make, tiny_model: Callable[..., Any
     assert (module.log_probs(batch) - batch["ref_per_token_logps"]).abs().max() > 1e-3
 
 
-def test_the_reference_is_a_copy_without_critics(make: Make, tiny_model: Callable[..., Any]) -> None:
+def test_the_reference_is_a_copy_without_attachments(make: Make, tiny_model: Callable[..., Any]) -> None:
     first = make("critic")
     second = make("critic", first.model, beta=0.1)  # heads of an earlier run
     reference = second.reference.model
-    assert get_mtp_heads(reference) is None and get_mtp_heads(second.model) is first.mtp_heads
+    assert MTPHeads.of(reference) is None and MTPHeads.of(second.model) is first.mtp_heads
     assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
     assert not any("reference" in name for name in second.state_dict())
     seen: list[Tensor] = []
-    with second.mtp_heads.tapped(seen.append):
+    with second.mtp_heads.watching(seen.append):
         reference(input_ids=torch.tensor([[3, 4]]))
     assert not seen
     start = {name: p.clone() for name, p in reference.named_parameters()}

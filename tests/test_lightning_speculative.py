@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
-from rl_plugins.nn import attach_mtp_heads, get_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.completions import Completions
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
@@ -299,7 +299,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
     again = make(kind, str(tmp_path))
     assert not changed(weights(module), weights(again))
     assert again.draft_heads is not None and (tmp_path / "value_model").is_dir() == (kind == "ppo")
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match="Ask for 2"):
         make(kind, str(tmp_path), speculative_kwargs={"num_mtp_heads": 1})
     # A critic goes on with them.
     critic = MTPCriticModule(str(tmp_path), reward_funcs=spread)
@@ -310,7 +310,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     model = with_heads(talkative(tiny_model), num_heads=3)
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     module = make(kind, model, speculative_kwargs={"num_mtp_heads": 3})
     assert module.draft_heads.training.heads is heads and module.decoder.draft_length.max_drafts == 3
     values = {name: p.clone() for name, p in heads.named_parameters() if ".value." in name}  # type: ignore[union-attr]

@@ -144,7 +144,7 @@ def run_pass(
         **options,
     )
     model.zero_grad()
-    with heads.tapped(record):
+    with heads.watching(record):
         model(input_ids=IDS)
     loss(record).backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
@@ -221,7 +221,7 @@ def test_value_gradient_clamp_is_per_token_and_counted(model: Any) -> None:
 
 def test_only_the_first_forward_counts(model: Any) -> None:
     record = HeadPass(model.mtp_heads, lambda hidden: hidden)
-    with model.mtp_heads.tapped(record):
+    with model.mtp_heads.watching(record):
         model(input_ids=IDS)
         first = record.values
         model(input_ids=IDS.flip(1))

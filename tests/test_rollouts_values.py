@@ -64,7 +64,7 @@ def full_pass(model: Any, target: PolyakTarget | None, completions: list[list[in
     tail = torch.tensor([row + [0] * (width - len(row)) for row in completions])
     tail_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in completions])
     record = ValuePass(model.mtp_heads, target, width)
-    with model.mtp_heads.tapped(record), torch.no_grad():
+    with model.mtp_heads.watching(record), torch.no_grad():
         model(input_ids=torch.cat([ids, tail], 1), attention_mask=torch.cat([mask, tail_mask], 1))
     return record.finish(len(PROMPTS))
 
@@ -235,7 +235,7 @@ def test_following_leaves_no_trace(model: Any) -> None:
     record = ValueRecorder(model.mtp_heads)
     with pytest.raises(TypeError), record.following(model):
         model.generate(nonsense=object(), input_ids=torch.ones(1, 2, dtype=torch.long), max_new_tokens="x")
-    assert "generate" not in vars(model) and model.mtp_heads.tap is None
+    assert "generate" not in vars(model) and model.mtp_heads.observer is None
 
 
 def test_no_graph_is_kept(model: Any) -> None:

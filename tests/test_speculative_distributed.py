@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.nn import attach_mtp_heads, save_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 
 from . import test_trl_critic_distributed as distributed
 from .speculative_models import randomise_heads
@@ -95,7 +95,7 @@ def two(
     model = tiny_model(6, initializer_range=0.25)
     randomise_heads(attach_mtp_heads(model, 2), 0.01)
     model.save_pretrained(place.root / "model")
-    save_mtp_heads(model, place.root / "model")
+    MTPHeads.of(model).save(place.root / "model")
     tokenizer.save_pretrained(place.root / "model")
     runs = []
     for name, (trainer, options, backends) in TRL.items():

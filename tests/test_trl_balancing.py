@@ -32,7 +32,7 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
-from rl_plugins.trl.host import hide_critics_from_vllm, stream_biases_to_vllm
+from rl_plugins.trl.host import hide_attachments_from_vllm, stream_biases_to_vllm
 
 from .moe_models import make_moe_model
 
@@ -832,7 +832,7 @@ def test_vllm_through_a_trainer(make: Make) -> None:
     callback = MoEBalancingCallback(rate=0.01).add_to(trainer)
     trainer.args.use_vllm = True
     callback.add_loss(0.01).add_to(trainer)
-    hide_critics_from_vllm(trainer.vllm_generation)
+    hide_attachments_from_vllm(trainer.vllm_generation)
     trainer.use_vllm = False  # generates with transformers
     run(trainer)
     sent = [(n, t) for n, t in trainer.vllm_generation._iter_named_params() if n.endswith("e_score_correction_bias")]

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rl_plugins.nn import MTPHeads, attach_mtp_heads, detach_mtp_heads, get_mtp_heads, load_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads, load_mtp_heads
 from rl_plugins.rollouts.values import ValuePass, ValueRecorder
 from rl_plugins.signals import sequence_means
 from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.trl import MTPCriticTrainer
-from rl_plugins.trl.host import hide_critics_from_vllm, without_critics
+from rl_plugins.trl.host import hide_attachments_from_vllm, without_attachments
 
 Make = Callable[..., MTPCriticTrainer]
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
@@ -100,7 +100,7 @@ def no_grad_values(trainer: MTPCriticTrainer, batch: dict[str, Any]) -> Tensor:
     heads = trainer.mtp_heads
     assert heads is not None
     record = ValuePass(heads, None, batch["completion_ids"].shape[1])
-    with heads.tapped(record), torch.no_grad():
+    with heads.watching(record), torch.no_grad():
         trainer.model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
@@ -411,7 +411,7 @@ def test_lora_trains_adapters_and_heads_and_saves_both(
     reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved")
     heads = load_mtp_heads(reloaded, tmp_path / "saved")
     again = {name: p for name, p in reloaded.named_parameters()}
-    assert get_mtp_heads(reloaded) is heads
+    assert MTPHeads.of(reloaded) is heads
     assert not changed(again, weights(trainer))
 
 
@@ -638,13 +638,13 @@ def test_a_failing_reward_function_is_named(make: Make, reward: Any, func: Any, 
 
 def test_heads_that_are_there_are_kept(make: Make, tiny_model: Callable[..., Any]) -> None:
     model = with_random_heads(tiny_model())
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     trainer = make(model=model, max_steps=1)
     assert trainer.mtp_heads is heads
-    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but num_mtp_heads is 3. Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
         make(model=model, num_mtp_heads=3)
     trainer.train()
-    detach_mtp_heads(model)
+    MTPHeads.detach(model)
 
 
 def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
@@ -668,7 +668,7 @@ def test_a_run_starts_from_the_heads_of_the_last_one(
     assert changed(weights(first), weights(other)).isdisjoint(same)
     target = dict(other.polyak_target.heads.named_parameters())
     assert all(torch.equal(target[n.removeprefix("mtp_heads.")], weights(other)[n]) for n in same)
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match="Ask for 2"):
         make(model=str(tmp_path / "first"), num_mtp_heads=1)
 
 
@@ -691,7 +691,7 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
     generation._dist = SimpleNamespace(is_fsdp=False, gather_params=gather)  # type: ignore[assignment]
     assert any("mtp_heads" in name for name, _ in generation._iter_named_params())
     gathered.clear()
-    hide_critics_from_vllm(generation)
+    hide_attachments_from_vllm(generation)
     sent = dict(generation._iter_named_params())
     stock = tiny_model()
     assert list(sent) == [name for name, _ in stock.named_parameters()]
@@ -702,7 +702,7 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
 
 def test_heads_are_known_by_a_whole_part_of_the_name() -> None:
     names = ["mtp_heads.heads.0.up.weight", "a.mtp_heads.b", "model.mtp_heads_like.weight", "lm_head.weight"]
-    kept = [name for name, _ in without_critics((name, torch.zeros(1)) for name in names)]
+    kept = [name for name, _ in without_attachments((name, torch.zeros(1)) for name in names)]
     assert kept == ["model.mtp_heads_like.weight", "lm_head.weight"]
 
 
@@ -741,11 +741,11 @@ def test_a_checkpoint_without_targets_is_refused(make: Make, tmp_path: Path) -> 
     trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
     checkpoint = tmp_path / "run" / "checkpoint-1"
-    assert {"mtp_heads.safetensors", "mtp_heads_config.json", "polyak_target.safetensors", "rollout_0.pt"} <= {
+    assert {"mtp_heads.safetensors", "mtp_heads_config.json", "rl_plugins.pt", "rollout_0.pt"} <= {
         p.name for p in checkpoint.iterdir()
     }
     for name, message in (
-        ("polyak_target.safetensors", "written by another trainer .* it has no polyak_target.safetensors"),
+        ("rl_plugins.pt", "written by another trainer .* it has no rl_plugins.pt"),
         ("mtp_heads.safetensors", "written by another trainer .* it has no mtp_heads.safetensors"),
         ("rollout_0.pt", "rollout_0.pt"),
     ):

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.nn import load_mtp_heads
+from rl_plugins.nn import MTPHeads, load_mtp_heads
 
 pytestmark = pytest.mark.slow
 
@@ -279,7 +278,7 @@ class TestSavedModel:
     def test_adapter(self, two: Workplace) -> None:
         two.log("zero3_lora")
         final = two.root / "zero3_lora" / "final"
-        heads, trained = load_file(final / HEADS_WEIGHTS_NAME), two.tensors("zero3_lora", "heads")
+        heads, trained = load_file(final / MTPHeads.mark), two.tensors("zero3_lora", "heads")
         assert all(torch.equal(heads[name], trained[name]) for name in trained)
         adapter = load_file(final / "adapter_model.safetensors")
         assert adapter and all("lora_" in name and value.numel() for name, value in adapter.items())

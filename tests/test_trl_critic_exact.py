@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rl_plugins.functional.alignment import completion_states, head_targets
 from rl_plugins.functional.rewards import terminal_rewards
-from rl_plugins.nn import HeadPass, MTPHeads, PolyakTarget, attach_mtp_heads, get_mtp_heads
+from rl_plugins.nn import HeadPass, MTPHeads, PolyakTarget, attach_mtp_heads
 from rl_plugins.signals import critic_targets, value_loss, value_losses
 from rl_plugins.tabular import TokenMDP
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
@@ -112,7 +112,7 @@ def run_heads(model: Qwen3ForCausalLM, heads: MTPHeads, tokens: Tensor) -> tuple
         return states[0]
 
     head_pass = HeadPass(heads, select, value_grad_scale=0.0)
-    with heads.tapped(head_pass):
+    with heads.watching(head_pass):
         model.model(input_ids=with_prompt(tokens), use_cache=False)
     return head_pass, states[0].detach()
 
@@ -232,7 +232,7 @@ def test_trainer_finds_the_exact_values_and_leaves_the_trunk_alone(tmp_path: Pat
     trainer.train()
     for name, before in trunk.items():
         assert torch.equal(model.get_parameter(name), before), name
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     assert heads is not None
     scores = accuracy(model.eval(), heads, mdp)
     print("trainer", scores)

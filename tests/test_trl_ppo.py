@@ -28,7 +28,7 @@ from rl_plugins.functional.alignment import completion_states, last_real
 from rl_plugins.nn import ValueModel
 from rl_plugins.signals import PolicyLoss, critic_targets, policy_loss, scale_advantages
 from rl_plugins.trl import MTPCriticTrainer, PPOConfig, PPOTrainer
-from rl_plugins.trl.host import hide_critics_from_vllm
+from rl_plugins.trl.host import hide_attachments_from_vllm
 
 Make = Callable[..., PPOTrainer]
 Batch = dict[str, Any]
@@ -835,7 +835,7 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
     generation._dist = SimpleNamespace(is_fsdp=False, gather_params=gather)
     assert any("value_model" in name for name, _ in generation._iter_named_params())
     gathered.clear()
-    hide_critics_from_vllm(generation)
+    hide_attachments_from_vllm(generation)
     sent = dict(generation._iter_named_params())
     stock = tiny_model()
     assert list(sent) == [name for name, _ in stock.named_parameters()]

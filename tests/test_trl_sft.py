@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
-from rl_plugins.nn import MTPHeads, attach_mtp_heads, get_mtp_heads, load_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads, load_mtp_heads
 from rl_plugins.trl import MTPCriticTrainer, MTPSFTConfig, MTPSFTTrainer
 
 Make = Callable[..., MTPSFTTrainer]
@@ -508,7 +508,7 @@ def test_the_critic_starts_from_the_saved_heads(make: Make, critic: Callable[...
     assert all(torch.equal(p, weights(trainer)[f"mtp_heads.{name}"]) for name, p in target.items())
     following.train()
     assert logged(following, "critic/value_mean")[0] != 0.0
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match="Ask for 2"):
         critic(str(tmp_path / "saved"), num_mtp_heads=3)
 
 
@@ -516,9 +516,9 @@ def test_the_critic_starts_from_the_saved_heads(make: Make, critic: Callable[...
 def test_the_critic_starts_from_the_same_model(make: Make, critic: Callable[..., Any], freeze_trunk: bool) -> None:
     trainer = make(data=scored([0.0, 1.0] * 4), freeze_trunk=freeze_trunk, head_learning_rate=1e-2)
     trainer.train()
-    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but num_mtp_heads is 3. Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
         critic(trainer.model, num_mtp_heads=3)
-    heads, before = get_mtp_heads(trainer.model), weights(trainer)
+    heads, before = MTPHeads.of(trainer.model), weights(trainer)
     following = critic(trainer.model, max_steps=3)
     assert isinstance(heads, MTPHeads) and following.mtp_heads is heads
     assert not changed(before, weights(following))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rl_plugins.functional.alignment import completion_states
-from rl_plugins.nn import attach_mtp_heads, get_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
 from rl_plugins.rollouts.values import ValuePass, ValueRecorder
 from rl_plugins.trl import (
@@ -162,7 +162,7 @@ def note_statistics(trainer: Any) -> list[DraftStatistics]:
 def values_of(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Values (B, T, K) of heads and target heads, from one full forward with today's weights."""
     record = ValuePass(trainer.mtp_heads, trainer.polyak_target, batch["completion_ids"].shape[1])
-    with trainer.mtp_heads.tapped(record), torch.no_grad():
+    with trainer.mtp_heads.watching(record), torch.no_grad():
         trainer.model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
@@ -266,7 +266,7 @@ def test_a_greedy_run_is_the_same(make: Make, tiny_model: Callable[..., Any], ki
 def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> None:
     trainer = make(kind, max_steps=3, weight_decay=0.1)
     heads = trainer.draft_heads
-    assert get_mtp_heads(trainer.model) is heads and heads.config.num_heads == 2
+    assert MTPHeads.of(trainer.model) is heads and heads.config.num_heads == 2
     before = weights(trainer)
     trainer.train()
     moved = changed(before, weights(trainer))
@@ -338,7 +338,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(
     other = make(kind, talkative(tiny_model, 5), mtp_heads_path=str(tmp_path / "first"))
     same = {name for name in weights(first) if of_heads(name)}
     assert same.isdisjoint(changed(weights(first), weights(other))) and len(same) == 12
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match="Ask for 2"):
         make(kind, str(tmp_path / "first"), num_mtp_heads=1)
 
 
@@ -346,7 +346,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(
 def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     """A critic's heads go on as drafters; their values are kept for the critic."""
     model = with_heads(talkative(tiny_model), num_heads=3)
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     values = {name: p.clone() for name, p in heads.named_parameters() if ".value." in name}  # type: ignore[union-attr]
     trainer = make(kind, model, num_mtp_heads=3)
     assert trainer.draft_heads is heads and trainer.decoder.draft_length.max_drafts == 3
@@ -575,7 +575,7 @@ def test_lora_with_heads_that_draft(make: Make, tmp_path: Path, kind: str) -> No
     assert all(0.0 <= x <= 1.0 for x in logged(trainer, "mtp/acceptance/head_1"))
     trainer.save_model(str(tmp_path / "saved"))
     saved = load_file(tmp_path / "saved" / "mtp_heads.safetensors")
-    heads = get_mtp_heads(trainer.model)
+    heads = MTPHeads.of(trainer.model)
     assert heads is not None and all(torch.equal(saved[name], p) for name, p in heads.state_dict().items())
 
 

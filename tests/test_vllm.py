@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from rl_plugins.nn import attach_mtp_heads, attach_native_mtp, save_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads, attach_native_mtp
 from rl_plugins.rollouts import completion_values
 from rl_plugins.trl import (
     GRPOVariantConfig,
@@ -162,7 +162,7 @@ def test_values_are_those_of_a_pass_over_the_finished_completions(
     for p in heads.parameters():
         torch.nn.init.normal_(p, std=0.3)
     model.save_pretrained(tmp_path / "model")
-    save_mtp_heads(model, tmp_path / "model")
+    MTPHeads.of(model).save(tmp_path / "model")
     trainer = make(MTPCriticTrainer, MTPCriticConfig, model, num_mtp_heads=2, max_steps=2)
     assert trainer.mtp_heads.state_dict().keys() == heads.state_dict().keys()
     generate, checked = trainer._generate_and_score_completions, []

@@ -44,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from rl_plugins.nn import get_mtp_heads, load_mtp_heads
+from rl_plugins.nn import MTPHeads, load_mtp_heads
 from rl_plugins.process_group import end_process_group
 from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=dtype).to(args.device).eval()
     load_mtp_heads(model, args.model_dir)
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     assert heads is not None
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir, padding_side="left")
     prompts = json.loads((args.model_dir / PROMPTS_NAME).read_text())
