@@ -1,6 +1,7 @@
 """`MTPCriticTrainer` on a tiny model: equal to the host where it should be, and numbers of its own."""
 
 import asyncio
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from rl_plugins.nn import MTPHeads, attach_mtp_heads, load_mtp_heads
 from rl_plugins.rollouts.values import ValuePass, ValueRecorder
 from rl_plugins.signals import sequence_means
+from rl_plugins.signals.critics import CriticSignal
+from rl_plugins.signals.options import OnlineValueOptions, PhasicOptions
 from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.trl import MTPCriticTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm, without_attachments
@@ -236,8 +239,8 @@ def test_values_belong_to_their_tokens_however_they_are_generated(
         max_steps=1,
     )
     calls: list[Any] = []
-    own_pass = trainer._score
-    trainer._score = lambda batch: calls.append(batch) or own_pass(batch)
+    own_pass = trainer.log_probs
+    trainer.log_probs = lambda batch: calls.append(batch) or own_pass(batch)
     trainer.train()
     batch = trainer.last_rollout
     values, mask = no_grad_values(trainer, batch), batch["completion_mask"].bool()
@@ -477,12 +480,14 @@ def test_kl_in_the_reward(make: Make, tiny_model: Callable[..., Any], tokenizer:
 
     assert loss(trainer, batch["ref_per_token_logps"]) == loss(trainer, batch["ref_per_token_logps"] - 1)
     assert trainer.beta == 0.5
-    trainer.args.kl_in_reward = False
+    assert trainer.critic is not None and isinstance(trainer.critic.values, OnlineValueOptions)
+    trainer.critic.values = dataclasses.replace(trainer.critic.values, kl_in_reward=False)
+    trainer.signal = CriticSignal(trainer.critic)
     assert loss(trainer, batch["ref_per_token_logps"]) != loss(trainer, batch["ref_per_token_logps"] - 1)
 
 
 def test_phasic_schedule() -> None:
-    schedule = PhasicSchedule(every=2, epochs=3, cycle=4)  # two slices, two iterations
+    schedule = PhasicSchedule(PhasicOptions(phasic_every=2, phasic_epochs=3), cycle=4)  # two slices, two iterations
     for first in (0, 2):
         for step in range(4):
             assert not schedule.auxiliary and not schedule.starting
@@ -492,7 +497,7 @@ def test_phasic_schedule() -> None:
     for step in range(12):
         assert schedule.auxiliary and schedule.starting == (step == 0)
         if step == 5:
-            other = PhasicSchedule(2, 3, 4)
+            other = PhasicSchedule(PhasicOptions(phasic_every=2, phasic_epochs=3), 4)
             other.load_state_dict(schedule.state_dict())
             schedule = other
         seen.append(schedule.next_slice()["n"])

@@ -27,6 +27,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from rl_plugins.functional.alignment import completion_states, last_real
 from rl_plugins.nn import ValueModel
 from rl_plugins.signals import PolicyLoss, critic_targets, policy_loss, scale_advantages
+from rl_plugins.signals import HeadCritic, ValueModelCritic
 from rl_plugins.trl import MTPCriticTrainer, PPOConfig, PPOTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm
 
@@ -669,14 +670,14 @@ def test_ppo_and_the_mtp_critic_differ_only_in_where_values_come_from(
         "generation_kwargs": {"do_sample": False},
     }
 
-    def made_up(self: Any, output: Batch) -> tuple[Tensor, Tensor]:
+    def made_up(self: Any, output: Batch, host: Any) -> tuple[Tensor, Tensor]:
         if "old_per_token_logps" not in output:
-            output["old_per_token_logps"] = self._score(output)
+            output["old_per_token_logps"] = host.log_probs(output)
         values = torch.sin(output["completion_ids"].cumsum(1).float()).unsqueeze(-1)
         return values, values
 
-    for trainer_class in (PPOTrainer, MTPCriticTrainer):
-        monkeypatch.setattr(trainer_class, "_recorded_values", made_up)
+    for critic_class in (ValueModelCritic, HeadCritic):
+        monkeypatch.setattr(critic_class, "recorded", made_up)
     ppo = make(model=path, **shared)
     args = critic_args(tmp_path / "mtp", num_mtp_heads=1, mtp_loss_coef=0.0, **shared)
     mtp = MTPCriticTrainer(path, reward, args, dataset, processing_class=tokenizer)

@@ -576,7 +576,10 @@ def test_the_penalty_does_not_score_the_unscorable(make: Make, advantage: str | 
     task = torch.tensor([NAN if r is None or math.isinf(r) else r for r in patchy(ids_of(batch))])
     scores = task + overlong_penalty(batch["completion_mask"].sum(1), max_length=6, cache=6)
     assert 0 < scores.isnan().sum() < 10
-    equal(batch["advantages"], advantages_of(advantage or "group_centered", scores, 4, torch.ones(len(scores), 1), options={}))
+    equal(
+        batch["advantages"],
+        advantages_of(advantage or "group_centered", scores, 4, torch.ones(len(scores), 1), options={}),
+    )
     assert (batch["advantages"][scores.isnan()] == 0).all()
 
 
