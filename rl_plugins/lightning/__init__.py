@@ -9,10 +9,10 @@ from rl_plugins.hooks import require_hooks
 require("lightning", "lightning.pytorch")
 require_hooks("rl_plugins.lightning")
 
+from rl_plugins.lightning.balancing import MoEBalancingCallback
 from rl_plugins.lightning.critic_module import MTPCriticModule
 from rl_plugins.lightning.grpo_module import GRPOModule
 from rl_plugins.lightning.language_module import LanguageModule
-from rl_plugins.lightning.moe_callback import MoEBalancingCallback
 from rl_plugins.lightning.online_module import OnlineModule
 from rl_plugins.lightning.polyak_callback import PolyakCallback
 from rl_plugins.lightning.ppo_module import PPOModule

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from rl_plugins.moe.routers import Router, find_routers
 from rl_plugins.nn.attach import base_model_of
-
-SELECTION_BIAS_NAME = "selection_bias.safetensors"
+from rl_plugins.nn.serialization import SELECTION_BIAS_NAME
 
 
 def save_selection_bias(model: nn.Module, directory: str | Path) -> Path | None:

@@ -20,7 +20,7 @@ from rl_plugins.nn.sharding import whole_size
 from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE
 
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-"""What the architectures with a selection bias of their own call it."""
+"""Names of the selection bias in architectures that have one of their own."""
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 SELECTED_COUNTS = ("top_k", "num_experts_per_tok")
@@ -35,7 +35,7 @@ class Router:
         module: The router; its forward returns logits, weights and indices of the selected experts.
         num_experts: E.
         top_k: k, experts per token.
-        scoring: How logits become affinities; `None` where the code does not tell.
+        scoring: Whether the router scores experts by softmax or sigmoid; `None` if this cannot be read from its code.
         bias_owner: The module that holds a selection bias of the architecture's own; `None` without one.
         bias_key: Its dotted name in the model, which ends in its attribute there.
     """
@@ -55,7 +55,7 @@ class Router:
 
     @property
     def injected(self) -> SelectionBias | None:
-        """The bias that we added, if any."""
+        """The bias that was added to a router without one, or `None`."""
         return get_selection_bias(self.module)
 
     @property
@@ -77,7 +77,7 @@ class Router:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether the module tree holds a rounded copy of the bias only."""
+        """Whether the module tree holds only a rounded copy of the bias."""
         return self.has_bias and self.bias is not self.stored_bias
 
     @property
@@ -85,7 +85,7 @@ class Router:
         return self.bias_key.rpartition(".")[2]
 
     def keep_float32(self) -> None:
-        """Have the router see a float32 bias of its architecture's own whatever the model is cast to."""
+        """Keep a bias of the architecture's own in float32 for the router, whatever the model is cast to."""
         if self.bias_owner is not None:
             Float32Bias.of(self.bias_owner, self._bias_name)
 
@@ -97,7 +97,7 @@ class Router:
 
     @torch.no_grad()
     def set_bias(self, bias: Tensor, live: Tensor | None = None) -> None:
-        """Route with another bias, and write it into the module tree, too.
+        """Replace the bias that the router adds, and the copy of it in the module tree.
 
         Args:
             bias: (E,).
@@ -110,7 +110,7 @@ class Router:
             self.bias.copy_(bias)
 
     def check_can_add_bias(self) -> None:
-        """Look at the code of a router that has no selection bias.
+        """Check that a selection bias can be added to a router that has none.
 
         Raises:
             TypeError: If its forward does not select experts with `topk`.
@@ -144,6 +144,8 @@ class Router:
             case (Tensor() as scores, Tensor() as logits) if scores.shape == logits.shape:
                 # Zero for all experts but the selected ones.
                 return logits, scores.detach().topk(self.top_k, dim=-1).indices
+            # Sorted by expert: `counts[e]` slots go to expert e, and each says in `slots` which of the tokens' N k
+            # choices it is. Written back to there, the experts stand by token.
             case (Tensor() as slots, Tensor(), Tensor(), list() as counts, Tensor() as logits):
                 experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots.device)
                 return logits, torch.empty_like(slots).scatter_(0, slots, experts).view(-1, self.top_k)

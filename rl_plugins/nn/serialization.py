@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from rl_plugins.moe.files import SELECTION_BIAS_NAME
 from rl_plugins.nn.attach import HEADS_ATTRIBUTE, attach_mtp_heads, base_model_of, get_mtp_heads
 from rl_plugins.nn.mtp_heads import MTPHeads, MTPHeadsConfig
 from rl_plugins.nn.native_mtp import get_native_mtp
 
 logger = logging.getLogger(__name__)
+
+# Written by `rl_plugins.moe`, which is above this layer, beside models with added selection biases.
+SELECTION_BIAS_NAME = "selection_bias.safetensors"
 
 HEADS_WEIGHTS_NAME = "mtp_heads.safetensors"
 HEADS_CONFIG_NAME = "mtp_heads_config.json"

@@ -6,10 +6,10 @@ from rl_plugins.hooks import require_hooks
 require("trl", "trl")
 require_hooks("rl_plugins.trl")
 
+from rl_plugins.trl.balancing import MoEBalancingCallback
 from rl_plugins.trl.callbacks import PolyakCallback
 from rl_plugins.trl.critic_config import MTPCriticConfig
 from rl_plugins.trl.critic_trainer import MTPCriticTrainer
-from rl_plugins.trl.moe_callback import MoEBalancingCallback
 from rl_plugins.trl.ppo_config import PPOConfig
 from rl_plugins.trl.ppo_trainer import PPOTrainer
 from rl_plugins.trl.sft_config import MTPSFTConfig

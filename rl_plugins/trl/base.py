@@ -22,8 +22,8 @@ from rl_plugins.nn.sources import check_trainable_dtype
 from rl_plugins.nn.target_heads import TARGET_NAME
 from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE, HEAD_NAME
 from rl_plugins.signals.critic_targets import per_head_means, value_loss, value_losses
+from rl_plugins.trl.balancing import MoEBalancingCallback
 from rl_plugins.trl.inputs import check_callback, check_inputs
-from rl_plugins.trl.moe_callback import MoEBalancingCallback
 
 # By which checkpoints of our own trainers are told from one another.
 MARKS = (HEADS_WEIGHTS_NAME, TARGET_NAME, f"{CRITIC_ATTRIBUTE}/{HEAD_NAME}", "rollout_0.pt")
