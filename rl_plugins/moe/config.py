@@ -52,6 +52,7 @@ class BalancingConfig:
     def __post_init__(self) -> None:
         settle_numbers(self)
         for name in ("rate", "aux_loss_coef", "z_loss_coef"):
+            # Written so that NaN is refused, too.
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 (off) or more.")
         for name, choices in (("rule", BiasRule), ("aux_loss_type", AuxLossType), ("batch", BalanceBatch)):
@@ -66,6 +67,7 @@ class BalancingConfig:
             )
         if self.batch != "local" and self.aux_loss_type == "sequence":
             raise ValueError(f"batch={self.batch!r}: the loss per sequence is counted over one sequence; use 'local'.")
+        # Counting alone must be asked for: a forgotten coefficient would otherwise balance nothing without a word.
         if self.count_only == (self.rate > 0.0 or self.has_loss):
             raise ValueError(
                 "count_only=True balances nothing: set rate=0 and leave the losses at 0, or drop it."

@@ -102,6 +102,7 @@ def append_expert_load(path: str | Path, step: int, layers: Sequence[str], count
     if len(layers) != len(counts):
         raise ValueError(f"{len(layers)} layers but {len(counts)} lists of counts: give one list for each layer")
     tokens = [[int(count) for count in row] for row in counts]
+    # The whole line in one write, so that a killed run leaves at most its last line incomplete.
     line = json.dumps({"step": int(step), "layers": list(layers), "counts": tokens})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +138,7 @@ def read_expert_load(path: str | Path) -> ExpertLoadHistory:
     rows: list[dict[str, Any]] = []
     for number, line in _complete_lines(path):
         row = _parse(line, f"{path}, line {number}")
+        # The run was resumed from a checkpoint before these steps.
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
         # After the repeated steps are gone: a new run in the same folder, from step 1, may have another model.
@@ -153,6 +155,7 @@ def read_expert_load(path: str | Path) -> ExpertLoadHistory:
 
 def _complete_lines(path: Path) -> list[tuple[int, str]]:
     """Lines with their numbers, without what follows the last line end."""
+    # Text behind the last line end comes from a killed run; the last part is empty where all lines are complete.
     return [(i + 1, line) for i, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1])]
 
 

@@ -178,6 +178,7 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
         foreign = {CRITIC_ATTRIBUTE, NATIVE_ATTRIBUTE}
         modules = {name: x for name, x in root.named_modules() if foreign.isdisjoint(name.split("."))}
         for name, module in _candidates(modules, recorded):
+            # The block around the router, past the module that PEFT has put between them.
             parent = modules[re.sub(r"\.modules_to_save\.[^.]+$", "", name).rpartition(".")[0]]
             routers.append(_describe(prefix + _without_peft(name), module, parent))
     if not routers:
@@ -194,6 +195,7 @@ def _recorded_classes(base: PreTrainedModel) -> tuple[type, ...]:
     for module in base.modules():
         if isinstance(module, PreTrainedModel):
             recorders = (module._can_record_outputs or {}).get("router_logits", ())
+            # One class, an `OutputRecorder` around a class, or a list of either.
             for recorder in recorders if isinstance(recorders, list | tuple) else [recorders]:
                 classes.append(recorder if isinstance(recorder, type) else recorder.target_class)
     return tuple(classes)
@@ -205,6 +207,7 @@ def _candidates(modules: dict[str, nn.Module], recorded: tuple[type, ...]) -> It
     names = [name for name, _ in found]
     found = [(name, module) for name, module in found if not any(x.startswith(f"{name}.") for x in names)]
     if not found:
+        # Architectures that record no router logits have routers all the same.
         found = [
             (name, module)
             for name, module in modules.items()
@@ -215,6 +218,8 @@ def _candidates(modules: dict[str, nn.Module], recorded: tuple[type, ...]) -> It
 
 
 def _is_idle(name: str, modules: dict[str, nn.Module]) -> bool:
+    # PEFT wraps `gate` into `gate.original_module`, which is frozen and idle, and one `gate.modules_to_save.<adapter>`
+    # for each adapter, of which the active ones run.
     path = name.split(".")
     if "modules_to_save" not in path:
         return "original_module" in path
@@ -246,16 +251,19 @@ def _integer(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 def _own_bias(path: str, module: nn.Module, parent: nn.Module, num_experts: int) -> tuple[nn.Module | None, str]:
     """Module and dotted name of the architecture's own selection bias."""
+    # In the router or a module inside it (deepseek_v3, ernie4_5_moe), or in the block around it (minimax_m2).
     inside = [(f"{path}.{name}" if name else path, child) for name, child in module.named_modules()]
     for prefix, owner in [*inside, (path.rpartition(".")[0], parent)]:
         for name in BIAS_NAMES:
             tensor = owner._parameters.get(name, owner._buffers.get(name))
+            # The size tells a bias of the experts from others of that name. ZeRO-3 leaves a part of a parameter only.
             if tensor is not None and whole_size(tensor) == num_experts:
                 return owner, f"{prefix}.{name}"
     return None, ""
 
 
 def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+    # Names of the compiled code, not of its source, which need not be there; decorators of transformers are unwrapped.
     return inspect.unwrap(type(module).forward).__code__.co_names
 
 

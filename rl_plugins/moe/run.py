@@ -72,6 +72,7 @@ class BalancingRun:
             )
         self._log_file = log_file
         if biases is None:
+            # The engine may have given the model other numbers than it had when the balancer read them.
             self.balancer.read_again()
         else:
             self.balancer.load_state_dict(biases)
@@ -94,6 +95,7 @@ class BalancingRun:
         Returns:
             Metrics of this step, see [`RouterBalancer.update`].
         """
+        # The counts are summed over ranks already, so that the file of one rank has those of all.
         metrics = self.balancer.update(progress)
         self._load.add(metrics, self.balancer.last_counts)
         return metrics
@@ -107,6 +109,7 @@ class BalancingRun:
         Returns:
             Metrics, each the mean over the steps since the last call; empty where no step was made.
         """
+        # On every rank, also where no file is written: otherwise sums and metrics would pile up there.
         metrics, counts = self._load.flush()
         if self._log_file is not None and counts:
             layers = [router.name for router in self.balancer.routers]
