@@ -859,7 +859,11 @@ FUNCTIONAL: dict[str, Case] = {
         lambda x: F.load_fractions(x.counts, CHOSEN), lambda x: [CHOSEN * c / 11 for c in x.counts.tolist()]
     ),
     "switch_balance_loss": Case(
-        lambda x: F.switch_balance_loss([x.router_logits], [x.experts], x.token_mask),
+        lambda x: F.switch_balance_loss(
+            x.router_logits,
+            F.load_fractions(F.expert_counts(x.experts, EXPERTS, x.token_mask).double(), CHOSEN),
+            x.token_mask,
+        ),
         lambda x: EXPERTS * balance_loop(x.router_logits, x.experts, x.token_mask, softmax),
     ),
     "sequence_balance_loss": Case(

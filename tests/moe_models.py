@@ -1,10 +1,19 @@
 """Tiny random mixture-of-experts language models of many families, with routers that tell tokens apart."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from rl_plugins.functional.routing import (
+    Scoring,
+    expert_counts,
+    load_fractions,
+    router_probabilities,
+    switch_balance_loss,
+)
 
 COMMON: dict[str, Any] = {
     "vocab_size": 40,
@@ -135,3 +144,22 @@ def make_moe_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
         spread_routers(model)
     return model
+
+
+def mean_switch_loss(
+    logits: Sequence[Tensor], indices: Sequence[Tensor], mask: Tensor | None = None, *, scoring: Scoring = "softmax"
+) -> Tensor:
+    """Mean over layers of Switch's loss, each layer's load counted over its own tokens."""
+    layers = zip(logits, indices, strict=True)
+    shares = [(x, load_fractions(expert_counts(i, x.shape[-1], mask), i.shape[-1])) for x, i in layers]
+    return torch.stack([switch_balance_loss(x, f, mask, scoring=scoring) for x, f in shares]).mean()
+
+
+def pooled_switch_loss(
+    logits: Sequence[Tensor], indices: Sequence[Tensor], mask: Tensor | None = None, *, scoring: Scoring = "softmax"
+) -> Tensor:
+    """`E sum_i f_i P_i` of means over all layers, as transformers computes it."""
+    rows = slice(None) if mask is None else mask.bool()
+    p = torch.stack([router_probabilities(x[rows], scoring).mean(0) for x in logits]).mean(0)
+    counts = torch.stack([expert_counts(i, len(p), mask) for i in indices]).sum(0)  # as many tokens in each layer
+    return len(p) * (load_fractions(counts, indices[0].shape[-1]) * p).sum()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rl_plugins.classic import DQNModule
 from rl_plugins.classic import PPOModule as ClassicPPOModule
-from rl_plugins.functional import gae, switch_balance_loss, token_log_probs
+from rl_plugins.functional import expert_counts, gae, load_fractions, switch_balance_loss, token_log_probs
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
 from rl_plugins.moe import BalancingConfig, RouterBalancer
 from rl_plugins.nn import attach_mtp_heads
@@ -88,8 +88,8 @@ def test_advantages_log_probs_and_balance_loss() -> None:
     close(token_log_probs(x, y), token_log_probs(x.cpu().double(), ids))
     routed = torch.randn(30, 8, generator=g)
     (z,) = on_device(routed)
-    chosen = z.topk(2).indices
-    close(switch_balance_loss((z,), (chosen,)), switch_balance_loss((z.cpu().double(),), (chosen.cpu(),)))
+    shares = load_fractions(expert_counts(z.topk(2).indices, 8), 2)
+    close(switch_balance_loss(z, shares), switch_balance_loss(z.cpu().double(), shares.cpu()))
 
 
 # TRL

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
-from rl_plugins.functional import selection_bias_update, switch_balance_loss
+from rl_plugins.functional import selection_bias_update
 from rl_plugins.lightning import MoEBalancingCallback
 from rl_plugins.moe import find_routers
-from rl_plugins.report.expert_load import LOAD_FILE_NAME, LoadHistory, read_loads
+from rl_plugins.moe.load_log import LOAD_FILE_NAME, ExpertLoadHistory, read_expert_load
 from rl_plugins.trl import MoEBalancingCallback as HFCallback
 
-from .moe_models import make_moe_model
+from .moe_models import make_moe_model, mean_switch_loss
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -82,9 +82,12 @@ class Manual(Module):
 
 
 class StandIn:
-    """What the callback asks Lightning's trainer when training starts."""
+    """The part of Lightning's trainer that the callback reads when training starts."""
 
     estimated_stepping_batches = 3
+    log_dir = None
+    default_root_dir = "never written"
+    is_global_zero = True
 
     def __init__(self, precision: str = "32-true") -> None:
         self.precision = precision
@@ -156,11 +159,11 @@ def assert_close_weights(a: nn.Module, b: nn.Module) -> None:
         torch.testing.assert_close(mine[name], weight, rtol=1e-5, atol=2e-6, msg=name)
 
 
-def loads(trainer: Trainer) -> LoadHistory:
-    return read_loads(Path(trainer.log_dir or trainer.default_root_dir) / LOAD_FILE_NAME)
+def loads(trainer: Trainer) -> ExpertLoadHistory:
+    return read_expert_load(Path(trainer.log_dir or trainer.default_root_dir) / LOAD_FILE_NAME)
 
 
-def replay(history: LoadHistory, rate: float, start: list[Tensor] | None = None) -> list[Tensor]:
+def replay(history: ExpertLoadHistory, rate: float, start: list[Tensor] | None = None) -> list[Tensor]:
     """Biases from the counts of each step."""
     moved = [torch.zeros(len(counts)) for counts in history.counts[0]] if start is None else start
     for step in history.counts:
@@ -220,7 +223,7 @@ def test_gradient_of_the_auxiliary_loss(fit: Fit, family: str) -> None:
     loss = model(**batch).loss
     logits, indices = zip(*seen, strict=True)
     scoring = "sigmoid" if family == "deepseek_v3" else "softmax"
-    auxiliary = switch_balance_loss(logits, indices, batch["attention_mask"].flatten(), scoring=scoring)
+    auxiliary = mean_switch_loss(logits, indices, batch["attention_mask"].flatten(), scoring=scoring)
     (loss + coef * auxiliary).backward()
     assert module.losses == [pytest.approx(loss.item(), rel=1e-6)]
     assert trainer.callback_metrics["moe/aux_loss"].item() == pytest.approx(auxiliary.item(), rel=1e-5)
@@ -257,7 +260,7 @@ def test_resumed_run_equals_one_in_one_go(fit: Fit, tmp_path: Path, family: str,
     assert_same_weights(resumed, whole)
     saved = torch.load(checkpoint, weights_only=True)["callbacks"]["MoEBalancingCallback"]["biases"]
     first = loads(trainer)
-    start = LoadHistory([2], first.layers, first.counts[1:2])
+    start = ExpertLoadHistory([2], first.layers, first.counts[1:2])
     assert_equal(list(saved.values()), replay(start, 0.01))
 
 
@@ -291,7 +294,7 @@ def test_metrics_reach_the_logger(fit: Fit, tmp_path: Path) -> None:
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     table = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     assert [int(row["step"]) for row in table] == [0, 1, 2]
-    history = read_loads(Path(logger.log_dir) / LOAD_FILE_NAME)
+    history = read_expert_load(Path(logger.log_dir) / LOAD_FILE_NAME)
     for row, counts in zip(table, history.counts, strict=True):
         violations = [8 * max(layer) / sum(layer) - 1 for layer in counts]
         entropies = [-sum(c / sum(x) * math.log(c / sum(x)) for c in x if c) / math.log(8) for x in counts]
@@ -356,7 +359,7 @@ def test_both_hosts_train_the_same_model(fit: Fit, tmp_path: Path, family: str) 
     data = Dataset.from_list([{name: x.tolist() for name, x in row.items()} for row in rows])
     other = HFTrainer(make_moe_model(family), args, train_dataset=data, callbacks=[HFCallback(**settings)])
     other.train()
-    assert read_loads(tmp_path / "hf" / LOAD_FILE_NAME) == loads(trainer)
+    assert read_expert_load(tmp_path / "hf" / LOAD_FILE_NAME) == loads(trainer)
     assert_equal(biases(module), biases(other.model))
     assert_close_weights(module.model, other.model)
     last = [entry for entry in other.state.log_history if "loss" in entry][-1]
@@ -479,9 +482,9 @@ class StopAt(Callback):
 def test_float16(settings: dict[str, Any], precision: str) -> None:
     # On a CPU Lightning itself turns 16-mixed into bf16-mixed.
     trainer = StandIn(precision)
-    module = Module(make_moe_model("mixtral"))
     with pytest.raises(ValueError, match="do not know float16's loss scale"):
-        MoEBalancingCallback(**settings).on_fit_start(trainer, module)
+        MoEBalancingCallback(**settings).on_fit_start(trainer, Module(make_moe_model("mixtral")))
+    module = Module(make_moe_model("mixtral"))
     MoEBalancingCallback(rate=0.01).on_fit_start(trainer, module)
     assert len(biases(module)) == 3
 

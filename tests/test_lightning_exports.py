@@ -28,7 +28,7 @@ from rl_plugins.lightning import (
     TokenValueReport,
 )
 from rl_plugins.lightning.models import find_language_model
-from rl_plugins.report.expert_load import LOAD_FILE_NAME
+from rl_plugins.moe.load_log import LOAD_FILE_NAME
 from rl_plugins.rollouts.rewards import reward_name
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
 

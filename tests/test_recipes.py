@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rl_plugins.moe import read_expert_load
 from rl_plugins.nn import ValueModel, load_mtp_heads
-from rl_plugins.report import read_loads
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 CRITICS = {"mtp_critic": "heads", "grpo_variants": "", "ppo": "value model"}
@@ -166,7 +166,7 @@ def test_moe_balancing(tmp_path: Path) -> None:
     assert loss_free < 0.2 and 1.3 * loss_free < aux < none / 2
     assert all(run["loss"] < 6.0 and math.isclose(math.exp(run["loss"]), run["perplexity"]) for run in runs.values())
     assert all(f"{run['max_violation']:.3f}" in done.stdout for run in runs.values()) and "9.50" in done.stdout
-    history = read_loads(output / "loss_free" / "moe_load.jsonl")
+    history = read_expert_load(output / "loss_free" / "moe_load.jsonl")
     assert history.steps == [35, 70]
     for picture in [output / "max_violation.png", *(output / name / "expert_load.png" for name in runs)]:
         assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

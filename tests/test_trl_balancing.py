@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from rl_plugins.functional import selection_bias_update, switch_balance_loss
+from rl_plugins.functional import selection_bias_update
 from rl_plugins.moe import find_routers, load_selection_bias
-from rl_plugins.report.expert_load import LOAD_FILE_NAME, LoadHistory, read_loads
+from rl_plugins.moe.load_log import LOAD_FILE_NAME, ExpertLoadHistory, read_expert_load
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -34,7 +34,7 @@ from rl_plugins.trl import (
 )
 from rl_plugins.trl.host import hide_attachments_from_vllm, stream_biases_to_vllm
 
-from .moe_models import make_moe_model
+from .moe_models import make_moe_model, mean_switch_loss
 
 Make = Callable[..., Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -171,8 +171,8 @@ def logged(trainer: Any, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def loads(trainer: Any) -> LoadHistory:
-    return read_loads(Path(trainer.args.output_dir) / LOAD_FILE_NAME)
+def loads(trainer: Any) -> ExpertLoadHistory:
+    return read_expert_load(Path(trainer.args.output_dir) / LOAD_FILE_NAME)
 
 
 def replay(trainer: Any, rate: float, start: list[Tensor] | None = None) -> list[Tensor]:
@@ -213,7 +213,7 @@ def router_loss(model: Any, batch: dict[str, Any], *, sigmoid: bool = False) -> 
         handle.remove()
     logits, indices = zip(*seen, strict=True)
     scoring = "sigmoid" if sigmoid else "softmax"
-    return output, switch_balance_loss(logits, indices, batch["attention_mask"].flatten(), scoring=scoring)
+    return output, mean_switch_loss(logits, indices, batch["attention_mask"].flatten(), scoring=scoring)
 
 
 # Counting changes nothing
@@ -622,7 +622,7 @@ def test_our_trainers_resume_with_them(make: Make, tmp_path: Path, family: str) 
 def masters(trainer: Any) -> list[Tensor]:
     """Float32 biases of the trainer's callback."""
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, MoEBalancingCallback))
-    return list(callback.balancer.state_dict().values())
+    return list(callback.run.state_dict().values())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_plugins.moe import load_selection_bias
-from rl_plugins.moe.files import SELECTION_BIAS_NAME
+from rl_plugins.nn.serialization import SELECTION_BIAS_NAME
 
 from . import moe_models
 from . import test_trl_critic_distributed as distributed

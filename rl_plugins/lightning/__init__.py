@@ -11,7 +11,7 @@ require_hooks("rl_plugins.lightning")
 
 from rl_plugins.lightning.module import RLModule
 from rl_plugins.lightning.modules import GRPOModule, MTPCriticModule, PPOModule
-from rl_plugins.lightning.moe_callback import MoEBalancingCallback
+from rl_plugins.lightning.balancing import MoEBalancingCallback
 from rl_plugins.lightning.polyak_callback import PolyakCallback
 from rl_plugins.lightning.progress import RolloutProgressBar
 from rl_plugins.lightning.prompts import PromptDataModule

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from rl_plugins.process_group import sum_over_ranks as sum_over_ranks
+
 
 def world_size() -> int:
     """Number of ranks."""
@@ -14,15 +16,6 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this rank."""
     return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of a tensor over all ranks; the argument is left alone."""
-    if not distributed.is_initialized():
-        return x
-    total = x.detach().clone()
-    distributed.all_reduce(total)
-    return total
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

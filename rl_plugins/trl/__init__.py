@@ -7,7 +7,7 @@ require("trl", "trl")
 require_hooks("rl_plugins.trl")
 
 from rl_plugins.trl.configs import GRPOVariantConfig, MTPCriticConfig, MTPSFTConfig, PPOConfig, RLConfig
-from rl_plugins.trl.moe_callback import MoEBalancingCallback
+from rl_plugins.trl.balancing import MoEBalancingCallback
 from rl_plugins.trl.sft import MTPSFTTrainer
 from rl_plugins.trl.trainer import RLTrainer
 from rl_plugins.trl.trainers import GRPOVariantTrainer, MTPCriticTrainer, PPOTrainer

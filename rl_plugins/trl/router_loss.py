@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rl_plugins.trl.moe_callback import MoEBalancingCallback
+from rl_plugins.trl.balancing import MoEBalancingCallback
 
 
 def connect_balancing(trainer: Any) -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from rl_plugins.moe.balancer import RouterBalancer, get_router_balancer
+from rl_plugins.moe.balancer import get_router_balancer
 from rl_plugins.moe.config import BalancingConfig
-from rl_plugins.moe.load_log import LoadLog
-from rl_plugins.report.expert_load import LOAD_FILE_NAME, append_load
+from rl_plugins.moe.load_log import LOAD_FILE_NAME
+from rl_plugins.moe.run import BalancingRun
 from rl_plugins.trl.callbacks import TrainerOnly
 from rl_plugins.trl.host import own_router_loss, stream_biases_to_vllm
 
@@ -47,9 +47,8 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
     def __init__(self, config: BalancingConfig | None = None, *, record_load: bool = True, **settings: Any) -> None:
         self.config = dataclasses.replace(config or BalancingConfig(), **settings)
         self.record_load = record_load
-        self.balancer: RouterBalancer | None = None
+        self.run: BalancingRun | None = None
         self._trainer: Trainer | None = None
-        self._log = LoadLog()
 
     def add_to(self, trainer: Trainer) -> "MoEBalancingCallback":
         """Put the callback into a trainer, before its trackers, and connect it with vLLM where the trainer uses it.
@@ -60,11 +59,10 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         """
         again = self._trainer is trainer
         self._connect(trainer)
-        self._attach(trainer.model)
+        routers = self._run_on(trainer.model).balancer.routers
         generation = getattr(trainer, "vllm_generation", None)
-        assert self.balancer is not None
         if generation is not None and not again:
-            stream_biases_to_vllm(generation, [router for router in self.balancer.routers if router.has_bias])
+            stream_biases_to_vllm(generation, [router for router in routers if router.has_bias])
         return self
 
     def add_loss(self, coef: float) -> "MoEBalancingCallback":
@@ -78,64 +76,71 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
 
-    def _attach(self, model: nn.Module) -> None:
-        if self.balancer is None:
-            present = get_router_balancer(model)
-            if present is not None:
-                # The trainer has made this callback anew from a checkpoint; the old one is gone.
-                present.detach()
-                if present.host is not None and self in present.host.callback_handler.callbacks:
-                    self._connect(present.host)
-            self.balancer = RouterBalancer(model, self.config)
-        self.balancer.host = self._trainer
+    def _run_on(self, model: nn.Module) -> BalancingRun:
+        """The run of this callback, attached to the model where there is none yet."""
+        if self.run is None:
+            self._take_over(model)
+            self.run = BalancingRun(model, self.config, driver=self)
+        return self.run
+
+    def _take_over(self, model: nn.Module) -> None:
+        """Free a model from the balancer of a callback that is gone, and take that callback's place."""
+        # With `restore_callback_states_from_checkpoint=True` a resumed run goes like this:
+        #   1. `Trainer.__init__` calls `on_init_end` of the callback A that the user made: A attaches to the model.
+        #   2. The user, or our trainer, calls `A.add_to(trainer)`: A knows the trainer, and stands before trackers.
+        #   3. `Trainer.train` reads `trainer_state.json`, makes a callback B from what `A.state()` gave there, takes A
+        #      out of its list and puts B at the end. Nobody tells A or B.
+        #   4. `on_train_begin` of B finds A's balancer on the model, and A as its driver. B detaches that balancer,
+        #      asks A for the trainer, and moves to the front.
+        #   5. B attaches a balancer of its own, and loads the biases of the checkpoint.
+        present = get_router_balancer(model)
+        if present is None:
+            return
+        present.detach()
+        if isinstance(present.driver, MoEBalancingCallback):
+            trainer = present.driver._trainer
+            # Not where this callback is one of two, or a trainer before this one had the model.
+            if trainer is not None and self in trainer.callback_handler.callbacks:
+                self._connect(trainer)
 
     def _detach(self) -> None:
-        if self.balancer is not None:
-            self.balancer.detach()
-            self.balancer = None
+        if self.run is not None:
+            self.run.detach()
+            self.run = None
 
     # Events
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Attach to the model before any engine wraps it."""
-        self._attach(kwargs["model"])
+        self._run_on(kwargs["model"])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Check that host and settings agree, and go on from a checkpoint."""
-        self._attach(kwargs["model"])
-        self.config.check_schedule(state.max_steps)
+        run, name = self._run_on(kwargs["model"]), type(self).__name__
         self._check_host(args, kwargs["model"])
-        if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
+        if isinstance(state.stateful_callbacks.get(name), list):
             raise ValueError("The trainer has two MoEBalancingCallbacks. Put both settings into one.")
-        if type(self).__name__ not in state.stateful_callbacks:
-            # A checkpoint from a run without this callback: the trainer would not find it when it saves.
+        if name not in state.stateful_callbacks:
+            # A checkpoint from a run without this callback, whose biases have come with the model. The trainer
+            # would not find the entry when it saves.
             self._detach()
-            self._attach(kwargs["model"])
-            state.stateful_callbacks[type(self).__name__] = self.state()
-        elif state.global_step > 0:
-            self._load_biases(state)
-        else:
-            assert self.balancer is not None
-            self.balancer.read_again()
+            run = self._run_on(kwargs["model"])
+            state.stateful_callbacks[name] = self.state()
+        records = self.record_load and state.is_world_process_zero
+        run.start(
+            state.max_steps,
+            float16=args.fp16,
+            log_file=Path(args.output_dir) / LOAD_FILE_NAME if records else None,
+            biases=self._saved_biases(state) if state.global_step > 0 else None,
+        )
 
-    def _load_biases(self, state: TrainerState) -> None:
-        """Take over the biases of a checkpoint, if it was written with this callback."""
+    def _saved_biases(self, state: TrainerState) -> dict[str, Tensor] | None:
+        """The biases of a checkpoint, if it was written with this callback."""
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         biases = saved.get("attributes", {}).get("biases")
-        if biases is not None:
-            assert self.balancer is not None
-            self.balancer.load_state_dict({name: torch.tensor(bias) for name, bias in biases.items()})
+        return None if biases is None else {name: torch.tensor(bias) for name, bias in biases.items()}
 
     def _check_host(self, args: TrainingArguments, model: nn.Module) -> None:
-        if self.config.has_loss and args.fp16:
-            raise ValueError(
-                "Auxiliary losses of MoEBalancingCallback do not know float16's loss scale. Train with bf16=True, or "
-                "with a selection bias only (aux_loss_coef=0, z_loss_coef=0)."
-            )
         own = own_router_loss(args if self._trainer is None else self._trainer, model)
         if own and self.config.aux_loss_coef > 0.0:
             raise ValueError(
@@ -151,8 +156,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
                 stacklevel=2,
             )
         if self._trainer is None:
-            assert self.balancer is not None
-            added = any(router.injected is not None for router in self.balancer.routers)
+            added = any(router.injected is not None for router in self._run_on(model).balancer.routers)
             if getattr(args, "use_vllm", False) and (self.config.rate > 0.0 or added):
                 raise ValueError("vLLM needs the biases: use MoEBalancingCallback(...).add_to(trainer).")
             if args.report_to:
@@ -162,62 +166,50 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
                     stacklevel=2,
                 )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Weigh each micro-batch's auxiliary loss like the host weighs its loss."""
-        assert self.balancer is not None
         steps = args.gradient_accumulation_steps
         if self._trainer is not None:
             # The last window of an epoch may be shorter.
             steps = self._trainer.current_gradient_accumulation_steps
-        self.balancer.loss_scale = 1.0 / steps
+        self._run_on(kwargs["model"]).before_step(1.0 / steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the biases after each optimizer step (DeepSpeed's engine steps inside `backward`)."""
-        assert self.balancer is not None
-        metrics = self.balancer.update((state.global_step - 1) / state.max_steps)
-        self._log.add(metrics, self.balancer.last_counts)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write what is left; where the trainer has gone back to its best model, go back to its biases."""
-        self._write_load(args, state, self._log.flush()[1])
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME
-            self._load_biases(TrainerState.load_from_json(str(path)))
+        self._run_on(kwargs["model"]).after_step((state.global_step - 1) / state.max_steps)
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         """Add the metrics since the last log to those of training."""
         if logs is None or "loss" not in logs:
-            return
-        metrics, counts = self._log.flush()
+            return  # an evaluation, or the summary at the end
+        metrics = self._run_on(kwargs["model"]).log(state.global_step)
         logs.update(metrics)
+        # The trainer has copied `logs` into its history before it calls this.
         state.log_history[-1].update(metrics)
-        self._write_load(args, state, counts)
 
-    def _write_load(self, args: TrainingArguments, state: TrainerState, counts: list[list[int]]) -> None:
-        if self.record_load and counts and state.is_world_process_zero:
-            assert self.balancer is not None
-            layers = [router.name for router in self.balancer.routers]
-            append_load(Path(args.output_dir) / LOAD_FILE_NAME, state.global_step, layers, counts)
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write what is left; where the trainer has gone back to its best model, go back to its biases."""
+        run = self._run_on(kwargs["model"])
+        run.log(state.global_step)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME
+            biases = self._saved_biases(TrainerState.load_from_json(str(path)))
+            if biases is not None:
+                run.load_state_dict(biases)
 
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        """What the trainer writes into `trainer_state.json`: settings and float32 biases."""
+        """Settings and float32 biases, which the trainer writes into `trainer_state.json`."""
         biases = None
-        if self.balancer is not None:
-            biases = {name: bias.tolist() for name, bias in self.balancer.state_dict().items()}
+        if self.run is not None:
+            biases = {name: bias.tolist() for name, bias in self.run.state_dict().items()}
         args = {**dataclasses.asdict(self.config), "record_load": self.record_load}
         return {"args": args, "attributes": {"biases": biases}}
