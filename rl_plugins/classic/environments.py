@@ -106,7 +106,7 @@ def check_spaces(name: str, observation_space: gym.Space, action_space: gym.Spac
     if not continuous:
         raise ValueError(
             f"{name} has the action space {action_space}; this algorithm supports Discrete actions only. "
-            "Choose an agent for continuous actions, such as PPOModule."
+            "Choose an agent for continuous actions, such as PPOAgent."
         )
     if not np.issubdtype(action_space.dtype, np.floating):
         raise ValueError(f"{name} has the action space {action_space}; a Box of actions must hold floats.")

@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
+from gymnasium.spaces import Discrete, Space
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
+from rl_plugins.classic.environments import action_size
+
 
 def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Tanh, *, output_gain: float | None = None) -> nn.Module:
-    """A multi-layer perceptron, without an activation after the last layer.
+    """Make a multi-layer perceptron, without an activation after the last layer.
 
     Args:
         sizes: Widths from input to output, at least two.
@@ -38,9 +42,16 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Tanh, *, output_g
     return nn.Sequential(*layers)
 
 
+class HasModules(Protocol):
+    """Anything with submodules: a network, or an agent with all of its networks."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield the submodules, itself included."""
+
+
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, a module acts and judges as it is: dropout does nothing, and batch statistics neither count nor change.
+def evaluation_mode(module: HasModules) -> Iterator[None]:
+    """Let a module act and judge as it is: dropout does nothing, and batch statistics neither count nor change.
 
     Submodules that were in evaluation mode before stay in it afterwards.
 
@@ -123,6 +134,23 @@ class GaussianPolicy(Policy):
         return mean + self.log_std.exp() * torch.randn(mean.shape, generator=generator).to(mean)
 
 
+def make_policy(network: nn.Module, action_space: Space) -> Policy:
+    """Make the policy that fits a space of actions: categorical for Discrete, Gaussian for a Box.
+
+    Args:
+        network: From observations `(..., D)` to as many numbers as `action_size` counts in the space.
+        action_space: Discrete or Box.
+
+    Returns:
+        The policy.
+    """
+    return (
+        CategoricalPolicy(network)
+        if isinstance(action_space, Discrete)
+        else GaussianPolicy(network, action_size(action_space))
+    )
+
+
 class ObservationNorm(nn.Module):
     """Scales observations to zero mean and unit variance by the statistics of all that `update` has seen.
 
@@ -158,3 +186,16 @@ class ObservationNorm(nn.Module):
         self.mean += delta * share
         self.var += (batch.var(0, correction=0) - self.var) * share + delta**2 * share * (1 - share)
         self.count.copy_(total)
+
+
+def make_normalizer(size: int, *, normalize: bool) -> nn.Module:
+    """Make what stands before the networks of an agent: an `ObservationNorm`, or nothing.
+
+    Args:
+        size: `D`.
+        normalize: Whether observations are scaled.
+
+    Returns:
+        A module from `(..., D)` to `(..., D)`.
+    """
+    return ObservationNorm(size) if normalize else nn.Identity()
