@@ -1,4 +1,8 @@
-"""Agents for Gymnasium environments, as LightningModules."""
+"""Agents for Gymnasium environments, as LightningModules.
+
+Each algorithm is one file that can be read alone, top to bottom: settings, networks, acting, loss, iteration. For that
+reason some lines stand in several of these files. `Agent` is their only base; what else they share are functions.
+"""
 
 from rl_plugins.extras import require
 

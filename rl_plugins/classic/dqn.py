@@ -89,6 +89,8 @@ class DQNAgent(Agent):
 
     continuous = False
     settings: DQNSettings
+    replay: ReplayBuffer
+    """The transitions of the past, which exist from the start of fit on."""
 
     def __init__(self, env: EnvSpec, **settings: Any) -> None:
         super().__init__(env, DQNSettings(**settings))
@@ -98,7 +100,7 @@ class DQNAgent(Agent):
         self.updates = 0
 
     def build_network(self, inputs: int, outputs: int, *, gain: float) -> nn.Module:
-        """Make `q(s, .)`, from observations `(..., D)` to values `(..., A)`; `gain` is left to PyTorch, as in SB3."""
+        """Make `q(s, .)`, from observations `(..., D)` to values `(..., A)`; `gain` is not used."""
         return mlp([inputs, *self.settings.hidden_sizes, outputs], nn.ReLU)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -191,7 +193,7 @@ class DQNAgent(Agent):
     # Memory and checkpoints.
 
     def forget(self) -> None:
-        """Start with an empty buffer."""
+        """Begin with an empty buffer, and count updates from 0."""
         self.replay = ReplayBuffer(self.settings.buffer_size, self.observation_size, seed=self.seed)
         self.updates = 0
 

@@ -72,7 +72,7 @@ class Policy(nn.Module):
     """A distribution over actions in each state, around a network of one's own."""
 
     def forward(self, observations: Tensor) -> Distribution:
-        """`pi(. | s)` for observations `(..., D)`."""
+        """Return `pi(. | s)` for observations `(..., D)`."""
         raise NotImplementedError
 
     def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -95,11 +95,11 @@ class CategoricalPolicy(Policy):
         self.network = network
 
     def forward(self, observations: Tensor) -> Categorical:
-        """`pi(. | s)`, over the indices of the actions."""
+        """Return `pi(. | s)`, over the indices of the actions."""
         return Categorical(logits=self.network(observations), validate_args=False)
 
     def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Indices `(N,)` for observations `(N, D)`."""
+        """Return indices `(N,)` for observations `(N, D)`."""
         logits = self.network(observations)
         if generator is not None:
             # argmax(ln p - ln E), with E exponential, is a sample of p: the Gumbel-max trick.
@@ -122,12 +122,12 @@ class GaussianPolicy(Policy):
         self.log_std = nn.Parameter(torch.full((size,), float(log_std)))
 
     def forward(self, observations: Tensor) -> Independent:
-        """`pi(. | s)`, over action vectors."""
+        """Return `pi(. | s)`, over action vectors."""
         normal = Normal(self.network(observations), self.log_std.exp(), validate_args=False)
         return Independent(normal, 1, validate_args=False)
 
     def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Vectors `(N, A)` for observations `(N, D)`, not clipped to the bounds of the space."""
+        """Return vectors `(N, A)` for observations `(N, D)`, not clipped to the bounds of the space."""
         mean = self.network(observations)
         if generator is None:
             return mean
@@ -173,7 +173,7 @@ class ObservationNorm(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Normalised observations, `(..., D)`."""
+        """Return normalised observations, `(..., D)`."""
         return ((observations - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-self.limit, self.limit)
 
     @torch.no_grad()
