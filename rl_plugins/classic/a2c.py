@@ -36,7 +36,7 @@ class A2CSettings(PolicySettings):
 
 
 class A2CAgent(Agent):
-    """A2C: one gradient step on short rollouts, the synchronous form of A3C (Mnih et al., arXiv 1602.01783).
+    """A2C takes one gradient step on each short rollout; it is A3C, made synchronous (Mnih et al., arXiv 1602.01783).
 
     `L = mean(-A ln pi(a | s) + value_coef (V(s) - R)^2 - entropy_coef H)` with `R = A + V(s)`, both under
     stop-gradient. At `gae_lambda = 1` the advantage `A` is the n-step return less the value, at 0 the TD error (Sutton
@@ -95,7 +95,7 @@ class A2CAgent(Agent):
         value_loss = squared_error(values[:, :-1], returns).mean()
         loss = policy_loss + settings.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-        if settings.entropy_coef:  # without the bonus, nobody waits for the entropy
+        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
             metrics["entropy"] = distribution.entropy().mean()
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics

@@ -84,7 +84,7 @@ class Policy(nn.Module):
 
 
 class CategoricalPolicy(Policy):
-    """`pi(a | s) = softmax(logits(s))_a`, for Discrete actions.
+    """A policy that chooses among Discrete actions: `pi(a | s) = softmax(logits(s))_a`.
 
     Args:
         network: From observations `(..., D)` to logits `(..., A)`.
@@ -108,7 +108,9 @@ class CategoricalPolicy(Policy):
 
 
 class GaussianPolicy(Policy):
-    """`pi(a | s) = N(mean(s), sigma^2)`, diagonal, for Box actions; `ln sigma` is a parameter that no state changes.
+    """A policy that draws Box actions: `pi(a | s) = N(mean(s), sigma^2)`, diagonal.
+
+    `ln sigma` is a parameter of its own, the same in all states.
 
     Args:
         network: From observations `(..., D)` to means `(..., A)`.

@@ -57,7 +57,7 @@ class OffPolicyACSettings(PolicySettings):
 
 
 class OffPolicyACAgent(Agent):
-    """Off-policy actor-critic: importance weights correct for the behaviour policy `beta`.
+    """Off-policy actor-critic learns from rollouts of a behaviour policy `beta`, which importance weights correct for.
 
     `L = mean(-sg[min(rho, clip_rho) A] ln pi(a | s) + value_coef (V(s) - v)^2 - entropy_coef H)`, `rho = pi / beta`,
     with the targets `v` and advantages `A` of `functional.vtrace` (Degris et al., arXiv 1205.4839; Espeholt et al.,
@@ -132,7 +132,7 @@ class OffPolicyACAgent(Agent):
         value_loss = squared_error(values[:, :-1], targets).mean()
         loss = policy_loss + settings.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "ratio_max": ratios.max()}
-        if settings.entropy_coef:  # without the bonus, nobody waits for the entropy
+        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
             metrics["entropy"] = distribution.entropy().mean()
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics

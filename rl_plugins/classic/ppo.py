@@ -42,7 +42,7 @@ class PPOSettings(PolicySettings):
 
 
 class PPOAgent(Agent):
-    """PPO: several epochs on each rollout, with a clipped ratio (Schulman et al., arXiv 1707.06347).
+    """PPO learns for several epochs from each rollout, with a clipped ratio (Schulman et al., arXiv 1707.06347).
 
     `L = mean(-min(rho A, clip(rho, 1 - c, 1 + c) A) + value_coef (V - R)^2 - entropy_coef H)` (eq. 7 and 9), with
     `rho = pi(a | s) / pi_old(a | s)`, advantages `A` from GAE and `R = A + V_old`. For another loss, override `loss`.
@@ -95,7 +95,7 @@ class PPOAgent(Agent):
         value_loss = squared_error(self.values(batch.observations), batch.returns).mean()
         loss = policy_loss + settings.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-        if settings.entropy_coef:  # without the bonus, nobody waits for the entropy
+        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
             metrics["entropy"] = distribution.entropy().mean()
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics

@@ -43,7 +43,7 @@ class QACSettings(PolicySettings):
 
 
 class QACAgent(Agent):
-    """QAC: the policy follows a critic `q(s, a)`, which learns by Sarsa.
+    """QAC lets the policy follow a critic `q(s, a)`, which learns by Sarsa.
 
     `L_policy = mean(-q(s, a) ln pi(a | s) - entropy_coef H)`, `L_critic = mean((q(s, a) - r - gamma q(s', a'))^2)`
     (Sutton and Barto 2018, eq. 6.7), with stopped gradients on `q` in the first and on the target in the second. `a'`
@@ -141,7 +141,7 @@ class QACAgent(Agent):
         distribution = self.policy(observations)
         loss = vanilla(distribution.log_prob(rollout.actions), weights).mean()
         metrics = {"policy_loss": loss}
-        if settings.entropy_coef:  # without the bonus, nobody waits for the entropy
+        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
             metrics["entropy"] = distribution.entropy().mean()
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics

@@ -33,7 +33,7 @@ class ReinforceSettings(PolicySettings):
 
 
 class ReinforceAgent(Agent):
-    """REINFORCE: whole episodes, their returns, no critic (Williams 1992; Sutton and Barto 2018, section 13.3).
+    """REINFORCE learns from the returns of whole episodes (Williams 1992; Sutton and Barto 2018, section 13.3).
 
     `L = mean(-G_t ln pi(a_t | s_t) - entropy_coef H)`. Normalised returns, the default, have a constant baseline and
     an own scale. An episode that a time limit cuts off counts as it is; without a limit of the environment's own it is
@@ -92,7 +92,7 @@ class ReinforceAgent(Agent):
         step_loss = vanilla(distribution.log_prob(rollout.actions), weights, rollout.mask)
         loss = aggregate(step_loss, rollout.mask, "token")  # the mean over all steps that are learned from
         metrics = {"policy_loss": loss}
-        if settings.entropy_coef:  # without the bonus, nobody waits for the entropy
+        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
             metrics["entropy"] = masked_mean(distribution.entropy(), rollout.mask)
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics

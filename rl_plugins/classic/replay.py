@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Transitions(NamedTuple):
-    """`N` steps `(s, a, r, s', d)`, in no particular order.
+    """Steps `(s, a, r, s', d)`, `N` of them, in no particular order.
 
     Where an episode is cut by a time limit, `s'` is its real last observation and `d` is false: the state after it has
     a value, which targets bootstrap. `d` is true only where the environment ends the episode.

@@ -59,7 +59,7 @@ class TRPOSettings(PolicySettings):
 
 
 class TRPOAgent(Agent):
-    """TRPO: the policy takes the largest step that keeps it near the old one (Schulman et al., arXiv 1502.05477).
+    """TRPO takes the largest step that keeps the policy near the old one (Schulman et al., arXiv 1502.05477).
 
     Maximise `mean(rho A)` subject to `mean(KL(pi_old || pi)) <= max_kl` (eq. 14), with `rho = pi / pi_old` and
     advantages `A` from GAE. The direction of the step comes from conjugate gradient on the Fisher information, its
