@@ -13,8 +13,7 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from rl_plugins.classic import DQNModule
-from rl_plugins.classic import PPOModule as ClassicPPOModule
+from rl_plugins.classic import DQNAgent, PPOAgent
 from rl_plugins.functional import expert_counts, gae, load_fractions, switch_balance_loss, token_log_probs
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
 from rl_plugins.moe import BalancingConfig, RouterBalancer
@@ -242,9 +241,9 @@ def test_lightning_tracker_follows_its_prompts(tiny_model: Callable[..., Any], t
     assert len(module.tracked.tracker) == 4 and module.trainer.callback_metrics["value_tracker/prompts"] == 4
 
 
-@pytest.mark.parametrize("agent", [DQNModule, ClassicPPOModule])
+@pytest.mark.parametrize("agent", [DQNAgent, PPOAgent])
 def test_classic_agent_learns(agent: Any) -> None:
-    size = {"learning_starts": 32} if agent is DQNModule else {"rollout_steps": 32}
+    size = {"learning_starts": 32} if agent is DQNAgent else {"rollout_steps": 32}
     module = agent("CartPole-v1", total_steps=128, seed=0, **size)
     before = {name: x.clone().cpu() for name, x in module.state_dict().items()}
     fit(module, max_epochs=1, limit_val_batches=0)

@@ -347,6 +347,8 @@ def test_options_in_prose_exist() -> None:
     known |= {*inspect.signature(SpeculativeDecoder).parameters, "use_mtp", "use_cache"}
     modules = [getattr(package, name) for package in (rl_plugins.lightning, classic) for name in package.__all__]
     known |= {name for module in modules for name in inspect.signature(module).parameters}
+    agents = [getattr(classic, name) for name in classic.__all__ if name.endswith("Agent")]
+    known |= {f.name for agent in agents for f in fields(inspect.get_annotations(agent)["settings"])}
     known |= {"strategy", "collate_fn", "accumulate_grad_batches", "precision"}
     for path in DOCS:
         prose = BLOCK.sub("", path.read_text())

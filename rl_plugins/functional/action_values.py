@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rl_plugins.functional.masking import upcast
+from rl_plugins.functional.returns import check_discount
 
 
 def expected_sarsa_targets(
@@ -146,8 +147,7 @@ def stochastic_update(q: Tensor, targets: Tensor, alpha: float | Tensor) -> Tens
 
 
 def _check(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
+    check_discount(gamma)
     _check_same(terminated, rewards, "terminated")
     if next_q.ndim != rewards.ndim + 1 or next_q.shape[:-1] != rewards.shape or not next_q.shape[-1]:
         raise ValueError(

@@ -26,7 +26,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
     Raises:
         ValueError: `gamma` is out of range, or the shapes do not fit.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     return _scan_real(_clean(rewards, mask), gamma, mask)
 
 
@@ -47,7 +47,7 @@ def discount_factors(mask: Tensor, *, gamma: float, dtype: torch.dtype = torch.f
     Raises:
         ValueError: `gamma` is out of range.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     real = mask.bool().to(torch.promote_types(dtype, torch.float32))
     return zero_masked(gamma ** (real.cumsum(1) - real), mask)
 
@@ -70,7 +70,7 @@ def td_targets(
     Raises:
         ValueError: `gamma` is out of range, or the shapes do not fit.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     return _clean(rewards, mask) + gamma * _next_values(values, mask, next_values)
 
 
@@ -120,7 +120,7 @@ def n_step_returns(
     Raises:
         ValueError: `n` is below 1, `gamma` is out of range, or the shapes do not fit.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     if n < 1:
         raise ValueError(f"n={n}: give at least 1, which is td_targets.")
     following, last = _next_values(values, mask, next_values), last_real(mask)
@@ -158,7 +158,7 @@ def lambda_returns(
     Raises:
         ValueError: `gamma` or `lam` is out of range, or the shapes do not fit.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     lam = _check_lam(lam, mask)
     following = _next_values(values, mask, next_values)
     # After the last token G and V' are the same number, so there the bootstrap has its whole weight.
@@ -311,16 +311,34 @@ def _check_shape(x: Tensor, mask: Tensor) -> None:
         raise ValueError(f"expected (B, T) tensors, got {tuple(x.shape)} with a mask {tuple(mask.shape)}.")
 
 
-def _check_gamma(gamma: float) -> None:
+def check_discount(gamma: float) -> None:
+    """Refuse a discount outside [0, 1].
+
+    Raises:
+        ValueError: If it is.
+    """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
+
+
+def check_trace_decay(lam: float, name: str = "lam") -> None:
+    """Refuse a trace decay outside [0, 1].
+
+    Args:
+        lam: the decay.
+        name: under which the caller knows it.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"{name}={lam}: give a trace decay in [0, 1].")
 
 
 def _check_lam(lam: float | Tensor, mask: Tensor) -> float | Tensor:
     """`lam` as a float, `(B, 1)` or `(B, T)`."""
     if not isinstance(lam, Tensor):
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam={lam}: give a trace decay in [0, 1].")
+        check_trace_decay(lam)
         return lam
     if lam.shape not in ((mask.shape[0],), (mask.shape[0], 1), mask.shape):
         raise ValueError(

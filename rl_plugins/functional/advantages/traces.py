@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import upcast, zero_masked
+from rl_plugins.functional.returns import check_discount, check_trace_decay
 
 TraceStyle = Literal["recent", "both"]
 
@@ -42,8 +43,8 @@ def _weights(mask: Tensor, gamma: float, lam: float, style: str) -> Tensor:
     """`trace_weights` in float64."""
     if mask.ndim != 2:
         raise ValueError(f"mask {tuple(mask.shape)}: give the completion mask, (B, T).")
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise ValueError(f"gamma={gamma}, lam={lam}: give a discount and a trace decay in [0, 1].")
+    check_discount(gamma)
+    check_trace_decay(lam)
     if style not in ("recent", "both"):
         raise ValueError(f"style={style!r}: choose 'recent' or 'both'.")
     real = mask.bool()
