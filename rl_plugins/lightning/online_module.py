@@ -87,7 +87,7 @@ class OnlineModule(DraftingModule):
         mask_truncated_completions: Leave completions that did not end out of the loss.
         speculative: Let MTP heads draft the completions (see [`~rl_plugins.rollouts.SpeculativeDecoder`]). A module
             without heads of its own gets some, which learn from every rollout.
-        speculative_kwargs: Options of that: `num_draft_tokens`, `draft_cost` (0.2; `None` measures it), `adaptive`;
+        speculative_kwargs: Options of that: `num_draft_tokens`, `draft_cost` (0.2; `None` measures it);
             and, in a module without heads of its own, those of [`~rl_plugins.lightning.speculation.DraftHeads`].
         kwargs: For [`LanguageModule`].
 

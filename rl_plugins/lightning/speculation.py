@@ -22,7 +22,7 @@ from rl_plugins.signals.online import draft_metrics
 if TYPE_CHECKING:
     from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder
 
-DECODING = ("num_draft_tokens", "draft_cost", "adaptive")
+DECODING = ("num_draft_tokens", "draft_cost")
 """Options of the decoder; all others are those of the heads."""
 
 
@@ -95,7 +95,7 @@ def make_decoder(options: Mapping[str, Any]) -> "SpeculativeDecoder":
     from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
 
     given = {key: options[key] for key in DECODING if key in options}
-    return SpeculativeDecoder(**{"draft_cost": 0.2, **given}, values=False)
+    return SpeculativeDecoder(**{"draft_cost": 0.2, **given})
 
 
 class DraftingModule(LanguageModule):

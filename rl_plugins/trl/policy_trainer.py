@@ -98,7 +98,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         if args.speculative:
             from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
 
-            self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost, values=False)
+            self.decoder = SpeculativeDecoder(args.num_draft_tokens, draft_cost=args.draft_cost)
             self.decoder.check(self.model)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
