@@ -32,6 +32,12 @@ def test_kept_slots_by_hand() -> None:
     assert after.tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
 
 
+def test_kept_slots_of_the_drawing_in_decoding() -> None:
+    slots, after = kept_slots(torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]]))
+    assert slots.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 4, 5, 2, 3]]
+    assert after.tolist() == [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
+
+
 def test_kept_slots_of_a_full_mask_changes_nothing() -> None:
     slots, after = kept_slots(torch.ones(2, 4, dtype=torch.long))
     assert slots.tolist() == [[0, 1, 2, 3]] * 2 and after.tolist() == [[1] * 4] * 2

@@ -1,4 +1,4 @@
-"""Aggregations worked by hand; the same sums as TRL's are checked with the losses, in test_policy_losses."""
+"""Aggregations worked by hand; TRL's sums are checked with the losses, in test_functional_policy_losses_clip."""
 
 import math
 
