@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel
 
-from rl_plugins.nn import MTPHeads, attach_mtp_heads
-from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput
+from rl_plugins.nn import MTPHeads, PolyakTarget, attach_mtp_heads
+from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, ValueRecorder
 
 PAD, EOS = 0, 1
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13, 14, 15, 2], [4], [5, 5, 6, 3, 2]]
@@ -51,9 +51,21 @@ def processors_of(model: Any, inputs: dict[str, Tensor], **options: Any) -> Logi
 
 def decode(model: Any, inputs: dict[str, Tensor], **options: Any) -> SpeculativeOutput:
     """Speculative decoding, always with as many drafts as there are heads."""
-    decoder = options.pop("decoder", None) or SpeculativeDecoder(adaptive=False)
+    decoder = options.pop("decoder", None) or SpeculativeDecoder(draft_cost=0.0)
     settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **options}
     return model.generate(**inputs, **settings, custom_generate=decoder)
+
+
+def decode_with_values(
+    model: Any, inputs: dict[str, Tensor], target: PolyakTarget | None = None, flush_every: int = 64, **options: Any
+) -> tuple[SpeculativeOutput, Tensor, Tensor]:
+    """As `decode`, with the values of all heads and of their slow copies in the state of every new token (B, T, K)."""
+    decoder = options.pop("decoder", None) or SpeculativeDecoder(draft_cost=0.0)
+    decoder.recorder = recorder = ValueRecorder(model.mtp_heads, target, flush_every=flush_every)
+    output = decode(model, inputs, decoder=decoder, **options)
+    saved = recorder.finish(output.log_probs.shape[1])
+    assert saved is not None
+    return output, *saved
 
 
 def plain(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:

@@ -208,7 +208,7 @@ def test_greedy_drafting_chooses_the_same_tokens(tiny_model: Callable[..., Any])
     model = model.to(DEVICE).eval()
     inputs = {name: x.to(DEVICE) for name, x in padded(PROMPTS).items()}
     options = {"max_new_tokens": 16, "do_sample": False}
-    ours = model.generate(**inputs, **options, custom_generate=SpeculativeDecoder(adaptive=False))
+    ours = model.generate(**inputs, **options, custom_generate=SpeculativeDecoder(draft_cost=0.0))
     assert torch.equal(ours, model.generate(**inputs, **options)) and ours.device.type == DEVICE
 
 

@@ -319,7 +319,7 @@ def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable
 
 
 def test_a_critic_drafts_with_its_own_heads(make: Make) -> None:
-    module = make("critic", num_mtp_heads=3, speculative_kwargs={"num_draft_tokens": 2, "adaptive": False})
+    module = make("critic", num_mtp_heads=3, speculative_kwargs={"num_draft_tokens": 2, "draft_cost": 0.0})
     assert module.draft_heads is None and module.decoder.draft_length.max_drafts == 2
     numbers = Numbers()
     fit(module, data(), numbers, max_steps=1)

@@ -202,9 +202,9 @@ def test_sampled_completions_have_the_distribution_of_the_model(tiny_model: Call
     setting = SETTINGS[name]
     model = make_model(tiny_model, setting)
     exact = Exact.of(model, PROMPTS, setting)
-    for adaptive in (False, True):
-        torch.manual_seed(1 + adaptive)
-        decoder = SpeculativeDecoder(adaptive=adaptive, draft_cost=0.1)
+    for seed, cost in ((1, 0.0), (2, 0.1)):  # all drafts in every step, and as many as pay
+        torch.manual_seed(seed)
+        decoder = SpeculativeDecoder(draft_cost=cost)
         assert worst_p_value(exact, model, decoder, setting, rows=4096, batches=3) > 1e-4
 
 
@@ -230,7 +230,7 @@ def test_the_distribution_is_right_and_wrong_rules_are_noticed(
 
     def measure() -> float:
         torch.manual_seed(0)
-        return worst_p_value(exact, model, SpeculativeDecoder(adaptive=False), setting, rows=4096, batches=2)
+        return worst_p_value(exact, model, SpeculativeDecoder(draft_cost=0.0), setting, rows=4096, batches=2)
 
     assert measure() > 1e-4
     with monkeypatch.context() as patch:  # all drafts that are possible at all stay

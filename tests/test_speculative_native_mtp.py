@@ -46,7 +46,7 @@ def test_greedy_is_stock_greedy(family: str, num_layers: int, prompts: list[list
     model = make(family, num_layers)
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(**batch(prompts), **options)
-    decoder = SpeculativeDecoder(adaptive=False)
+    decoder = SpeculativeDecoder(draft_cost=0.0)
     assert torch.equal(model.generate(**batch(prompts), **options, custom_generate=decoder), expected)
     assert decoder.last is not None and decoder.last.statistics is not None
     assert len(decoder.last.statistics.acceptance) == num_layers
@@ -66,13 +66,13 @@ def test_drafts_are_those_of_a_pass_without_a_cache(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(SequentialDrafter, "propose", checked)
     settled: list[tuple[Tensor, Tensor]] = []
-    decoder = SpeculativeDecoder(adaptive=False)
+    decoder = SpeculativeDecoder(draft_cost=0.0)
     step = Decoding._step
 
-    def watched(self: Decoding, num_drafts: int, seen: list[Tensor]) -> None:
+    def watched(self: Decoding, num_drafts: int) -> None:
         if num_drafts:
-            settled.append((self.index.clone(), self.lengths.clone()))
-        step(self, num_drafts, seen)
+            settled.append((self.active.clone(), self.lengths.clone()))
+        step(self, num_drafts)
 
     monkeypatch.setattr(Decoding, "_step", watched)
     torch.manual_seed(0)

@@ -196,7 +196,7 @@ def measure(
     decoder = SpeculativeDecoder()
     for repeat in range(args.repeats + 1):  # the first is not counted
         for name in list(speeds) if repeat % 2 == 0 else list(speeds)[::-1]:
-            decoder = SpeculativeDecoder(values=False) if name == "speculative" else decoder
+            decoder = SpeculativeDecoder() if name == "speculative" else decoder
             torch.manual_seed(repeat)
             extra = {"custom_generate": decoder} if name == "speculative" else {}
             elapsed, output = seconds(lambda extra=extra: model.generate(**inputs, **options, **extra), args.device)

@@ -9,9 +9,9 @@ from rl_plugins.hooks import require_hooks
 require("lightning", "lightning.pytorch")
 require_hooks("rl_plugins.lightning")
 
+from rl_plugins.lightning.balancing import MoEBalancingCallback
 from rl_plugins.lightning.module import RLModule
 from rl_plugins.lightning.modules import GRPOModule, MTPCriticModule, PPOModule
-from rl_plugins.lightning.balancing import MoEBalancingCallback
 from rl_plugins.lightning.polyak_callback import PolyakCallback
 from rl_plugins.lightning.progress import RolloutProgressBar
 from rl_plugins.lightning.prompts import PromptDataModule

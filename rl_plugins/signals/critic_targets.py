@@ -189,7 +189,8 @@ def value_loss(
     loss: ValueLoss,
     old_values: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value loss of all heads: head k at t regresses on the target of head 1 at t+k-1 (design, "Time index").
+    """Value loss of all heads: head k at t regresses on the target of head 1 at t+k-1, in the time index of
+    [`rl_plugins.functional`].
 
     `L_TD = 1 / (K N) sum_k sum_t l(v_k[t], sg(Y_{t+k-1}))`.
 

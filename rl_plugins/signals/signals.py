@@ -228,4 +228,4 @@ def make_decoder(options: DraftOptions) -> "SpeculativeDecoder | None":
         return None
     from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
 
-    return SpeculativeDecoder(options.num_draft_tokens, draft_cost=options.draft_cost, values=False)
+    return SpeculativeDecoder(options.num_draft_tokens, draft_cost=options.draft_cost)

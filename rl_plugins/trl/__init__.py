@@ -6,8 +6,8 @@ from rl_plugins.hooks import require_hooks
 require("trl", "trl")
 require_hooks("rl_plugins.trl")
 
-from rl_plugins.trl.configs import GRPOVariantConfig, MTPCriticConfig, MTPSFTConfig, PPOConfig, RLConfig
 from rl_plugins.trl.balancing import MoEBalancingCallback
+from rl_plugins.trl.configs import GRPOVariantConfig, MTPCriticConfig, MTPSFTConfig, PPOConfig, RLConfig
 from rl_plugins.trl.sft import MTPSFTTrainer
 from rl_plugins.trl.trainer import RLTrainer
 from rl_plugins.trl.trainers import GRPOVariantTrainer, MTPCriticTrainer, PPOTrainer

@@ -1,4 +1,4 @@
-"""Aggregations worked by hand; the same sums as TRL's are checked with the losses, in test_policy_losses."""
+"""Aggregations worked by hand; TRL's sums are checked with the losses, in test_functional_policy_losses_clip."""
 
 import math
 
@@ -106,7 +106,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"give row_weights \(3,\), .* not \(2,\)"):
         aggregate(LOSS, MASK, "prompt", row_weights=torch.ones(2))
     for lengths, group_size in ((torch.ones(3), 2), (torch.ones(2, 2), 2), (torch.ones(2), 0)):
-        with pytest.raises(ValueError, match="must divide N"):
+        with pytest.raises(ValueError, match="must divide B"):
             prompt_weights(lengths, group_size)
     with pytest.raises(ValueError, match="max_length"):
         aggregate(LOSS, MASK, "constant")

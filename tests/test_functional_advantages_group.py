@@ -16,6 +16,7 @@ from rl_plugins.functional.advantages.group import (
     group_centered_batch_scaled,
     group_min_max,
     group_normalized,
+    informative_groups,
     kalman,
     leave_one_out,
     length_weighted,
@@ -449,3 +450,44 @@ def test_other_arguments_are_checked() -> None:
 def test_empty_completions_have_no_length_to_weigh() -> None:
     advantages = length_weighted(torch.tensor([1.0, 0.0, 1.0, 0.0]), 2, torch.tensor([0, 0, 0, 5]))
     assert advantages.tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+# Groups with a signal
+
+
+def test_groups_whose_rewards_differ() -> None:
+    rewards = torch.tensor([0.0, 1.0, 0.5, 0.5, NAN, 0.5, NAN, NAN, -1.0, -1.5])
+    assert informative_groups(rewards, 2).tolist() == [True, False, False, False, True]
+    assert informative_groups(rewards, 5).tolist() == [True, True]
+    assert informative_groups(rewards, 1).tolist() == [False] * 10
+    assert informative_groups(rewards, 2).dtype == torch.bool
+
+
+def test_unscorable_rows_do_not_count_as_zero() -> None:
+    assert informative_groups(torch.tensor([1.0, NAN, 1.0, NAN, 0.0, 1.0]), 3).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.1 + 0.2, 0.3], False),  # a unit in the last place
+        ([1000.0, 1000.0005], False),  # relative for large rewards
+        ([1000.0, 1000.01], True),
+        ([0.0, 1e-5], True),
+        ([-1000.0, -1000.5], True),
+    ],
+)
+def test_the_tolerance_is_that_of_rounding(rewards: list[float], expected: bool) -> None:
+    assert informative_groups(torch.tensor(rewards), 2).tolist() == [expected]
+    assert informative_groups(torch.tensor(rewards), 2, tolerance=10.0).tolist() == [False]
+
+
+def test_half_precision_is_compared_in_float32() -> None:
+    rewards = torch.tensor([0.5, 0.5, 0.0, 1.0], dtype=torch.bfloat16)
+    assert informative_groups(rewards, 2).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("shape", "size"), [((5,), 2), ((2, 2), 2), ((4,), 0)])
+def test_what_does_not_divide_is_refused(shape: tuple[int, ...], size: int) -> None:
+    with pytest.raises(ValueError, match="do not divide into groups"):
+        informative_groups(torch.zeros(shape), size)
