@@ -24,7 +24,7 @@ from rl_plugins.moe import find_routers
 from rl_plugins.report.expert_load import LOAD_FILE_NAME, LoadHistory, read_loads
 from rl_plugins.trl import MoEBalancingCallback as HFCallback
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

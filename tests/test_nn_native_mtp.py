@@ -31,7 +31,7 @@ from rl_plugins.nn import (
     save_native_mtp,
 )
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 FAMILIES = ["deepseek_v3", "glm4_moe"]
 RELEASED_LAYERS = {"deepseek_v3": 61, "glm4_moe": 46}
