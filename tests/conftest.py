@@ -4,9 +4,11 @@ Nothing here imports torch before a test file does: pytest-xdist's controller im
 """
 
 import gc
+import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -14,6 +16,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import pytest
 
 from .helpers import processes
+
+# accelerate asks for some thirty packages whenever a trainer is made, and reads their files each time.
+importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +32,10 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     if session.config.option.collectonly or controls:
         return (yield)
     import torch
+    import torch.nn.modules.linear_cross_entropy  # takes a second, which every fork would spend anew
 
+    if any(item.get_closest_marker("slow") for item in session.items):
+        import deepspeed  # noqa: F401  (so do workers, whether they use it or not)
     # Two torch threads on busy cores are ten times slower than one for models this small.
     torch.set_num_threads(1)
     # Hosts collect garbage after every run, which takes longer than the run if all that was imported is looked at.

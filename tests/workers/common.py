@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
 os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "CI": "1"}
 
 import deepspeed
@@ -36,7 +36,7 @@ from transformers import TrainerCallback
 import rl_plugins.trl  # noqa: F401  (slow, and most workers import it)
 from rl_plugins.nn.sharding import whole_parameters
 
-torch._dynamo.config.disable = True
+torch._dynamo.config.disable = True  # the variable is read when torch is imported, which it may be already
 
 Run = dict[str, Any]
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
