@@ -4,6 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := torch==2.13.0
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Two processes, a file at a time, so that a file's fixtures are made once. tests/conftest.py puts long files first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-latest test-vllm check format smollm2 clean
@@ -29,8 +31,8 @@ demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what
 	$(OFFLINE) $(BIN)/python recipes/mtp_critic.py --output_dir outputs/demo
 
 test: $(STAMP) ## run every test, the fast ones first
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
-	$(OFFLINE) $(BIN)/python -m pytest -m slow
+	$(OFFLINE) $(BIN)/python -m pytest $(TWO) -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest $(TWO) -m slow
 
 test-latest: PACKAGES := --upgrade --upgrade-strategy eager -e ".[dev]"
 test-latest: .venv-latest/.installed ## run the fast tests with the newest releases inside the ranges of pyproject.toml

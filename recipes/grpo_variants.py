@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from mtp_critic import Defaults, run
 
-from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
 from rl_plugins.signals.presets import GRPO_PRESETS
+from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
 
 
 @dataclass

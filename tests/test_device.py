@@ -31,9 +31,9 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .conftest import DEVICE, DTYPE
-from .moe_models import make_moe_model
-from .speculative_models import PROMPTS, padded, randomise_heads
+from .helpers.moe_models import make_moe_model
+from .helpers.speculative_models import PROMPTS, padded, randomise_heads
+from .helpers.tiny import DEVICE, DTYPE
 
 PRECISION = "bf16-mixed" if torch.bfloat16 == DTYPE else "32-true"
 GROUPS = torch.tensor([0, 0, 1, 1])

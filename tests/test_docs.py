@@ -48,7 +48,8 @@ from rl_plugins.trl import (
 )
 from rl_plugins.trl.configs import SpeculativeArguments, TokenHeadsArguments
 from rl_plugins.trl.scripts import online
-from tests.moe_models import make_moe_model
+
+from .helpers.moe_models import make_moe_model
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,10 +12,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from rl_plugins.nn import MTPHeads, NativeMTP, load_mtp_heads
 from rl_plugins.trl.attachments import check_fsdp
 
-from . import test_trl_critic_distributed as distributed
-from .conftest import CHARACTERS
-from .moe_models import make_moe_model
-from .test_trl_balancing_distributed import gap, start_both
+from .helpers import distributed
+from .helpers.distributed import gap, start_both
+from .helpers.moe_models import make_moe_model
+from .helpers.tiny import CHARACTERS
 
 Base: Any = distributed.Workplace
 largest_gap, fsdp = distributed.largest_gap, distributed.fsdp

@@ -16,7 +16,7 @@ from torch import Tensor
 from rl_plugins import functional, signals
 from rl_plugins.functional.policy_losses.covariance import token_covariance
 
-from .formula_cases import CASES, FUNCTIONAL, GROUP, OBJECTIVES, SETTINGS, Batch, make_batch
+from .helpers.formula_cases import CASES, FUNCTIONAL, GROUP, OBJECTIVES, SETTINGS, Batch, make_batch
 
 MASKS = ("mask", "token_mask")
 

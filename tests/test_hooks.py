@@ -34,7 +34,7 @@ from rl_plugins.nn.cache_name import cache_name
 from rl_plugins.rollouts import speculative
 from rl_plugins.trl import MTPCriticTrainer
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 ROOT = Path(__file__).parent.parent
 ROWS = [(user, hook) for user, rows in HOOKS.items() for hook in rows]

@@ -28,7 +28,7 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .lightning_runs import Numbers, fit, perturb
+from .helpers.lightning_runs import Numbers, fit, perturb
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*"),

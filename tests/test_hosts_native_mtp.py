@@ -21,9 +21,9 @@ from rl_plugins.lightning import MTPSFTModule, PromptDataModule
 from rl_plugins.nn import MTPHeads, NativeMTP, attach_mtp_heads, attach_native_mtp
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
-from .conftest import CHARACTERS
-from .lightning_runs import Numbers, assert_equal_states, every_step, fit, state_of
-from .moe_models import make_moe_model
+from .helpers.lightning_runs import Numbers, assert_equal_states, every_step, fit, state_of
+from .helpers.moe_models import make_moe_model
+from .helpers.tiny import CHARACTERS
 from .test_nn_native_mtp import FAMILIES, doubled, slow_losses
 
 COEF, K = 0.3, 2

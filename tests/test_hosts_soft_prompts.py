@@ -26,7 +26,7 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .lightning_runs import fit, module_factory, prompts
+from .helpers.lightning_runs import fit, module_factory, prompts
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 

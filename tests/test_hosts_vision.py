@@ -1,9 +1,6 @@
 """Vision-language models: values see the images, and two gloo ranks equal one process, whichever rank has images."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ from torch import Tensor
 from rl_plugins.nn import ValueModel
 from rl_plugins.nn.gradient import tie
 
-from .test_trl_critic_distributed import free_port
-from .vision_models import looks, picture, vision_language
+from .helpers.processes import free_port, run_script
+from .helpers.vision_models import looks, picture, vision_language
 
 WORKER = Path(__file__).parent / "workers" / "vision_worker.py"
 RUNS = [
@@ -105,10 +102,7 @@ def train(root: Path, ranks: int) -> None:
     ]
     file = root / f"runs_{ranks}.json"
     file.write_text(json.dumps(runs))
-    env = os.environ | ({"RANKS": str(ranks)} if ranks > 1 else {})
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(file)], env=env, capture_output=True, text=True, timeout=900
-    )
+    done = run_script(WORKER, str(file), ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -20,8 +20,8 @@ from rl_plugins.lightning.accumulation import Lookahead, WindowMeans, check_wind
 from rl_plugins.moe import find_routers
 from rl_plugins.rollouts.completions import Completions, pad_left
 
-from .lightning_runs import KINDS, Numbers, every_step, fit, module_factory, perturb
-from .moe_models import make_moe_model
+from .helpers.lightning_runs import KINDS, Numbers, every_step, fit, module_factory, perturb
+from .helpers.moe_models import make_moe_model
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -25,8 +25,8 @@ from rl_plugins.moe.config import BalancingConfig
 from rl_plugins.trl import MoEBalancingCallback as TRLBalancing
 from rl_plugins.trl import PolyakCallback as TRLPolyak
 
-from .bad_rewards import ARGUMENTS, RETURNS, asks, closed, reads
-from .lightning_runs import KINDS, ONLINE, every_step, fit, module_factory, prompts
+from .helpers.bad_rewards import ARGUMENTS, RETURNS, asks, closed, reads
+from .helpers.lightning_runs import KINDS, ONLINE, every_step, fit, module_factory, prompts
 
 Make = Callable[..., Any]
 DEMONSTRATIONS = [{"prompt": "1+1=", "completion": "2"}] * 4

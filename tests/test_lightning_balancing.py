@@ -24,7 +24,7 @@ from rl_plugins.moe import find_routers
 from rl_plugins.moe.load_log import LOAD_FILE_NAME, ExpertLoadHistory, read_expert_load
 from rl_plugins.trl import MoEBalancingCallback as HFCallback
 
-from .moe_models import make_moe_model, mean_switch_loss
+from .helpers.moe_models import make_moe_model, mean_switch_loss
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

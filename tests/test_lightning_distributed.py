@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from rl_plugins.lightning import MTPCriticModule
 from rl_plugins.nn import load_mtp_heads
 
-from . import test_trl_critic_distributed as distributed
-from .test_trl_balancing_distributed import gap
+from .helpers import distributed
+from .helpers.distributed import gap
 
 pytestmark = pytest.mark.slow
 

@@ -37,7 +37,7 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .lightning_runs import (
+from .helpers.lightning_runs import (
     KINDS,
     Numbers,
     assert_equal_states,

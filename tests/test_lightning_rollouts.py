@@ -27,7 +27,7 @@ from rl_plugins.nn import MTPHeads
 from rl_plugins.nn.attachment import trunk_of
 from rl_plugins.rollouts.completions import Completions, pad_left
 
-from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
+from .helpers.lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

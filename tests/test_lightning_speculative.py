@@ -21,7 +21,7 @@ from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
 from rl_plugins.rollouts.values import ValueRecorder
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer, PPOConfig, PPOTrainer
 
-from .lightning_runs import (
+from .helpers.lightning_runs import (
     LORA,
     ONLINE,
     Numbers,
@@ -34,7 +34,7 @@ from .lightning_runs import (
     state_of,
     weights,
 )
-from .speculative_models import randomise_heads
+from .helpers.speculative_models import randomise_heads
 from .test_trl_speculative import SMALL, UNSUITABLE, of_heads, of_values, spread, successors
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")

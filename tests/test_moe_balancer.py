@@ -22,7 +22,7 @@ from rl_plugins.functional.routing import (
 from rl_plugins.moe import BalancingConfig, Router, RouterBalancer, find_routers
 from rl_plugins.nn.cache_name import cache_name
 
-from .moe_models import make_moe_model, mean_switch_loss, pooled_switch_loss, spread_routers
+from .helpers.moe_models import make_moe_model, mean_switch_loss, pooled_switch_loss, spread_routers
 
 IDS = torch.randint(2, 40, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])

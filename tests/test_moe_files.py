@@ -22,7 +22,7 @@ from rl_plugins.moe import (
     save_selection_bias,
 )
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 IDS = torch.randint(2, 40, (2, 8), generator=torch.Generator().manual_seed(0))
 FILE = "selection_bias.safetensors"

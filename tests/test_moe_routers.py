@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rl_plugins.moe import BalancingConfig, Router, RouterBalancer, find_routers
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 IDS = torch.randint(2, 40, (3, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])

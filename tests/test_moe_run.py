@@ -7,7 +7,7 @@ import torch
 
 from rl_plugins.moe import BalancingConfig, BalancingRun, find_routers, read_expert_load
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 BATCHES = torch.randint(2, 40, (4, 3, 9), generator=torch.Generator().manual_seed(0))
 

@@ -16,7 +16,7 @@ from rl_plugins.nn import Attachment, MTPHeads, MTPHeadsConfig, NativeMTP, Value
 from rl_plugins.nn.mtp_heads import CONFIG_NAME
 from rl_plugins.trl.host import without_attachments
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 TinyModel = Callable[..., Any]
 

@@ -17,7 +17,7 @@ from transformers.modeling_layers import MtpModel
 from rl_plugins.moe import find_routers
 from rl_plugins.nn import NativeMTP, NativePass, attach_native_mtp, head_pass, native_mtp_files, native_token_loss
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 FAMILIES = ["deepseek_v3", "glm4_moe"]
 RELEASED_LAYERS = {"deepseek_v3": 61, "glm4_moe": 46}

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rl_plugins.moe import read_expert_load
 from rl_plugins.nn import ValueModel, load_mtp_heads
 
+from .helpers.processes import run_script
+
 FOLDER = Path(__file__).parents[1] / "recipes"
 CRITICS = {"mtp_critic": "heads", "grpo_variants": "", "ppo": "value model"}
 RECIPES = [FOLDER / f"{name}.py" for name in CRITICS]
@@ -30,8 +32,7 @@ TINY = [
 
 
 def run_recipe(path: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(path), f"--output_dir={output}", *TINY, *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
+    done = run_script(path, f"--output_dir={output}", *TINY, *options, cwd=output.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -126,7 +127,7 @@ def test_gguf_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, str(FOLDER / "lightning_mtp_critic.py"), "fit", f"--trainer.default_root_dir={output}"]
+    command = [str(FOLDER / "lightning_mtp_critic.py"), "fit", f"--trainer.default_root_dir={output}"]
     command += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
     command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.train_items=200"]
     command += ["--data.eval_items=16", "--data.batch_size=8", "--data.eval_batch_size=16", "--model.hidden_size=32"]
@@ -136,7 +137,7 @@ def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
     command += [f"--trainer.callbacks.dirpath={output}", "--trainer.callbacks.filename={step}"]
 
     def run(*options: str) -> bytes:
-        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+        done = run_script(*command, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         check_report(output, done, steps=2)
         check_critic(output, done)
@@ -156,9 +157,9 @@ def test_every_recipe_is_run_by_a_test() -> None:
 def test_moe_balancing(tmp_path: Path) -> None:
     """A few of the recipe's steps, a larger rate: the balance is there already."""
     output = tmp_path / "run"
-    command = [sys.executable, str(FOLDER / "moe_balancing.py"), f"--output_dir={output}", "--use_cpu=True"]
+    command = [str(FOLDER / "moe_balancing.py"), f"--output_dir={output}", "--use_cpu=True"]
     options = ["--max_steps=70", "--eval_items=150", "--rate=0.03", "--logging_steps=35", "--disable_tqdm=True"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    done = run_script(*command, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = json.loads((output / "results.json").read_text())["runs"]
     assert list(runs) == ["none", "aux", "loss_free"]
@@ -388,7 +389,6 @@ def test_two_ranks_leave_together(recipe: str, tmp_path: Path) -> None:
         last, options = "results.json", ["--use_cpu=True", "--max_steps=2", "--eval_items=150", "--disable_tqdm=True"]
         options += ["--balancing", "loss_free"]
     (tmp_path / "launched.py").write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "launched.py"), str(FOLDER / f"{recipe}.py"), str(output / last)]
-    done = subprocess.run([*command, *options, f"--output_dir={output}"], capture_output=True, text=True, cwd=tmp_path)
+    command = [str(tmp_path / "launched.py"), str(FOLDER / f"{recipe}.py"), str(output / last)]
+    done = run_script(*command, *options, f"--output_dir={output}", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

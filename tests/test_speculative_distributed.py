@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_plugins.nn import MTPHeads, attach_mtp_heads
 
-from . import test_trl_critic_distributed as distributed
-from .speculative_models import randomise_heads
-from .test_trl_balancing_distributed import gap
+from .helpers import distributed
+from .helpers.distributed import gap
+from .helpers.speculative_models import randomise_heads
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.rollouts.speculative import verification
-from tests.speculative_models import EOS, attach_random_heads, padded, processors_of
+
+from .helpers.speculative_models import EOS, attach_random_heads, padded, processors_of
 
 PROMPTS = [[3, 2], [2, 3, 2, 3], [3], [2, 2, 3]]
 INITIALIZER = 0.8

@@ -18,7 +18,8 @@ from transformers import (
 
 from rl_plugins.nn import PolyakTarget
 from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, completion_values, speculating
-from tests.speculative_models import (
+
+from .helpers.speculative_models import (
     EOS,
     FAMILIES,
     NEW,

@@ -11,7 +11,7 @@ from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.rollouts.speculative.decoding import Decoding
 from rl_plugins.rollouts.speculative.drafters import SequentialDrafter
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 PROMPTS = [[7, 3, 9, 12, 5], [21], [4, 4, 30], [11, 2, 8, 6]]
 

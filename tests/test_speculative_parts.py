@@ -20,7 +20,8 @@ from rl_plugins.rollouts.speculative.drafters import Verified, make_drafter
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
 from rl_plugins.rollouts.speculative.verification import Drafts, verify
-from tests.speculative_models import FAMILIES, attach_random_heads, make, padded, processors_of
+
+from .helpers.speculative_models import FAMILIES, attach_random_heads, make, padded, processors_of
 
 # The cache
 

@@ -27,7 +27,7 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .bad_rewards import ARGUMENTS, RETURNS, asks, closed, reads, scalar
+from .helpers.bad_rewards import ARGUMENTS, RETURNS, asks, closed, reads, scalar
 
 Make = Callable[..., Any]
 HOST: dict[str, Any] = {

@@ -34,7 +34,7 @@ from rl_plugins.trl import (
 )
 from rl_plugins.trl.host import hide_attachments_from_vllm, stream_biases_to_vllm
 
-from .moe_models import make_moe_model, mean_switch_loss
+from .helpers.moe_models import make_moe_model, mean_switch_loss
 
 Make = Callable[..., Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -26,8 +26,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from rl_plugins.functional.alignment import completion_states, last_real
 from rl_plugins.nn import ValueModel
-from rl_plugins.signals import PolicyLoss, critic_targets, policy_loss, scale_advantages
-from rl_plugins.signals import HeadCritic, ValueModelCritic
+from rl_plugins.signals import HeadCritic, PolicyLoss, ValueModelCritic, critic_targets, policy_loss, scale_advantages
 from rl_plugins.trl import MTPCriticTrainer, PPOConfig, PPOTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm
 

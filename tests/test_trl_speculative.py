@@ -26,7 +26,7 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .speculative_models import randomise_heads
+from .helpers.speculative_models import randomise_heads
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 Make = Callable[..., Any]

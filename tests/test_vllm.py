@@ -26,8 +26,8 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .conftest import DEVICE
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
+from .helpers.tiny import DEVICE
 
 pytestmark = [
     pytest.mark.vllm,
@@ -51,7 +51,7 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 @pytest.fixture(scope="module", autouse=True)
 def engine() -> Any:
     """The helpers; they import vllm."""
-    from . import vllm_engine
+    from .helpers import vllm_engine
 
     vllm_engine.prepare_engine(DTYPE)
     return vllm_engine
@@ -211,7 +211,7 @@ def test_several_turns_with_what_an_environment_says_between(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="two engines on one GPU")
 def test_two_ranks_with_an_engine_each(tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
-    from . import vllm_engine
+    from .helpers import vllm_engine
 
     tiny_model(**vllm_engine.SIZES).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -243,9 +243,14 @@ class TrunkCritic(Critic):
         missing = torch.tensor([float(saved is None)], device=host.device)
         return None if host.sum_over_ranks(missing) > 0 else saved
 
-    @contextmanager
-    def learning(self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None) -> Iterator[Any]:
+    def learning(
+        self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
+    ) -> AbstractContextManager[Any]:
         """Run the module in the policy's forward; `alone` and `scale` are for modules with gradient into the trunk."""
+        return self._observed(batch)
+
+    @contextmanager
+    def _observed(self, batch: Batch) -> Iterator[CriticRun]:
         run, num_tokens = CriticRun(), batch["completion_ids"].shape[1]
 
         def observe(hidden: Tensor) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from .conftest import CHARACTERS, EOS, PAD, make_tokenizer
+from .tiny import CHARACTERS, EOS, PAD, make_tokenizer
 
 SPECIAL = {
     "llava_next": ["<image>"],
