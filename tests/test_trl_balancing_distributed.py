@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rl_plugins.nn.serialization import SELECTION_BIAS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_plugins.moe import load_selection_bias
+from rl_plugins.nn.attachment import SELECTION_BIAS_NAME
 
 from .helpers import distributed, moe_models
 from .helpers.distributed import assert_same_biases, gap, start_both

@@ -30,6 +30,8 @@ from rl_plugins.signals import HeadCritic, PolicyLoss, ValueModelCritic, critic_
 from rl_plugins.trl import MTPCriticTrainer, PPOConfig, PPOTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm
 
+from .helpers.tiny import change_values
+
 Make = Callable[..., PPOTrainer]
 Batch = dict[str, Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -185,7 +187,9 @@ def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], reward: Any
     with pytest.raises(TypeError, match="Cannot make a value model from Linear"):
         make(value_model=torch.nn.Linear(2, 2))
     model = make().model
-    with pytest.raises(ValueError, match="has a value model already. Use get_value_model.policy. to reach it, or det"):
+    with pytest.raises(
+        ValueError, match="has `value_model` already. Use ValueModel.of.model. to reach it, or ValueModel.det"
+    ):
         make(model=model, value_model=tiny_model())
 
 
@@ -342,7 +346,7 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(make: Make, path: str) -> None:
 
     ref_logps = batch["ref_per_token_logps"]
     assert loss(ref_logps) == loss(ref_logps - 1) and trainer.beta == 0.5
-    trainer.args.kl_in_reward = False
+    change_values(trainer, kl_in_reward=False)
     assert loss(ref_logps) != loss(ref_logps - 1)
     assert trainer.beta == 0.5
 
@@ -452,10 +456,10 @@ def test_gradients_do_not_cross(make: Make) -> None:
     trainer = make(max_steps=2)
     batch = batch_in_training(trainer, steps=2)
     trainer.current_gradient_accumulation_steps = 1
-    trainer.args.value_loss_coef = 0.0
+    change_values(trainer, value_loss_coef=0.0)
     only_policy = gradients(trainer, trainer._compute_loss(trainer.model, dict(batch)))
     assert {n for n, g in only_policy.items() if g.any()} == {n for n in only_policy if not is_critic(n)}
-    trainer.args.value_loss_coef = 1.0
+    change_values(trainer, value_loss_coef=1.0)
     still = {**batch, "advantages": torch.zeros_like(batch["advantages"])}
     only_value = gradients(trainer, trainer._compute_loss(trainer.model, still))
     assert {n for n, g in only_value.items() if g.any()} == {n for n in only_value if is_critic(n)}

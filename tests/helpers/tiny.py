@@ -1,5 +1,6 @@
 """A tiny random Qwen3, a character tokenizer, arithmetic prompts, a deterministic reward."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rl_plugins.signals.critics import CriticSignal
 
 CHARACTERS = "0123456789+-= "
 PAD, EOS = 0, 1
@@ -84,3 +87,9 @@ def make_critic_args(output_dir: Path | str, **overrides: Any) -> Any:
             **overrides,
         }
     )
+
+
+def change_values(host: Any, **changes: Any) -> None:
+    """Have the critic of a trainer or module go on with other value options."""
+    host.critic.values = dataclasses.replace(host.critic.values, **changes)
+    host.signal = CriticSignal(host.critic)

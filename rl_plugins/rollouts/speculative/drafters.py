@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_plugins.functional.alignment import shift_real
-from rl_plugins.nn.attachment import base_model_of
+from rl_plugins.nn.attachment import Attachment, base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.token_loss import logit_divisor
