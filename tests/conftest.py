@@ -122,6 +122,24 @@ def make_critic_args(output_dir: Path | str, **overrides: Any) -> Any:
     )
 
 
+def record_passes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have records fail that were not fed by a forward pass over whole completions."""
+    from rl_plugins.rollouts import ValueRecord, WholeRows
+
+    fed: list[Any] = []
+    start, finish = WholeRows.__init__, ValueRecord.finish
+
+    def note(self: WholeRows, record: ValueRecord, num_tokens: int) -> None:
+        fed.append(record)
+        start(self, record, num_tokens)
+
+    def fail(self: ValueRecord, num_tokens: int) -> Any:
+        return finish(self, num_tokens) if any(record is self for record in fed) else None
+
+    monkeypatch.setattr(WholeRows, "__init__", note)
+    monkeypatch.setattr(ValueRecord, "finish", fail)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Qwen3ForCausalLM]:
     """Factory: `tiny_model(seed=0, **config_overrides)`."""

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rl_plugins.nn import PolyakTarget
-from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, ValueRecorder, completion_values, speculating
+from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, ValueRecord, completion_values, speculating
 from tests.speculative_models import (
     EOS,
     FAMILIES,
@@ -251,7 +251,7 @@ def test_values_of_rows_that_leave_the_batch(model: Any, flush_every: int) -> No
     tails = output.sequences[:, 7:].tolist()
     stops = [next((i + 1 for i, t in enumerate(row) if t in options["eos_token_id"]), NEW) for row in tails]
     assert len(set(stops)) > 4 and NEW in stops
-    recorder = ValueRecorder(model.mtp_heads, target, flush_every=flush_every)
+    recorder = ValueRecord(model.mtp_heads, target, flush_every=flush_every)
     recorded = decode(model, inputs, **options, decoder=SpeculativeDecoder(adaptive=False, recorder=recorder))
     torch.testing.assert_close(recorded.values, output.values, atol=1e-6, rtol=1e-6)
     assert torch.equal(output.values, output.target_values)
@@ -266,7 +266,7 @@ def test_values_of_rows_that_leave_the_batch(model: Any, flush_every: int) -> No
 
 
 def test_a_recorder_starts_anew_with_every_call(model: Any) -> None:
-    decoder = SpeculativeDecoder(adaptive=False, recorder=ValueRecorder(model.mtp_heads))
+    decoder = SpeculativeDecoder(adaptive=False, recorder=ValueRecord(model.mtp_heads))
     decode(model, padded(PROMPTS), decoder=decoder)
     inputs = padded(PROMPTS[:2])
     output = decode(model, inputs, decoder=decoder, max_new_tokens=5)

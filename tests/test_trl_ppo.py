@@ -185,7 +185,7 @@ def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], reward: Any
     with pytest.raises(TypeError, match="Cannot make a value model from Linear"):
         make(value_model=torch.nn.Linear(2, 2))
     model = make().model
-    with pytest.raises(ValueError, match="has a value model already. Use get_value_model.policy. to reach it, or det"):
+    with pytest.raises(ValueError, match=r"has `value_model` already. Use ValueModel.of\(model\) to reach it, or Val"):
         make(model=model, value_model=tiny_model())
 
 

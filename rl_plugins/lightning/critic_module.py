@@ -15,11 +15,11 @@ from rl_plugins.lightning.online_module import Metrics, OnlineModule
 from rl_plugins.lightning.prompts import Row
 from rl_plugins.lightning.ranks import sum_over_ranks
 from rl_plugins.lightning.value_module import ValueModule
-from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.completions import Completions
 from rl_plugins.rollouts.rewards import RewardFunc
-from rl_plugins.rollouts.values import ValuePass, ValueRecorder
+from rl_plugins.rollouts.values import EachStep, ValueRecord, WholeRows
 from rl_plugins.signals.checks import check_head_reach
 
 
@@ -101,8 +101,9 @@ class MTPCriticModule(HeadsModule, ValueModule):
             temperature=self.temperature,
         )
         self.check_drafting()
-        self._recorder: ValueRecorder | None = None
-        self._passes: list[ValuePass] = []
+        self._record: ValueRecord | None = None
+        self._steps: EachStep | None = None
+        self._passes: list[ValueRecord] = []
 
     def _set_up_draft_heads(self, source: object, temperature: float, options: dict[str, Any]) -> None:
         if options:
@@ -115,27 +116,28 @@ class MTPCriticModule(HeadsModule, ValueModule):
 
     def rollout(self, rows: Sequence[Row]) -> tuple[Batch, Metrics]:
         """As [`OnlineModule.rollout`], with the values of every token saved while it is generated."""
-        self._recorder, self._passes = None, []
+        self._record, self._steps, self._passes = None, None, []
         return super().rollout(rows)
 
     def complete(self, prompts: Sequence[Any]) -> Completions:
         """As [`OnlineModule.complete`], recording the values of every decoding step."""
         if getattr(self.generate, "__func__", None) is not OnlineModule.generate:
             return super().complete(prompts)  # whose decoding steps may be anything
-        self._recorder = ValueRecorder(self.mtp_heads, self.polyak_target)
+        self._record = ValueRecord(self.mtp_heads, self.polyak_target)
         if self.decoder is not None:
-            self.decoder.recorder = self._recorder
+            self.decoder.recorder = self._record
             return super().complete(prompts)
-        with self._recorder.following(self.model):
+        self._steps = EachStep(self._record)
+        with self._steps.following(self.model):
             return super().complete(prompts)
 
     def log_probs(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """As [`OnlineModule.log_probs`]; the policy's first pass in a rollout is kept for its values."""
         if model is not None or self._passes:
             return super().log_probs(batch, model)
-        record = ValuePass(self.mtp_heads, self.polyak_target, batch["completion_ids"].shape[1])
+        record = ValueRecord(self.mtp_heads, self.polyak_target)
         self._passes.append(record)
-        with self.mtp_heads.watching(record):
+        with self.mtp_heads.watching(WholeRows(record, batch["completion_ids"].shape[1])):
             return super().log_probs(batch)
 
     def recorded_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -145,14 +147,17 @@ class MTPCriticModule(HeadsModule, ValueModule):
         needs_log_probs = self.kl_in_reward and "old_per_token_logps" not in batch
         if needs_log_probs or (saved is None and not self._passes):
             batch["old_per_token_logps"] = self.log_probs(batch)
-        return saved if saved is not None else self._passes[0].finish(len(batch["completion_ids"]))
+        if saved is None:
+            saved = self._passes[0].finish(batch["completion_ids"].shape[1])
+        assert saved is not None
+        return saved
 
     def _saved_values(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Values saved while generating, if every rank has those of these very completions."""
-        recorder, ids = self._recorder, batch["completion_ids"]
-        saved = None if recorder is None else recorder.finish(ids.shape[1])
-        if recorder is not None and self.decoder is None:
-            saved = saved if recorder.made(ids, batch["completion_mask"]) else None
+        ids = batch["completion_ids"]
+        saved = None if self._record is None else self._record.finish(ids.shape[1])
+        if self._steps is not None:
+            saved = saved if self._steps.made(ids, batch["completion_mask"]) else None
         # Together, since the pass that takes their place is one of all ranks.
         missing = torch.tensor(float(saved is None), device=self.device)
         return None if sum_over_ranks(missing) > 0 else saved
@@ -160,20 +165,19 @@ class MTPCriticModule(HeadsModule, ValueModule):
     # Loss
 
     @contextmanager
-    def training_values(self, inputs: Batch, *, warming_up: bool) -> Iterator[HeadPass]:
+    def training_values(self, inputs: Batch, *, warming_up: bool) -> Iterator[HeadRun]:
         """The heads run in the policy's forward."""
         num_tokens, mask = inputs["completion_ids"].shape[1], inputs["completion_mask"]
         num_heads = self.mtp_heads.config.num_heads
-        head_pass = self.head_training.head_pass(
+        with self.head_training.running(
             partial(completion_states, num_tokens=num_tokens),
             completion_labels(inputs["prompt_ids"], inputs["completion_ids"], mask, num_heads),
             inputs["num_items"],
             heads_only=warming_up,
-        )
-        with self.mtp_heads.watching(head_pass):
-            yield head_pass
+        ) as run:
+            yield run
 
-    def critic_loss(self, record: HeadPass, inputs: Batch) -> tuple[Tensor, Metrics]:
+    def critic_loss(self, record: HeadRun, inputs: Batch) -> tuple[Tensor, Metrics]:
         """lambda_2 L_TD + lambda_1 L_MTP."""
         assert record.values is not None
         value_term, metrics = self._value_term(record.values, inputs)

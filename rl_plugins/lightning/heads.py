@@ -1,6 +1,7 @@
 """The MTP heads of a LightningModule: attached or loaded, run inside a training forward, and their losses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from rl_plugins.lightning.polyak_callback import polyak_callback, target_of
 from rl_plugins.lightning.ranks import sum_over_ranks
 from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.gradient import GradientStats
-from rl_plugins.nn.head_pass import HeadPass, logit_divisor
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.native_mtp import NativeMTP
-from rl_plugins.nn.native_pass import NativePass
 from rl_plugins.nn.target_heads import PolyakTarget, check_polyak
+from rl_plugins.nn.token_loss import logit_divisor
 from rl_plugins.signals.checks import check_at_least, check_whole
 from rl_plugins.signals.critic_targets import per_head_means
 
@@ -88,7 +89,8 @@ class HeadTraining:
         self._stats: GradientStats | None = None
         self._limit: Tensor | None = None
 
-    def head_pass(
+    @contextmanager
+    def running(
         self,
         select: Callable[[Tensor], Tensor],
         labels: Tensor | None,
@@ -96,8 +98,8 @@ class HeadTraining:
         *,
         target: PolyakTarget | None = None,
         heads_only: bool = False,
-    ) -> HeadPass:
-        """A tap for the next training forward.
+    ) -> Iterator[HeadRun]:
+        """Run the heads in the training forward inside the block.
 
         Args:
             select: Picks the states from the trunk's hidden states.
@@ -108,8 +110,7 @@ class HeadTraining:
         """
         clip = self.value_grad_clip
         self._limit = None if clip is None else (clip * self.value_loss_coef / num_items).float()
-        head_pass = HeadPass(
-            self.heads,
+        with self.heads.running(
             select,
             lm_head=base_model_of(self.model).get_output_embeddings(),
             labels=labels if self.token_loss_coef else None,
@@ -119,9 +120,9 @@ class HeadTraining:
             value_grad_norm=self._limit,
             target=target,
             with_values=not self.draft_only,
-        )
-        self._stats = head_pass.stats
-        return head_pass
+        ) as run:
+            self._stats = run.stats
+            yield run
 
     def keep_units(self, value_term: Tensor) -> None:
         """Have the clamp scaled as the host scales the loss on its way back: Lightning divides it by the number of
@@ -135,9 +136,9 @@ class HeadTraining:
 
         value_term.register_hook(scale)
 
-    def token_term(self, head_pass: HeadPass, num_items: Tensor) -> TokenTerm:
+    def token_term(self, run: HeadRun, num_items: Tensor) -> TokenTerm:
         """lambda_1 L_MTP, its metrics and their weights."""
-        return token_term(head_pass.token_losses, head_pass.token_counts, num_items, self.token_loss_coef)
+        return token_term(run.token_losses, run.token_counts, num_items, self.token_loss_coef)
 
     def gradient_totals(self, module: nn.Module) -> Tensor | None:
         """What the backward pass showed of the value gradient into the trunk, over all ranks: sum of norms, clamped
@@ -177,12 +178,15 @@ class NativeTraining:
         self.heads = NativeMTP.prepare(model, num_layers)
         self.divisor = logit_divisor(base_model_of(model).config)
 
-    def native_pass(self, inputs: Mapping[str, Tensor]) -> NativePass:
-        """A tap for the next training forward on tensors `input_ids`, `attention_mask`, `labels` (B, L)."""
+    def running(self, inputs: Mapping[str, Tensor]) -> AbstractContextManager[HeadRun]:
+        """Run the layers in the training forward inside the block.
+
+        Args:
+            inputs: Tensors `input_ids`, `attention_mask`, `labels` (B, L).
+        """
         lm_head = base_model_of(self.model).get_output_embeddings()
         assert lm_head is not None
-        return NativePass(
-            self.heads,
+        return self.heads.running(
             lm_head,
             inputs["input_ids"],
             inputs["labels"],
@@ -191,9 +195,9 @@ class NativeTraining:
             detach_trunk=self.detach_trunk,
         )
 
-    def token_term(self, native_pass: NativePass, num_items: Tensor) -> TokenTerm:
+    def token_term(self, run: HeadRun, num_items: Tensor) -> TokenTerm:
         """lambda_1 L_MTP, its metrics and their weights."""
-        return token_term(native_pass.token_losses, native_pass.token_counts, num_items, self.token_loss_coef)
+        return token_term(run.token_losses, run.token_counts, num_items, self.token_loss_coef)
 
     def gradient_totals(self, module: nn.Module) -> Tensor | None:
         """None: there are no values."""

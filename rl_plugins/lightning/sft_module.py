@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from rl_plugins.functional.rewards import terminal_rewards
 from rl_plugins.lightning.heads import HeadsModule, head_means
 from rl_plugins.lightning.prompts import Row, rows_of
 from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks
-from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.rollouts.rewards import is_conversational, prompt_tokens
 from rl_plugins.signals.checks import check_at_least, check_choice, check_head_reach, check_unit_interval
@@ -216,18 +217,16 @@ class MTPSFTModule(HeadsModule):
         num_items = self._num_items(inputs)
         if self.native_training is not None:
             check_no_rewards(rewards is not None)
-            native_pass = self.native_training.native_pass(inputs)
-            with self.native_training.heads.watching(native_pass):
+            with self.native_training.running(inputs) as run:
                 loss, metrics = self._own_loss(inputs, mask, num_items)
-            token_term, token_metrics, weights = self.native_training.token_term(native_pass, num_items)
+            token_term, token_metrics, weights = self.native_training.token_term(run, num_items)
             self.metric_weights |= weights
             return loss + token_term, {**metrics, **token_metrics}
-        head_pass = self._head_pass(labels, num_items, None if rewards is None else self.polyak_target)
-        with self.mtp_heads.watching(head_pass):
+        with self._running(labels, num_items, None if rewards is None else self.polyak_target) as run:
             loss, metrics = self._own_loss(inputs, mask, num_items)
-        token_term, token_metrics, weights = self.head_training.token_term(head_pass, num_items)
+        token_term, token_metrics, weights = self.head_training.token_term(run, num_items)
         self.metric_weights |= weights
-        value_term, value_metrics = self._value_term(head_pass, mask, rewards, num_items)
+        value_term, value_metrics = self._value_term(run, mask, rewards, num_items)
         self.head_training.keep_units(value_term)
         return loss + token_term + value_term, {**metrics, **token_metrics, **value_metrics}
 
@@ -244,22 +243,24 @@ class MTPSFTModule(HeadsModule):
         total, tokens = sum_over_ranks(torch.stack([output.loss.detach() * num_items, mask.sum()]).float())
         return output.loss, {"token_loss": total / tokens.clamp(min=1.0), "mean_token_accuracy": accuracy}
 
-    def _head_pass(self, labels: Tensor, num_items: Tensor, target: PolyakTarget | None) -> HeadPass:
+    def _running(
+        self, labels: Tensor, num_items: Tensor, target: PolyakTarget | None
+    ) -> AbstractContextManager[HeadRun]:
         # The whole row is one completion of its first token.
         select = partial(completion_states, num_tokens=labels.shape[1] - 1)
         tokens = select(mtp_labels(labels, self.mtp_heads.config.num_heads))
-        return self.head_training.head_pass(select, tokens, num_items, target=target)
+        return self.head_training.running(select, tokens, num_items, target=target)
 
     def _value_term(
-        self, head_pass: HeadPass, mask: Tensor, rewards: Tensor | None, num_items: Tensor
+        self, run: HeadRun, mask: Tensor, rewards: Tensor | None, num_items: Tensor
     ) -> tuple[Tensor, Metrics]:
         """lambda_2 L_TD on rows with a reward; the state that predicts token p+1 acts where that token has a label."""
-        values = head_pass.values
+        values = run.values
         assert values is not None
         if rewards is None:
             return 0.0 * values.sum(), {}  # keeps the value weights in the graph, which DDP counts on
         old_values = values.detach()
-        target_values = old_values if head_pass.target_values is None else head_pass.target_values
+        target_values = old_values if run.target_values is None else run.target_values
         mask = mask & rewards.isfinite().unsqueeze(1)
         terminal = terminal_rewards(rewards.nan_to_num(0.0, 0.0, 0.0), mask)
         targets = critic_targets(terminal, old_values, target_values, mask, **self.signal)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from rl_plugins.functional.alignment import completion_labels, completion_states
 from rl_plugins.lightning.heads import HeadTraining, TokenTerm
 from rl_plugins.lightning.language_module import LanguageModule
 from rl_plugins.lightning.ranks import sum_over_ranks
-from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.rollouts.batch import Batch
 from rl_plugins.signals.checks import check_at_least
@@ -73,17 +74,18 @@ class DraftHeads:
         if not mtp_loss_coef:
             self.training.heads.requires_grad_(False)  # DDP would wait for their gradient
 
-    def head_pass(self, inputs: Batch, *, heads_only: bool = False) -> HeadPass:
-        """A tap for the next training forward on completions; `heads_only` keeps its gradient out of the trunk."""
+    def running(self, inputs: Batch, *, heads_only: bool = False) -> AbstractContextManager[HeadRun]:
+        """Run the heads in the training forward on completions inside the block; `heads_only` keeps their gradient out
+        of the trunk."""
         num_tokens, mask = inputs["completion_ids"].shape[1], inputs["completion_mask"]
         num_heads = self.training.heads.config.num_heads
         labels = completion_labels(inputs["prompt_ids"], inputs["completion_ids"], mask, num_heads)
         select = partial(completion_states, num_tokens=num_tokens)
-        return self.training.head_pass(select, labels, inputs["num_items"], heads_only=heads_only)
+        return self.training.running(select, labels, inputs["num_items"], heads_only=heads_only)
 
-    def token_term(self, head_pass: HeadPass, inputs: Batch) -> TokenTerm:
+    def token_term(self, run: HeadRun, inputs: Batch) -> TokenTerm:
         """lambda_1 L_MTP, its metrics and their weights."""
-        return self.training.token_term(head_pass, inputs["num_items"])
+        return self.training.token_term(run, inputs["num_items"])
 
     def save(self, directory: Path) -> None:
         """Write the heads beside the model."""
@@ -165,10 +167,9 @@ class DraftingModule(LanguageModule):
         """An objective, and the token loss of heads that draft, on one forward pass; and the metrics of both."""
         if self.draft_heads is None:
             return loss(inputs)
-        head_pass = self.draft_heads.head_pass(inputs, heads_only=self.warming_up)
-        with self.draft_heads.training.heads.watching(head_pass):
+        with self.draft_heads.running(inputs, heads_only=self.warming_up) as run:
             total, metrics = loss(inputs)
-        token_term, token_metrics, weights = self.draft_heads.token_term(head_pass, inputs)
+        token_term, token_metrics, weights = self.draft_heads.token_term(run, inputs)
         self.metric_weights |= weights
         return total + token_term, {**metrics, **token_metrics}
 

@@ -7,22 +7,21 @@ require_hooks("rl_plugins.nn")
 
 from rl_plugins.nn.attachment import Attachment, base_model_of
 from rl_plugins.nn.gradient import GradientStats, clamp_gradient
-from rl_plugins.nn.head_pass import HeadPass, head_token_loss, logit_divisor
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHead, MTPHeads, MTPHeadsConfig, ValueHead, attach_mtp_heads, load_mtp_heads
 from rl_plugins.nn.native_mtp import NativeMTP, attach_native_mtp
-from rl_plugins.nn.native_pass import NativePass, native_token_loss
 from rl_plugins.nn.target_heads import PolyakTarget
+from rl_plugins.nn.token_loss import head_token_loss, logit_divisor, native_token_loss
 from rl_plugins.nn.value_model import ValueModel
 
 __all__ = [
     "Attachment",
     "GradientStats",
-    "HeadPass",
+    "HeadRun",
     "MTPHead",
     "MTPHeads",
     "MTPHeadsConfig",
     "NativeMTP",
-    "NativePass",
     "PolyakTarget",
     "ValueHead",
     "ValueModel",

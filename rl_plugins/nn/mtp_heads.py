@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -14,8 +15,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rl_plugins.nn.attachment import Attachment, base_model_of, find_file
+from rl_plugins.nn.gradient import clamp_gradient
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.seeding import fixed_seed
+from rl_plugins.nn.token_loss import head_token_loss
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +153,57 @@ class MTPHeads(Attachment):
         """The heads in order, k = 1..K."""
         return (cast(MTPHead, head) for head in self.heads)
 
+    @contextmanager
+    def running(
+        self,
+        select: Callable[[Tensor], Tensor],
+        *,
+        lm_head: nn.Module | None = None,
+        labels: Tensor | None = None,
+        divisor: float = 1.0,
+        detach_tokens: bool = True,
+        value_grad_scale: float = 1.0,
+        value_grad_norm: Tensor | None = None,
+        target: Callable[[Tensor], Tensor] | None = None,
+        with_values: bool = True,
+    ) -> Iterator[HeadRun]:
+        """Run the heads in the next forward of the model inside the block: values, and the token loss where labels are
+        given. Only the first forward counts.
+
+        Args:
+            select: Picks the states from the trunk's hidden states, (B, S, D) -> (B, T, D).
+            lm_head: The model's output embedding, for the token loss.
+            labels: Token of each head (B, T, K), -100 where there is none; `None` skips the token loss.
+            divisor: See [`~rl_plugins.nn.logit_divisor`].
+            detach_tokens: Keep the token loss out of the trunk.
+            value_grad_scale: Scale of the value gradient into the trunk; 0 detaches it.
+            value_grad_norm: Per-token clamp of that gradient, in the units of the scaled loss.
+            target: Slow heads to run on the same states, where the bootstrap is not taken from a rollout.
+            with_values: Whether the values are computed; heads that only draft have no use for them.
+
+        Yields:
+            The results, empty until the forward has run.
+        """
+        run = HeadRun()
+
+        def observe(hidden: Tensor) -> tuple[Tensor | None, ...]:
+            if run.is_filled:
+                return ()
+            states = select(hidden)
+            if with_values:
+                tamed = clamp_gradient(states, max_norm=value_grad_norm, scale=value_grad_scale, stats=run.stats)
+                run.values = self(tamed)
+            if target is not None:
+                run.target_values = target(states)
+            if labels is not None and lm_head is not None:
+                run.token_losses, run.token_counts = head_token_loss(
+                    self, states.detach() if detach_tokens else states, labels, lm_head, temperature=divisor
+                )
+            return run.values, run.token_losses
+
+        with self.watching(observe):
+            yield run
+
     # In a model
 
     def _fit(self, base: PreTrainedModel) -> None:
@@ -211,7 +266,8 @@ class MTPHeads(Attachment):
     # Files
 
     def save(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
-        """As [`Attachment.save`], with the heads' shape in a file of its own."""
+        """Write weights and shape of the heads into `directory`, two files beside `model.safetensors`; see
+        [`Attachment.save`]."""
         path = super().save(directory, state_dict)
         path.with_name(CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         return path
@@ -227,11 +283,11 @@ class MTPHeads(Attachment):
         return MTPHeadsConfig(**json.loads((Path(directory) / CONFIG_NAME).read_text()))
 
     def load(self, directory: str | Path) -> None:
-        """As [`Attachment.load`]; the heads are of the saved number and width.
+        """Read heads that [`save`] wrote into these.
 
         Raises:
             FileNotFoundError: If `directory` holds no heads.
-            ValueError: If they are of another shape.
+            ValueError: If they are of another number, width or hidden size.
         """
         config = self.saved_config(directory)
         if config.hidden_size != self.config.hidden_size:
@@ -249,7 +305,7 @@ class MTPHeads(Attachment):
 
     @classmethod
     def find(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
-        """As [`Attachment.find`]; the file of their shape is fetched, too."""
+        """The folder of heads that were saved with a model, with both files fetched; see [`Attachment.find`]."""
         folder = super().find(path, revision=revision)
         if folder is not None:
             find_file(path, CONFIG_NAME, revision=revision)

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from rl_plugins.hooks import NATIVE_MTP, require_hooks
 from rl_plugins.nn.attachment import Attachment, base_model_of, trunk_of
 from rl_plugins.nn.cache_name import cache_name
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.native_mtp_files import (
     PROJECTION,
     add_to_checkpoint,
@@ -23,6 +25,7 @@ from rl_plugins.nn.native_mtp_files import (
     read_layers,
 )
 from rl_plugins.nn.seeding import fixed_seed
+from rl_plugins.nn.token_loss import native_token_loss
 
 NATIVE_ARCHITECTURES = ("deepseek_v3", "glm4_moe")
 """Model types whose native layers are tested."""
@@ -121,6 +124,53 @@ class NativeMTP(Attachment):
     def logits(self, hidden: Tensor) -> Tensor:
         """Token logits (..., V) of what a depth returned (..., D), by the model's own LM head."""
         return self._base[0].get_output_embeddings()(hidden)
+
+    @contextmanager
+    def running(
+        self,
+        lm_head: nn.Module,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        divisor: float = 1.0,
+        detach_trunk: bool = True,
+    ) -> Iterator[HeadRun]:
+        """Take the token loss of all depths in the next forward of the model inside the block. Only the first forward
+        counts.
+
+        Args:
+            lm_head: The model's output embedding.
+            input_ids: Tokens (B, L) of that forward.
+            labels: Labels aligned with `input_ids` (B, L), -100 where there is none.
+            attention_mask: Real tokens (B, L); `None` for all.
+            position_ids: Positions of packed rows (B, L), which start again with every document.
+            divisor: See [`~rl_plugins.nn.logit_divisor`].
+            detach_trunk: Keep the token loss out of the trunk.
+
+        Yields:
+            The results, empty until the forward has run; without values.
+        """
+        run = HeadRun()
+
+        def observe(hidden: Tensor) -> tuple[Tensor | None, ...]:
+            if run.is_filled:
+                return ()
+            run.token_losses, run.token_counts = native_token_loss(
+                self,
+                hidden.detach() if detach_trunk else hidden,
+                input_ids,
+                labels,
+                lm_head,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                temperature=divisor,
+            )
+            return (run.token_losses,)
+
+        with self.watching(observe):
+            yield run
 
     # In a model
 

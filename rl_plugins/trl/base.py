@@ -14,9 +14,8 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from rl_plugins.functional.masking import masked_moments
 from rl_plugins.nn.attachment import base_model_of
-from rl_plugins.nn.head_pass import HeadPass
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.native_pass import NativePass
 from rl_plugins.nn.sharding import announce_loss
 from rl_plugins.nn.sources import check_trainable_dtype
 from rl_plugins.nn.target_heads import TARGET_NAME
@@ -181,12 +180,12 @@ class PluginTrainer(_BaseTrainer):
         assert lm_head is not None
         return lm_head
 
-    def _token_term(self, head_pass: HeadPass | NativePass, num_items: Tensor) -> Tensor | float:
+    def _token_term(self, run: HeadRun, num_items: Tensor) -> Tensor | float:
         """lambda_1 L_MTP."""
-        if head_pass.token_losses is None or head_pass.token_counts is None:
+        if run.token_losses is None or run.token_counts is None:
             return 0.0
-        self._log_per_head("mtp/token_loss", head_pass.token_losses.detach(), head_pass.token_counts)
-        term = self.args.mtp_loss_coef * head_pass.token_losses.sum() / (len(head_pass.token_losses) * num_items)
+        self._log_per_head("mtp/token_loss", run.token_losses.detach(), run.token_counts)
+        term = self.args.mtp_loss_coef * run.token_losses.sum() / (len(run.token_losses) * num_items)
         announce_loss(self.model, term)
         return term
 

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from rl_plugins.functional.alignment import completion_labels, completion_states
 from rl_plugins.functional.log_probs import kl_to_sampler
 from rl_plugins.functional.masking import zero_masked
-from rl_plugins.nn.head_pass import HeadPass, logit_divisor
-from rl_plugins.rollouts.values import ValuePass, ValueRecorder
+from rl_plugins.nn.head_run import HeadRun
+from rl_plugins.nn.token_loss import logit_divisor
+from rl_plugins.rollouts.values import EachStep, ValueRecord, WholeRows
 from rl_plugins.trl.attachments import find_saved_heads
 from rl_plugins.trl.critic_config import MTPCriticConfig
 from rl_plugins.trl.heads_trainer import MTPHeadsTrainer, complete_args
@@ -84,8 +85,8 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         args = complete_args(args, MTPCriticConfig, model, "MTPCritic")
         saved_heads = find_saved_heads(model, args) if args.use_critic else None
         super().__init__(model, reward_funcs, args, *host_args, **host_kwargs)
-        self._recorders: list[ValueRecorder | None] = []
-        self._passes: list[ValuePass] = []
+        self._recorders: list[tuple[ValueRecord, EachStep | None] | None] = []
+        self._passes: list[ValueRecord] = []
         self._phasic: PhasicSchedule | None = None
         self.last_rollout: Batch = {}
         if args.use_critic:
@@ -117,12 +118,14 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         if self.use_vllm or self.use_transformers_continuous_batching:
             self._recorders.append(None)
             return super()._generate_single_turn(*args, **kwargs)
-        recorder = ValueRecorder(self.mtp_heads, self.polyak_target)
-        self._recorders.append(recorder)
+        record = ValueRecord(self.mtp_heads, self.polyak_target)
         if self.decoder is not None:
-            self.decoder.recorder = recorder
+            self._recorders.append((record, None))
+            self.decoder.recorder = record
             return super()._generate_single_turn(*args, **kwargs)
-        with recorder.following(self.model):
+        steps = EachStep(record)
+        self._recorders.append((record, steps))
+        with steps.following(self.model):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
@@ -137,9 +140,9 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         host_pass = super()._get_per_token_logps_and_entropies
         if not self._in_rollout or self.mtp_heads is None or model is not self.model:
             return host_pass(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        record = ValuePass(self.mtp_heads, self.polyak_target, logits_to_keep)
+        record = ValueRecord(self.mtp_heads, self.polyak_target)
         self._passes.append(record)
-        with self.mtp_heads.watching(record):
+        with self.mtp_heads.watching(WholeRows(record, logits_to_keep)):
             return host_pass(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
     def _recorded_values(self, output: Batch) -> tuple[Tensor, Tensor]:
@@ -150,15 +153,18 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
         if needs_logps or (saved is None and "old_per_token_logps" not in output):
             self._passes.clear()
             output["old_per_token_logps"] = self._score(output)
-        # The first pass is the policy's; a second one is the reference of a PEFT model.
-        return saved if saved is not None else self._passes[0].finish(len(output["completion_ids"]))
+        if saved is None:  # the first pass is the policy's; a second one is the reference of a PEFT model
+            saved = self._passes[0].finish(output["completion_ids"].shape[1])
+        assert saved is not None
+        return saved
 
     def _saved_values(self, output: Batch) -> tuple[Tensor, Tensor] | None:
         """Values saved while generating, if every rank has those of these very completions."""
-        recorder = self._recorders[0] if len(self._recorders) == 1 else None
-        saved = None if recorder is None else recorder.finish(output["completion_ids"].shape[1])
-        if recorder is not None and self.decoder is None:
-            saved = saved if recorder.made(output["completion_ids"], self._loss_mask(output)) else None
+        only = self._recorders[0] if len(self._recorders) == 1 else None
+        record, steps = only or (None, None)
+        saved = None if record is None else record.finish(output["completion_ids"].shape[1])
+        if steps is not None:
+            saved = saved if steps.made(output["completion_ids"], self._loss_mask(output)) else None
         # Together, since the pass that takes their place is one of all ranks.
         missing = torch.tensor([float(saved is None)], device=self.accelerator.device)
         return None if self._sum_over_ranks(missing) > 0 else saved
@@ -166,34 +172,33 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
     # Loss
 
     @contextmanager
-    def _training_values(self, inputs: Batch, *, warming_up: bool) -> Iterator[HeadPass]:
-        assert self.mtp_heads is not None
-        head_pass = self._head_pass(inputs, self.args.value_grad_scale, heads_only=warming_up)
-        with self.mtp_heads.watching(head_pass):
-            yield head_pass
+    def _training_values(self, inputs: Batch, *, warming_up: bool) -> Iterator[HeadRun]:
+        with self._running(inputs, self.args.value_grad_scale, heads_only=warming_up) as run:
+            yield run
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         if "held_logps" in inputs:
             return self._auxiliary_loss(model, inputs)
         return super()._compute_loss(model, inputs)
 
-    def _head_pass(self, inputs: Batch, value_grad_scale: float, *, heads_only: bool = False) -> HeadPass:
-        assert self.mtp_heads is not None
+    def _running(
+        self, inputs: Batch, value_grad_scale: float, *, heads_only: bool = False
+    ) -> AbstractContextManager[HeadRun]:
         args, num_tokens = self.args, inputs["completion_ids"].shape[1]
         labels = None
         if args.mtp_loss_coef:
             mask = self._loss_mask(inputs)
             labels = completion_labels(inputs["prompt_ids"], inputs["completion_ids"], mask, args.num_mtp_heads)
         select = partial(completion_states, num_tokens=num_tokens)
-        return self._make_head_pass(select, labels, self._num_items(inputs), value_grad_scale, heads_only=heads_only)
+        return self._running_heads(select, labels, self._num_items(inputs), value_grad_scale, heads_only=heads_only)
 
-    def _critic_loss(self, head_pass: HeadPass, inputs: Batch) -> Tensor:
-        assert head_pass.values is not None
+    def _critic_loss(self, run: HeadRun, inputs: Batch) -> Tensor:
+        assert run.values is not None
         num_items = self._num_items(inputs)
         value_term = self._value_term(
-            head_pass.values, inputs["returns"], inputs["critic_mask"], num_items, inputs["old_values"]
+            run.values, inputs["returns"], inputs["critic_mask"], num_items, inputs["old_values"]
         )
-        return value_term + self._token_term(head_pass, num_items)
+        return value_term + self._token_term(run, num_items)
 
     # Phasic mode
 
@@ -214,15 +219,13 @@ class MTPCriticTrainer(MTPHeadsTrainer, ValueTrainer):
 
     def _auxiliary_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Value loss into heads and trunk, and a KL term that holds the policy (PPG, 2009.04416, equation 4)."""
-        assert self.mtp_heads is not None
-        head_pass = self._head_pass(inputs, 1.0)
-        with self.mtp_heads.watching(head_pass):
+        with self._running(inputs, 1.0) as run:
             logps = self._logps(model, inputs)
         mask = self._loss_mask(inputs)
         divergence = kl_to_sampler(zero_masked(logps, mask), zero_masked(inputs["held_logps"], mask))
         self._log_mean("phasic/kl", divergence, mask)
         hold = divergence.masked_fill(~mask.bool(), 0.0).sum() / self._num_items(inputs)
-        return self.args.phasic_kl_coef * hold + self._critic_loss(head_pass, inputs)
+        return self.args.phasic_kl_coef * hold + self._critic_loss(run, inputs)
 
     # Checkpoints
 

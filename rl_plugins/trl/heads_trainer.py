@@ -1,6 +1,7 @@
 """What both trainers do with their heads: create, optimise, save, load, average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from trl.trainer.utils import get_config_model_id
 
 from rl_plugins.nn import (
     GradientStats,
-    HeadPass,
+    HeadRun,
     MTPHeads,
     NativeMTP,
-    NativePass,
     PolyakTarget,
     logit_divisor,
 )
@@ -82,7 +82,8 @@ class MTPHeadsTrainer(AttachmentTrainer):
 
     # Losses
 
-    def _make_head_pass(
+    @contextmanager
+    def _running_heads(
         self,
         select: Callable[[Tensor], Tensor],
         labels: Tensor | None,
@@ -91,15 +92,14 @@ class MTPHeadsTrainer(AttachmentTrainer):
         target: PolyakTarget | None = None,
         *,
         heads_only: bool = False,
-    ) -> HeadPass:
-        """A tap for the next training forward.
+    ) -> Iterator[HeadRun]:
+        """Run the heads in the training forward inside the block.
 
         `num_items` sets the units of the gradient clamp; `heads_only` keeps all gradients out of the trunk.
         """
         assert self.mtp_heads is not None
         args = self.args
-        head_pass = HeadPass(
-            self.mtp_heads,
+        with self.mtp_heads.running(
             select,
             lm_head=self._lm_head(),
             labels=labels,
@@ -110,15 +110,14 @@ class MTPHeadsTrainer(AttachmentTrainer):
             if args.value_grad_clip is None
             else args.value_grad_clip * args.value_loss_coef / num_items,
             target=target,
-        )
-        self._gradient_stats = head_pass.stats
-        return head_pass
+        ) as run:
+            self._gradient_stats = run.stats
+            yield run
 
-    def _make_native_pass(self, inputs: dict[str, Any]) -> NativePass:
-        """A tap for the next forward of the native layers."""
+    def _running_native(self, inputs: dict[str, Any]) -> AbstractContextManager[HeadRun]:
+        """Run the native layers in the training forward inside the block."""
         assert self.native_mtp is not None
-        return NativePass(
-            self.native_mtp,
+        return self.native_mtp.running(
             self._lm_head(),
             inputs["input_ids"],
             inputs["labels"],

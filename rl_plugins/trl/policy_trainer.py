@@ -19,9 +19,10 @@ from rl_plugins.functional.alignment import completion_labels, completion_states
 from rl_plugins.functional.policy_losses.aggregation import prompt_weights
 from rl_plugins.functional.ratios import LOG_PROB_LIMIT, within_clamp
 from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
-from rl_plugins.nn.head_pass import HeadPass, logit_divisor
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sources import check_lengths, check_tokenizer, learned_positions
+from rl_plugins.nn.token_loss import logit_divisor
 from rl_plugins.rollouts.rewards import checked, list_reward_funcs
 from rl_plugins.signals.online import draft_metrics, reference_kl
 from rl_plugins.signals.policy import averaged, clip_shares, inert_message, policy_loss
@@ -125,7 +126,7 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         return output
 
     @contextmanager
-    def _drafts_learning(self, inputs: Batch) -> Iterator[HeadPass | None]:
+    def _drafts_learning(self, inputs: Batch) -> Iterator[HeadRun | None]:
         """Take the token loss of heads that draft in the forward pass inside the block."""
         if self.draft_heads is None or not self.args.mtp_loss_coef:
             yield None
@@ -134,17 +135,15 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         labels = completion_labels(
             inputs["prompt_ids"], inputs["completion_ids"], mask, self.draft_heads.config.num_heads
         )
-        head_pass = HeadPass(
-            self.draft_heads,
+        with self.draft_heads.running(
             partial(completion_states, num_tokens=num_tokens),
             lm_head=self._lm_head(),
             labels=labels,
             divisor=self._draft_divisor,
             detach_tokens=self.args.mtp_detach_trunk or self._warming_up,
             with_values=False,
-        )
-        with self.draft_heads.watching(head_pass):
-            yield head_pass
+        ) as run:
+            yield run
 
     # Rewards
 
@@ -276,9 +275,9 @@ class PolicyLossTrainer(AttachmentTrainer, GRPOTrainer):
         return items
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
-        with self._drafts_learning(inputs) as head_pass:
+        with self._drafts_learning(inputs) as run:
             loss = self._objective(model, inputs)
-        return loss if head_pass is None else loss + self._token_term(head_pass, self._num_items(inputs))
+        return loss if run is None else loss + self._token_term(run, self._num_items(inputs))
 
     @property
     def _warming_up(self) -> bool:

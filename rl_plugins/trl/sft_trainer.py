@@ -3,7 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -16,8 +16,7 @@ from trl.data_utils import get_dataset_column_names
 
 from rl_plugins.functional.alignment import completion_states, mtp_labels, predicted_mask
 from rl_plugins.functional.rewards import terminal_rewards
-from rl_plugins.nn.head_pass import HeadPass
-from rl_plugins.nn.native_pass import NativePass
+from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.signals.critic_targets import critic_targets, rollout_metrics
 from rl_plugins.signals.native_checks import check_no_rewards
@@ -162,18 +161,16 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         """Host loss plus the heads' losses on the same forward pass."""
         rewards = inputs.pop(REWARD_COLUMN, None)
         num_items = self._num_items(inputs, num_items_in_batch)
-        head_pass: HeadPass | NativePass
         if self.native_mtp is not None:
-            head_pass = self._make_native_pass(inputs)
+            running = self._running_native(inputs)
         else:
-            head_pass = self._head_pass(inputs, num_items, None if rewards is None else self.polyak_target)
-        assert self.critic_module is not None
-        with self.critic_module.watching(head_pass):
+            running = self._running(inputs, num_items, None if rewards is None else self.polyak_target)
+        with running as run:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        loss = loss + self._token_term(head_pass, num_items)
-        if isinstance(head_pass, HeadPass):
-            loss = loss + self._scored_term(head_pass, inputs, rewards, num_items)
+        loss = loss + self._token_term(run, num_items)
+        if run.values is not None:
+            loss = loss + self._scored_term(run, inputs, rewards, num_items)
         return (loss, outputs) if return_outputs else loss
 
     def _num_items(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
@@ -183,19 +180,19 @@ class MTPSFTTrainer(MTPHeadsTrainer, SFTTrainer):
         items = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
         return items / self.accelerator.num_processes if self.args.average_tokens_across_devices else items
 
-    def _head_pass(self, inputs: dict[str, Any], num_items: Tensor, target: PolyakTarget | None) -> HeadPass:
+    def _running(
+        self, inputs: dict[str, Any], num_items: Tensor, target: PolyakTarget | None
+    ) -> AbstractContextManager[HeadRun]:
         # The whole row is one completion of its first token.
         select = partial(completion_states, num_tokens=inputs["labels"].shape[1] - 1)
         labels = None
         if self.args.mtp_loss_coef:
             labels = select(mtp_labels(inputs["labels"], self.args.num_mtp_heads, inputs.get("position_ids")))
-        return self._make_head_pass(select, labels, num_items, self.args.value_grad_scale, target)
+        return self._running_heads(select, labels, num_items, self.args.value_grad_scale, target)
 
-    def _scored_term(
-        self, head_pass: HeadPass, inputs: dict[str, Any], rewards: Tensor | None, num_items: Tensor
-    ) -> Tensor:
+    def _scored_term(self, run: HeadRun, inputs: dict[str, Any], rewards: Tensor | None, num_items: Tensor) -> Tensor:
         """lambda_2 L_TD on scored examples; the state that predicts token p+1 acts where that token has a label."""
-        values, target_values = head_pass.values, head_pass.target_values
+        values, target_values = run.values, run.target_values
         assert values is not None
         if rewards is None or target_values is None:
             return 0.0 * values.sum()  # keeps the value weights in the graph, which DDP counts on

@@ -22,7 +22,7 @@ from rl_plugins.rollouts.speculative.draft_statistics import SpeculativeOutput
 from rl_plugins.rollouts.speculative.drafters import Drafter, make_drafter
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord
 
 
 class SpeculativeDecoder:
@@ -63,7 +63,7 @@ class SpeculativeDecoder:
         draft_cost: float | None = None,
         adaptive: bool = True,
         values: bool = True,
-        recorder: ValueRecorder | None = None,
+        recorder: ValueRecord | None = None,
         listener: Callable[[int], None] | None = None,
     ) -> None:
         if num_draft_tokens is not None and num_draft_tokens < 1:
@@ -94,7 +94,7 @@ class SpeculativeDecoder:
         _check_options(generation_config, model_kwargs)
         recorder = self.recorder
         if recorder is None and self.values and (heads := MTPHeads.of(model)) is not None:
-            recorder = ValueRecorder(heads)
+            recorder = ValueRecord(heads)
         decoding = Decoding(
             model,
             drafter,

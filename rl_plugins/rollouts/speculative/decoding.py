@@ -20,7 +20,7 @@ from rl_plugins.rollouts.speculative.drafters import Drafter, Verified
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
 from rl_plugins.rollouts.speculative.verification import Drafts, Verdict, verify
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord
 
 SPARE_SHARE = 0.25
 """Share of the cache's slots that not even the longest row needs, above which they are given up."""
@@ -93,7 +93,7 @@ class Decoding:
         processor: ScoreProcessor,
         stopping: Stopping,
         config: GenerationConfig,
-        recorder: ValueRecorder | None,
+        recorder: ValueRecord | None,
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.drafter, self.draft_length = model, drafter, draft_length
@@ -210,7 +210,7 @@ class Decoding:
         new = new * alive
         if self.recorder is not None:
             real = torch.arange(slots, device=index.device) < new[:, None]
-            self.recorder.record(hidden, (columns - self.prompt_length).masked_fill(~real, -1), index)
+            self.recorder.add(hidden, (columns - self.prompt_length).masked_fill(~real, -1), index)
         # New tensors, since those of the step before may be these very ones.
         self.lengths = self.lengths.index_put((index,), lengths + new)
         self.ended = self.ended.index_put((index,), self._own(self.ended) | ended)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rl_plugins.functional.alignment import shift_real
 from rl_plugins.nn.attachment import base_model_of
-from rl_plugins.nn.head_pass import logit_divisor
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.native_mtp import NativeMTP
+from rl_plugins.nn.token_loss import logit_divisor
 from rl_plugins.rollouts.speculative.cache import RollbackCache, RollbackLayer
 
 Choose = Callable[[Tensor], Tensor]

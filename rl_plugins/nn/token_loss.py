@@ -1,19 +1,19 @@
-"""One differentiable run of the heads inside the model's forward pass."""
+"""Token losses of parallel heads and of native MTP layers, through the model's own LM head."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from rl_plugins.nn.gradient import GradientStats, clamp_gradient
-from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.functional.alignment import mtp_labels
 from rl_plugins.nn.sharding import whole_parameters
-from rl_plugins.nn.target_heads import PolyakTarget
+
+if TYPE_CHECKING:
+    from rl_plugins.nn.native_mtp import NativeMTP
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
 """Summed cross-entropy of features (N, D) against labels (N,), in float32."""
@@ -23,7 +23,7 @@ CHUNK_LOGITS = 2**23
 
 
 def head_token_loss(
-    heads: MTPHeads,
+    heads: Iterable[nn.Module],
     hidden: Tensor,
     labels: Tensor,
     lm_head: nn.Module,
@@ -33,10 +33,10 @@ def head_token_loss(
     """Summed cross-entropy of each head's token logits, without building (B, T, K, V).
 
     `L_k = -sum_t ln softmax(W x_k[t] / temperature)[y_{t+k}]` (Gloeckle et al., 2404.19737, equation 2), with the
-    model's own LM head `W` held constant: the heads learn to speak its language, not the other way round.
+    model's own LM head `W` held constant: only the heads learn from the loss.
 
     Args:
-        heads: The heads.
+        heads: The heads in order, k = 1..K.
         hidden: Trunk states (B, T, D); detach them to keep the loss out of the trunk.
         labels: Token of every head (B, T, K), -100 where there is none.
         lm_head: The model's output embedding.
@@ -51,6 +51,55 @@ def head_token_loss(
             chosen = labels[..., k] != -100
             # Select before the block: positions without a label cost nothing.
             losses.append(cross_entropy(head(hidden[chosen]), labels[..., k][chosen]))
+            counts.append(chosen.sum())
+    return torch.stack(losses), torch.stack(counts).float()
+
+
+def native_token_loss(
+    native: "NativeMTP",
+    hidden: Tensor,
+    input_ids: Tensor,
+    labels: Tensor,
+    lm_head: nn.Module,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of each depth's token logits, without building (B, L, K, V).
+
+    `L_k = -sum_p ln softmax(W h^k_p / temperature)[x_{p+1+k}]` (DeepSeek-V3, 2412.19437, equations 24 and 25, which
+    take the mean over tokens and depths), with the model's embedding and LM head `W` held constant, as for the
+    parallel heads.
+
+    Args:
+        native: The layers.
+        hidden: Last hidden states of the trunk (B, L, D); detach them to keep the loss out of the trunk.
+        input_ids: Tokens (B, L).
+        labels: Labels aligned with `input_ids` (B, L), -100 where there is none; depth k takes the one 1 + k ahead.
+        lm_head: The model's output embedding.
+        attention_mask: Real tokens (B, L), padded on either side, without holes; `None` for all.
+        position_ids: Positions of packed rows (B, L), which start again with every document.
+        temperature: What the logits are divided by.
+
+    Returns:
+        Summed losses (K,) and numbers of labels (K,), float32.
+    """
+    targets = mtp_labels(labels, native.num_layers, position_ids)
+    if attention_mask is not None:
+        # With padding on the left, the labels of a row's first tokens are those of padding further back.
+        targets = targets.masked_fill(~attention_mask.bool()[..., None], -100)
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    losses, counts = [], []
+    with constant_lm_head(lm_head, temperature=temperature) as cross_entropy:
+        for k in range(native.num_layers):
+            depth = k + 1
+            # The end of a row, or of a document, gets tokens from elsewhere: positions without a label, which no
+            # position with one attends to.
+            hidden = native.run(depth, hidden, input_ids.roll(-depth, dims=1), position_ids + depth, attention_mask)
+            chosen = targets[..., k] != -100
+            losses.append(cross_entropy(hidden[chosen], targets[..., k][chosen]))
             counts.append(chosen.sum())
     return torch.stack(losses), torch.stack(counts).float()
 
@@ -89,7 +138,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def logit_divisor(config: PretrainedConfig, temperature: float = 1.0) -> float:
-    """What the features are divided by before the LM head: temperature over the model's own logit multiplier.
+    """Divisor of the features before the LM head: temperature over the model's own logit multiplier.
 
     Raises:
         ValueError: If the model caps its logits (Gemma 2), which a linear cross-entropy cannot express.
@@ -98,65 +147,7 @@ def logit_divisor(config: PretrainedConfig, temperature: float = 1.0) -> float:
     if getattr(text_config, "final_logit_softcapping", None):
         raise ValueError(
             f"{text_config.model_type} caps its logits (final_logit_softcapping), which the heads' token loss does "
-            "not support. Set mtp_loss_coef=0 to train the values only."
+            "not support. Leave the token loss out and train the values only."
         )
     scale = getattr(text_config, "logit_scale", None) or getattr(text_config, "lm_head_multiplier", None) or 1.0
     return temperature * float(getattr(text_config, "logits_scaling", None) or 1.0) / float(scale)
-
-
-@dataclass
-class HeadPass:
-    """Tap that runs the heads on one training forward: values, and the token loss where labels are given.
-
-    Use with `heads.tapped(head_pass)`; read `values` and `token_losses` after the forward.
-
-    Args:
-        heads: The attached heads.
-        select: Picks the states from the trunk's hidden states, (B, S, D) -> (B, T, D).
-        lm_head: The model's output embedding, for the token loss.
-        labels: Token of each head (B, T, K), -100 where there is none; `None` skips the token loss.
-        divisor: See [`logit_divisor`].
-        detach_tokens: Keep the token loss out of the trunk.
-        value_grad_scale: Scale of the value gradient into the trunk; 0 detaches it.
-        value_grad_norm: Per-token clamp of that gradient, in the units of the scaled loss.
-        target: Slow heads to run on the same states, where the bootstrap is not taken from a rollout.
-        with_values: Whether the values are computed; heads that only draft have no use for them.
-    """
-
-    heads: MTPHeads
-    select: Callable[[Tensor], Tensor]
-    lm_head: nn.Module | None = None
-    labels: Tensor | None = None
-    divisor: float = 1.0
-    detach_tokens: bool = True
-    value_grad_scale: float = 1.0
-    value_grad_norm: Tensor | None = None
-    target: PolyakTarget | None = None
-    with_values: bool = True
-    stats: GradientStats = field(default_factory=GradientStats)
-    values: Tensor | None = None
-    target_values: Tensor | None = None
-    token_losses: Tensor | None = None
-    token_counts: Tensor | None = None
-
-    def __call__(self, hidden: Tensor) -> tuple[Tensor | None, ...]:
-        """Run the heads on the trunk's hidden states (B, S, D); only the first forward counts."""
-        if self.values is not None or self.token_losses is not None:
-            return ()
-        states = self.select(hidden)
-        if self.with_values:
-            tamed = clamp_gradient(
-                states, max_norm=self.value_grad_norm, scale=self.value_grad_scale, stats=self.stats
-            )
-            self.values = self.heads(tamed)
-        if self.target is not None:
-            self.target_values = self.target(states)
-        if self.labels is not None and self.lm_head is not None:
-            self.token_losses, self.token_counts = head_token_loss(
-                self.heads,
-                states.detach() if self.detach_tokens else states,
-                self.labels,
-                self.lm_head,
-                temperature=self.divisor,
-            )
-        return self.values, self.token_losses
