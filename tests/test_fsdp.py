@@ -118,7 +118,7 @@ class TestWhatACaseIsAbout:
 
     def test_values_come_from_a_pass(self, two: Workplace) -> None:
         """The heads run outside the forward while tokens are chosen, which ranks do not do in step."""
-        assert two.log("critic_fsdp")["captured"] == [False] * 3
+        assert two.log("critic_fsdp")["captured"] == [False, True] * 3  # a pass fills in
 
     def test_frozen_heads_learn(self, two: Workplace) -> None:
         history = two.history("frozen_fsdp")

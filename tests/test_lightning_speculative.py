@@ -18,7 +18,6 @@ from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.completions import Completions
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
-from rl_plugins.rollouts.values import ValueRecorder
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer, PPOConfig, PPOTrainer
 
 from .helpers.lightning_runs import (
@@ -35,6 +34,7 @@ from .helpers.lightning_runs import (
     weights,
 )
 from .helpers.speculative_models import randomise_heads
+from .helpers.tiny import record_passes_only
 from .test_trl_speculative import SMALL, UNSUITABLE, of_heads, of_values, spread, successors
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
@@ -143,7 +143,7 @@ def test_recording_saves_a_pass(make: Make, tiny_model: Callable[..., Any], monk
         return module.rollout(prompts(16))[0], len(forwards)
 
     saved, forwards = run()
-    monkeypatch.setattr(ValueRecorder, "finish", lambda self, num_tokens: None)
+    record_passes_only(monkeypatch)
     passed, more = run()
     assert more == forwards + 1
     assert torch.equal(saved["completion_ids"], passed["completion_ids"])

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_layers import MtpModel
 
 from rl_plugins.moe import find_routers
-from rl_plugins.nn import NativeMTP, NativePass, attach_native_mtp, head_pass, native_mtp_files, native_token_loss
+from rl_plugins.nn import NativeMTP, attach_native_mtp, native_mtp_files, native_token_loss, token_loss
 
 from .helpers.moe_models import make_moe_model
 
@@ -241,7 +241,7 @@ def slow_losses(model: Any, native: NativeMTP, ids: Tensor, labels: Tensor, temp
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_loss_by_hand(family: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_pass, "CHUNK_LOGITS", 40 * 3)  # three positions at once
+    monkeypatch.setattr(token_loss, "CHUNK_LOGITS", 40 * 3)  # three positions at once
     model, native = make(family)
     labels = IDS.clone()
     labels[0, :4], labels[1, 6] = -100, -100
@@ -280,11 +280,10 @@ def test_gradient_of_the_loss(detach: bool) -> None:
     """Embedding and LM head are constants, and the trunk learns where it is asked to."""
     model, native = make()
     model.train()
-    tap = NativePass(native, model.lm_head, IDS, IDS, detach_trunk=detach)
-    with native.watching(tap):
+    with native.running(model.lm_head, IDS, IDS, detach_trunk=detach) as run:
         model(input_ids=IDS)
-    assert tap.token_losses is not None
-    tap.token_losses.sum().backward()
+    assert run.token_losses is not None and run.values is None
+    run.token_losses.sum().backward()
     learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     of_layers = {f"native_mtp.{name}" for name, _ in native.named_parameters()}
     of_trunk = {name for name, _ in model.named_parameters() if name.startswith("model.")}
@@ -318,12 +317,12 @@ def test_no_labels_cost_nothing_and_reach_every_parameter() -> None:
 def test_the_layers_do_not_show_in_the_models_outputs() -> None:
     model, native = make()
     plain = model(input_ids=IDS, labels=IDS, output_hidden_states=True, output_router_logits=True)
-    tap = NativePass(native, model.lm_head, IDS, IDS)
-    with native.watching(tap):
+    with native.running(model.lm_head, IDS, IDS) as run:
+        assert run.token_losses is None and not run.is_filled
         watched = model(input_ids=IDS, labels=IDS, output_hidden_states=True, output_router_logits=True)
-        first = tap.token_losses
+        first = run.token_losses
         model(input_ids=IDS)
-    assert tap.token_losses is first  # the first forward counts
+    assert run.token_losses is first  # the first forward counts
     assert torch.equal(plain.logits, watched.logits) and torch.equal(plain.loss, watched.loss)
     assert len(plain.hidden_states) == len(watched.hidden_states) == 4
     assert native.observer is None
@@ -342,11 +341,10 @@ def test_gradient_checkpointing(attach_first: bool) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         runs: list[int] = []
         native.layers[0].mtp_block.mlp.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))
-        tap = NativePass(native, model.lm_head, IDS, IDS, detach_trunk=False)
-        with native.watching(tap):
+        with native.running(model.lm_head, IDS, IDS, detach_trunk=False) as run:
             model(input_ids=IDS, use_cache=False)
-        assert tap.token_losses is not None
-        tap.token_losses.sum().backward()
+        assert run.token_losses is not None
+        run.token_losses.sum().backward()
         assert len(runs) == 1 + checkpointing
         grads.append([p.grad for p in (*native.parameters(), model.model.layers[0].mlp.up_proj.weight)])
     for plain, recomputed in zip(*grads, strict=True):

@@ -22,13 +22,15 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from rl_plugins.nn import MTPHeads, attach_mtp_heads, load_mtp_heads
-from rl_plugins.rollouts.values import ValuePass, ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord, WholeRows
 from rl_plugins.signals import sequence_means
 from rl_plugins.signals.critics import CriticSignal
 from rl_plugins.signals.options import OnlineValueOptions, PhasicOptions
 from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.trl import MTPCriticTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm, without_attachments
+
+from .helpers.tiny import record_passes_only
 
 Make = Callable[..., MTPCriticTrainer]
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
@@ -102,13 +104,13 @@ def no_grad_values(trainer: MTPCriticTrainer, batch: dict[str, Any]) -> Tensor:
     """Values (B, T, K) of one full forward with today's weights."""
     heads = trainer.mtp_heads
     assert heads is not None
-    record = ValuePass(heads, None, batch["completion_ids"].shape[1])
-    with heads.watching(record), torch.no_grad():
+    record, num_tokens = ValueRecord(heads), batch["completion_ids"].shape[1]
+    with heads.watching(WholeRows(record, num_tokens)), torch.no_grad():
         trainer.model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
         )
-    return record.finish(len(batch["prompt_ids"]))[0]
+    return record.finish(num_tokens)[0]
 
 
 # Off is the host
@@ -207,7 +209,7 @@ def test_values_come_from_generation_without_another_forward(
     assert batch["completion_mask"].all() and values.shape == (8, 6, 2) and values.std() > 0.1
     torch.testing.assert_close(batch["old_values"], values, atol=1e-5, rtol=1e-5)
     # Where generation cannot tell, one pass more fills in, with the same numbers.
-    monkeypatch.setattr(ValueRecorder, "finish", lambda self, num_tokens: None)
+    record_passes_only(monkeypatch)
     forwards, trainer = count(model=with_random_heads(tiny_model()), **still)
     assert forwards == 2 * (6 + 1 + 1)
     torch.testing.assert_close(trainer.last_rollout["old_values"], values, atol=1e-5, rtol=1e-5)
@@ -424,7 +426,7 @@ def test_the_reference_pass_of_lora_does_not_disturb_the_values(
     make: Make, monkeypatch: pytest.MonkeyPatch, num_iterations: int, recorded: bool
 ) -> None:
     if not recorded:
-        monkeypatch.setattr(ValueRecorder, "finish", lambda self, num_tokens: None)
+        record_passes_only(monkeypatch)
     still = {"learning_rate": 0.0, "head_learning_rate": 0.0}
     trainer = make(peft_config=LORA, beta=0.1, max_steps=1, num_iterations=num_iterations, **still)
     assert trainer.mtp_heads is not None

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rl_plugins.functional.alignment import completion_states, head_targets
 from rl_plugins.functional.rewards import terminal_rewards
-from rl_plugins.nn import HeadPass, MTPHeads, PolyakTarget, attach_mtp_heads
+from rl_plugins.nn import HeadRun, MTPHeads, PolyakTarget, attach_mtp_heads
 from rl_plugins.signals import critic_targets, value_loss, value_losses
 from rl_plugins.tabular import TokenMDP
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
@@ -103,18 +103,17 @@ def exact_mdp(model: Qwen3ForCausalLM, case: Case) -> TokenMDP:
     )
 
 
-def run_heads(model: Qwen3ForCausalLM, heads: MTPHeads, tokens: Tensor) -> tuple[HeadPass, Tensor]:
-    """One forward over prompt + tokens: the pass with the values (B, T, K), and the states (B, T, D)."""
+def run_heads(model: Qwen3ForCausalLM, heads: MTPHeads, tokens: Tensor) -> tuple[HeadRun, Tensor]:
+    """One forward over prompt + tokens: the run with the values (B, T, K), and the states (B, T, D)."""
     states: list[Tensor] = []
 
     def select(hidden: Tensor) -> Tensor:
         states.append(completion_states(hidden, tokens.shape[1]))
         return states[0]
 
-    head_pass = HeadPass(heads, select, value_grad_scale=0.0)
-    with heads.watching(head_pass):
+    with heads.running(select, value_grad_scale=0.0) as run:
         model.model(input_ids=with_prompt(tokens), use_cache=False)
-    return head_pass, states[0].detach()
+    return run, states[0].detach()
 
 
 def train_heads(model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, *, estimator: str, steps: int) -> None:
@@ -127,11 +126,11 @@ def train_heads(model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, *, esti
     generator = torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
         tokens, mask, scores = mdp.sample(256, generator)
-        head_pass, states = run_heads(model, heads, tokens)
-        assert head_pass.values is not None
+        run, states = run_heads(model, heads, tokens)
+        assert run.values is not None
         goals = critic_targets(
             terminal_rewards(scores.float(), mask),
-            head_pass.values.detach(),
+            run.values.detach(),
             target(states),
             mask,
             estimator=estimator,
@@ -139,12 +138,12 @@ def train_heads(model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, *, esti
             lam_value=0.7,
         )
         loss, _, _ = value_loss(
-            head_pass.values,
+            run.values,
             goals.returns,
             mask,
             num_items=mask.sum(),
             loss=value_losses()["squared"],
-            old_values=head_pass.values.detach(),
+            old_values=run.values.detach(),
         )
         optimizer.zero_grad()
         loss.backward()

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
-from rl_plugins.rollouts.values import ValuePass, ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord, WholeRows
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -27,6 +27,7 @@ from rl_plugins.trl import (
 )
 
 from .helpers.speculative_models import randomise_heads
+from .helpers.tiny import record_passes_only
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 Make = Callable[..., Any]
@@ -161,13 +162,13 @@ def note_statistics(trainer: Any) -> list[DraftStatistics]:
 
 def values_of(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Values (B, T, K) of heads and target heads, from one full forward with today's weights."""
-    record = ValuePass(trainer.mtp_heads, trainer.polyak_target, batch["completion_ids"].shape[1])
-    with trainer.mtp_heads.watching(record), torch.no_grad():
+    record, num_tokens = ValueRecord(trainer.mtp_heads, trainer.polyak_target), batch["completion_ids"].shape[1]
+    with trainer.mtp_heads.watching(WholeRows(record, num_tokens)), torch.no_grad():
         trainer.model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
         )
-    return record.finish(len(batch["prompt_ids"]))
+    return record.finish(num_tokens)
 
 
 def test_recorded_values_are_those_of_a_pass_and_save_it(
@@ -198,7 +199,7 @@ def test_recorded_values_are_those_of_a_pass_and_save_it(
     torch.testing.assert_close(values[mask], exact[mask], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(targets[mask], exact_targets[mask], atol=1e-5, rtol=1e-5)
     # Where nothing is recorded, one pass more gives the same numbers for the same completions.
-    monkeypatch.setattr(ValueRecorder, "finish", lambda self, num_tokens: None)
+    record_passes_only(monkeypatch)
     more, other, _ = run()
     assert more == forwards + 1
     assert torch.equal(other.last_rollout["completion_ids"], batch["completion_ids"])

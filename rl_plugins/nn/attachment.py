@@ -96,7 +96,14 @@ class Attachment(nn.Module):
 
 
     probe = Probe(model.config.hidden_size).attach(model)
-    with probe.watching(lambda hidden: values.append(probe(hidden))):
+
+
+    def observe(hidden: Tensor) -> list[Tensor]:
+        values.append(probe(hidden))
+        return values[-1:]  # which DDP then finds in the graph of the model's output
+
+
+    with probe.watching(observe):
         model(input_ids)
     probe.save("checkpoint")
     ```

@@ -1,4 +1,4 @@
-"""What the heads of a model made of one training forward."""
+"""Results of one run of the heads inside a training forward."""
 
 from dataclasses import dataclass, field
 

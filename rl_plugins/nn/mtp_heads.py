@@ -266,7 +266,8 @@ class MTPHeads(Attachment):
     # Files
 
     def save(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
-        """As [`Attachment.save`], with the heads' shape in a file of its own."""
+        """Write weights and shape of the heads into `directory`, two files beside `model.safetensors`; see
+        [`Attachment.save`]."""
         path = super().save(directory, state_dict)
         path.with_name(CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         return path
@@ -282,11 +283,11 @@ class MTPHeads(Attachment):
         return MTPHeadsConfig(**json.loads((Path(directory) / CONFIG_NAME).read_text()))
 
     def load(self, directory: str | Path) -> None:
-        """As [`Attachment.load`]; the heads are of the saved number and width.
+        """Read heads that [`save`] wrote into these.
 
         Raises:
             FileNotFoundError: If `directory` holds no heads.
-            ValueError: If they are of another shape.
+            ValueError: If they are of another number, width or hidden size.
         """
         config = self.saved_config(directory)
         if config.hidden_size != self.config.hidden_size:
@@ -304,7 +305,7 @@ class MTPHeads(Attachment):
 
     @classmethod
     def find(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
-        """As [`Attachment.find`]; the file of their shape is fetched, too."""
+        """The folder of heads that were saved with a model, with both files fetched; see [`Attachment.find`]."""
         folder = super().find(path, revision=revision)
         if folder is not None:
             find_file(path, CONFIG_NAME, revision=revision)

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from rl_plugins.nn.attachment import find_file
 
 TRUNK_SHARD_NAME = "model-00001-of-00001.safetensors"
-"""What `model.safetensors` is renamed to, since transformers reads no index beside a file of that name."""
+"""New name of `model.safetensors`, since transformers reads no index beside a file of that name."""
 
 NATIVE_SHARD_NAME = "model-native_mtp.safetensors"
 

@@ -138,7 +138,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def logit_divisor(config: PretrainedConfig, temperature: float = 1.0) -> float:
-    """What the features are divided by before the LM head: temperature over the model's own logit multiplier.
+    """Divisor of the features before the LM head: temperature over the model's own logit multiplier.
 
     Raises:
         ValueError: If the model caps its logits (Gemma 2), which a linear cross-entropy cannot express.

@@ -75,7 +75,7 @@ class ValueModel(Attachment):
         self.requires_grad_(True).to(base.device)
 
     def hook(self, model: nn.Module) -> None:
-        """As [`Attachment.hook`], on the policy itself: the value model reads what the policy reads.
+        """Run in the forward pass of a policy from now on: the value model reads what the policy reads.
 
         Args:
             model: The policy, in its PEFT wrapper where it has one, in which soft prompts become embeddings that the
@@ -146,7 +146,8 @@ class ValueModel(Attachment):
         return model
 
     def save(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
-        """As [`Attachment.save`], into a folder of its own in `directory`, which [`from_pretrained`] reads."""
+        """Write trunk and head into the folder `value_model` in `directory`, which [`from_pretrained`] reads; see
+        [`Attachment.save`]."""
         weights = self._whole_weights(state_dict)
         path = Path(directory) / self._mark()
         self._write(path.parent, weights)

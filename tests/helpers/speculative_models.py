@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel
 
 from rl_plugins.nn import MTPHeads, PolyakTarget, attach_mtp_heads
-from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, ValueRecorder
+from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, ValueRecord
 
 PAD, EOS = 0, 1
 PROMPTS = [[3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13, 14, 15, 2], [4], [5, 5, 6, 3, 2]]
@@ -61,7 +61,7 @@ def decode_with_values(
 ) -> tuple[SpeculativeOutput, Tensor, Tensor]:
     """As `decode`, with the values of all heads and of their slow copies in the state of every new token (B, T, K)."""
     decoder = options.pop("decoder", None) or SpeculativeDecoder(draft_cost=0.0)
-    decoder.recorder = recorder = ValueRecorder(model.mtp_heads, target, flush_every=flush_every)
+    decoder.recorder = recorder = ValueRecord(model.mtp_heads, target, flush_every=flush_every)
     output = decode(model, inputs, decoder=decoder, **options)
     saved = recorder.finish(output.log_probs.shape[1])
     assert saved is not None

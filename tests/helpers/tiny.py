@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -93,3 +94,21 @@ def change_values(host: Any, **changes: Any) -> None:
     """Have the critic of a trainer or module go on with other value options."""
     host.critic.values = dataclasses.replace(host.critic.values, **changes)
     host.signal = CriticSignal(host.critic)
+
+
+def record_passes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have records fail that were not fed by a forward pass over whole completions."""
+    from rl_plugins.rollouts import ValueRecord, WholeRows
+
+    fed: list[Any] = []
+    start, finish = WholeRows.__init__, ValueRecord.finish
+
+    def note(self: WholeRows, record: ValueRecord, num_tokens: int) -> None:
+        fed.append(record)
+        start(self, record, num_tokens)
+
+    def fail(self: ValueRecord, num_tokens: int) -> Any:
+        return finish(self, num_tokens) if any(record is self for record in fed) else None
+
+    monkeypatch.setattr(WholeRows, "__init__", note)
+    monkeypatch.setattr(ValueRecord, "finish", fail)

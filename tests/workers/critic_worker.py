@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_plugins.nn.sharding import whole_parameters
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -50,11 +50,11 @@ from rl_plugins.trl import (
 TRL_DEFAULTS = {**DEFAULTS, "model_init_kwargs": {"dtype": "float32"}}
 ONLINE: dict[str, Any] = {"max_completion_length": 6}
 finished: list[bool] = []
-"""Of every finished recorder: whether it had the values of the whole completion."""
+"""Of every finished record, of `generate` or of a pass: whether it had the values of the whole completion."""
 
 
-class RecordingRecorder(ValueRecorder):
-    """A recorder that flushes more than once per completion, and remembers how it ended."""
+class NotingRecord(ValueRecord):
+    """A record that flushes more than once per completion, and remembers how it ended."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, flush_every=4)
@@ -145,7 +145,7 @@ def train(run: Run) -> None:
     """One run, on this rank."""
     import rl_plugins.trl.trainers as critic_trainer
 
-    critic_trainer.ValueRecorder = RecordingRecorder
+    critic_trainer.ValueRecord = NotingRecord
     start_engine(run)
     trainer_class, config_class, own_defaults = TRAINERS[run.get("trainer", "mtp")]
     model = load(run) if run.get("loaded") == "before" else run["model"]

@@ -21,7 +21,7 @@ from rl_plugins.rollouts.speculative.draft_statistics import SpeculativeOutput
 from rl_plugins.rollouts.speculative.drafters import Drafter, make_drafter
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord
 
 
 class SpeculativeDecoder:
@@ -47,7 +47,7 @@ class SpeculativeDecoder:
         listener: Called with the number of tokens of the longest completion after each step.
 
     Attributes:
-        recorder: A [`ValueRecorder`] to which the next call gives the state of every new token; `None` for none. Each
+        recorder: A [`ValueRecord`] to which the next call gives the state of every new token; `None` for none. Each
             call takes it off, so that a recorder holds the values of one batch.
         last: Output of the newest call.
 
@@ -71,7 +71,7 @@ class SpeculativeDecoder:
         if draft_cost is not None and draft_cost < 0.0:
             raise ValueError(f"draft_cost must be at least 0, got {draft_cost}.")
         self.num_draft_tokens, self.draft_cost, self.listener = num_draft_tokens, draft_cost, listener
-        self.recorder: ValueRecorder | None = None
+        self.recorder: ValueRecord | None = None
         self.draft_length: DraftLength | None = None
         self.last: SpeculativeOutput | None = None
 

@@ -48,7 +48,7 @@ from rl_plugins.rollouts.speculative.drafters import Drafter, Verified
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
 from rl_plugins.rollouts.speculative.verification import Drafts, Verdict, verify
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord
 
 SPARE_SHARE = 0.25
 """Share of the cache's slots that not even the longest row needs, above which the slots in use are moved together."""
@@ -132,7 +132,7 @@ class Decoding:
         processor: ScoreProcessor,
         stopping: Stopping,
         config: GenerationConfig,
-        recorder: ValueRecorder | None,
+        recorder: ValueRecord | None,
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.drafter, self.draft_length = model, drafter, draft_length
@@ -271,7 +271,7 @@ class Decoding:
         # State j of the pass is the one that new token j was chosen in.
         if self.recorder is not None:
             is_new = torch.arange(slots, device=active.device) < num_new[:, None]
-            self.recorder.record(hidden, (columns - self.prompt_length).masked_fill(~is_new, -1), active)
+            self.recorder.add(hidden, (columns - self.prompt_length).masked_fill(~is_new, -1), active)
 
         # New tensors, since while all rows are active those of the step before are these very ones.
         self.lengths = self.lengths.index_put((active,), lengths + num_new)

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rl_plugins.functional.alignment import completion_states, mtp_labels
-from rl_plugins.nn import HeadPass, MTPHeads, MTPHeadsConfig, attach_mtp_heads, head_token_loss, logit_divisor
-from rl_plugins.nn import head_pass as head_pass_module
+from rl_plugins.nn import (
+    HeadRun,
+    MTPHeads,
+    MTPHeadsConfig,
+    attach_mtp_heads,
+    head_token_loss,
+    logit_divisor,
+    token_loss,
+)
 
 VOCABULARY, HIDDEN = 11, 6
 
@@ -48,7 +55,7 @@ def naive_token_loss(
 def test_token_loss_is_cross_entropy_of_full_logits(
     bias: bool, temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_pass_module, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(token_loss, "CHUNK_LOGITS", chunk)
     torch.manual_seed(0)
     heads, lm_head = random_heads(), nn.Linear(HIDDEN, VOCABULARY, bias=bias)
     hidden = torch.randn(2, 5, HIDDEN, requires_grad=True)
@@ -77,7 +84,7 @@ def test_the_lm_head_gets_no_gradient_and_is_gathered(monkeypatch: pytest.Monkey
         gathered.extend(params)
         yield params
 
-    monkeypatch.setattr(head_pass_module, "whole_parameters", gather)
+    monkeypatch.setattr(token_loss, "whole_parameters", gather)
     losses, _ = head_token_loss(heads, torch.randn(1, 2, HIDDEN), torch.zeros(1, 2, 1, dtype=torch.long), lm_head)
     losses.sum().backward()
     assert lm_head.weight.grad is None and lm_head.bias.grad is None
@@ -119,32 +126,30 @@ def test_logit_divisor(config: dict[str, Any], temperature: float, divisor: floa
 def test_logit_divisor_reads_the_text_config_and_refuses_caps() -> None:
     inner = PretrainedConfig(logits_scaling=2.0)
     assert logit_divisor(SimpleNamespace(get_text_config=lambda: inner)) == 2.0  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="caps its logits .*Set mtp_loss_coef=0"):
+    with pytest.raises(ValueError, match="caps its logits .*Leave the token loss out"):
         logit_divisor(PretrainedConfig(final_logit_softcapping=30.0))
 
 
-# The pass inside a model
+# The run inside a model
 
 IDS = torch.tensor([[3, 12, 3, 14, 7, 8, 9], [4, 12, 4, 14, 1, 0, 0]])
 NUM_TOKENS = 3
 
 
 def run_pass(
-    model: Any, loss: Callable[[HeadPass], Tensor], **options: Any
-) -> tuple[HeadPass, dict[str, Tensor], dict[str, Tensor]]:
-    """Run the model with a pass, back-propagate `loss`; gradients of the trunk and of the heads."""
+    model: Any, loss: Callable[[HeadRun], Tensor], **options: Any
+) -> tuple[HeadRun, dict[str, Tensor], dict[str, Tensor]]:
+    """Run the model with its heads, back-propagate `loss`; gradients of the trunk and of the heads."""
     heads = model.mtp_heads
     real = IDS.masked_fill(IDS == 0, -100)
     labels = completion_states(mtp_labels(real, heads.config.num_heads), NUM_TOKENS)
-    record = HeadPass(
-        heads,
+    model.zero_grad()
+    with heads.running(
         lambda hidden: completion_states(hidden, NUM_TOKENS),
         lm_head=model.get_output_embeddings(),
         labels=labels,
         **options,
-    )
-    model.zero_grad()
-    with heads.watching(record):
+    ) as record:
         model(input_ids=IDS)
     loss(record).backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
@@ -167,12 +172,12 @@ def model(tiny_model: Callable[..., Any]) -> Any:
     return model
 
 
-def value_sum(record: HeadPass) -> Tensor:
+def value_sum(record: HeadRun) -> Tensor:
     assert record.values is not None
     return record.values.sum()
 
 
-def token_sum(record: HeadPass) -> Tensor:
+def token_sum(record: HeadRun) -> Tensor:
     assert record.token_losses is not None
     return record.token_losses.sum()
 
@@ -220,8 +225,8 @@ def test_value_gradient_clamp_is_per_token_and_counted(model: Any) -> None:
 
 
 def test_only_the_first_forward_counts(model: Any) -> None:
-    record = HeadPass(model.mtp_heads, lambda hidden: hidden)
-    with model.mtp_heads.watching(record):
+    with model.mtp_heads.running(lambda hidden: hidden) as record:
+        assert not record.is_filled
         model(input_ids=IDS)
         first = record.values
         model(input_ids=IDS.flip(1))
