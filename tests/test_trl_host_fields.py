@@ -150,7 +150,7 @@ def test_a_loss_of_the_host_beside_another_is_told(tmp_path: Path) -> None:
     for config, own in CONFIGS.values():
         with pytest.warns(UserWarning, match="loss_type='cispo' has no effect: policy_loss='gmpo' takes its place"):
             args = config(str(tmp_path), use_cpu=True, bf16=False, policy_loss="gmpo", loss_type="cispo", **own)
-        assert (args.policy_loss, args.aggregation, args.loss_type) == ("gmpo", "sequence", "grpo")
+        assert (args.policy_loss, args.aggregation, args.loss_type) == ("gmpo", "sequence", "cispo")
 
 
 @pytest.fixture

@@ -181,8 +181,8 @@ def test_recorded_values_are_those_of_a_pass_and_save_it(
         with torch.no_grad():  # target heads of their own
             for p in trainer.polyak_target.heads.parameters():
                 p.mul_(0.7)
-        kept, recorded = [], trainer._recorded_values
-        trainer._recorded_values = lambda output: (kept.append(recorded(output)), kept[-1])[1]
+        kept, recorded = [], trainer.critic.recorded
+        trainer.critic.recorded = lambda *args: (kept.append(recorded(*args)), kept[-1])[1]
         forwards: list[int] = []
         trainer.model.model.register_forward_hook(lambda *_: forwards.append(1))
         trainer.train()

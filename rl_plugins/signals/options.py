@@ -309,7 +309,6 @@ class DraftOptions(Options):
         """Refuse numbers out of range."""
         if self.speculative:
             check_at_least(0, draft_cost=self.draft_cost)
-            check_at_least(1, num_draft_tokens=self.num_draft_tokens)
 
     def check_drafts(self, heads: HeadOptions, max_completion_length: int | None) -> None:
         """Refuse heads that cannot draft as many tokens, or look beyond every completion.

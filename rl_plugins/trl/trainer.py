@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from rl_plugins.functional.policy_losses.aggregation import prompt_weights
 from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
+from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sharding import announce_loss
 from rl_plugins.nn.sources import check_lengths, check_tokenizer, check_trainable_dtype, learned_positions
 from rl_plugins.rollouts.batch import Batch, loss_mask, num_rows, reordered
@@ -114,10 +115,10 @@ class RLTrainer(GRPOTrainer):
         # Before the host loads anything: the signal looks for saved weights, and a value model copies the policy.
         self.signal = self.make_signal(args) if signal is None else signal
         self.sampling = self.make_sampling(args)
-        self.draft_heads: DraftHeads | None = None
+        self.drafts: DraftHeads | None = None
         if args.speculative and (self.critic is None or self.critic.draft_options is None):
-            self.draft_heads = DraftHeads(HeadOptions.of(args), temperature=args.temperature)
-            self.draft_heads.prepare(model, (args.model_init_kwargs or {}).get("revision"))
+            self.drafts = DraftHeads(HeadOptions.of(args), temperature=args.temperature)
+            self.drafts.prepare(model, (args.model_init_kwargs or {}).get("revision"))
         if self.critic is not None:
             trusted = {"trust_remote_code": args.trust_remote_code}
             self.critic.prepare(model, {**trusted, **(args.model_init_kwargs or {})})
@@ -161,7 +162,7 @@ class RLTrainer(GRPOTrainer):
         self._buffered_inputs: list[Batch] | None = self._buffered_inputs
 
         self._attached, self._renamed = TrainedAttachments(self), RenamedWeights(self)
-        for learner in (self.critic, self.draft_heads):
+        for learner in (self.critic, self.drafts):
             if learner is not None:
                 self._attached.add(learner.attach(self.model, seed=args.seed), learner.learning_rate)
         if self.critic is not None:
@@ -212,6 +213,11 @@ class RLTrainer(GRPOTrainer):
     def critic(self) -> Critic | None:
         """The critic that is trained along, if there is one."""
         return self.signal.critic
+
+    @property
+    def draft_heads(self) -> MTPHeads | None:
+        """Heads that only draft; `None` where there are none, or the critic's heads draft."""
+        return None if self.drafts is None else self.drafts.training.heads
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, if it is one of transformers' `Trainer`.
@@ -455,7 +461,7 @@ class RLTrainer(GRPOTrainer):
     # Loss
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
-        critic, drafts, num_items = self.critic, self.draft_heads, self._num_items(inputs)
+        critic, drafts, num_items = self.critic, self.drafts, self._num_items(inputs)
         alone, auxiliary = self.signal.warming_up(self), "held_logps" in inputs
         metrics = Metrics()
         with ExitStack() as stack:
