@@ -22,7 +22,6 @@ from rl_plugins.nn import (
     attach_mtp_heads,
     attach_native_mtp,
     expect_native_keys,
-    get_mtp_heads,
     get_native_mtp,
     save_native_mtp,
 )
@@ -163,7 +162,7 @@ def test_trl_loss_by_hand(make: Callable[..., Any], family: str) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     metrics = trainer._metrics["eval"]
     assert [metrics[f"mtp/token_loss/head_{k}"][0] for k in (1, 2)] == pytest.approx(depths, rel=1e-6)
-    assert trainer.mtp_heads is None and get_mtp_heads(trainer.model) is None
+    assert trainer.mtp_heads is None and MTPHeads.of(trainer.model) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
