@@ -13,8 +13,7 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, OnlineModule, PPOModule, PromptDataModule
-from rl_plugins.lightning.polyak_callback import target_of
+from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, PPOModule, PromptDataModule, RLModule
 from rl_plugins.rollouts.batch import select_rows
 from rl_plugins.rollouts.completions import Completions, pad_left
 from rl_plugins.trl import (
@@ -114,7 +113,7 @@ def make(start: str, dataset: Dataset, reward: Any, tmp_path: Path) -> Make:
         module = module_class(
             start, reward_funcs=reward_funcs, lr_scheduler_type="constant", **{**shared, **(lightning or {})}
         )
-        module.sampling["suppress_tokens"] = [0]
+        module.generation["suppress_tokens"] = [0]
         perturb(trainer.model, 0.05)
         module.model.load_state_dict(trainer.model.state_dict())
         trainer.model.train()
@@ -126,15 +125,13 @@ def make(start: str, dataset: Dataset, reward: Any, tmp_path: Path) -> Make:
         attach_trainer(module, accumulation)
         if name == "critic":
             perturb(trainer.polyak_target, 0.05, seed=5)
-            target_of(module.trainer).load_state_dict(trainer.polyak_target.state_dict())
+            module.polyak_target.load_state_dict(trainer.polyak_target.state_dict())
         return trainer, module
 
     return factory
 
 
-def rollouts(
-    trainer: Any, module: OnlineModule, dataset: Dataset, prompts: int, seed: int = 7
-) -> tuple[Any, Any, Any]:
+def rollouts(trainer: Any, module: RLModule, dataset: Dataset, prompts: int, seed: int = 7) -> tuple[Any, Any, Any]:
     """The batch that each host makes of the same prompts with the same dice, and the module's metrics."""
     rows = [dict(dataset[i]) for i in range(8, 8 + prompts)]  # of different lengths: 8+8= and 10+10=
     torch.manual_seed(seed)
@@ -163,7 +160,7 @@ def assert_batches_agree(theirs: Any, ours: Any) -> None:
 
 def assert_metrics_agree(trainer: Any, metrics: dict[str, Tensor]) -> None:
     """Every number that both log. What only TRL logs is named here."""
-    only_trl = {"num_tokens", "entropy_coef", "policy_loss", "clip_ratio/low_min", "clip_ratio/high_max"}
+    only_trl = {"num_tokens", "entropy_coef", "clip_ratio/low_min", "clip_ratio/high_max"}
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items() if name not in only_trl}
     if trainer.num_generations == 1:
         theirs.pop("frac_reward_zero_std", None)  # a group of one has no spread
@@ -358,7 +355,7 @@ def test_supervised_fine_tuning(start: str, tokenizer: Any, tmp_path: Path, name
         assert torch.equal(ours[key], batch[key]), key
     attach_trainer(module)
     perturb(trainer.polyak_target, 0.05, seed=5)
-    target_of(module.trainer).load_state_dict(trainer.polyak_target.state_dict())
+    module.polyak_target.load_state_dict(trainer.polyak_target.state_dict())
     items = (batch["labels"][:, 1:] != -100).sum()
     trainer.model.train()
     expected = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
@@ -471,7 +468,7 @@ def test_whole_runs_give_the_same_weights(make: Make, dataset: Dataset, name: st
         for ours, theirs in zip(module.polyak_target.parameters(), trainer.polyak_target.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-6)
     if name == "tracker":
-        ours, theirs = module.tracked.tracker.counts, trainer.value_tracker.counts
+        ours, theirs = module.value_tracker.counts, trainer.value_tracker.counts
         assert ours.keys() == theirs.keys() and len(ours) == 8
         for key in ours:
             assert ours[key] == pytest.approx(theirs[key], abs=1e-5)

@@ -301,7 +301,7 @@ def test_reinforce_with_a_penalty_per_token(make: Make) -> None:
 
 def test_heads_that_draft(make: Make) -> None:
     options = {"policy_loss": "dapo", "advantage": "reward", "num_generations": 1, "speculative": True}
-    numbers = assert_all_cuts_agree(make, "grpo", **options, speculative_kwargs={"mtp_detach_trunk": False})
+    numbers = assert_all_cuts_agree(make, "grpo", **options, mtp_detach_trunk=False)
     assert "mtp/token_loss/head_1" in numbers
 
 

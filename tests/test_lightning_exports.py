@@ -167,7 +167,7 @@ def test_the_progress_bar_moves_during_a_rollout(make: Make) -> None:
             return bar
 
     module = make("grpo", max_completion_length=9)
-    module.sampling["suppress_tokens"] = [0, 1]
+    module.generation["suppress_tokens"] = [0, 1]
     bar = Spy(leave=False)
     fit(module, PromptDataModule(prompts(), batch_size=4), bar, max_steps=2, enable_progress_bar=True)
     assert [text for text in shown if "Rollout" in text] == ["Rollout 4/9", "Rollout 8/9"] * 2

@@ -22,9 +22,9 @@ from rl_plugins.lightning import (
     MTPSFTModule,
     PolyakCallback,
     PromptDataModule,
-    online_module,
 )
-from rl_plugins.lightning.polyak_callback import target_of
+from rl_plugins.lightning import module as online_module
+from rl_plugins.lightning.language import LanguageCallback
 from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.trl import (
     GRPOVariantConfig,
@@ -121,7 +121,7 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     module = make(kind, **options)
     whole = fit(module, data(), numbers, every_step(tmp_path), **settings)
-    expected, tracked = state_of(whole), getattr(module, "tracked", None)
+    expected, tracker = state_of(whole), getattr(module, "value_tracker", None)
     for stop in stops:
         torch.manual_seed(100 + stop)  # whatever the new process has drawn so far
         again, rest = make(kind, **options), Numbers()
@@ -130,8 +130,8 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
         found, every = trained(rest), trained(numbers)
         assert 0 < len(found) < len(every)
         assert found == every[-len(found) :], stop
-        if tracked is not None:
-            assert again.tracked.tracker.counts == tracked.tracker.counts
+        if tracker is not None:
+            assert again.value_tracker.counts == tracker.counts
 
 
 def test_validation_leaves_training_as_it_is(make: Make) -> None:
@@ -207,7 +207,7 @@ class Recorded(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         self.heads.append([p.detach().clone() for p in pl_module.mtp_heads.parameters()])
-        self.targets.append([p.detach().clone() for p in target_of(trainer).parameters()])
+        self.targets.append([p.detach().clone() for p in pl_module.polyak_target.parameters()])
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.on_train_batch_start(trainer, pl_module)
@@ -240,14 +240,19 @@ def test_target_heads_are_copied_every_few_steps(make: Make) -> None:
     assert not torch.equal(start[0], recorded.targets[-1][0])
 
 
-def test_a_callback_of_ones_own_replaces_the_modules(make: Make) -> None:
-    own = PolyakCallback(tau=1.0)
-    module = make("critic", target_tau=0.1)
-    trainer = fit(module, PromptDataModule(prompts(), batch_size=2), own, max_steps=2)
-    assert [c for c in trainer.callbacks if isinstance(c, PolyakCallback)] == [own]
-    assert module.polyak_target is own.target
+def test_a_callback_of_ones_own_leaves_the_target_heads_alone(make: Make) -> None:
+    """The callback is for other modules: it copies the heads once more, and the critic's own targets go on as ever."""
+    states = []
+    for callbacks in ([], [own := PolyakCallback(tau=1.0)]):
+        torch.manual_seed(0)
+        module = make("critic", target_tau=0.1, head_learning_rate=1e-2)
+        trainer = fit(module, PromptDataModule(prompts(), batch_size=2), *callbacks, max_steps=2)
+        assert module.polyak_target is module.critic.target is not own.target
+        states.append(state_of(trainer))
+    assert_equal_states(*states)
     for target, head in zip(own.target.parameters(), module.mtp_heads.parameters(), strict=True):
         torch.testing.assert_close(target, head, rtol=0.0, atol=1e-7)
+    assert not torch.equal(next(iter(own.target.parameters())), next(iter(module.polyak_target.parameters())))
 
 
 def test_no_heads_to_follow(make: Make) -> None:
@@ -433,7 +438,7 @@ def test_models_that_cannot_be_trained(
     bare.pad_token = bare.eos_token = None
     with pytest.raises(ValueError, match="neither a pad token nor an end-of-text token"):
         GRPOModule(tiny_model(), bare, reward)
-    with pytest.raises(ValueError, match="comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
+    with pytest.raises(ValueError, match="comes with 2 MTP heads, but 3 are asked for"):
         make("critic", make("critic").model, num_mtp_heads=3)
     tiny_model(hidden_size=16).save_pretrained(tmp_path / "small")
     attach_mtp_heads(small := tiny_model(hidden_size=16), 2)
@@ -443,7 +448,7 @@ def test_models_that_cannot_be_trained(
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("grpo", {"policy_loss": "nope"}, "Unknown policy loss 'nope'; choose one of grpo, bnpo"),
+    ("grpo", {"policy_loss": "nope"}, "Unknown policy_loss 'nope'; choose one of grpo, bnpo"),
     ("grpo", {"policy_loss_kwargs": {"nope": 1}}, "'dapo' has no option 'nope'; it has"),
     ("grpo", {"aggregation": "nope"}, "Unknown aggregation 'nope'"),
     ("grpo", {"advantage": "nope"}, "Unknown advantage 'nope'; choose one of reward, group_normalized"),
@@ -477,7 +482,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("critic", {"lam_policy": -0.1}, r"lam_policy must be in \[0, 1\]"),
     ("critic", {"lam_value": 2}, r"lam_value must be in \[0, 1\]"),
     ("critic", {"length_adaptive_alpha": 0.0}, "length_adaptive_alpha must be above 0"),
-    ("critic", {"reward_range": (1.0, 0.0)}, r"reward_range must be \(smallest, largest\), got \(1.0, 0.0\)"),
+    ("critic", {"reward_range": (1.0, 0.0)}, r"reward_range must be \[smallest, largest\], got \(1.0, 0.0\)"),
     ("critic", {"kl_in_reward": True}, "subtracts beta \\* KL from the rewards, but beta is 0"),
     ("critic", {"value_clip_range": 0.0}, "value_clip_range must be above 0"),
     ("critic", {"value_warmup_steps": -1}, "value_warmup_steps must be at least 0"),
@@ -574,6 +579,6 @@ def test_fsdp_is_refused_before_anything_is_sharded(
     module, own = MTPSFTModule(tiny_model(), tokenizer), Sharded(tiny_model(), tokenizer)
     module._trainer = own._trainer = Mock(strategy=strategy())
     with pytest.raises(TypeError, match=f"MTPSFTModule does not run under {strategy.__name__}.*deepspeed_stage_3"):
-        module.setup("fit")
+        LanguageCallback().setup(module.trainer, module, "fit")
     if strategy is ModelParallelStrategy:
-        own.setup("fit")
+        LanguageCallback().setup(own.trainer, own, "fit")

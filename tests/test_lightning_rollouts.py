@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from peft import get_peft_model
 from torch import Tensor
@@ -19,13 +20,15 @@ from rl_plugins.lightning import (
     GRPOModule,
     MTPCriticModule,
     MTPSFTModule,
-    OnlineModule,
     PromptDataModule,
+    RLModule,
 )
+from rl_plugins.lightning.language import LanguageCallback
 from rl_plugins.lightning.prompts import PromptLoader, RepeatSampler, rows_of
 from rl_plugins.nn import MTPHeads
 from rl_plugins.nn.attachment import trunk_of
 from rl_plugins.rollouts.completions import Completions, pad_left
+from rl_plugins.signals import Metrics, Signal
 
 from .helpers.lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
 
@@ -267,7 +270,7 @@ def test_values_belong_to_their_tokens_however_they_are_generated(
     batch = module.rollout(prompts(rows))[0]
     exact, mask = heads_values(module, batch, module.mtp_heads), batch["completion_mask"].bool()
     torch.testing.assert_close(batch["old_values"][mask], exact[mask], rtol=1e-5, atol=1e-5)
-    assert exact[mask].std() > 0.1 and len(module._passes) == passes
+    assert exact[mask].std() > 0.1 and len(module.critic._passes) == passes
 
 
 def test_a_generate_that_is_set_on_the_module_is_ones_own(make: Make) -> None:
@@ -278,7 +281,7 @@ def test_a_generate_that_is_set_on_the_module_is_ones_own(make: Make) -> None:
     batch = module.rollout(prompts(4))[0]
     exact, mask = heads_values(module, batch, module.mtp_heads), batch["completion_mask"].bool()
     torch.testing.assert_close(batch["old_values"][mask], exact[mask], rtol=1e-5, atol=1e-5)
-    assert len(module._passes) == 1
+    assert len(module.critic._passes) == 1
 
 
 def test_scores_of_ones_own(make: Make) -> None:
@@ -298,17 +301,18 @@ def test_scores_of_ones_own(make: Make) -> None:
 
 
 def test_advantages_of_ones_own(make: Make) -> None:
-    class Constant(OnlineModule):
-        def add_advantages(self, batch: Any, scores: Tensor, rows: Any) -> dict[str, Tensor]:
+    class Constant(Signal):
+        def advantages(self, batch: Any, scores: Tensor, prompts: Any, host: Any) -> Metrics:
+            assert len(prompts) == len(scores) and prompts[0] == prompts[1] and host.group_size == 2
             batch["advantages"] = torch.full_like(scores, 2.0)
-            return {"mine": scores.sum()}
+            return Metrics({"mine": scores.sum()})
 
     numbers = Numbers()
-    module = make("grpo", cls=Constant, policy_loss="vanilla")
+    module = make("grpo", cls=RLModule, signal=Constant(), policy_loss="vanilla")
     fit(module, PromptDataModule(prompts(), batch_size=4), numbers, max_steps=1)
     batch = module.last_rollout
     assert numbers.rows[0]["mine"] == pytest.approx(float(batch["scores"].sum()))
-    fresh = make("grpo", cls=Constant, policy_loss="vanilla")
+    fresh = make("grpo", cls=RLModule, signal=Constant(), policy_loss="vanilla")
     logps = fresh.log_probs(batch)
     mask = batch["completion_mask"].bool()
     assert numbers.rows[0]["loss"] == pytest.approx(-2.0 * float(logps[mask].mean()), rel=1e-5)
@@ -424,15 +428,19 @@ def test_hooks_that_a_strategy_takes_off_are_put_back(make: Make, host: str) -> 
     module = make(host)
     attached = trunk_of(module.model)._forward_hooks if host == "critic" else module.model._forward_pre_hooks
     hooks = list(attached.values())
-    module.restore_hooks()
+    for each, _ in module.language.attached:
+        each.hook(module.model)
     assert list(attached.values()) == hooks and len(hooks) == 1, "a hook that is there stays alone"
     remove_module_hooks(module)
     rows = prompts()[:4]
     with pytest.raises((ValueError, RuntimeError)):
         module.rollout(rows)
-    module.on_validation_start()
+    callback, trainer = LanguageCallback(), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.critic.copy()
+    callback.on_validation_start(trainer, module)
     batch, _ = module.rollout(rows)
     assert batch["old_values"].shape[:2] == batch["completion_ids"].shape
-    module.on_fit_start()
+    remove_module_hooks(module)
+    callback.on_fit_start(trainer, module)
     loss, _ = module.loss(batch)
     assert loss.isfinite()

@@ -166,8 +166,8 @@ def test_the_same_completions_give_the_same_loss_and_gradient(
     plain, ours = make(kind, model(), speculative=False), make(kind, model())
     assert (ours.draft_heads is not None) == (kind in DRAFTING) and plain.decoder is None
     batch = ours.rollout(prompts(8))[0]
-    loss, metrics = plain.loss_with_drafts(plain.loss, batch)
-    our_loss, our_metrics = ours.loss_with_drafts(ours.loss, batch)
+    loss, metrics = plain.loss(batch)
+    our_loss, our_metrics = ours.loss(batch)
     plain_gradients, our_gradients = gradients(plain, loss), gradients(ours, our_loss)
     drafting = {name for name in our_gradients if of_heads(name)} if kind in DRAFTING else set()
     assert our_gradients.keys() - plain_gradients.keys() == drafting
@@ -210,7 +210,7 @@ def test_the_loss_is_that_of_trl(
     def model() -> Any:
         return with_heads(talkative(tiny_model), scale=0.3)
 
-    module = make(kind, model(), temperature=0.8, speculative_kwargs={"mtp_loss_coef": 0.5, "mtp_detach_trunk": False})
+    module = make(kind, model(), temperature=0.8, mtp_loss_coef=0.5, mtp_detach_trunk=False)
     batch = module.rollout(prompts(8))[0]
     trainer_class, config_class = {"grpo": (GRPOVariantTrainer, GRPOVariantConfig), "ppo": (PPOTrainer, PPOConfig)}[
         kind
@@ -238,7 +238,7 @@ def test_the_loss_is_that_of_trl(
     theirs = trainer._compute_loss(
         trainer.model, {**batch, "num_items_in_batch": batch["completion_mask"].sum().float()}
     )
-    ours, metrics = module.loss_with_drafts(module.loss, batch)
+    ours, metrics = module.loss(batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert [metrics["mtp/token_loss/head_2"].item()] == pytest.approx(
         trainer._metrics["train"]["mtp/token_loss/head_2"], rel=1e-5
@@ -257,7 +257,7 @@ def test_the_loss_is_that_of_trl(
 
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> None:
-    module = make(kind, speculative_kwargs={"head_learning_rate": 3e-2}, weight_decay=0.1)
+    module = make(kind, head_learning_rate=3e-2, weight_decay=0.1)
     before = weights(module)
     trainer = fit(module, data(), max_steps=3)
     moved = changed(before, weights(module))
@@ -274,7 +274,7 @@ def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> N
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> None:
     """And take part in nothing, so that no engine waits for their gradients."""
-    module, numbers = make(kind, speculative_kwargs={"mtp_loss_coef": 0.0}), Numbers()
+    module, numbers = make(kind, mtp_loss_coef=0.0), Numbers()
     before = weights(module)
     fit(module, data(), numbers, max_steps=2)
     assert not any(of_heads(name) for name in changed(before, weights(module)))
@@ -283,7 +283,7 @@ def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> N
 
 
 def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: Make) -> None:
-    module = make("ppo", value_warmup_steps=2, speculative_kwargs={"mtp_detach_trunk": False})
+    module = make("ppo", value_warmup_steps=2, mtp_detach_trunk=False)
     before = weights(module)
     fit(module, data(), max_steps=2)
     moved = changed(before, weights(module))
@@ -300,7 +300,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
     assert not changed(weights(module), weights(again))
     assert again.draft_heads is not None and (tmp_path / "value_model").is_dir() == (kind == "ppo")
     with pytest.raises(ValueError, match="Ask for 2"):
-        make(kind, str(tmp_path), speculative_kwargs={"num_mtp_heads": 1})
+        make(kind, str(tmp_path), num_mtp_heads=1)
     # A critic goes on with them.
     critic = MTPCriticModule(str(tmp_path), reward_funcs=spread)
     found = dict(critic.mtp_heads.named_parameters())
@@ -311,7 +311,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
 def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     model = with_heads(talkative(tiny_model), num_heads=3)
     heads = MTPHeads.of(model)
-    module = make(kind, model, speculative_kwargs={"num_mtp_heads": 3})
+    module = make(kind, model, num_mtp_heads=3)
     assert module.draft_heads.training.heads is heads and module.decoder.draft_length.max_drafts == 3
     values = {name: p.clone() for name, p in heads.named_parameters() if ".value." in name}  # type: ignore[union-attr]
     fit(module, data(), max_steps=2)
@@ -319,7 +319,7 @@ def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable
 
 
 def test_a_critic_drafts_with_its_own_heads(make: Make) -> None:
-    module = make("critic", num_mtp_heads=3, speculative_kwargs={"num_draft_tokens": 2, "draft_cost": 0.0})
+    module = make("critic", num_mtp_heads=3, num_draft_tokens=2, draft_cost=0.0)
     assert module.draft_heads is None and module.decoder.draft_length.max_drafts == 2
     numbers = Numbers()
     fit(module, data(), numbers, max_steps=1)
@@ -332,7 +332,7 @@ def test_a_critic_drafts_with_its_own_heads(make: Make) -> None:
 
 @pytest.mark.parametrize("kind", ONLINE)
 def test_acceptance_is_logged_as_it_was_counted(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
-    own = {"speculative_kwargs": {"draft_cost": 0.0}}
+    own = {"draft_cost": 0.0}
     module, numbers = make(kind, with_heads(talkative(tiny_model)), **own), Numbers()
     notes = note_statistics(module)
     trainer = fit(module, data(validated=prompts(8)), numbers, max_steps=2, num_sanity_val_steps=0)
@@ -393,7 +393,7 @@ def test_acceptance_does_not_decay_while_the_policy_learns(make: Make) -> None:
             reward_funcs=successors,
             num_generations=8,
             generation_kwargs={"suppress_tokens": [0, 1, *range(6, 17)]},
-            speculative_kwargs={"mtp_loss_coef": coef, "head_learning_rate": 3e-2, "draft_cost": 0.0},
+            mtp_loss_coef=coef, head_learning_rate=3e-2, draft_cost=0.0,
         )
         numbers = Numbers()
         fit(module, data(16, 4), numbers, max_steps=30)
@@ -414,7 +414,7 @@ CYCLE: dict[str, Any] = {"steps_per_generation": 2, "num_iterations": 2}
 # makes 4 steps, and the second epoch begins after step 8.
 RESUMED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
     "critic": ("critic", CYCLE, {"max_steps": 10}, [4, 6]),
-    "grpo": ("grpo", {**CYCLE, "speculative_kwargs": {"num_mtp_heads": 3, "draft_cost": 0.2}}, {"max_steps": 6}, [2]),
+    "grpo": ("grpo", {**CYCLE, "num_mtp_heads": 3, "draft_cost": 0.2}, {"max_steps": 6}, [2]),
     "ppo_validated": ("ppo", CYCLE, {"max_steps": 6, "val_check_interval": 1}, [1, 4]),
 }
 
@@ -469,7 +469,7 @@ def test_validation_leaves_training_as_it_is(make: Make, kind: str) -> None:
     states = []
     for validated in (None, None, prompts(4)):
         torch.manual_seed(0)
-        module = make(kind, speculative_kwargs={"draft_cost": 0.2})
+        module = make(kind, draft_cost=0.2)
         trainer = fit(module, data(validated=validated), max_steps=3, val_check_interval=1)
         states.append({**state_of(trainer), "drafts": module.decoder.state_dict()})
         assert ("eval_mtp/tokens_per_step" in trainer.callback_metrics) == (validated is not None)
@@ -497,7 +497,7 @@ def test_completions_that_are_cut_off_do_not_teach_the_heads(make: Make, kind: s
     batch = module.rollout(prompts(16))[0]
     cut = batch["completion_mask"].sum(1) == 0
     assert 0 < cut.sum() < len(cut)
-    _, metrics = module.loss_with_drafts(module.loss, batch)
+    _, metrics = module.loss(batch)
     _, of_rest = module.loss_with_drafts(
         module.loss, {**{k: v[~cut] for k, v in batch.items() if v.ndim}, "num_items": batch["num_items"]}
     )
@@ -514,7 +514,7 @@ def test_accumulation_changes_nothing(make: Make) -> None:
             "grpo",
             steps_per_generation=slices,
             generation_kwargs={"top_k": 1},
-            speculative_kwargs={"mtp_detach_trunk": False, "head_learning_rate": 0.3},
+            mtp_detach_trunk=False, head_learning_rate=0.3,
         )
         module.configure_optimizers = lambda: torch.optim.SGD(module.parameter_groups(), lr=0.1)
         before = weights(module)

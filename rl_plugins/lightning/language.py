@@ -86,13 +86,13 @@ class LanguageTraining:
                 groups.setdefault(key, []).append(param)
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
-    def configure_optimizers(self, module: LightningModule) -> Any:
+    def configure_optimizers(self, module: Any) -> Any:
         """Make AdamW with a schedule per optimizer step.
 
         Raises:
             ValueError: If the schedule needs to know how long training is, and the trainer does not.
         """
-        optimizer = torch.optim.AdamW(self.parameter_groups(module), lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(module.parameter_groups(), lr=self.learning_rate)
         steps = module.trainer.estimated_stepping_batches
         if not math.isfinite(steps) and not self.lr_scheduler_type.startswith("constant"):
             raise ValueError(
@@ -310,7 +310,8 @@ class LanguageCallback(Callback):
                 )
             check_trainable_dtype(pl_module)
         critic = getattr(pl_module, "critic", None)
-        if critic is not None:
+        # A validation after training goes on with the copies that training left.
+        if critic is not None and (stage == "fit" or critic.target is None):
             critic.copy()  # before DDP or DeepSpeed wrap the model
 
     def _restore_hooks(self, pl_module: Any) -> None:

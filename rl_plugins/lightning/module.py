@@ -25,7 +25,7 @@ from rl_plugins.lightning.ranks import gather_objects, gather_rows, own_rows, ra
 from rl_plugins.lightning.reference import Reference
 from rl_plugins.lightning.slices import average_logged, counts_of, cut_rollout, describe_rollout
 from rl_plugins.nn.attachment import base_model_of
-from rl_plugins.nn.sources import check_lengths, check_tokenizer, learned_positions
+from rl_plugins.nn.sources import check_language_model, check_lengths, check_tokenizer, learned_positions
 from rl_plugins.rollouts.batch import Batch, num_rows, select_rows
 from rl_plugins.rollouts.completions import Completions, eos_token_ids, generate_completions
 from rl_plugins.rollouts.rewards import (
@@ -200,7 +200,7 @@ class RLModule(LightningModule):
         self._prompts: list[Any] = []
         self._position = 0
         self.phasic: PhasicSchedule | None = None
-        self._goes_on = False  # in the middle of an epoch, from a checkpoint
+        self._further_draws = 0
         self._rollout_metrics = Metrics()
         self._queue: deque[tuple[list[Any], Batch, Metrics]] = deque()
 
@@ -221,6 +221,7 @@ class RLModule(LightningModule):
         self, model: Any, tokenizer: Any, init_kwargs: Mapping[str, Any] | None, checkpointing: bool
     ) -> None:
         """Load the policy, and put the critic into it."""
+        check_language_model(model, init_kwargs)  # before anything is looked for beside it, copied or loaded
         if self.critic is not None:
             self.critic.prepare(model, init_kwargs)
         self.model = load_language_model(model, init_kwargs)
@@ -266,6 +267,10 @@ class RLModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what looks after the module while a Trainer runs it."""
         return [LanguageCallback()]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the trainable parameters by learning rate and weight decay, for AdamW or an optimizer of your own."""
+        return self.language.parameter_groups(self)
 
     def configure_optimizers(self) -> Any:
         """Make AdamW with a schedule per optimizer step. Override it for an optimizer of your own."""
@@ -388,8 +393,9 @@ class RLModule(LightningModule):
     def _draw_further(self, groups: int, draw: int) -> Batch:
         """Draw further prompts from the training data, the same after a resumption."""
         dataset = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
-        key = (torch.initial_seed() - rank(), self.step, self._position, draw, rank())
-        rows = further_rows(groups, len(dataset), *key)
+        # Counted, since several rollouts may share an optimizer step.
+        rows = further_rows(groups, len(dataset), torch.initial_seed(), self._further_draws)
+        self._further_draws += 1
         return self._draw([dataset[i] for i in rows])[0]
 
     def _check_rows(self, rows: Sequence[Row]) -> None:
@@ -556,12 +562,12 @@ class RLModule(LightningModule):
         return slices
 
     def on_train_epoch_start(self) -> None:
-        """A batch of completions is not carried over into a new epoch of prompts, nor from a run that was stopped."""
-        self._position = 0
-        self._queue.clear()
-        if self.phasic is not None and not self._goes_on:
-            self.phasic.reset()
-        self._goes_on = False
+        """Begin with a rollout, and with a policy phase where there are phases.
+
+        A batch of completions is not carried over into a new epoch of prompts, nor from a run that was stopped; where
+        a run goes on in the middle of an epoch, Lightning does not call this.
+        """
+        self._begin_anew()
 
     def on_fit_start(self) -> None:
         """Say so if the policy loss that was named cannot act, and refuse phases that end inside an optimizer step."""
@@ -587,7 +593,13 @@ class RLModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """The same for a checkpoint that is written now: Lightning goes on from it with the next epoch's order."""
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._position = 0
+        self._queue.clear()
+        if self.phasic is not None:
+            self.phasic.reset()
 
     # Loss
 
@@ -676,9 +688,10 @@ class RLModule(LightningModule):
             "phasic": None if self.phasic is None else self.phasic.state_dict(),
             "draft_length": self.draft_state(),
             "position": self._position,
+            "further_draws": self._further_draws,
             "slices": self._slices if mid else [],
             "prompts": self._prompts if mid else [],
-            "rollout_metrics": self._rollout_metrics if mid else {},
+            "rollout_metrics": dict(self._rollout_metrics) if mid else {},
             "sampling": self.sampling.state_dict(),
             "signal": self.signal.rank_state(),
         }
@@ -688,11 +701,11 @@ class RLModule(LightningModule):
         self._queue.clear()
         self.load_draft_state(state.get("draft_length", {}))
         self._position, self._prompts = state["position"], state["prompts"]
+        self._further_draws = state["further_draws"]
         self._slices = [move_data_to_device(part, self.device) for part in state["slices"]]
         self._rollout_metrics = Metrics(move_data_to_device(dict(state["rollout_metrics"]), self.device))
         if self.phasic is not None and state.get("phasic"):
             self.phasic.load_state_dict(move_data_to_device(state["phasic"], self.device))
-            self._goes_on = True
         self.sampling.load_state_dict(move_data_to_device(state["sampling"], self.device))
         self.signal.load_rank_state(move_data_to_device(state["signal"], self.device))
 

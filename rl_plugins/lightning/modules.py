@@ -8,7 +8,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_plugins.lightning.module import RLModule
 from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.sources import check_language_model
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.nn.value_model import ValueModel
 from rl_plugins.rollouts.batch import Batch, num_rows, reordered
@@ -172,7 +171,6 @@ class PPOModule(RLModule):
         num_generations: int = 1,
         **kwargs: Any,
     ) -> None:
-        check_language_model(model, kwargs.get("model_init_kwargs"))  # before its trunk is copied or loaded
         options = {} if preset is None else preset_options(find_preset(preset, PPO_PRESETS))
         passes = options.pop("num_iterations", 4) if num_iterations is None else num_iterations
         kwargs = {**options, **kwargs}

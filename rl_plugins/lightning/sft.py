@@ -18,6 +18,7 @@ from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks
 from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.native_mtp import NativeMTP
+from rl_plugins.nn.sources import check_language_model
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.rollouts.rewards import is_conversational, prompt_tokens
 from rl_plugins.signals.checks import check_at_least, check_head_reach
@@ -104,6 +105,7 @@ class MTPSFTModule(LightningModule):
         check_at_least(2, max_length=max_length)
         check_head_reach(heads.num_mtp_heads, max_length - 1, "max_length - 1")
         self.max_length, self.completion_only = max_length, completion_only
+        check_language_model(model, model_init_kwargs)  # before heads are looked for beside it
         self.along: HeadsAlong | NativeAlong
         if native_mtp:
             check_native_settings(heads.mtp_loss_coef, heads.mtp_heads_path)
@@ -142,6 +144,10 @@ class MTPSFTModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what looks after the module while a Trainer runs it."""
         return [LanguageCallback()]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the trainable parameters by learning rate and weight decay, for AdamW or an optimizer of your own."""
+        return self.language.parameter_groups(self)
 
     def configure_optimizers(self) -> Any:
         """Make AdamW with a schedule per optimizer step. Override it for an optimizer of your own."""

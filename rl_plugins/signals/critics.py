@@ -73,6 +73,9 @@ class Critic(ABC):
     draft_options: HeadOptions | None = None
     """Options of its heads, if it has heads that can draft."""
 
+    target: PolyakTarget | None = None
+    """Slow copies of what gives the values, once [`copy`] has made them."""
+
     def __init__(self, values: ValueOptions) -> None:
         self.values = values
 
@@ -185,7 +188,6 @@ class TrunkCritic(Critic):
     """
 
     module: Attachment
-    target: PolyakTarget | None = None
 
     def start(self) -> None:
         """Forget the records of the last rollout."""

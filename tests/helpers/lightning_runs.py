@@ -11,7 +11,6 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, PPOModule
-from rl_plugins.lightning.polyak_callback import PolyakCallback
 
 ONLINE: dict[str, Any] = {"critic": MTPCriticModule, "grpo": GRPOModule, "ppo": PPOModule}
 KINDS: dict[str, Any] = {**ONLINE, "sft": MTPSFTModule}
@@ -99,9 +98,9 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         state |= {f"optimizer/{i}/{name}": value for name, value in slots.items()}
     for i, group in enumerate(optimizer.param_groups):
         state |= {f"group/{i}/{name}": value for name, value in group.items() if name != "params"}
-    for callback in trainer.callbacks:
-        if isinstance(callback, PolyakCallback) and callback.target is not None:
-            state |= {f"target/{name}": w for name, w in callback.target.state_dict().items()}
+    target = getattr(trainer.lightning_module, "polyak_target", None)
+    if target is not None:
+        state |= {f"target/{name}": w for name, w in target.state_dict().items()}
     return {**state, "step": trainer.global_step, "epoch": trainer.current_epoch, "dice": torch.get_rng_state()}
 
 
