@@ -27,6 +27,7 @@ from rl_plugins.trl import (
 )
 
 from .helpers.speculative_models import randomise_heads
+from .helpers.tiny import ON_CPU
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 Make = Callable[..., Any]
@@ -62,18 +63,13 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_p
         args = config_class(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_completion_length": 8,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-3,
                 "head_learning_rate": 1e-2,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 "speculative": True,
                 **own,
                 **options,
