@@ -30,8 +30,8 @@ from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
 from .helpers.lightning_runs import Numbers, assert_equal_states, every_step, fit, state_of
 from .helpers.moe_models import make_moe_model
+from .helpers.native_mtp import FAMILIES, doubled, slow_losses
 from .helpers.tiny import CHARACTERS, ON_CPU
-from .test_nn_native_mtp import FAMILIES, doubled, slow_losses
 
 COEF, K = 0.3, 2
 VOCABULARY = 2 + len(CHARACTERS)
