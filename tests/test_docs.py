@@ -50,6 +50,7 @@ from rl_plugins.trl.configs import SpeculativeArguments, TokenHeadsArguments
 from rl_plugins.trl.scripts import online
 
 from .helpers.moe_models import make_moe_model
+from .helpers.tiny import ON_CPU
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,14 +62,6 @@ METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ra
 RECIPES = ("mtp_critic", "grpo_variants", "ppo", "moe_balancing")
 LIGHTNING_RECIPES = ("lightning_mtp_critic", "lightning_classic")
 STOCK_MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B")
-ON_CPU = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 LIGHTNING_ON_CPU = {
     "accelerator": "cpu",
     "logger": False,

@@ -28,6 +28,7 @@ from rl_plugins.trl import (
 )
 
 from .helpers.lightning_runs import Numbers, fit, perturb
+from .helpers.tiny import ON_CPU
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*"),
@@ -42,12 +43,7 @@ HOSTS: dict[str, tuple[Any, Any, Any]] = {
 }
 # What TRL calls otherwise, and what only it has; the rest of the options has the same name on both sides.
 QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
+    **ON_CPU,
     "logging_steps": 1,
     "max_grad_norm": 0.0,
     "shuffle_dataset": False,

@@ -23,8 +23,8 @@ from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
 from .helpers.lightning_runs import Numbers, assert_equal_states, every_step, fit, state_of
 from .helpers.moe_models import make_moe_model
-from .helpers.tiny import CHARACTERS
-from .test_nn_native_mtp import FAMILIES, doubled, slow_losses
+from .helpers.native_mtp import FAMILIES, doubled, slow_losses
+from .helpers.tiny import CHARACTERS, ON_CPU
 
 COEF, K = 0.3, 2
 VOCABULARY = 2 + len(CHARACTERS)
@@ -68,17 +68,12 @@ def make(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
         args = config_class(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-2,
                 "router_aux_loss_coef": 0.0,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **native,
                 **options,
             }

@@ -27,6 +27,7 @@ from rl_plugins.trl import (
 )
 
 from .helpers.lightning_runs import fit, module_factory, prompts
+from .helpers.tiny import ON_CPU
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 
@@ -53,18 +54,13 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, rewar
         args = config(
             **{
                 "output_dir": str(tmp_path / kind),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_completion_length": 6,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-2,
                 "beta": 0.1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **own,
                 **options,
             }

@@ -32,9 +32,9 @@ from rl_plugins.moe.load_log import LOAD_FILE_NAME
 from rl_plugins.rollouts.rewards import reward_name
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
 
+from .helpers.exact_cases import ENOUGH, PROMPT, Case, accuracy, digits_tokenizer, election, exact_mdp, random_policy
 from .helpers.lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
 from .helpers.moe_models import make_moe_model
-from .test_trl_critic_exact import ENOUGH, PROMPT, Case, accuracy, digits_tokenizer, election, exact_mdp, random_policy
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

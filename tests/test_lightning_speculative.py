@@ -33,9 +33,9 @@ from .helpers.lightning_runs import (
     state_of,
     weights,
 )
+from .helpers.speculative_cases import SMALL, UNSUITABLE, of_heads, of_values, spread, successors
 from .helpers.speculative_models import randomise_heads
 from .helpers.tiny import record_passes_only
-from .test_trl_speculative import SMALL, UNSUITABLE, of_heads, of_values, spread, successors
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

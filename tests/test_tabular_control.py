@@ -29,8 +29,9 @@ from rl_plugins.tabular import (
     update_table,
     value_iteration,
 )
-from tests.test_tabular_mdp import random_mdp, random_policy, random_tables
-from tests.test_tabular_sampling import copies_of, corridor
+
+from .helpers.environments import copies_of, corridor
+from .helpers.random_mdps import random_mdp, random_policy, random_tables
 
 SEEDS = (0, 1, 2)
 TOLERANCE = 0.15  # action values reach up to 2

@@ -18,7 +18,8 @@ from rl_plugins.tabular import (
     stationary_distribution,
     value_iteration,
 )
-from tests.test_tabular_mdp import random_mdp, random_policy, random_tables
+
+from .helpers.random_mdps import random_mdp, random_policy, random_tables
 
 SEEDS = (0, 1, 2)
 

@@ -27,7 +27,8 @@ from rl_plugins.tabular import (
     truncated_policy_iteration,
     value_iteration,
 )
-from tests.test_tabular_mdp import random_mdp, random_policy
+
+from .helpers.random_mdps import random_mdp, random_policy
 
 SEEDS = (0, 1, 2)
 

@@ -28,17 +28,13 @@ from rl_plugins.trl import (
 )
 
 from .helpers.bad_rewards import ARGUMENTS, RETURNS, asks, closed, reads, scalar
+from .helpers.tiny import ON_CPU
 
 Make = Callable[..., Any]
 HOST: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
+    **ON_CPU,
     "max_steps": 1,
     "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 ONLINE: dict[str, Any] = {"max_completion_length": 6}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

@@ -35,6 +35,7 @@ from rl_plugins.trl import (
 from rl_plugins.trl.host import hide_attachments_from_vllm, stream_biases_to_vllm
 
 from .helpers.moe_models import make_moe_model, mean_switch_loss
+from .helpers.tiny import ON_CPU
 
 Make = Callable[..., Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -42,16 +43,11 @@ LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 PLAIN: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 NO_HOST_LOSS: dict[str, Any] = {"router_aux_loss_coef": 0.0}
 COMMON: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
+    **ON_CPU,
     "per_device_train_batch_size": 8,
     "max_steps": 3,
     "logging_steps": 1,
     "learning_rate": 1e-2,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 OFFLINE = {
     "trainer": (Trainer, TrainingArguments),

@@ -23,6 +23,8 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
+from .helpers.tiny import ON_CPU
+
 TESTED = "1.16"
 """TRL whose fields are listed here."""
 
@@ -98,16 +100,11 @@ KEPT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"": (GRPOVariantConfig, {})}, {"sync_ref_model": True, "beta": 0.1}),
 ]
 QUICK = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
+    **ON_CPU,
     "per_device_train_batch_size": 8,
     "max_completion_length": 6,
     "logging_steps": 1,
     "learning_rate": 1e-2,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 
 

@@ -16,6 +16,8 @@ from rl_plugins.signals.online import reference_kl
 from rl_plugins.signals.policy import PolicyLoss, clip_shares, policy_loss
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer, MTPCriticTrainer
 
+from .helpers.tiny import ON_CPU
+
 Make = Callable[..., GRPOVariantTrainer]
 TRL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 NEW_LOSSES = tuple(name for name in POLICY_LOSSES if name not in TRL_LOSSES)
@@ -31,16 +33,11 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Any, reward: A
         args = GRPOVariantConfig(
             **{
                 "output_dir": str(tmp_path / "run"),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "num_generations": 4,
                 "max_completion_length": 6,
                 "learning_rate": 1e-3,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 "loss_type": "grpo",
                 **options,
             }

@@ -32,6 +32,8 @@ from rl_plugins.trl.host import hide_attachments_from_vllm
 
 from .helpers.tiny import change_values
 
+from .helpers.tiny import ON_CPU
+
 Make = Callable[..., PPOTrainer]
 Batch = dict[str, Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -55,9 +57,7 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, rewar
         args = PPOConfig(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_completion_length": 6,
                 "max_steps": 2,
@@ -65,9 +65,6 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, rewar
                 "learning_rate": 1e-3,
                 "value_learning_rate": 1e-2,
                 "beta": 0.0,  # a reference model is loaded from a path
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **options,
             }
         )

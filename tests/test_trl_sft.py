@@ -18,6 +18,8 @@ from trl import GRPOConfig, SFTConfig, SFTTrainer
 from rl_plugins.nn import MTPHeads, attach_mtp_heads, load_mtp_heads
 from rl_plugins.trl import MTPCriticTrainer, MTPSFTConfig, MTPSFTTrainer
 
+from .helpers.tiny import ON_CPU
+
 Make = Callable[..., MTPSFTTrainer]
 Model = Callable[..., Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -56,16 +58,11 @@ def make(tiny_model: Model, tokenizer: Any, tmp_path: Path) -> Make:
         args = config_class(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-2,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **options,
             }
         )

@@ -26,8 +26,9 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
+from .helpers.speculative_cases import SMALL, UNSUITABLE, of_heads, of_values, spread, successors
 from .helpers.speculative_models import randomise_heads
-from .helpers.tiny import record_passes_only
+from .helpers.tiny import ON_CPU, record_passes_only
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 Make = Callable[..., Any]
@@ -45,11 +46,6 @@ GREEDY: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
 NOT_NUMBERS = ("step_time", "epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
-def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """In [0, 1), different for nearly any two completions."""
-    return [sum((k + 1) * (i + 3) ** 2 for k, i in enumerate(ids)) % 97 / 97 for ids in completion_ids]
-
-
 @pytest.fixture
 def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_path: Path) -> Make:
     """Factory: a trainer of some kind on a tiny model, speculative unless told otherwise; keywords go to configs."""
@@ -63,18 +59,13 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_p
         args = config_class(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_completion_length": 8,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-3,
                 "head_learning_rate": 1e-2,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 "speculative": True,
                 **own,
                 **options,
@@ -104,14 +95,6 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def of_heads(name: str) -> bool:
-    return "mtp_heads" in name.split(".")
-
-
-def of_values(name: str) -> bool:
-    return of_heads(name) and "value" in name.split(".")
 
 
 def logged(trainer: Any, name: str) -> list[float]:
@@ -403,14 +386,6 @@ def test_tokens_are_counted_but_the_first_of_each_row(make: Make) -> None:
 # Acceptance while the policy learns
 
 
-def successors(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Share of tokens that are the successor of the one before them, in a cycle of four."""
-    return [
-        sum(b == 2 + (a - 1) % 4 for a, b in zip(ids, ids[1:], strict=False)) / (len(ids) - 1)
-        for ids in completion_ids
-    ]
-
-
 @pytest.mark.slow
 def test_acceptance_does_not_decay_while_the_policy_learns(make: Make) -> None:
     """A policy that turns from noise to counting: fresh heads start as copies of the main head, which predicts the
@@ -636,35 +611,6 @@ def test_settings_are_checked_before_work_starts(make: Make, options: dict[str, 
     for kind in KINDS:
         with pytest.raises(ValueError, match=message):
             make(kind, **options)
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 17,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-UNSUITABLE: dict[str, tuple[dict[str, Any], str]] = {
-    "falcon_mamba": ({"state_size": 4}, "Generate without speculation"),
-    "qwen3_next": (
-        {
-            "num_experts": 2,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-        },
-        "Generate without speculation",
-    ),
-    "gemma2": ({}, "caps its logits"),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)

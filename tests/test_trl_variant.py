@@ -28,23 +28,20 @@ from rl_plugins.signals.signals import GroupSignal
 from rl_plugins.signals.value_tracker import prompt_key
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
 
+from .helpers.tiny import ON_CPU
+
 Make = Callable[..., GRPOVariantTrainer]
 Batch = dict[str, Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 NAN = math.nan
 QUICK: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
+    **ON_CPU,
     "per_device_train_batch_size": 8,
     "num_generations": 4,
     "max_completion_length": 6,
     "max_steps": 2,
     "logging_steps": 1,
     "learning_rate": 1e-3,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 # What the presets set only where the user has not.
 GENERATIONS = {name: {"num_generations": 1} for name in ("reinforce++", "spo")} | {"pass_at_k": {"num_generations": 8}}

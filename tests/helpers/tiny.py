@@ -15,6 +15,15 @@ from rl_plugins.signals.critics import CriticSignal
 
 CHARACTERS = "0123456789+-= "
 PAD, EOS = 0, 1
+ON_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Options of every trainer of transformers and TRL for a quick and quiet run in float32."""
 # Where and in what precision tests/test_device.py runs; recipes/benchmarks/gpu_check.sh sets both.
 DEVICE = os.environ.get("RL_PLUGINS_TEST_DEVICE", "cpu")
 DTYPE = getattr(torch, os.environ.get("RL_PLUGINS_TEST_DTYPE", "bfloat16"))
@@ -74,17 +83,12 @@ def make_critic_args(output_dir: Path | str, **overrides: Any) -> Any:
     return MTPCriticConfig(
         **{
             "output_dir": str(output_dir),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
+            **ON_CPU,
             "per_device_train_batch_size": 8,
             "max_completion_length": 6,
             "max_steps": 2,
             "logging_steps": 1,
             "learning_rate": 1e-3,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
             **overrides,
         }
     )
