@@ -35,7 +35,7 @@ from rl_plugins.functional import AGGREGATIONS
 from rl_plugins.hooks import TESTED
 from rl_plugins.moe import BalancingConfig, RouterBalancer
 from rl_plugins.rollouts import SpeculativeDecoder
-from rl_plugins.signals import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
+from rl_plugins.signals import ADVANTAGES, POLICY_LOSSES, DraftOptions, HeadOptions, PolicyLoss, advantage_options
 from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS, Preset
 from rl_plugins.trl import (
     GRPOVariantConfig,
@@ -46,7 +46,6 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
-from rl_plugins.trl.configs import SpeculativeArguments, TokenHeadsArguments
 from rl_plugins.trl.scripts import online
 
 from .helpers.moe_models import make_moe_model
@@ -300,17 +299,18 @@ def own_options(config: type, host: type) -> set[str]:
 
 
 # Options of every trainer that are in a table of their own.
-SPECULATION = {f.name for f in fields(SpeculativeArguments)}
+DRAFTS = (*fields(HeadOptions), *fields(DraftOptions))
+SPECULATION = {f.name for f in DRAFTS}
 
 
 def test_options_of_speculative_rollouts() -> None:
     table = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows(SPECULATIVE, "Options")}
-    assert table == {f.name: f.default for f in fields(SpeculativeArguments)}
+    assert table == {f.name: f.default for f in DRAFTS}
 
 
 def test_options_and_their_defaults() -> None:
     table = {row[0].strip("`"): row[1] for row in rows(CRITIC, "Options")}
-    of_heads = {f.name for f in fields(TokenHeadsArguments)}
+    of_heads = {f.name for f in fields(HeadOptions)}
     critic = own_options(MTPCriticConfig, GRPOConfig) - (SPECULATION - of_heads)
     sft = {f.name for f in fields(MTPSFTConfig)} - {f.name for f in fields(SFTConfig)}
     assert set(table) == critic | sft
@@ -391,7 +391,7 @@ def test_policy_losses_and_their_options() -> None:
     table = keyed(VARIANTS, "Policy losses")
     assert list(table) == [*POLICY_LOSSES]
     for name, cells in table.items():
-        function, aggregation, acts_on_policy = POLICY_LOSSES[name]
+        function, aggregation, acts_on_policy = POLICY_LOSSES[name][:3]
         assert cells[-2].strip("`") == aggregation, name
         assert cells[-3] == ("yes" if acts_on_policy else "no"), name
         assert keywords(cells[-1]) == defaults(function, PolicyLoss.accepted(name)), name

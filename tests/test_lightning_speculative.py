@@ -393,7 +393,9 @@ def test_acceptance_does_not_decay_while_the_policy_learns(make: Make) -> None:
             reward_funcs=successors,
             num_generations=8,
             generation_kwargs={"suppress_tokens": [0, 1, *range(6, 17)]},
-            mtp_loss_coef=coef, head_learning_rate=3e-2, draft_cost=0.0,
+            mtp_loss_coef=coef,
+            head_learning_rate=3e-2,
+            draft_cost=0.0,
         )
         numbers = Numbers()
         fit(module, data(16, 4), numbers, max_steps=30)
@@ -514,7 +516,8 @@ def test_accumulation_changes_nothing(make: Make) -> None:
             "grpo",
             steps_per_generation=slices,
             generation_kwargs={"top_k": 1},
-            mtp_detach_trunk=False, head_learning_rate=0.3,
+            mtp_detach_trunk=False,
+            head_learning_rate=0.3,
         )
         module.configure_optimizers = lambda: torch.optim.SGD(module.parameter_groups(), lr=0.1)
         before = weights(module)

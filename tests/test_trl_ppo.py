@@ -30,9 +30,7 @@ from rl_plugins.signals import HeadCritic, PolicyLoss, ValueModelCritic, critic_
 from rl_plugins.trl import MTPCriticTrainer, PPOConfig, PPOTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm
 
-from .helpers.tiny import change_values
-
-from .helpers.tiny import ON_CPU
+from .helpers.tiny import ON_CPU, change_values
 
 Make = Callable[..., PPOTrainer]
 Batch = dict[str, Any]

@@ -146,6 +146,6 @@ def gradient_metrics(totals: Tensor) -> Metrics:
     Args:
         totals: Sum of norms, clamped tokens, tokens (3,), of all ranks.
     """
-    norms, clamped, tokens = totals
+    norms, clamped, tokens = upcast(totals)
     tokens = tokens.clamp(min=1.0)
     return Metrics({"critic/grad_norm": norms / tokens, "critic/grad_clamped": clamped / tokens})

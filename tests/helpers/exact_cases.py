@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rl_plugins.functional.alignment import completion_states, head_targets
-from rl_plugins.nn import HeadPass, MTPHeads
+from rl_plugins.nn import HeadRun, MTPHeads
 from rl_plugins.tabular import TokenMDP
 
 PROMPT = 0  # the one-token prompt of every string
@@ -76,18 +76,17 @@ def exact_mdp(model: Qwen3ForCausalLM, case: Case) -> TokenMDP:
     )
 
 
-def run_heads(model: Qwen3ForCausalLM, heads: MTPHeads, tokens: Tensor) -> tuple[HeadPass, Tensor]:
-    """One forward over prompt + tokens: the pass with the values (B, T, K), and the states (B, T, D)."""
+def run_heads(model: Qwen3ForCausalLM, heads: MTPHeads, tokens: Tensor) -> tuple[HeadRun, Tensor]:
+    """One forward over prompt + tokens: the run with the values (B, T, K), and the states (B, T, D)."""
     states: list[Tensor] = []
 
     def select(hidden: Tensor) -> Tensor:
         states.append(completion_states(hidden, tokens.shape[1]))
         return states[0]
 
-    head_pass = HeadPass(heads, select, value_grad_scale=0.0)
-    with heads.tapped(head_pass):
+    with heads.running(select, value_grad_scale=0.0) as run:
         model.model(input_ids=with_prompt(tokens), use_cache=False)
-    return head_pass, states[0].detach()
+    return run, states[0].detach()
 
 
 @torch.no_grad()

@@ -951,14 +951,22 @@ OBJECTIVES: dict[str, Case] = {
         lambda x: rowwise(x, lambda v: [y / len(v) for y in v], "values").sum(1),
     ),
     "per_head_means": Case(lambda x: O.per_head_means("x", x.vector, x.counts), None),
-    "group_advantages": Case(
+    "advantages_of": Case(
         lambda x: [
-            O.group_advantages(name, x.chances, GROUP, x.lengths, options={"k": 2} if name == "pass_at_k" else {})
-            for name in O.ADVANTAGES
-            if name not in ("value_tracker", "lambda_trace")
+            O.advantages_of(
+                name,
+                x.chances,
+                GROUP,
+                torch.ones(len(x.chances), 3, dtype=torch.bool),
+                options={"k": 2} if name == "pass_at_k" else {},
+            )
+            for name, entry in O.ADVANTAGES.items()
+            if not entry.tracks_prompts
         ],
         None,
     ),
+    "head_metrics": Case(lambda x: O.head_metrics("x", x.vector, x.counts, lambda t: t), None),
+    "gradient_metrics": Case(lambda x: O.gradient_metrics(x.vector[:3]), None),
     "penalised_returns": Case(lambda x: O.penalised_returns(x.scores, x.logps, x.ref, x.mask, beta=0.1), None),
     "completion_metrics": Case(lambda x: O.completion_metrics(x.many, x.ended), None),
     "draft_metrics": Case(lambda x: O.draft_metrics(x.counts), None),
@@ -966,15 +974,7 @@ OBJECTIVES: dict[str, Case] = {
     "token_covariance": Case(lambda x: token_covariance(x.logps, x.advantages, x.mask), covariance_loop),
 }
 
-SETTINGS = {
-    "ADVANTAGES",
-    "PolicyLoss",
-    "ValueTracker",
-    "advantage_options",
-    "check_advantage",
-    "prompt_key",
-    "value_losses",
-}
+SETTINGS = {"advantage_options", "check_advantage", "prompt_key", "value_losses"}
 """Names of `signals` that take no tensors."""
 
 CASES = FUNCTIONAL | OBJECTIVES
