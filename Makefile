@@ -4,7 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := torch==2.13.0
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# Two processes, a file at a time, so that a file's fixtures are made once. tests/conftest.py puts long files first.
+# Two processes, a file at a time, so that fixtures of a file are made once. The last files of the alphabet run two ranks
+# each, which keep both cores busy when one process has come to its end.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
