@@ -36,10 +36,10 @@ test: $(STAMP) ## run every test, the fast ones first
 	$(OFFLINE) $(BIN)/python -m pytest $(TWO) -m slow
 
 test-latest: PACKAGES := --upgrade --upgrade-strategy eager -e ".[dev]"
-test-latest: .venv-latest/.installed ## run the fast tests with the newest releases inside the ranges of pyproject.toml
+test-latest: .venv-latest/.installed ## run every test with the newest releases inside the ranges of pyproject.toml
 	$(<D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
 	@$(<D)/bin/python -m pip list 2>/dev/null | grep -E '^(accelerate|datasets|deepspeed|lightning|peft|torch|transformers|trl) '
-	$(OFFLINE) $(<D)/bin/python -m pytest -m "not slow"
+	$(OFFLINE) $(<D)/bin/python -m pytest $(TWO)
 
 # vLLM pins other versions than ours do. It brings torchvision and the like, whose builds do not fit a torch for CPUs.
 .venv-vllm/.installed: requirements-vllm.txt
