@@ -5,7 +5,9 @@ Nothing here imports torch before a test file does: pytest-xdist's controller im
 
 import gc
 import importlib.metadata
+import importlib.util
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -32,16 +34,14 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     if session.config.option.collectonly or controls:
         return (yield)
     import torch
-    import torch.nn.modules.linear_cross_entropy
 
-    if any(item.get_closest_marker("slow") for item in session.items):
-        import deepspeed  # noqa: F401  (so do workers, whether they use it or not)
     # Two torch threads on busy cores are ten times slower than one for models this small.
     torch.set_num_threads(1)
+    save_time()
+    warm_up()
     # Hosts collect garbage after every run, which takes longer than the run if all that was imported is looked at.
     gc.collect()
     gc.freeze()
-    save_time()
     processes.SERVER = processes.Server()
     try:
         return (yield)
@@ -62,6 +62,18 @@ def save_time() -> None:
     for device in (torch.cuda, torch.xpu, torch.mtia):
         if not device.is_available():
             device.manual_seed_all = lambda seed: None
+
+
+def warm_up() -> None:
+    """Do here what takes a second of the first run in a process, so that no fork does it anew."""
+    import torch.nn.modules.linear_cross_entropy  # noqa: F401
+
+    from .helpers.tiny import make_tiny_model
+
+    if importlib.util.find_spec("deepspeed"):
+        importlib.import_module("deepspeed")  # accelerate imports it with the first trainer
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny_model().save_pretrained(folder)  # lists how the weights of all families are called
 
 
 @pytest.fixture(scope="session", autouse=True)

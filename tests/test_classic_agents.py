@@ -156,6 +156,7 @@ def weights(module: LightningModule) -> Tensor:
 # Environments and spaces.
 
 
+@pytest.mark.slow
 def test_runner_reports_real_last_observations() -> None:
     runner = Runner(make_environments(Counter, 2))
     runner.reset()
@@ -731,6 +732,7 @@ def test_entropy_bonus_enters_every_loss() -> None:
         assert losses[0] - losses[1] == pytest.approx(0.5 * math.log(2), rel=1e-4), agent
 
 
+@pytest.mark.slow
 def test_reinforce_gradient_is_the_exact_one_on_average() -> None:
     """Episodes of a tiny MDP: the mean gradient per episode against the policy gradient theorem."""
     module = linear_agent(
@@ -762,6 +764,7 @@ def test_reinforce_gradient_is_the_exact_one_on_average() -> None:
 # Training.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_parameter_learns_and_runs_repeat(agent: type) -> None:
     """Bit for bit the same whatever was drawn before the run, and another seed gives another run."""
@@ -874,6 +877,7 @@ def test_gradients_are_clipped() -> None:
     assert norm.item() == pytest.approx(0.1, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_metrics_and_progress() -> None:
     training = trainer(log_every_n_steps=1, limit_val_batches=1)
     module = PPOAgent("CartPole-v1", eval_episodes=3, **SMALL)
@@ -924,6 +928,7 @@ class Endless(gym.Env):
         return np.zeros(1, np.float32), 1.0, bool(action == 1 and self.count == 1), False, {}
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_a_time_limit_is_bounded_and_says_so() -> None:
     class Half(A2CAgent):
         def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
@@ -946,6 +951,7 @@ def test_an_evaluation_without_a_time_limit_is_bounded_and_says_so() -> None:
         Half(Endless).evaluate(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
 def test_training_starts_where_no_episode_need_end(agent: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation before the first step, and whole episodes of REINFORCE."""
@@ -1013,6 +1019,7 @@ class ShortOrLong(gym.Env):
         return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
 
 
+@pytest.mark.slow
 def test_logged_returns_of_whole_episodes_favour_no_length() -> None:
     """Episodes that rows play while they wait for others are mostly short: the long ones are still running."""
     module = started(ReinforceAgent(ShortOrLong, num_envs=8, rollout_steps=16, hidden_sizes=(4,), seed=0))
@@ -1044,6 +1051,7 @@ class Modes(nn.Module):
         return self.linear(self.dropout(rows)).reshape(*observations.shape[:-1], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
 def test_networks_act_and_judge_in_evaluation_mode(agent: type) -> None:
     """One environment and one last state: batch statistics of a single row would raise."""
@@ -1157,6 +1165,7 @@ def optimizer_state(module: Any) -> Tensor:
     return torch.cat([tensor.flatten() for state in states for tensor in state.values()])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gives_the_agent_back(tmp_path: Path) -> None:
     path = interrupted(A2CAgent, tmp_path, learning_rate=Linear(1e-2), hidden_sizes=(6,))
     module = A2CAgent.load_from_checkpoint(path)  # torch.load's safe mode is the default here

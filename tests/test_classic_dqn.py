@@ -140,6 +140,7 @@ class Rightwards(DQNAgent):
         return torch.ones(len(observations), dtype=torch.long)
 
 
+@pytest.mark.slow
 def test_time_limits_are_not_terminations_and_lead_to_the_real_last_state() -> None:
     """From cell 3 rightwards: a limit of 2 cuts at 5, one of 4 lets it leave into 7."""
     for limit, states, ends in [(2, [(3, 4), (4, 5)], [0, 0]), (4, [(3, 4), (4, 5), (5, 6), (6, 7)], [0, 0, 0, 1])]:
@@ -156,6 +157,7 @@ def test_time_limits_are_not_terminations_and_lead_to_the_real_last_state() -> N
         assert stored.rewards[: len(module.replay)].tolist() == [float(end) for end in terminated]
 
 
+@pytest.mark.slow
 def test_random_until_learning_starts_then_epsilon_falls_in_a_line() -> None:
     module = DQNAgent(
         corridor(9),
@@ -175,6 +177,7 @@ def test_random_until_learning_starts_then_epsilon_falls_in_a_line() -> None:
     assert module.epsilon == 0.2
 
 
+@pytest.mark.slow
 def test_share_of_random_actions() -> None:
     """With 2 actions, half of the random ones are the best one."""
     module = DQNAgent(corridor(9), total_steps=512, gradient_steps=9, learning_starts=0, epsilon_end=0.3, seed=0)
@@ -288,6 +291,7 @@ def test_polyak_target_moves_its_share_at_every_update() -> None:
 # Learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"double_q": True}, {"tau": 0.05}], ids=["copied", "double", "polyak"])
 def test_a_table_of_values_becomes_the_exact_one(settings: dict[str, Any]) -> None:
     """A linear network on one-hot states, random actions, episodes cut after 5 steps: the exact q* all the same."""
@@ -328,6 +332,7 @@ class OwnNetwork(DQNAgent):
         return 0.0
 
 
+@pytest.mark.slow
 def test_network_loss_and_exploration_can_be_replaced() -> None:
     module = OwnNetwork(corridor(9), total_steps=64, rollout_steps=32, learning_starts=0, seed=0)
     before = copy.deepcopy(module.state_dict())
@@ -356,6 +361,7 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
     """The buffer has wrapped and an episode is under way when the checkpoint is taken."""
     whole, saved, resumed = small(), small(), small()

@@ -126,6 +126,7 @@ def test_what_is_missing_is_named(arguments: list[str], message: str) -> None:
         cli.main(["mtp-critic", *ON_CPU, *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["mtp-critic", "ppo"])
 def test_arguments_reach_the_trainer(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []

@@ -158,6 +158,7 @@ def test_online_trainer_learns(
         assert batches[0]["old_values"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_sft_trainer_learns_and_goes_on_where_it_stopped(
     tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -241,6 +242,7 @@ def test_lightning_tracker_follows_its_prompts(tiny_model: Callable[..., Any], t
     assert len(module.tracked.tracker) == 4 and module.trainer.callback_metrics["value_tracker/prompts"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", [DQNAgent, PPOAgent])
 def test_classic_agent_learns(agent: Any) -> None:
     size = {"learning_starts": 32} if agent is DQNAgent else {"rollout_steps": 32}

@@ -125,6 +125,7 @@ def small_models(
 PROGRAMS = [path for path in DOCS if blocks(path, "python", "diff")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PROGRAMS, ids=names(PROGRAMS))
 def test_code_runs(path: Path, small_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -237,6 +238,7 @@ def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
 SHELLS = [path for path in DOCS if blocks(path, "bash")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHELLS, ids=names(SHELLS))
 def test_commands_exist(path: Path, recipe_options: dict[str, set[str]]) -> None:
     for words in commands(path):
@@ -459,6 +461,7 @@ DRAFTING_RUN = Run(GRPOVariantTrainer, GRPOVariantConfig, {"speculative": True})
 RUNS = {CRITIC: [MTP_RUN], VARIANTS: VARIANT_RUNS, PPO: [PPO_RUN], SPECULATIVE: [DRAFTING_RUN]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "runs"), RUNS.items(), ids=names([*RUNS]))
 def test_metrics(
     path: Path,

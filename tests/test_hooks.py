@@ -69,6 +69,7 @@ def sources(*folders: str) -> Iterator[tuple[Path, ast.Module]]:
             yield path, ast.parse(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_import_from_inside_a_library_is_in_the_table() -> None:
     targets = [hook.target for _, hook in ROWS]
     documented = {f"{library}.{name}" for library, names in DOCUMENTED.items() for name in names}

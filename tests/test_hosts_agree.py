@@ -269,12 +269,14 @@ PPOS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PPOS)
 def test_ppo(make: Make, dataset: Dataset, name: str) -> None:
     trainer, module = make("ppo", prompts=12, trl={"policy_loss": "ppo_clip"}, **PPOS[name])
     assert_hosts_agree(trainer, module, dataset, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "slices", "accumulation"), [("dapo", 2, 2), ("dapo", 4, 2), ("dapo", 2, 4), ("grpo", 2, 2)]
 )
@@ -470,6 +472,7 @@ def test_whole_runs_give_the_same_weights(make: Make, dataset: Dataset, name: st
             assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_whole_runs_of_supervised_fine_tuning(start: str, tokenizer: Any, tmp_path: Path) -> None:
     trainer, module = sft_pair(start, tokenizer, sums(REWARDS), tmp_path, lam_value=0.5, weight_decay=0.1)
     trainer.polyak_target.heads.load_state_dict(trainer.mtp_heads.state_dict())

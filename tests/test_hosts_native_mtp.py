@@ -179,6 +179,7 @@ def test_packed_rows_are_those_alone(make: Callable[..., Any]) -> None:
 # What learns
 
 
+@pytest.mark.slow
 def test_every_layer_learns_and_the_trunk_as_without_them(make: Callable[..., Any]) -> None:
     trainer, stock = make(**PLAIN), make(
         trainer_class=SFTTrainer,
@@ -232,6 +233,7 @@ def test_lightning_frozen_trunk_and_learning_rate(make_module: Callable[..., Any
 # Settings
 
 
+@pytest.mark.slow
 def test_trl_refuses_what_does_not_fit(make: Callable[..., Any], tiny_model: Any) -> None:
     with pytest.raises(ValueError, match="mtp_loss_coef=0 trains nothing"):
         make(mtp_loss_coef=0.0)
@@ -296,6 +298,7 @@ def test_trl_goes_back_to_the_best_model(make: Callable[..., Any], tmp_path: Pat
     assert not changed(last, layers_of(trainer.model) | trunk_of(trainer.model))
 
 
+@pytest.mark.slow
 def test_lightning_resumes_where_it_stopped(make_module: Callable[..., Any], tmp_path: Path) -> None:
     def data() -> PromptDataModule:
         return PromptDataModule(sums(), batch_size=2)
@@ -310,6 +313,7 @@ def test_lightning_resumes_where_it_stopped(make_module: Callable[..., Any], tmp
     assert any("native_mtp.layers" in name for name in state_of(through))
 
 
+@pytest.mark.slow
 def test_saved_layers_are_trained_on_by_either_host(
     make: Callable[..., Any], make_module: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -429,6 +433,7 @@ def on_rank(rank: int, folder: Path, module: MTPSFTModule, rows: list[dict[str, 
     torch.save(train_step(DistributedDataParallel(Step(module)), module, rows[rank::2]), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(make_module: Callable[..., Any], tmp_path: Path) -> None:
     """Under DDP, which waits for every parameter; rank 1 has no label that a depth could learn from."""
     rows = [{"text": text} for text in ("12+34", "1", "9-8=1", "2", "77", "3")]

@@ -81,6 +81,7 @@ def whole(batch: dict[str, Any]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", SOFT)
 def test_soft_prompts_train_as_stock_does(make: Make, soft: str) -> None:
     trainers = {}
@@ -93,6 +94,7 @@ def test_soft_prompts_train_as_stock_does(make: Make, soft: str) -> None:
         assert logged(trainers["variant"], name) == pytest.approx(theirs, rel=1e-4, abs=1e-6) and any(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", SOFT)
 def test_values_with_a_soft_prompt(make: Make, soft: str) -> None:
     if soft == "prefix" and cache_name() == "cache":
@@ -123,6 +125,7 @@ def test_values_with_a_soft_prompt(make: Make, soft: str) -> None:
     assert plain[mask].std() > 0.1
 
 
+@pytest.mark.slow
 def test_a_policy_that_has_its_soft_prompt_already(make: Make, tiny_model: Callable[..., Any]) -> None:
     policy = get_peft_model(tiny_model(initializer_range=0.2), SOFT["prompt"]())
     start = {name: p.clone() for name, p in policy.named_parameters()}
@@ -162,6 +165,7 @@ def test_soft_prompts_in_lightning(
 # Policies without a name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["variant", "critic", "ppo"])
 def test_a_model_without_a_name_is_its_own_reference(
     make: Make, tiny_model: Callable[..., Any], tmp_path: Path, kind: str

@@ -178,6 +178,7 @@ def test_what_a_reward_function_raises(make: Make) -> None:
     assert caught.value.__notes__[1].startswith("It was called in step 1 with answer, ")
 
 
+@pytest.mark.slow
 def test_what_was_computed_before_a_reward_function_failed_is_kept(make: Make, tmp_path: Path, reward: Any) -> None:
     class Fails:
         limit = 2

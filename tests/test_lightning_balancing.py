@@ -193,6 +193,7 @@ def test_biases_are_those_that_the_counts_ask_for(fit: Fit, family: str) -> None
     assert [[sum(layer) for layer in step] for step in history.counts] == [[2 * n] * layers for n in tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_accumulation_equals_one_batch(fit: Fit, family: str) -> None:
     # Losses that are means over rows; Switch's is one over the batch.
@@ -236,6 +237,7 @@ def test_gradient_of_the_auxiliary_loss(fit: Fit, family: str) -> None:
     assert (weights(module)[router] - weights(stock)[router]).abs().max() > 5e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_resumed_run_equals_one_in_one_go(fit: Fit, tmp_path: Path, family: str, accumulate: int) -> None:
@@ -308,6 +310,7 @@ def test_metrics_reach_the_logger(fit: Fit, tmp_path: Path) -> None:
     assert trainer.logged_metrics["moe/bias_range"].item() == pytest.approx(span)
 
 
+@pytest.mark.slow
 def test_load_file_follows_the_logging_steps(fit: Fit) -> None:
     each, _ = fit(callbacks=[MoEBalancingCallback(rate=0.01)], max_steps=5, output_dir="each")
     pairs, _ = fit(callbacks=[MoEBalancingCallback(rate=0.01)], max_steps=5, log_every_n_steps=2)
@@ -331,6 +334,7 @@ def test_validation_does_not_count(fit: Fit) -> None:
     assert_equal(biases(module), biases(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_both_hosts_train_the_same_model(fit: Fit, tmp_path: Path, family: str) -> None:
     # Rows of equal length: Lightning weighs micro-batches equally, transformers their tokens.
@@ -367,6 +371,7 @@ def test_both_hosts_train_the_same_model(fit: Fit, tmp_path: Path, family: str) 
         assert trainer.callback_metrics[f"moe/{name}"].item() == pytest.approx(last[f"moe/{name}"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_manual_optimization(fit: Fit) -> None:
     # It moves after the optimizer's steps; an auxiliary loss has the weight of a backward that is not scaled.
     trainer, module = fit(Manual(make_moe_model("mixtral")), [MoEBalancingCallback(rate=0.01)], batch_size=4)
@@ -390,6 +395,7 @@ def test_lora(fit: Fit) -> None:
     assert_equal(biases(module), replay(loads(trainer), 0.01))
 
 
+@pytest.mark.slow
 def test_fit_twice_goes_on(fit: Fit) -> None:
     callback, module = MoEBalancingCallback(rate=0.01), Module(make_moe_model("mixtral"))
     first, _ = fit(module, [callback], output_dir="first")

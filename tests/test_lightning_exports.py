@@ -67,6 +67,7 @@ def critic_args(tmp_path: Path, config: Any, **options: Any) -> Any:
 HOSTS: dict[str, tuple[Any, Any]] = {"critic": (MTPCriticConfig, MTPCriticTrainer), "ppo": (PPOConfig, PPOTrainer)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTS)
 def test_there_and_back(make: Make, reward: Any, dataset: Dataset, tmp_path: Path, kind: str) -> None:
     """Lightning -> TRL -> Lightning: every weight, those of the critic too."""
@@ -142,6 +143,7 @@ def test_no_report_without_a_critic(make: Make) -> None:
         fit(make("grpo"), PromptDataModule(prompts(), batch_size=2), TokenValueReport(), max_steps=1)
 
 
+@pytest.mark.slow
 def test_reports_follow_validation(make: Make, tmp_path: Path) -> None:
     written: list[int] = []
 
@@ -177,6 +179,7 @@ def test_the_progress_bar_moves_during_a_rollout(make: Make) -> None:
     assert metrics["reward"] == f"{float(module.trainer.callback_metrics['reward']):.3g}"
 
 
+@pytest.mark.slow
 def test_numbers_reach_the_logger(make: Make, tmp_path: Path) -> None:
     numbers, logger = Numbers(), CSVLogger(tmp_path)
     module = make("critic", num_iterations=2, beta=0.1)
@@ -239,6 +242,7 @@ def odd_digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(sum(character in "13579" for character in text)) for text in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MTPCriticModule", "GRPOModule", "PPOModule", "MTPSFTModule"])
 def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: Any, tmp_path: Path, name: str) -> None:
     tiny_model().save_pretrained(tmp_path / "model")

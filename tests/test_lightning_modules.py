@@ -103,6 +103,7 @@ RESUMED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
     kind, options, settings, stops = RESUMED[name]
@@ -134,6 +135,7 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
             assert again.value_tracker.counts == tracker.counts
 
 
+@pytest.mark.slow
 def test_validation_leaves_training_as_it_is(make: Make) -> None:
     """Its rollouts draw tokens, too, but from dice of their own."""
     states = []
@@ -146,6 +148,7 @@ def test_validation_leaves_training_as_it_is(make: Make) -> None:
     assert_equal_states(*states)
 
 
+@pytest.mark.slow
 def test_weights_of_a_checkpoint_in_a_new_run(
     make: Make, tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any, reward: Any
 ) -> None:
@@ -168,6 +171,7 @@ def test_weights_of_a_checkpoint_in_a_new_run(
         assert fit(module, PromptDataModule(prompts(), batch_size=4, seed=5), max_steps=1).global_step == 1
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_for_longer(make: Make, tmp_path: Path) -> None:
     """`max_steps` may end a run in the middle of a batch of completions; its last checkpoint calls the epoch over."""
     module = make("grpo", **CYCLE)
@@ -213,6 +217,7 @@ class Recorded(Callback):
         self.on_train_batch_start(trainer, pl_module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "sft"])
 def test_target_heads_follow_after_optimizer_steps(make: Make, kind: str) -> None:
     module, recorded = make(kind, target_tau=0.25, head_learning_rate=1e-2), Recorded()
@@ -229,6 +234,7 @@ def test_target_heads_follow_after_optimizer_steps(make: Make, kind: str) -> Non
     assert any(not torch.equal(a, b) for a, b in zip(start, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_target_heads_are_copied_every_few_steps(make: Make) -> None:
     module, recorded = make("critic", target_update_every=2, head_learning_rate=1e-2), Recorded()
     start = [p.detach().clone() for p in module.mtp_heads.parameters()]
@@ -263,6 +269,7 @@ def test_no_heads_to_follow(make: Make) -> None:
 # What learns, and how fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "critic"), [("critic", "mtp_heads"), ("ppo", "value_model")])
 def test_warm_up_moves_the_critic_only(make: Make, tmp_path: Path, kind: str, critic: str) -> None:
     options = {"value_warmup_steps": 2, "weight_decay": 0.5, "num_iterations": 1}
@@ -345,6 +352,7 @@ def test_a_frozen_trunk(make: Make) -> None:
     )
 
 
+@pytest.mark.slow
 def test_schedules(make: Make) -> None:
     rates: list[float] = []
 
@@ -383,6 +391,7 @@ class Gradients(Callback):
         Gradients.newest = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "ppo", "sft"])
 def test_gradient_checkpointing_changes_nothing(make: Make, kind: str) -> None:
     states = []
@@ -402,6 +411,7 @@ def test_gradient_checkpointing_changes_nothing(make: Make, kind: str) -> None:
 # Errors
 
 
+@pytest.mark.slow
 def test_other_architectures_and_ranks_are_refused(make: Make, tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     fit(make("critic"), PromptDataModule(prompts(), batch_size=4), every_step(tmp_path), max_steps=1)
     checkpoint = tmp_path / "step=1.ckpt"
@@ -535,6 +545,7 @@ def test_a_loss_that_cannot_act_says_so(
     assert warned(lambda: fit(modules[0], data, max_steps=1, accumulate_grad_batches=2)) == at_start
 
 
+@pytest.mark.slow
 def test_batches_that_do_not_fit(make: Make) -> None:
     rows = DataLoader(prompts(), batch_size=4, collate_fn=list)
     with pytest.raises(ValueError, match="= 2 training steps, but the loader went on to the next.*PromptDataModule"):

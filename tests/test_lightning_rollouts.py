@@ -111,6 +111,7 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch() -> None:
     assert len(list(third)) == 8, "another epoch starts at its beginning"
 
 
+@pytest.mark.slow
 def test_prompts_for_a_module(make: Make) -> None:
     data = PromptDataModule(prompts(), prompts(3), batch_size=2, shuffle=False)
     batches: list[Any] = []
@@ -318,6 +319,7 @@ def test_advantages_of_ones_own(make: Make) -> None:
     assert numbers.rows[0]["loss"] == pytest.approx(-2.0 * float(logps[mask].mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLINE)
 def test_an_adapter_with_its_reference(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     """The reference of a PEFT model is the model without its adapters, whatever these have learnt."""
@@ -335,6 +337,7 @@ def test_an_adapter_with_its_reference(make: Make, tiny_model: Callable[..., Any
     assert (module.log_probs(batch) - batch["ref_per_token_logps"]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_reference_is_a_copy_without_attachments(make: Make, tiny_model: Callable[..., Any]) -> None:
     first = make("critic")
     second = make("critic", first.model, beta=0.1)  # heads of an earlier run

@@ -255,6 +255,7 @@ def test_the_loss_is_that_of_trl(
 # Heads that draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> None:
     module = make(kind, head_learning_rate=3e-2, weight_decay=0.1)
@@ -282,6 +283,7 @@ def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> N
     assert "mtp/tokens_per_step" in numbers.rows[0] and "mtp/token_loss" not in numbers.rows[0]
 
 
+@pytest.mark.slow
 def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: Make) -> None:
     module = make("ppo", value_warmup_steps=2, mtp_detach_trunk=False)
     before = weights(module)
@@ -291,6 +293,7 @@ def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: M
     assert all(of_heads(name) or "value_model" in name.split(".") for name in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: Path, kind: str) -> None:
     module = make(kind)
@@ -330,6 +333,7 @@ def test_a_critic_drafts_with_its_own_heads(make: Make) -> None:
 # Metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLINE)
 def test_acceptance_is_logged_as_it_was_counted(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     own = {"draft_cost": 0.0}
@@ -449,6 +453,7 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
             assert row == {name: other[name] for name in row}, stop
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drafts_as_many_tokens(make: Make, tmp_path: Path) -> None:
     """None here, after all drafts of many steps were rejected; one that forgot this comes to other completions."""
     torch.manual_seed(0)
@@ -465,6 +470,7 @@ def test_a_resumed_run_drafts_as_many_tokens(make: Make, tmp_path: Path) -> None
         assert (resumed.decoder.last.statistics.reached[0] > 0) == forgets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLINE)
 def test_validation_leaves_training_as_it_is(make: Make, kind: str) -> None:
     """Also in how many tokens it drafts; and the seed decides what comes out."""
@@ -482,6 +488,7 @@ def test_validation_leaves_training_as_it_is(make: Make, kind: str) -> None:
 # Other settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "grpo"])
 def test_lora_with_heads_that_draft(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     model = get_peft_model(talkative(tiny_model), LORA)

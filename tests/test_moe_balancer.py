@@ -176,6 +176,7 @@ def test_a_forward_that_fails_leaves_the_next_one_right(reentrant: bool | None) 
     assert_same_gradients(fresh, ours, atol=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["sign", "proportional"])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_top2"])
 def test_eight_micro_batches_are_one_batch(family: str, rule: str) -> None:
@@ -367,6 +368,7 @@ def test_quantile_rule_balances_a_fixed_batch(family: str) -> None:
     assert violations[-1] < 0.15, violations
 
 
+@pytest.mark.slow
 def test_sign_rule_balances_a_fixed_batch() -> None:
     ids = torch.randint(2, 40, (8, 32), generator=torch.Generator().manual_seed(2))
     model = trained()

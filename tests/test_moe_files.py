@@ -329,6 +329,7 @@ def loads(model: Any, balancer: RouterBalancer, steps: int = 6) -> list[list[int
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL_OWN)
 def test_steps_of_a_thousandth_at_five_change_the_routing(family: str) -> None:
     """Bfloat16 has 5 and 5.03, and nothing between."""

@@ -380,6 +380,7 @@ def test_load_gives_the_same_weights(saved: Any) -> None:
         assert torch.equal(tensor, native.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_stock_generate_reads_them(saved: Any) -> None:
     model, native, folder = saved
     again = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -275,6 +275,7 @@ def test_the_verifier_accepts_worked_solutions_only(recipe: ModuleType) -> None:
     assert accuracy(completions=wrong, entry=entries) == [0.0] * len(train)
 
 
+@pytest.mark.slow
 def test_undefined_explained_variance_is_null_in_the_summary(
     recipe: ModuleType, tmp_path: Path, tokenizer: Any
 ) -> None:

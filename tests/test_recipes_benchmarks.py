@@ -281,6 +281,7 @@ def test_mistakes_are_told_before_any_step(options: list[str], message: str, tmp
     assert done.returncode == 2 and message in done.stderr and not done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = check_gpu("--output", str(tmp_path))

@@ -51,6 +51,7 @@ def run(recipe: ModuleType, *options: str, command: str = "fit") -> Any:
     return recipe.main([command, f"--config={FOLDER / 'classic' / 'ppo.yaml'}", *options])
 
 
+@pytest.mark.slow
 def test_two_iterations_from_end_to_end(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +92,7 @@ def test_two_iterations_from_end_to_end(
     assert again["eval/return_mean"].item() == rows[-1]["eval/return_mean"]
 
 
+@pytest.mark.slow
 def test_interrupted_training_goes_on_from_the_last_evaluation(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +139,7 @@ def test_curves_are_drawn_over_environment_steps(recipe: ModuleType, monkeypatch
     assert {axes.get_xlabel() for axes in drawn[1].axes} == {"optimizer step"}
 
 
+@pytest.mark.slow
 def test_another_agent_and_environment_without_a_file(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,6 +298,7 @@ def test_losses_are_reported(benchmark: ModuleType) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_speed_only_prints_a_table_and_repeats_nothing(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,6 +320,7 @@ def test_speed_only_prints_a_table_and_repeats_nothing(
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_theirs_begin_where_the_seed_is_odd(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, order in [(0, ["ours", "theirs"]), (1, ["theirs", "ours"])]:
         done = benchmark.run_pair("a2c", seed, 80, 1)

@@ -236,6 +236,7 @@ def drawn_color(history: ExpertLoadHistory, step: float, expert: int) -> list[in
     return pixels[len(pixels) - 1 - round(y), round(x), :3].tolist()
 
 
+@pytest.mark.slow
 def test_pixels_have_the_colors_of_the_scale() -> None:
     history = ExpertLoadHistory([2, 4], ["a"], [[[16, 0, 0, 0]], [[4, 4, 4, 4]]])
     red, blue, white, black = [178, 24, 43], [33, 102, 172], [246, 246, 246], [0, 0, 0]
@@ -256,6 +257,7 @@ def test_scale_is_centred_and_tells_starved_from_rare() -> None:
     assert (np.diff(luminance[:5]) > 0).all() and (np.diff(luminance[4:]) < 0).all()
 
 
+@pytest.mark.slow
 def test_the_heading_says_which_layers_are_left_out() -> None:
     history = random_history(3, n_layers=24)
     figure = expert_load_figure(history, None, 12)
@@ -267,6 +269,7 @@ def test_the_heading_says_which_layers_are_left_out() -> None:
     assert expert_load_figure(history, None, 24).get_suptitle() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_experts", [4, 64, 256])
 def test_every_expert_has_two_pixels(n_experts: int) -> None:
     figure = expert_load_figure(random_history(5, 6, n_experts), "Run", 12)
@@ -316,6 +319,7 @@ def test_no_runs_are_refused(tmp_path: Path) -> None:
         plot_max_violation({}, tmp_path / "a.png")
 
 
+@pytest.mark.slow
 def test_pictures_are_written(tmp_path: Path) -> None:
     single = ExpertLoadHistory([5], ["gate"], [[[3, 0]]])
     for index, history in enumerate((HISTORY, single)):
@@ -336,6 +340,7 @@ def test_training_curves_show_what_the_callback_logs() -> None:
     assert all(math.isclose(item.lines[0].values[0], 0.5) for item in data)
 
 
+@pytest.mark.slow
 def test_the_pictures_are_imported_without_matplotlib_and_training_imports_no_pictures() -> None:
     package = Path(__file__).parents[1] / "rl_plugins"
     training = [

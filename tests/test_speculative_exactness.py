@@ -222,6 +222,7 @@ def test_small_batches_have_the_distribution_of_the_model(
     assert worst_p_value(exact, model, decoder, setting, rows, batches) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_distribution_is_right_and_wrong_rules_are_noticed(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

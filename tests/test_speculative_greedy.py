@@ -54,6 +54,7 @@ def some_are_accepted(output: SpeculativeOutput) -> bool:
 # Batches and options
 
 
+@pytest.mark.slow
 def test_batches_of_every_size_with_ragged_prompts(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     ends, accepted = set(), 0
@@ -133,6 +134,7 @@ def letters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
+@pytest.mark.slow
 def test_stopping_criteria_row_by_row(model: Any) -> None:
     inputs = padded([[3, 4, 5, 6], [7, 8, 9], [10, 11, 12], [4, 6], [5, 5, 6, 3, 2]])
     unstopped = decode(model, inputs)
@@ -164,6 +166,7 @@ def test_several_samples_per_prompt(model: Any) -> None:
     assert torch.equal(output.sequences, again.sequences)
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_alone_with_a_given_cost(model: Any) -> None:
     found = []
     for _ in range(2):
@@ -242,6 +245,7 @@ def test_bfloat16() -> None:
 # Values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flush_every", [1, 3, 64])
 def test_values_of_rows_that_leave_the_batch(model: Any, flush_every: int) -> None:
     options = {"eos_token_id": [1, 3, 7], "pad_token_id": 0}
@@ -292,6 +296,7 @@ def test_values_are_only_made_for_a_recorder(model: Any) -> None:
 # Hosts
 
 
+@pytest.mark.slow
 def test_lora(tiny_model: Callable[..., Any]) -> None:
     model = attach_random_heads(tiny_model(seed=1, initializer_range=0.5, tie_word_embeddings=False), 3, 0.05)
     before = plain(model, padded(PROMPTS))

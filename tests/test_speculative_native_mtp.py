@@ -39,6 +39,7 @@ def batch(prompts: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["ragged", "single"])
@@ -52,6 +53,7 @@ def test_greedy_is_stock_greedy(family: str, num_layers: int, prompts: list[list
     assert len(decoder.last.statistics.acceptance) == num_layers
 
 
+@pytest.mark.slow
 def test_drafts_are_those_of_a_pass_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first draft of every row and step: rejected tokens, padding and rows that left must not show in it."""
     model = make("glm4_moe", 2)

@@ -273,6 +273,7 @@ class Passes:
             handle.remove()
 
 
+@pytest.mark.slow
 def test_hopeless_heads_cost_next_to_nothing(tiny_model: Callable[..., Any]) -> None:
     model = attach_random_heads(tiny_model(seed=1, initializer_range=0.5, tie_word_embeddings=False), 2, 100.0)
     inputs = {"input_ids": torch.randint(2, 16, (4, 5), generator=torch.Generator().manual_seed(0))}
@@ -328,6 +329,7 @@ def test_logits_are_made_for_the_drafts_alone(tiny_model: Callable[..., Any]) ->
     assert min(rows for rows, _, _ in passes.logits) < 4  # rows that have ended cost nothing
 
 
+@pytest.mark.slow
 def test_the_cache_does_not_fill_up_with_rejected_drafts(tiny_model: Callable[..., Any]) -> None:
     model = attach_random_heads(tiny_model(seed=1, initializer_range=0.5, tie_word_embeddings=False), 3, 0.3)
     inputs, new, slots = padded([[3, 4, 5, 6], [7, 8], [4], [5, 5, 6]] * 6), 60, []

@@ -141,6 +141,7 @@ def test_gradients_against_finite_differences() -> None:
             assert exact[s, a].item() == pytest.approx(((up - down) / (2 * width)).item(), abs=1e-8)
 
 
+@pytest.mark.slow
 def test_ascent_reaches_the_optimum() -> None:
     mdp = random_mdp(seed=4)
     logits = torch.zeros(6, 3).double()

@@ -255,6 +255,7 @@ def test_frozen_lake_at_099(name: str, best: float) -> None:
         assert solve_values(mdp, plan.policy)[0].item() == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_64x64_lake_is_solved() -> None:
     """4,096 states: no table of S^2 entries is made on the way."""
     desc = ["".join("H" if (7 * i + 5 * j) % 23 == 0 else "F" for j in range(64)) for i in range(64)]

@@ -220,6 +220,7 @@ def test_what_a_reward_function_raises(make: Make) -> None:
     assert ", answer, " in caught.value.__notes__[1]
 
 
+@pytest.mark.slow
 def test_what_was_computed_before_a_reward_function_failed_is_kept(make: Make, tmp_path: Path, reward: Any) -> None:
     class Fails:
         limit = 2
@@ -269,6 +270,7 @@ def test_reward_functions_are_those_that_were_given(make: Make, reward: Any, kin
     assert make(kind, reward_funcs=(judge, reward)).reward_funcs == given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "ppo"])
 def test_columns_of_reward_functions_stay_beside_ours(make: Make, reward: Any, kind: str) -> None:
     def extra(completions: list[str], log_extra: Any, **kwargs: Any) -> list[float]:
@@ -461,6 +463,7 @@ def stock_checkpoint(kind: str, model: Any, tokenizer: Any, dataset: Any, direct
     return directory / "checkpoint-1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["grpo", "sft"])
 def test_checkpoints_of_stock_trainers(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, dataset: Any, tmp_path: Path, origin: str
@@ -482,6 +485,7 @@ def test_checkpoints_of_stock_trainers(
     make("sft", model=checkpoint)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_our_other_trainers(make: Make, tmp_path: Path) -> None:
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
     written = {kind: tmp_path / kind / "checkpoint-1" for kind in KINDS}

@@ -116,6 +116,7 @@ def no_grad_values(trainer: MTPCriticTrainer, batch: dict[str, Any]) -> Tensor:
 # Off is the host
 
 
+@pytest.mark.slow
 def test_without_the_critic_it_is_stock_grpo(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, reward: Any, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_without_the_critic_it_is_stock_grpo(
 # Training
 
 
+@pytest.mark.slow
 def test_every_parameter_moves(make: Make) -> None:
     trainer = make(max_steps=4, head_learning_rate=1e-2)
     before = weights(trainer)
@@ -165,6 +167,7 @@ def test_every_parameter_moves(make: Make) -> None:
     assert logged(trainer, "mtp/token_loss/head_1")[0] == pytest.approx(math.log(16), abs=0.5)
 
 
+@pytest.mark.slow
 def test_the_target_follows_the_heads(make: Make) -> None:
     trainer = make(max_steps=1, target_tau=0.25)
     assert trainer.mtp_heads is not None
@@ -190,6 +193,7 @@ def test_head_learning_rate(make: Make, rate: float | None) -> None:
     assert len(groups) == (4 if rate is not None else 2)
 
 
+@pytest.mark.slow
 def test_values_come_from_generation_without_another_forward(
     make: Make, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +219,7 @@ def test_values_come_from_generation_without_another_forward(
     torch.testing.assert_close(trainer.last_rollout["old_values"], values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "passes"),
     [
@@ -250,6 +255,7 @@ def test_values_belong_to_their_tokens_however_they_are_generated(
     assert values[mask].std() > 0.1 and len(calls) == passes
 
 
+@pytest.mark.slow
 def test_values_belong_to_completions_that_a_subclass_has_changed(
     make: Make, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +275,7 @@ def test_values_belong_to_completions_that_a_subclass_has_changed(
     torch.testing.assert_close(batch["old_values"][mask], values[mask], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_type_takes_advantages_per_token(make: Make, loss_type: str) -> None:
     level = "sequence" if loss_type == "luspo" else "token"
@@ -294,6 +301,7 @@ def test_every_loss_type_takes_advantages_per_token(make: Make, loss_type: str) 
         assert torch.equal(of_rows, of_tokens)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_sum_of_its_parts(make: Make, tiny_model: Callable[..., Any]) -> None:
     options: dict[str, Any] = {"learning_rate": 0.0, "head_learning_rate": 0.0, "max_steps": 1}
 
@@ -312,6 +320,7 @@ def test_the_loss_is_the_sum_of_its_parts(make: Make, tiny_model: Callable[..., 
     assert loss(value_loss_coef=0.3, mtp_loss_coef=0.2) == pytest.approx(policy + 0.3 * value + 0.2 * token, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_accumulation_changes_nothing(make: Make, loss_type: str) -> None:
     def run(size: int, accumulation: int) -> tuple[list[float], dict[str, Tensor]]:
@@ -343,6 +352,7 @@ def test_accumulation_changes_nothing(make: Make, loss_type: str) -> None:
             torch.testing.assert_close(split[name], whole[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_several_iterations_on_one_generation(make: Make) -> None:
     trainer = make(num_iterations=2, steps_per_generation=2, max_steps=8, per_device_train_batch_size=4)
     trainer.train()
@@ -365,6 +375,7 @@ def test_value_loss_of_zero_logs_finite_gradients(make: Make) -> None:
     assert logged(trainer, "critic/grad_norm") == [0.0] and logged(trainer, "critic/grad_clamped") == [0.0]
 
 
+@pytest.mark.slow
 def test_evaluation(make: Make, dataset: Dataset) -> None:
     trainer = make(eval_dataset=dataset.select(range(8)), max_steps=1, per_device_eval_batch_size=8)
     trainer.train()
@@ -386,6 +397,7 @@ def test_evaluation_without_training(make: Make, dataset: Dataset) -> None:
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
+@pytest.mark.slow
 def test_completions_table(make: Make, tmp_path: Path) -> None:
     trainer = make(max_steps=2, log_completions=True, num_completions_to_print=0, head_learning_rate=1e-1)
     trainer.train()
@@ -403,6 +415,7 @@ def test_completions_table(make: Make, tmp_path: Path) -> None:
 # LoRA
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_heads_and_saves_both(
     make: Make, tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -420,6 +433,7 @@ def test_lora_trains_adapters_and_heads_and_saves_both(
     assert not changed(again, weights(trainer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("recorded", [True, False])
 def test_the_reference_pass_of_lora_does_not_disturb_the_values(
@@ -448,6 +462,7 @@ def test_the_reference_pass_of_lora_does_not_disturb_the_values(
 # Warm-up, KL, phases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mtp_detach_trunk", [True, False])
 def test_warmup_leaves_the_trunk_bit_identical(make: Make, mtp_detach_trunk: bool) -> None:
     trainer = make(value_warmup_steps=2, max_steps=2, head_learning_rate=1e-2, mtp_detach_trunk=mtp_detach_trunk)
@@ -460,6 +475,7 @@ def test_warmup_leaves_the_trunk_bit_identical(make: Make, mtp_detach_trunk: boo
     assert "model.embed_tokens.weight" in changed(before, weights(trainer))
 
 
+@pytest.mark.slow
 def test_kl_in_the_reward(make: Make, tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
@@ -507,6 +523,7 @@ def test_phasic_schedule() -> None:
     assert not schedule.auxiliary and schedule.stored == []
 
 
+@pytest.mark.slow
 def test_phasic_run(make: Make) -> None:
     trainer = make(phasic_every=2, phasic_epochs=2, max_steps=8, head_learning_rate=1e-2)
     snapshots: list[dict[str, Tensor]] = []
@@ -524,6 +541,7 @@ def test_phasic_run(make: Make) -> None:
         assert {"mtp_heads.heads.0.value.weight", "model.embed_tokens.weight"} <= changed(before, after)
 
 
+@pytest.mark.slow
 def test_phasic_kl_holds_the_policy(make: Make) -> None:
     def drift(coef: float) -> float:
         trainer = make(
@@ -538,6 +556,7 @@ def test_phasic_kl_holds_the_policy(make: Make) -> None:
 # Bad rewards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["whiten", "value", "none"])
 def test_unusable_rewards_are_skipped_and_counted(make: Make, scaling: str) -> None:
     def broken(completions: list[str], **kwargs: Any) -> list[float | None]:
@@ -554,6 +573,7 @@ def test_unusable_rewards_are_skipped_and_counted(make: Make, scaling: str) -> N
     assert batch["scores"][4:].tolist() == [0.0, 1.0, 0.5, 0.25] and batch["scores"][:4].isnan().all()
 
 
+@pytest.mark.slow
 def test_one_of_two_rewards_is_unusable(make: Make) -> None:
     def none_or_inf(completions: list[str], **kwargs: Any) -> list[float | None]:
         return [None, math.inf, math.nan, 1.0] + [0.0] * 4
@@ -569,6 +589,7 @@ def test_one_of_two_rewards_is_unusable(make: Make) -> None:
     assert math.isnan(scores[1]) and scores[:1] + scores[2:] == [0.5, 0.5, 2.5, 0.5, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_all_rewards_none(make: Make) -> None:
     trainer = make(reward_funcs=lambda completions, **kwargs: [None] * len(completions), max_steps=2)
     trainer.train()
@@ -576,6 +597,7 @@ def test_all_rewards_none(make: Make) -> None:
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_all_completions_truncated(make: Make) -> None:
     trainer = make(mask_truncated_completions=True, generation_kwargs=NO_END, max_steps=2)
     before = weights(trainer)
@@ -585,6 +607,7 @@ def test_all_completions_truncated(make: Make) -> None:
     assert not changed(before, weights(trainer))
 
 
+@pytest.mark.slow
 def test_some_completions_truncated(make: Make) -> None:
     trainer = make(
         mask_truncated_completions=True,
@@ -643,6 +666,7 @@ def test_a_failing_reward_function_is_named(make: Make, reward: Any, func: Any, 
 # What it starts from
 
 
+@pytest.mark.slow
 def test_heads_that_are_there_are_kept(make: Make, tiny_model: Callable[..., Any]) -> None:
     model = with_random_heads(tiny_model())
     heads = MTPHeads.of(model)
@@ -661,6 +685,7 @@ def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], tmp_path: P
         make(mtp_heads_path=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_heads_of_the_last_one(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -716,6 +741,7 @@ def test_heads_are_known_by_a_whole_part_of_the_name() -> None:
 # Checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_steps", "options"),
     [
@@ -744,6 +770,7 @@ def test_resuming_is_as_if_nothing_had_happened(
     assert any(not torch.equal(t, through.mtp_heads.get_parameter(n)) for n, t in targets.items())  # type: ignore
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_targets_is_refused(make: Make, tmp_path: Path) -> None:
     trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -763,6 +790,7 @@ def test_a_checkpoint_without_targets_is_refused(make: Make, tmp_path: Path) -> 
             make(max_steps=2).train(resume_from_checkpoint=str(broken))
 
 
+@pytest.mark.slow
 def test_the_best_model_comes_back_with_its_heads(make: Make, dataset: Dataset) -> None:
     def worse_and_worse(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
         return [float(-trainer_state.global_step)] * len(completions)

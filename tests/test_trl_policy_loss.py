@@ -222,6 +222,7 @@ def test_new_losses_are_weighed_like_the_hosts(
     torch.testing.assert_close(ours - parts(trainer, batch), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_garbage_in_padding_reaches_neither_loss_nor_gradient(make: Make) -> None:
     for name in POLICY_LOSSES:
         trainer = make(policy_loss=name)
@@ -345,6 +346,7 @@ def test_aggregation_is_separate_from_the_loss(make: Make, aggregation: str) -> 
     assert_equal_to_trl(trainer, ALIKE[aggregation], batch_for(trainer))
 
 
+@pytest.mark.slow
 def test_aggregation_alone_keeps_trls_loss(make: Make) -> None:
     trainer = make(loss_type="sapo", aggregation="token")
     assert trainer._policy_loss is not None and trainer._policy_loss.name == "sapo"
@@ -362,6 +364,7 @@ def test_aggregation_alone_keeps_trls_loss(make: Make) -> None:
 # Prompts that count alike
 
 
+@pytest.mark.slow
 def test_prompts_count_alike_however_a_batch_is_cut(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, dataset: Any, tmp_path: Path
 ) -> None:
@@ -439,6 +442,7 @@ def test_a_loss_that_cannot_act_says_so_once(make: Make, settings: dict[str, Any
 # The critic takes the same losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gspo_token", "dppo", "cispo", "gmpo", "clip_cov"])
 def test_the_critics_token_advantages_with_any_loss(
     tiny_model: Callable[..., Any],

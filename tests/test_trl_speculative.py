@@ -154,6 +154,7 @@ def values_of(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return record.finish(num_tokens)
 
 
+@pytest.mark.slow
 def test_recorded_values_are_those_of_a_pass_and_save_it(
     make: Make, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +247,7 @@ def test_a_greedy_run_is_the_same(make: Make, tiny_model: Callable[..., Any], ki
 # Heads that draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> None:
     trainer = make(kind, max_steps=3, weight_decay=0.1)
@@ -277,6 +279,7 @@ def test_rate_of_heads_that_draft(make: Make, kind: str, rate: float | None) -> 
     assert not any(of_values(name) for name in trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_the_token_loss_reaches_the_trunk_only_if_asked(make: Make, kind: str) -> None:
     batch = rollout(make(kind))
@@ -288,6 +291,7 @@ def test_the_token_loss_reaches_the_trunk_only_if_asked(make: Make, kind: str) -
     assert torch.equal(detached[norm], plain[norm]) and not torch.allclose(whole[norm], plain[norm], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: Make) -> None:
     trainer = make("ppo", value_warmup_steps=2, max_steps=2, mtp_detach_trunk=False)
     before = weights(trainer)
@@ -297,6 +301,7 @@ def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: M
     assert all(of_heads(name) or "value_model" in name.split(".") for name in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> None:
     """And take part in nothing, so that no engine waits for their gradients."""
@@ -308,6 +313,7 @@ def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> N
     assert logged(trainer, "mtp/tokens_per_step") and not logged(trainer, "mtp/token_loss/head_1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_are_saved_beside_the_model_and_found_again(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, kind: str
@@ -326,6 +332,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(
         make(kind, str(tmp_path / "first"), num_mtp_heads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     """A critic's heads go on as drafters; their values are kept for the critic."""
@@ -346,6 +353,7 @@ def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable
 # Metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_acceptance_is_logged_as_it_was_counted(
     make: Make, tiny_model: Callable[..., Any], dataset: Dataset, kind: str
@@ -467,6 +475,7 @@ def test_resuming_is_as_if_nothing_had_happened(
     assert resumed.decoder.state_dict() == through.decoder.state_dict()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drafts_as_many_tokens(make: Make, tmp_path: Path) -> None:
     """None here, after all drafts of many steps were rejected; one that forgot this comes to other completions."""
     options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -540,6 +549,7 @@ def test_the_token_loss_by_hand(make: Make, tiny_model: Callable[..., Any], kind
             assert metrics[f"mtp/token_loss/head_{k}"] == [pytest.approx(expected, rel=1e-4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "grpo"])
 def test_lora_with_heads_that_draft(make: Make, tmp_path: Path, kind: str) -> None:
     trainer = make(kind, peft_config=LORA, max_steps=3)
@@ -555,6 +565,7 @@ def test_lora_with_heads_that_draft(make: Make, tmp_path: Path, kind: str) -> No
     assert heads is not None and all(torch.equal(saved[name], p) for name, p in heads.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rollout_function_generates_as_it_likes(make: Make, kind: str) -> None:
     """Its completions teach the heads like any others; there are no drafts to count."""

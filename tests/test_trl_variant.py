@@ -206,6 +206,7 @@ def partly(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     return [None if ids[0] in (2, 5, 8) else r for ids, r in zip(completion_ids, spread(completion_ids), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scale"),
     [("group_normalized", "group"), ("group_centered", "none"), ("group_centered_batch_scaled", "batch")],
@@ -220,6 +221,7 @@ def test_three_of_them_are_trls(make: Make, name: str, scale: str) -> None:
         assert theirs["advantages"].abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_nothing_set_is_trl_bit_by_bit(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -236,6 +238,7 @@ def test_nothing_set_is_trl_bit_by_bit(
         assert logged(ours, "loss") == logged(theirs, "loss") and len(logged(ours, "loss")) == 3
 
 
+@pytest.mark.slow
 def test_the_grpo_preset_trains_like_trl(make: Make) -> None:
     # Not Adam, whose first steps are the signs of gradients, of which some are 0 but for rounding.
     options = {"max_steps": 3, "beta": 0.1, "optim": "sgd", "learning_rate": 0.5}
@@ -280,6 +283,7 @@ def test_evaluation_with_another_number_of_completions(make: Make, name: str, si
     )
 
 
+@pytest.mark.slow
 def test_evaluation_changes_no_state(make: Make, dataset: Dataset) -> None:
     sampling = {"dynamic_sampling": True, "replay_buffer_size": 4, "reject_uniform": True}
     common = {"num_generations_eval": 2, "per_device_eval_batch_size": 8, "eval_dataset": dataset.select(range(8))}
@@ -432,6 +436,7 @@ def test_all_groups_become_informative(make: Make, joins: list[set[tuple[int, in
     assert len(table) == 16  # of the last generation batch
 
 
+@pytest.mark.slow
 def test_joined_batches_of_different_lengths_stay_aligned(make: Make, joins: list[set[tuple[int, int]]]) -> None:
     def by_length(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rewards = spread(completion_ids)
@@ -451,6 +456,7 @@ def test_joined_batches_of_different_lengths_stay_aligned(make: Make, joins: lis
     assert_aligned(trainer, batch)
 
 
+@pytest.mark.slow
 def test_draws_are_bounded_and_training_goes_on(make: Make) -> None:
     trainer = make(reward_funcs=constant, advantage="group_normalized", dynamic_sampling=True, max_draws=3)
     calls: list[int] = []
@@ -496,6 +502,7 @@ def test_as_many_are_drawn_as_the_rate_of_success_asks_for(make: Make) -> None:
     assert metrics(trainer)["sampling/draws"] == [float(len(calls))]
 
 
+@pytest.mark.slow
 def test_the_seed_decides(make: Make) -> None:
     def run(seed: int) -> tuple[list[str], list[float], dict[str, Tensor]]:
         trainer = make(reward_funcs=right_half, preset="dapo", seed=seed, max_steps=3)
@@ -619,6 +626,7 @@ def test_the_loss_over_tokens_is_that_of_the_kept_groups(
     assert whole.abs() > 1e-3
 
 
+@pytest.mark.slow
 def test_rejecting_all_groups_stops_nothing(make: Make) -> None:
     trainer = make(reward_funcs=constant, preset="reinforce_rej")
     before = weights(trainer)
@@ -630,6 +638,7 @@ def test_rejecting_all_groups_stops_nothing(make: Make) -> None:
 # Replay
 
 
+@pytest.mark.slow
 def test_empty_groups_are_replaced_with_stored_ones(make: Make) -> None:
     options = {"advantage": "group_normalized", "per_device_train_batch_size": 16, "beta": 0.1}
     trainer = make(reward_funcs=from_ten, replay_buffer_size=3, **options)
@@ -820,6 +829,7 @@ def test_rewards_outside_the_unit_interval_say_so(make: Make, value: float, show
         generate(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{"forget": 0.9}, {"half_life": 0.5}], ids=["constant", "by_kl"])
 def test_the_tracker_is_in_checkpoints(make: Make, tmp_path: Path, kwargs: dict[str, Any]) -> None:
     options = {**spo_options(**kwargs), "save_strategy": "steps", "save_steps": 1}
@@ -851,6 +861,7 @@ def test_the_tracker_is_in_checkpoints(make: Make, tmp_path: Path, kwargs: dict[
 # GVPO
 
 
+@pytest.mark.slow
 def test_gvpo_sees_whole_groups(make: Make) -> None:
     trainer = make(preset="gvpo", num_iterations=2, steps_per_generation=4, gradient_accumulation_steps=4, max_steps=4)
     seen: list[tuple[float, float]] = []
@@ -901,6 +912,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_steps", [2, 4], ids=["mid_generation", "between"])
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_is_as_if_nothing_had_happened(make: Make, tmp_path: Path, name: str, save_steps: int) -> None:
@@ -932,6 +944,7 @@ def test_resuming_is_as_if_nothing_had_happened(make: Make, tmp_path: Path, name
 # Presets and models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRPO_PRESETS)
 def test_every_preset_trains(make: Make, name: str) -> None:
     trainer = make(preset=name, steps_per_generation=2, gradient_accumulation_steps=1)
@@ -949,6 +962,7 @@ def test_every_preset_trains(make: Make, name: str) -> None:
     assert trainer.num_generations > 1 or not ADVANTAGES[GRPO_PRESETS[name]["advantage"]].compares_groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["dapo", "grpo", "spo"])
 def test_lora(make: Make, preset: str) -> None:
     trainer = make(preset=preset, peft_config=LORA)
@@ -959,6 +973,7 @@ def test_lora(make: Make, preset: str) -> None:
     assert all(map(math.isfinite, logged(trainer, "loss")))
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts(make: Make) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -986,6 +1001,7 @@ def test_args_of_another_class_are_refused(tiny_model: Callable[..., Any], token
         GRPOVariantTrainer(tiny_model(), spread, args, processing_class=tokenizer)
 
 
+@pytest.mark.slow
 def test_images_are_not_moved(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = GRPOTrainer._generate_and_score_completions
     monkeypatch.setattr(
@@ -997,6 +1013,7 @@ def test_images_are_not_moved(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
     assert "num_images" in generate(make(reject_uniform=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregation", "options"),
     [(name, {"beta": 0.1 if name == "sequence" else 0.0}) for name in AGGREGATIONS if name != "micro_batch"]
