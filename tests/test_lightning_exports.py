@@ -253,7 +253,7 @@ def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: A
         "model.reward_funcs": reward if name == "GRPOModule" else f"[{reward}, {reward}]",
         "model.max_completion_length": "5",
         "model.beta": "0.0",
-        "model.policy_loss_kwargs": json.dumps({"epsilon_high": 0.3}),
+        "model.policy.policy_loss_kwargs": json.dumps({"epsilon_high": 0.3}),
     }
     arguments = {
         "model": f"rl_plugins.lightning.{name}",
@@ -274,7 +274,7 @@ def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: A
     text = [f"--{key}={value}" for key, value in arguments.items()]
     cli = LightningCLI(run=False, save_config_callback=None, seed_everything_default=0, args=text)
     assert type(cli.model).__name__ == name and cli.datamodule.batch_size == 4
-    assert (cli.model.learning_rate, cli.model.weight_decay) == (0.5, 0.25)
+    assert (cli.model.language.learning_rate, cli.model.language.weight_decay) == (0.5, 0.25)
     if name != "MTPSFTModule":
         assert [reward_name(func) for func in cli.model.reward_funcs] == ["odd_digits"] * (1 + (name != "GRPOModule"))
         assert cli.model.policy_loss.options == {"epsilon_high": 0.3}

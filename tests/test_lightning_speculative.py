@@ -18,6 +18,7 @@ from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.completions import Completions
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
+from rl_plugins.signals import DraftOptions, HeadOptions, ValueHeadOptions
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer, PPOConfig, PPOTrainer
 
 from .helpers.lightning_runs import (
@@ -99,14 +100,14 @@ def gradients(module: Any, loss: Tensor) -> dict[str, Tensor]:
 def note_statistics(module: Any) -> list[DraftStatistics]:
     """Have the statistics of every rollout noted."""
     notes: list[DraftStatistics] = []
-    complete = module.complete
+    complete = module._complete
 
     def noted(prompts: Sequence[Any]) -> Completions:
         found = complete(prompts)
         notes.append(module.decoder.last.statistics)
         return found
 
-    module.complete = noted
+    module._complete = noted
     return notes
 
 
@@ -116,10 +117,10 @@ def note_statistics(module: Any) -> list[DraftStatistics]:
 def test_recorded_values_are_those_of_a_pass(make: Make, tiny_model: Callable[..., Any]) -> None:
     """Of heads and of target heads, in a run that moves both."""
     module = make("critic", with_heads(talkative(tiny_model)), head_learning_rate=1e-1)
-    recorded, checked = module.recorded_values, []
+    recorded, checked = module.critic.recorded, []
 
-    def compared(batch: Batch) -> tuple[Tensor, Tensor]:
-        found, mask = recorded(batch), batch["completion_mask"].bool()
+    def compared(batch: Batch, host: Any) -> tuple[Tensor, Tensor]:
+        found, mask = recorded(batch, host), batch["completion_mask"].bool()
         assert mask.sum(1).unique().numel() > 2  # ragged
         exact = [heads_values(module, batch, heads) for heads in (module.mtp_heads, module.polyak_target)]
         for values, expected in zip(found, exact, strict=True):
@@ -128,7 +129,7 @@ def test_recorded_values_are_those_of_a_pass(make: Make, tiny_model: Callable[..
         checked.append((exact[0] - exact[1])[mask].abs().max().item())
         return found
 
-    module.recorded_values = compared
+    module.critic.recorded = compared
     fit(module, data(32, 16), max_steps=2)
     assert len(checked) == 2 and checked[0] == 0.0 and checked[1] > 0.05
     assert sum(module.decoder.last.statistics.accepted) > 0
@@ -302,7 +303,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
     again = make(kind, str(tmp_path))
     assert not changed(weights(module), weights(again))
     assert again.draft_heads is not None and (tmp_path / "value_model").is_dir() == (kind == "ppo")
-    with pytest.raises(ValueError, match="Ask for 2"):
+    with pytest.raises(ValueError, match="Ask for 2 heads with inner size 32"):
         make(kind, str(tmp_path), num_mtp_heads=1)
     # A critic goes on with them.
     critic = MTPCriticModule(str(tmp_path), reward_funcs=spread)
@@ -507,9 +508,7 @@ def test_completions_that_are_cut_off_do_not_teach_the_heads(make: Make, kind: s
     cut = batch["completion_mask"].sum(1) == 0
     assert 0 < cut.sum() < len(cut)
     _, metrics = module.loss(batch)
-    _, of_rest = module.loss_with_drafts(
-        module.loss, {**{k: v[~cut] for k, v in batch.items() if v.ndim}, "num_items": batch["num_items"]}
-    )
+    _, of_rest = module.loss({**{k: v[~cut] for k, v in batch.items() if v.ndim}, "num_items": batch["num_items"]})
     torch.testing.assert_close(metrics["mtp/token_loss"], of_rest["mtp/token_loss"], rtol=1e-5, atol=1e-6)
 
 
@@ -542,13 +541,11 @@ def test_accumulation_changes_nothing(make: Make) -> None:
 
 REFUSED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (tuple(ONLINE), {"num_draft_tokens": 0}, "num_draft_tokens must be at least 1, got 0"),
-    (tuple(ONLINE), {"num_draft_tokens": 3}, "num_draft_tokens=3, but the model has 2 heads"),
+    (tuple(ONLINE), {"num_draft_tokens": 3}, "num_draft_tokens must be between 1 and num_mtp_heads=2, .* got 3"),
     (tuple(ONLINE), {"draft_cost": -0.1}, "draft_cost must be at least 0"),
     (DRAFTING, {"num_mtp_heads": 0}, "num_mtp_heads must be at least 1"),
     (DRAFTING, {"mtp_loss_coef": -1.0}, "mtp_loss_coef must be at least 0"),
     (DRAFTING, {"head_learning_rate": -1.0}, "head_learning_rate must be at least 0"),
-    (DRAFTING, {"num_heads": 2}, "speculative_kwargs has num_heads, but its options are num_draft_tokens, .*num_mtp_"),
-    (("critic",), {"num_mtp_heads": 2}, "speculative_kwargs has num_mtp_heads, but the heads that draft are the crit"),
 ]
 
 
@@ -558,7 +555,22 @@ def test_settings_are_checked_before_work_starts(
 ) -> None:
     for kind in kinds:
         with pytest.raises(ValueError, match=message):
-            make(kind, speculative_kwargs=options)
+            make(kind, **options)
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_options_of_drafting_are_options_like_any_other(make: Make, kind: str) -> None:
+    """Given one by one or as a dataclass; there is no dictionary of them, and no other name."""
+    for name in ("speculative_kwargs", "num_heads", "adaptive"):
+        with pytest.raises(TypeError, match=f"{ONLINE[kind].__name__} has no argument {name}"):
+            make(kind, **{name: 2})
+    flat = make(kind, num_mtp_heads=3, num_draft_tokens=2, draft_cost=0.1)
+    kinds = HeadOptions if kind in DRAFTING else ValueHeadOptions
+    drafts = DraftOptions(speculative=True, num_draft_tokens=2, draft_cost=0.1)
+    nested = make(kind, speculative=True, heads=kinds(num_mtp_heads=3), drafts=drafts)
+    for module in (flat, nested):
+        assert MTPHeads.of(module.model).config.num_heads == 3  # type: ignore[union-attr]
+        assert (module.decoder.num_draft_tokens, module.decoder.draft_cost) == (2, 0.1)
 
 
 @pytest.mark.parametrize("kind", ONLINE)

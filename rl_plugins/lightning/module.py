@@ -638,7 +638,7 @@ class RLModule(LightningModule):
     def _objective(self, logps: Tensor, entropies: Tensor | None, inputs: Batch) -> tuple[Tensor, Metrics]:
         """[`~rl_plugins.signals.online_loss`] with this module's settings."""
         by_micro_batch = self.policy_loss.aggregation == "micro_batch"
-        return online_loss(
+        loss, metrics = online_loss(
             self.policy_loss,
             logps,
             inputs.get("old_per_token_logps", logps.detach()),
@@ -660,6 +660,21 @@ class RLModule(LightningModule):
             },
             reduce=sum_over_ranks,
         )
+        if "policy_loss" in metrics:
+            self._weigh_policy_loss(metrics, inputs)
+        return loss, metrics
+
+    def _weigh_policy_loss(self, metrics: Metrics, inputs: Batch) -> None:
+        """Make `policy_loss` a mean that the micro-batches of a window can be averaged by."""
+        rows = inputs["completion_mask"].new_tensor(float(num_rows(inputs)), dtype=torch.float32)
+        tokens, rows = sum_over_ranks(torch.stack([inputs["completion_mask"].sum().float(), rows]))
+        if self.policy_loss.aggregation == "token":  # divided by the tokens of the window so far
+            metrics["policy_loss"] *= inputs["num_items"] * world_size() / tokens.clamp(min=1.0)
+            metrics.counts["policy_loss"] = tokens
+        else:
+            metrics.counts["policy_loss"] = (
+                torch.ones_like(rows) if self.policy_loss.aggregation == "micro_batch" else rows
+            )
 
     # Validation
 
