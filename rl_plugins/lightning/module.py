@@ -480,7 +480,13 @@ class RLModule(LightningModule):
     # Training
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Roll out if the last batch of completions is used up, then one objective on one slice."""
+        """Roll out if the last batch of completions is used up, then one objective on one slice.
+
+        With the first batch of an epoch begin a rollout, and a policy phase where there are phases: completions are
+        not carried over into a new epoch of prompts, nor from a run that was stopped.
+        """
+        if batch_idx == 0:  # Lightning calls no hook at the start of an epoch that it resumes at
+            self._begin_anew()
         if self.signal.warmup_steps:  # no weight decay while only the critic learns: it needs no gradient
             for optimizer in self.trainer.optimizers:  # `self.optimizers()` is a list with DeepSpeed's, else none
                 pause_weight_decay(optimizer, self.step < self.signal.warmup_steps)
@@ -558,14 +564,6 @@ class RLModule(LightningModule):
     def next_epoch(self, slices: list[Batch]) -> list[Batch]:
         """The slices of another pass over the same completions."""
         return slices
-
-    def on_train_epoch_start(self) -> None:
-        """Begin with a rollout, and with a policy phase where there are phases.
-
-        A batch of completions is not carried over into a new epoch of prompts, nor from a run that was stopped; where
-        a run goes on in the middle of an epoch, Lightning does not call this.
-        """
-        self._begin_anew()
 
     def on_fit_start(self) -> None:
         """Say so if the policy loss that was named cannot act, and refuse phases that end inside an optimizer step."""
@@ -649,15 +647,13 @@ class RLModule(LightningModule):
 
     def _weigh_policy_loss(self, metrics: Metrics, inputs: Batch) -> None:
         """Make `policy_loss` a mean that the micro-batches of a window can be averaged by."""
-        rows = inputs["completion_mask"].new_tensor(float(num_rows(inputs)), dtype=torch.float32)
-        tokens, rows = sum_over_ranks(torch.stack([inputs["completion_mask"].sum().float(), rows]))
-        if self.policy_loss.aggregation == "token":  # divided by the tokens of the window so far
+        aggregation, own = self.policy_loss.aggregation, inputs["completion_mask"].sum().float()
+        tokens, rows = sum_over_ranks(torch.stack([own, own.new_tensor(num_rows(inputs))]))
+        if aggregation == "token":  # so far divided by the tokens of the window
             metrics["policy_loss"] *= inputs["num_items"] * world_size() / tokens.clamp(min=1.0)
             metrics.counts["policy_loss"] = tokens
         else:
-            metrics.counts["policy_loss"] = (
-                torch.ones_like(rows) if self.policy_loss.aggregation == "micro_batch" else rows
-            )
+            metrics.counts["policy_loss"] = torch.ones_like(rows) if aggregation == "micro_batch" else rows
 
     # Validation
 
@@ -723,12 +719,31 @@ class RLModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Take over the state of a checkpoint, or give every rank dice of its own, as TRL does: after
-        `seed_everything` all would draw the same numbers."""
+        `seed_everything` all would draw the same numbers.
+
+        Raises:
+            TypeError: If further prompts are to be drawn from a stream.
+        """
+        self._check_further_prompts()
         state = self.language.take_resumed(self)
         if state is not None:
             self.load_rank_state(state)
-        elif rank() > 0:
+            return
+        if rank() > 0:
             torch.manual_seed(torch.initial_seed() + rank())
+        if self.sampling.replay_buffer is not None:
+            self.sampling.replay_buffer.generator.manual_seed(torch.initial_seed())
+
+    def _check_further_prompts(self) -> None:
+        if self._trainer is None or not self.sampling.options.dynamic_sampling:
+            return
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                "dynamic_sampling=True draws further prompts by index, but the training data are a stream. Give "
+                "Trainer.fit a loader of a dataset with a length, such as PromptDataModule, or set "
+                "dynamic_sampling=False."
+            )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model and tokenizer as transformers does, with everything of ours beside them: TRL and

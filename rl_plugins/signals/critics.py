@@ -189,6 +189,10 @@ class TrunkCritic(Critic):
 
     module: Attachment
 
+    def __init__(self, values: ValueOptions) -> None:
+        super().__init__(values)
+        self.start()
+
     def start(self) -> None:
         """Forget the records of the last rollout."""
         self._turns: list[tuple[ValueRecord, EachStep | None]] = []
