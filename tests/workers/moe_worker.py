@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
-from rl_plugins.nn import bias_files
+from rl_plugins.moe import files as bias_files
 from rl_plugins.trl import MoEBalancingCallback, MTPCriticConfig, MTPCriticTrainer
 
 # Not Adam, which hides the scale of gradients and makes steps of rounding errors; no clipping, which hides it too.
