@@ -234,7 +234,11 @@ class TrunkCritic(Critic):
             batch["old_per_token_logps"] = host.log_probs(batch)
         # The first pass is the policy's; a second one is the reference of a PEFT model.
         values = self._passes[0].finish(batch["completion_ids"].shape[1])
-        assert values is not None
+        if values is None:
+            raise RuntimeError(
+                f"{type(self.module).__name__} has seen no hidden states of the policy: its hook was taken off, as "
+                "Lightning's DeepSpeed strategy does before an evaluation. Put it back with `hook(model)`."
+            )
         return values
 
     def _saved(self, batch: Batch, host: Host) -> Values | None:
