@@ -24,7 +24,7 @@ from rl_plugins.signals import (
     advantages_of,
 )
 
-from .lightning_runs import (
+from .helpers.lightning_runs import (
     Numbers,
     assert_equal_states,
     changed,
