@@ -356,8 +356,8 @@ class RLModule(LightningModule):
         metrics.add(self.signal.advantages(batch, scores, prompts, self))
         batch["num_items"] = self._num_items(batch)
         self.policy_loss.mark(batch, self)
-        self.last_rollout = batch
         batch = without_marks(batch)
+        self.last_rollout = batch.copy()
         batch.pop("scores")
         return batch, metrics
 

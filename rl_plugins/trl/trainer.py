@@ -308,9 +308,9 @@ class RLTrainer(GRPOTrainer):
         if self._policy_loss is not None:
             self._policy_loss.mark(batch, self)
         log_metrics(self, metrics)
+        batch = without_marks(batch)
         images = self._modality_inputs(batch)  # large, and nothing that looks at values needs them
         self.last_rollout = cast(Batch, {name: x for name, x in batch.items() if name not in images})
-        batch = without_marks(batch)
         batch.pop("scores")
         return batch
 
