@@ -1,6 +1,6 @@
-"""Train a policy whose own multi-token-prediction heads are its critic, with Lightning.
+"""Train a policy whose own multi-token-prediction heads are its critic, in Lightning, on the task of `sums.py`.
 
-The task, the small model and the settings are those of `recipes/mtp_critic.py`: a Qwen3-style model with a character
+The small model and the settings are those of `recipes/mtp_critic.py`: a Qwen3-style model with a character
 tokenizer is warm-started on a reasoning-gym task with `MTPSFTModule` and improved on the task's verifier with
 `MTPCriticModule`. It runs on a laptop's CPU in minutes:
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from mtp_critic import Script, build_datasets, character_tokenizer, make_reward, small_model
+from sums import Script, build_datasets, character_tokenizer, make_reward, small_model
 from transformers import AutoTokenizer
 
 from rl_plugins.lightning import MTPCriticModule, MTPSFTModule, PromptDataModule, RolloutProgressBar, TokenValueReport

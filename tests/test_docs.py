@@ -178,13 +178,9 @@ def load_recipe(name: str) -> Any:
 def recipe_options() -> dict[str, set[str]]:
     """Options of every recipe, by its path."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "recipes")  # the others import from mtp_critic
+        patch.syspath_prepend(ROOT / "recipes")  # where they find sums.py
         modules = {f"recipes/{name}.py": load_recipe(name) for name in RECIPES}
-    shared = modules["recipes/mtp_critic.py"].Script
-    return {
-        program: options(TrlParser((vars(module).get("Script", shared), module.Config)))
-        for program, module in modules.items()
-    }
+    return {program: options(TrlParser((module.Script, module.Config))) for program, module in modules.items()}
 
 
 def options(parser: Any) -> set[str]:

@@ -1,5 +1,6 @@
-"""Every recipe, run as a user would, and what the MTP critic's recipe, which the others build on, is made of."""
+"""Every recipe, run as a user would, and the parts of `sums.py`, which four of them share."""
 
+import ast
 import importlib.util
 import json
 import math
@@ -149,8 +150,43 @@ def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
-    others = {"moe_balancing", "lightning_mtp_critic"}
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*CRITICS, *others, "lightning_classic"}
+    others = {"moe_balancing", "lightning_mtp_critic", "lightning_classic"}
+    assert {path.stem for path in FOLDER.glob("*.py") if is_recipe(path)} == {*CRITICS, *others}
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file says how to run it, as those that are shared do not."""
+    return f"python {path.relative_to(FOLDER.parent)}" in path.read_text()
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, wherever it does."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module is not None}
+
+
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "benchmarks"], ids=lambda folder: folder.name)
+def test_a_recipe_stands_alone_or_names_the_file_that_it_shares(folder: Path) -> None:
+    """No recipe imports another one. Each has one shared file at most, which its first line names."""
+    files = {path.stem: path for path in folder.glob("*.py")}
+    for path in files.values():
+        beside = {name for name in imported(path) if name in files}
+        first_line = path.read_text().splitlines()[0]
+        assert set(re.findall(r"`(\w+)\.py`", first_line)) == beside, path.name
+        assert len(beside) <= 1 and not any(is_recipe(files[name]) for name in beside), path.name
+        assert is_recipe(path) or not beside, f"{path.name}: a shared file needs no other"
+
+
+def test_recipes_import_nothing_private() -> None:
+    for path in [*FOLDER.glob("*.py"), *FOLDER.glob("benchmarks/*.py")]:
+        names = {
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module is not None
+            for alias in node.names
+        }
+        assert not [name for name in names | imported(path) if "rl_plugins" in name and "._" in name], path.name
 
 
 @pytest.mark.slow
@@ -191,13 +227,15 @@ def load_recipe(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[f"{name}_recipe"] = module  # where dataclasses look up the annotations
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # where a recipe finds sums.py
+        spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return load_recipe("mtp_critic")
+    return load_recipe("sums")
 
 
 def entry(expression: str, answer: str) -> dict[str, Any]:
@@ -292,6 +330,7 @@ def test_undefined_explained_variance_is_null_in_the_summary(
             global_step=1,
         ),
         processing_class=tokenizer,
+        critic=object(),
         last_rollout={**rollout, "old_values": torch.ones(2, 3, 2), "scores": torch.ones(2)},
     )
     args = SimpleNamespace(output_dir=str(tmp_path), num_mtp_heads=2, seed=7)
@@ -306,40 +345,46 @@ def test_undefined_explained_variance_is_null_in_the_summary(
     }
 
 
+MISTAKES = [
+    (["--task=chain_summ"], "Dataset 'chain_summ' not registered"),
+    (["--task_config={min_terms: 2}"], "Expecting property name enclosed in double quotes"),
+    (['--task_config={"terms": 2}'], "unexpected keyword argument 'terms'"),
+    (["--task_config=3"], "must be a mapping"),
+    (['--task_config={"min_terms": 5, "max_terms": 2}'], "max_terms must be >= min_terms"),
+    (["--eval_items=0"], "size must be positive"),
+    (
+        ['--task_config={"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}', "--train_items=50"],
+        "every training question is held out",
+    ),
+    (["--gguf_file=a.gguf"], "--gguf_file needs --model"),
+]
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        (["--task=chain_summ"], "Dataset 'chain_summ' not registered"),
-        (["--task_config={min_terms: 2}"], "Expecting property name enclosed in double quotes"),
-        (['--task_config={"terms": 2}'], "unexpected keyword argument 'terms'"),
-        (["--task_config=3"], "must be a mapping"),
-        (['--task_config={"min_terms": 5, "max_terms": 2}'], "max_terms must be >= min_terms"),
-        (["--eval_items=0"], "size must be positive"),
-        (
-            ['--task_config={"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}', "--train_items=50"],
-            "every training question is held out",
-        ),
-        (["--gguf_file=a.gguf"], "--gguf_file needs --model"),
+        *(("mtp_critic", *mistake) for mistake in MISTAKES),
+        *((name, *MISTAKES[0]) for name in ("ppo", "grpo_variants")),
     ],
 )
 def test_mistakes_are_told_before_any_work(
-    recipe: ModuleType,
+    name: str,
     options: list[str],
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["mtp_critic.py", f"--output_dir={tmp_path / 'run'}", *options])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", f"--output_dir={tmp_path / 'run'}", *options])
     with pytest.raises(SystemExit) as stopped:
-        recipe.run(recipe.Config, recipe.MTPCriticTrainer)
+        load_recipe(name).main()
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 
 
-def test_defaults_need_no_gpu(recipe: ModuleType, tmp_path: Path) -> None:
-    args = recipe.Config(output_dir=str(tmp_path))
+def test_defaults_need_no_gpu(tmp_path: Path) -> None:
+    args = load_recipe("mtp_critic").Config(output_dir=str(tmp_path))
     assert args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
 
 
@@ -349,13 +394,14 @@ def test_defaults_need_no_gpu(recipe: ModuleType, tmp_path: Path) -> None:
 def ends(path: Path) -> bool:
     """Whether a script ends its process group, if it trains."""
     text = path.read_text()
-    trains = re.search(r"Trainer\(|trainer_class\(|TRAINERS\[|LightningCLI\)", text) is not None
+    trains = re.search(r"Trainer\(|TRAINERS\[\w|LightningCLI\)", text) is not None
     return not trains or "    end_process_group()\n" in text
 
 
 def test_every_script_that_trains_ends_its_process_group() -> None:
     package = FOLDER.parent / "rl_plugins" / "trl" / "scripts"
     scripts = [*FOLDER.glob("*.py"), *FOLDER.glob("benchmarks/*.py"), *package.glob("*.py")]
+    scripts.remove(FOLDER / "sums.py")  # trains for others
     assert len(scripts) > 12
     assert [path.stem for path in scripts if not ends(path)] == []
 
