@@ -18,13 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from rl_plugins.lightning import MTPSFTModule, PromptDataModule
-from rl_plugins.nn import (
-    attach_mtp_heads,
-    attach_native_mtp,
-    expect_native_keys,
-    get_native_mtp,
-    save_native_mtp,
-)
+from rl_plugins.nn import MTPHeads, NativeMTP, attach_mtp_heads, attach_native_mtp
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
 from .conftest import CHARACTERS
@@ -111,7 +105,7 @@ def make_module(tokenizer: Any) -> Callable[..., MTPSFTModule]:
 
 
 def layers_of(model: Any) -> dict[str, Tensor]:
-    native = get_native_mtp(model)
+    native = NativeMTP.of(model)
     assert native is not None
     return {name: p.detach().clone() for name, p in native.named_parameters()}
 
@@ -131,7 +125,7 @@ def logged(trainer: Any, name: str) -> list[float]:
 
 def by_hand(model: Any, batch: dict[str, Tensor]) -> tuple[float, list[float]]:
     """Loss of SFT, and the mean loss of every depth over its labels, row after row without padding."""
-    native = get_native_mtp(model)
+    native = NativeMTP.of(model)
     assert native is not None
     lengths = batch["attention_mask"].sum(1).tolist()
     own, items, depths, counts = 0.0, 0, torch.zeros(native.num_layers), torch.zeros(native.num_layers)
@@ -254,7 +248,7 @@ def test_trl_refuses_what_does_not_fit(make: Callable[..., Any], tiny_model: Any
         make(tiny_model())
     model = make_model()
     attach_native_mtp(model, 1)
-    with pytest.raises(ValueError, match="comes with 1 native MTP layers, not 2. Set num_mtp_heads=1"):
+    with pytest.raises(ValueError, match="comes with 1 native MTP layers, not 2. Ask for 1"):
         make(model)
     with pytest.raises(ValueError, match="merge_and_unload"):
         make(get_peft_model(make_model(), LORA))
@@ -356,7 +350,7 @@ def test_parallel_heads_stay_out_of_it(make: Callable[..., Any], tmp_path: Path)
 def generate(folder: Path, tokenizer: Any, **options: Any) -> tuple[list[list[int]], int]:
     """Greedy continuations by stock transformers, and the forwards of the model that they took."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    expect_native_keys(model)  # tiny models end at another layer than the released ones
+    NativeMTP.expect_keys(model)  # tiny models end at another layer than the released ones
     model.generation_config.eos_token_id = None
     forwards: list[int] = []
     model.model.register_forward_hook(lambda *args: forwards.append(1))
@@ -373,7 +367,7 @@ def check_drafts(trained: Path, new: Path, tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained)
     attach_native_mtp(model)
     model.save_pretrained(new)
-    save_native_mtp(model, new)
+    NativeMTP.of(model).save(new)
     same, untrained = generate(new, tokenizer, use_mtp=True)
     assert same == plain
     assert fewer < 0.75 * forwards and fewer < 0.8 * untrained

@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.lightning import PromptDataModule
 from rl_plugins.nn.cache_name import cache_name
-from rl_plugins.rollouts.values import ValuePass
+from rl_plugins.rollouts.values import ValueRecord, WholeRows
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -108,10 +108,10 @@ def test_values_with_a_soft_prompt(make: Make, soft: str) -> None:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     critic.train()
     batch = critic.last_rollout
-    record = ValuePass(critic.mtp_heads, None, batch["completion_ids"].shape[1])
-    with critic.mtp_heads.tapped(record), torch.no_grad():
+    rows = WholeRows(ValueRecord(critic.mtp_heads), batch["completion_ids"].shape[1])
+    with critic.mtp_heads.watching(rows), torch.no_grad():
         critic.model(**whole(batch), use_cache=False)
-    values, mask = record.finish(8)[0], batch["completion_mask"].bool()
+    values, mask = rows.record.finish(8)[0], batch["completion_mask"].bool()
     torch.testing.assert_close(batch["old_values"][mask], values[mask], atol=1e-5, rtol=1e-5)
     assert values[mask].std() > 0.1
 
