@@ -260,6 +260,7 @@ def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: A
         "model.model": str(tmp_path / "model"),
         "model.learning_rate": "0.5",
         "model.weight_decay": "0.25",
+        **({"model.heads.num_mtp_heads": "3"} if name.startswith("MTP") else {}),
         **({} if name == "MTPSFTModule" else online),
         "data": "rl_plugins.lightning.PromptDataModule",
         "data.train_dataset": json.dumps(rows),
@@ -278,6 +279,8 @@ def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: A
     if name != "MTPSFTModule":
         assert [reward_name(func) for func in cli.model.reward_funcs] == ["odd_digits"] * (1 + (name != "GRPOModule"))
         assert cli.model.policy_loss.options == {"epsilon_high": 0.3}
+    if name.startswith("MTP"):
+        assert cli.model.mtp_heads.config.num_heads == 3
     before = weights(cli.model)
     cli.trainer.fit(cli.model, cli.datamodule)
     assert changed(before, weights(cli.model))

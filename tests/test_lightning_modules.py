@@ -167,6 +167,8 @@ def test_weights_of_a_checkpoint_in_a_new_run(
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.validate(validated, PromptDataModule(prompts(), prompts(4)), ckpt_path=checkpoint, verbose=False)
     assert not changed(weights(first), weights(validated))
+    assert not changed(weights(first.polyak_target), weights(validated.polyak_target)), "of which it validates, too"
+    assert changed(weights(first.polyak_target.heads), weights(first.mtp_heads))
     for module in (loaded, validated):
         assert fit(module, PromptDataModule(prompts(), batch_size=4, seed=5), max_steps=1).global_step == 1
 
@@ -259,6 +261,17 @@ def test_a_callback_of_ones_own_leaves_the_target_heads_alone(make: Make) -> Non
     for target, head in zip(own.target.parameters(), module.mtp_heads.parameters(), strict=True):
         torch.testing.assert_close(target, head, rtol=0.0, atol=1e-7)
     assert not torch.equal(next(iter(own.target.parameters())), next(iter(module.polyak_target.parameters())))
+
+
+def test_a_validation_after_training_has_the_targets_of_training(make: Make) -> None:
+    module, data = make("critic", head_learning_rate=1e-2), PromptDataModule(prompts(), prompts(4), batch_size=2)
+    trainer = fit(module, data, max_steps=2, limit_val_batches=0)
+    before = weights(module.polyak_target)
+    trainer.limit_val_batches = 1
+    (numbers,) = trainer.validate(module, data, verbose=False)
+    assert not changed(before, weights(module.polyak_target)) and numbers["eval_critic/target_gap"] > 1e-4
+    fit(module, data, max_steps=0)  # a new run begins with copies of the heads as they are
+    assert not changed(weights(module.polyak_target.heads), weights(module.mtp_heads))
 
 
 def test_no_heads_to_follow(make: Make) -> None:

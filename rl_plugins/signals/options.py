@@ -8,7 +8,7 @@ like any other.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS
 from rl_plugins.nn.target_heads import check_polyak
@@ -44,7 +44,8 @@ class Options:
         ValueError: If one is out of range; the message names it.
     """
 
-    _settled: ClassVar[bool] = False
+    __slots__ = ("_settled",)  # no field, nor an attribute that command lines would take for one
+    _settled: bool
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -58,7 +59,7 @@ class Options:
         object.__setattr__(self, "_settled", True)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._settled:
+        if getattr(self, "_settled", False):
             raise dataclasses.FrozenInstanceError(
                 f"{type(self).__name__} is frozen. Make another one: dataclasses.replace(options, {name}=...)."
             )
