@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def adapted(source: str, models: dict[str, Path]) -> str:
     source = re.sub(r"\bmax_steps=\d+", "max_steps=2", source)
     bar = "RolloutProgressBar()" in source  # Lightning refuses one together with none
     source = re.sub(r"(?<![\w.])Trainer\(", f"Trainer(**LIGHTNING_ON_CPU, enable_progress_bar={bar}, ", source)
-    return re.sub(r"\b((?:GRPO|SFT|GRPOVariant|MTPCritic|MTPSFT|PPO)Config)\(", r"\1(**ON_CPU, ", source)
+    return re.sub(r"\b((?:GRPO|SFT|GRPOVariant|MTPCritic|MTPSFT|PPO|RL)Config)\(", r"\1(**ON_CPU, ", source)
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +123,21 @@ def small_models(
     return folders
 
 
+@pytest.fixture
+def own_entries() -> Iterator[None]:
+    """Take back what a page adds to the tables of advantages and policy losses."""
+    with mock.patch.dict(ADVANTAGES), mock.patch.dict(POLICY_LOSSES):
+        yield
+
+
 PROGRAMS = [path for path in DOCS if blocks(path, "python", "diff")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PROGRAMS, ids=names(PROGRAMS))
-def test_code_runs(path: Path, small_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_runs(
+    path: Path, small_models: dict[str, Path], own_entries: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__", "ON_CPU": ON_CPU, "LIGHTNING_ON_CPU": LIGHTNING_ON_CPU}
     for block in blocks(path, "python", "diff"):
