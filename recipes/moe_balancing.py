@@ -42,7 +42,7 @@ PAPER = {"aux": (9.56, 0.72), "loss_free": (9.50, 0.04)}  # perplexity and globa
 
 @dataclass
 class Script:
-    """What to compare and on which model."""
+    """The settings to compare, and the model."""
 
     balancing: list[str] = field(
         default_factory=lambda: list(BALANCINGS), metadata={"help": "What to compare: none, aux, loss_free."}

@@ -532,3 +532,18 @@ def test_paths_in_prose_exist() -> None:
     for path in DOCS:
         for name in re.findall(r"`((?:recipes|tests|docs|rl_plugins)/[\w./]+)`", path.read_text()):
             assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+RIDDLES = re.compile(r"(What|How|As|Same|The same|That|This|It|They|These|Those|Nothing)\b(?! tensor)")
+"""Words with which no docstring begins: the reader does not know yet what they stand for."""
+
+
+def test_docstrings_begin_with_what_they_are_about() -> None:
+    found = []
+    for path in [*sorted((ROOT / "rl_plugins").rglob("*.py")), *sorted((ROOT / "recipes").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if RIDDLES.match(text):
+                    found.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert not found

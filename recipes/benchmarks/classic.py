@@ -285,7 +285,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """What was missed."""
+    """Targets that were missed."""
     missed = []
     for row in rows:
         returns = row["ours_returns"]

@@ -23,7 +23,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run trains; each field is a command-line option."""
+    """Settings of one run; each field is a command-line option."""
 
     completions: int = field(default=8, metadata={"help": "completions per step"})
     generations: int = field(default=4, metadata={"help": "completions per prompt of GRPO"})

@@ -40,7 +40,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any], parameters: dict[str, int]) -> None:
-    """What a person reads."""
+    """Format the results as a table for the terminal."""
     print(f"{'':8}{'parameters':>12}{'peak MiB':>10}")
     for name, peak in report["peak_mib"].items():
         print(f"{name:8}{parameters[name] / 1e6:11.1f}M{peak:10.0f}")

@@ -1,4 +1,4 @@
-"""What the critic costs: `MTPCriticTrainer` beside stock `GRPOTrainer`, in runs of `measured_run.py`.
+"""Measure the cost of the critic: `MTPCriticTrainer` beside stock `GRPOTrainer`, in runs of `measured_run.py`.
 
     python recipes/benchmarks/overhead.py --json outputs/overhead.json
 

@@ -1,4 +1,4 @@
-"""What drafting with the model's own heads brings: `generate` with and without `SpeculativeDecoder`.
+"""Measure drafting with the model's own heads: `generate` with and without `SpeculativeDecoder`.
 
     python recipes/benchmarks/speculative.py --json outputs/speculative.json
 
@@ -266,7 +266,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """What a person reads."""
+    """Format the results as a table for the terminal."""
     print(
         f"{'heads':9}{'batch':>6}{'generate':>10}{'speculative':>13}{'ratio':>7}{'range':>13}{'tokens/step':>13}",
         end="",

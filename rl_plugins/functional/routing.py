@@ -271,7 +271,7 @@ def selection_bias_quantile(scores: Tensor, bias: Tensor, k: int, mask: Tensor |
 
 
 def max_violation(counts: Tensor) -> Tensor:
-    """How much more than its share the busiest expert has: `(max c - mean c) / mean c`.
+    """Measure how much more than its share the busiest expert has: `(max c - mean c) / mean c`.
 
     MaxVio of Wang et al., arXiv 2408.15664, eq. 4: 0 where balanced, `E / k - 1` where all tokens go to the
     same experts.

@@ -264,7 +264,7 @@ class RLModule(LightningModule):
 
     @property
     def auxiliary_repeats(self) -> tuple[int, int]:
-        """How many batches of prompts make a policy phase, and how often the loader repeats the last of them for the
+        """Count the batches of prompts of a policy phase, and how often the loader repeats the last of them for the
         auxiliary phase that follows."""
         if self.phasic is None:
             return 1, 0
@@ -588,7 +588,7 @@ class RLModule(LightningModule):
             rank_zero_warn(message)
 
     def on_train_epoch_end(self) -> None:
-        """The same for a checkpoint that is written now: Lightning goes on from it with the next epoch's order."""
+        """Begin anew in a checkpoint that is written now, too: Lightning resumes it with the next epoch's order."""
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -666,7 +666,7 @@ class RLModule(LightningModule):
     # Checkpoints
 
     def draft_state(self) -> dict[str, Any]:
-        """How well drafts have been received."""
+        """State of the decoder: the shares of drafts that were accepted."""
         return {} if self.decoder is None else self.decoder.state_dict()
 
     def load_draft_state(self, state: dict[str, Any]) -> None:

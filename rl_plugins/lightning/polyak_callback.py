@@ -70,7 +70,7 @@ class PolyakCallback(LightningOnly, Callback):
         self._start(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for `trainer.validate`."""
+        """Put the copy on the device of a `trainer.validate` without a fit."""
         self._start(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -33,7 +33,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def own_rows(x: Tensor) -> Tensor:
-    """This rank's rows of what [`gather_rows`] gave."""
+    """Take the rows of this rank out of what [`gather_rows`] gave."""
     return x.chunk(world_size())[rank()]
 
 

@@ -176,7 +176,7 @@ class MTPSFTModule(LightningModule):
         return {name: column.to(self.device) for name, column in batch.items()}
 
     def _tokens(self, rows: Sequence[Row]) -> tuple[list[int], list[list[int]]]:
-        """How many tokens of each row are hidden from the loss, and all of its tokens."""
+        """Count the tokens of each row that are hidden from the loss, and all of its tokens."""
         missing = [row for row in rows if "completion" not in row and "text" not in row]
         if missing:
             raise ValueError(f"A row needs `prompt` and `completion`, or `text`; one has {', '.join(missing[0])}.")
@@ -256,11 +256,11 @@ class MTPSFTModule(LightningModule):
     # Checkpoints
 
     def draft_state(self) -> dict[str, Any]:
-        """Nothing is drafted."""
+        """Return no state: fine-tuning drafts nothing."""
         return {}
 
     def load_draft_state(self, state: dict[str, Any]) -> None:
-        """Nothing is drafted."""
+        """Ignore the state: fine-tuning drafts nothing."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of every rank, what they share, and what tells one architecture from another."""

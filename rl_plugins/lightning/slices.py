@@ -42,7 +42,7 @@ def cut_rollout(rollout: Batch, slices: int, *, whole_groups_of: int | None = No
 
 
 def counts_of(batch: Batch) -> Tensor:
-    """What the losses of a batch of completions are divided by, of this rank (4,): its `num_items`, tokens of
+    """Count what the losses of a batch of completions are divided by, on this rank (4,): its `num_items`, tokens of
     completions, completions, and all tokens with the prompts'."""
     tokens = batch["completion_mask"].sum()
     real = tokens + batch["prompt_mask"].sum()
@@ -74,7 +74,7 @@ def describe_rollout(
 
 
 def average_logged(logged: Mapping[str, list[float]], device: torch.device) -> dict[str, Tensor]:
-    """What the reward functions of all ranks logged with `log_metric`, averaged."""
+    """Average what the reward functions of all ranks logged with `log_metric`."""
     given = gather_objects(logged)
     names = dict.fromkeys(name for part in given for name in part)
     values = {name: [x for part in given for x in part.get(name, [])] for name in names}

@@ -295,7 +295,7 @@ class Attachment(nn.Module):
         return path
 
     def _whole_weights(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """This module's part of a model's state dict, by this module's own keys."""
+        """Cut the part of this module out of a model's state dict, by this module's own keys."""
         own = self.state_dict()
         if state_dict is None:
             return dict(own)

@@ -44,7 +44,7 @@ def value_losses(clip_range: float = 0.2, huber_delta: float = 1.0) -> dict[str,
 
 
 class CriticTargets(NamedTuple):
-    """What one batch of completions teaches, all (B, T).
+    """Advantages, regression targets and errors of one batch of completions, all (B, T).
 
     Attributes:
         advantages: For the policy, before scaling.
@@ -225,7 +225,7 @@ def rollout_metrics(
     *,
     reduce: Reduce | None = None,
 ) -> dict[str, Tensor]:
-    """How good the saved values were, before this batch is learnt from.
+    """Measure how good the saved values were, before this batch is learnt from.
 
     `critic/explained_variance` is `1 - Var(G - v) / Var(G)` against the observed return G, so 1 is a perfect forecast,
     0 is no better than a constant, and it cannot be gamed by bootstrapping. Per head k the return is that of `t+k-1`.

@@ -38,7 +38,7 @@ class Metrics(dict[str, Tensor]):
 
 @torch.no_grad()
 def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Tensor]:
-    """How long the completions of all ranks are, under TRL's metric names.
+    """Measure the lengths of the completions of all ranks, under TRL's metric names.
 
     Args:
         lengths: Real tokens of each (N,).
@@ -59,7 +59,7 @@ def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Tensor]:
 
 
 def draft_metrics(counts: Tensor) -> dict[str, Tensor]:
-    """How the drafts of speculative rollouts were received.
+    """Measure how many drafts of speculative rollouts were accepted.
 
     Args:
         counts: Sums over all ranks of [`~rl_plugins.rollouts.DraftStatistics.counts`] (2 + 2K,).

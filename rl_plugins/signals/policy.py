@@ -257,7 +257,7 @@ def averaged(
 
 
 def inert_message(loss: PolicyLoss, where: str, remedy: str) -> str | None:
-    """What to tell someone whose policy loss cannot act, since each rollout is learnt from in one update.
+    """Write the warning for someone whose policy loss cannot act, since each rollout is learnt from in one update.
 
     Args:
         loss: The policy loss.

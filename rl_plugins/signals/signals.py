@@ -108,7 +108,7 @@ class GroupSignal(Signal):
         return Metrics(self.tracked.absorb(lambda rows: self._distances(rows, host)))
 
     def _distances(self, rows: Batch, host: Host) -> Tensor:
-        """How far the policy has moved on completions of all ranks (N,)."""
+        """Measure how far the policy has moved on completions of all ranks (N,)."""
         distance = policy_distance(rows["old_per_token_logps"], host.log_probs(rows), loss_mask(rows))
         return host.gather_rows(distance)
 

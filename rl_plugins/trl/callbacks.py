@@ -22,7 +22,7 @@ class TrainerOnly:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; transformers does not ask for it."""
+        """Return no attributes; transformers does not ask for them."""
         return {}
 
 
