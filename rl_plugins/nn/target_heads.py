@@ -11,7 +11,6 @@ from rl_plugins.functional.target_networks import periodic_update, polyak_update
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.settings import check_number
 
-TARGET_NAME = "polyak_target.safetensors"
 """File of the target heads in a checkpoint."""
 
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.completions import Completions, generate_completions
 from rl_plugins.rollouts.rewards import RewardModel, call_rewards
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics, SpeculativeOutput
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder, speculating
 
 __all__ = [
+    "Batch",
     "Completions",
     "DraftStatistics",
     "EachStep",

@@ -45,7 +45,7 @@ from rl_plugins.signals.options import (
     ValueOptions,
     VariantOptions,
 )
-from rl_plugins.signals.policy import POLICY_LOSSES, PolicyLoss, clip_shares, policy_loss
+from rl_plugins.signals.policy import POLICY_LOSSES, LossEntry, PolicyLoss, clip_shares, policy_loss
 from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS
 from rl_plugins.signals.signals import GroupSignal, Signal
 from rl_plugins.signals.value_tracker import ValueTracker, prompt_key
@@ -63,6 +63,7 @@ __all__ = [
     "HeadCritic",
     "HeadOptions",
     "Host",
+    "LossEntry",
     "Metrics",
     "OnlineValueOptions",
     "POLICY_LOSSES",
