@@ -46,7 +46,7 @@ OF_ENGINES = ("vllm_importance_sampling_correction",)
 """Fields of TRL's about engines that Lightning's modules do not have."""
 
 
-def preset_options(preset: Preset, given: dict[str, Any], **kinds: tuple[Options, Options]) -> dict[str, Any]:
+def preset_options(preset: Preset, given: dict[str, Any], *kinds: tuple[Options, Options]) -> dict[str, Any]:
     """Translate a preset, which sets fields of TRL's configs, into options of modules, where they are not set already.
 
     Args:
@@ -58,7 +58,7 @@ def preset_options(preset: Preset, given: dict[str, Any], **kinds: tuple[Options
         Options by name, those of `given` included.
     """
     values = dict(given)
-    for own, default in kinds.values():
+    for own, default in kinds:
         changed = {f.name: getattr(own, f.name) for f in fields(own)}  # type: ignore[arg-type]
         values = {**{name: x for name, x in changed.items() if x != getattr(default, name)}, **values}
     options = {name: x for name, x in preset.items() if name not in LOSS_OPTIONS and name not in OF_ENGINES}
@@ -195,8 +195,8 @@ class PPOModule(RLModule):
     ) -> None:
         passes = num_iterations
         if preset is not None:
-            chosen, kinds = find_preset(preset, PPO_PRESETS), {"values": (values, PPO_VALUES)}
-            kwargs = preset_options(chosen, kwargs, policy=(policy, PolicyOptions()), **kinds)
+            chosen = find_preset(preset, PPO_PRESETS)
+            kwargs = preset_options(chosen, kwargs, (policy, PolicyOptions()), (values, PPO_VALUES))
             own = kwargs.pop("num_iterations", passes)
             passes = own if passes is None else passes
         made = split_options(kwargs, network=network, values=values)
@@ -276,9 +276,13 @@ class GRPOModule(RLModule):
         **kwargs: Any,
     ) -> None:
         if preset is not None:
-            chosen, kinds = find_preset(preset, GRPO_PRESETS), {"sampling": (sampling, SamplingOptions())}
-            kinds |= {"variant": (variant, VariantOptions()), "policy": (policy, PolicyOptions())}
-            kwargs = preset_options(chosen, kwargs, **kinds)
+            kwargs = preset_options(
+                find_preset(preset, GRPO_PRESETS),
+                kwargs,
+                (variant, VariantOptions()),
+                (policy, PolicyOptions()),
+                (sampling, SamplingOptions()),
+            )
         group, kl = kwargs.pop("num_generations", 8), kwargs.pop("beta", 0.0)
         group, kl = group if num_generations is None else num_generations, kl if beta is None else beta
         kwargs = {"advantage": variant.advantage or "group_normalized", **kwargs}
