@@ -196,7 +196,7 @@ class PPOModule(RLModule):
         passes = num_iterations
         if preset is not None:
             chosen = find_preset(preset, PPO_PRESETS)
-            kwargs = preset_options(chosen, kwargs, (values, PPO_VALUES), (policy, PolicyOptions()))
+            kwargs = preset_options(chosen, kwargs, (policy, PolicyOptions()), (values, PPO_VALUES))
             own = kwargs.pop("num_iterations", passes)
             passes = own if passes is None else passes
         made = split_options(kwargs, network=network, values=values)

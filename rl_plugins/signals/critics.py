@@ -301,12 +301,14 @@ class HeadCritic(TrunkCritic):
         self.module = self.training.attach(model, seed=seed)
         return self.module
 
+    @contextmanager
     def learning(
         self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
-    ) -> AbstractContextManager[HeadRun]:
+    ) -> Iterator[HeadRun]:
         """Run the heads in the policy's forward; `scale` replaces `value_grad_scale`."""
         select, labels = self.training.completions(batch)
-        return self.running(select, labels, num_items, alone=alone, scale=scale)
+        with self.running(select, labels, num_items, alone=alone, scale=scale) as run:
+            yield run
 
     @contextmanager
     def running(
