@@ -239,7 +239,7 @@ def test_lightning_tracker_follows_its_prompts(tiny_model: Callable[..., Any], t
     options = {"advantage": "value_tracker", "num_generations": 1, "max_completion_length": 5}
     module = GRPOModule(tiny_model(initializer_range=0.2), tokenizer, reward, **options)
     fit(module, PromptDataModule([{"prompt": f"{i}+{i}="} for i in range(8)], None, batch_size=4), max_steps=2)
-    assert len(module.tracked.tracker) == 4 and module.trainer.callback_metrics["value_tracker/prompts"] == 4
+    assert len(module.value_tracker) == 4 and module.trainer.callback_metrics["value_tracker/prompts"] == 4
 
 
 @pytest.mark.slow

@@ -33,7 +33,8 @@ def takes_mask(name: str) -> bool:
 
 LOOPED = [name for name, case in CASES.items() if case.loop is not None]
 # `critic_signal` hands its mask on; what it does with padding is that of its parts.
-MASKED = [name for name in CASES if takes_mask(name)]
+# `advantages_of` counts tokens by its mask and has none to hide.
+MASKED = [name for name in CASES if takes_mask(name) and name != "advantages_of"]
 
 
 def leaves(result: Any) -> Iterator[Tensor]:

@@ -280,7 +280,7 @@ def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> N
     before = weights(module)
     fit(module, data(), numbers, max_steps=2)
     assert not any(of_heads(name) for name in changed(before, weights(module)))
-    assert not any(p.requires_grad for p in module.draft_heads.training.heads.parameters())
+    assert not any(p.requires_grad for p in module.draft_heads.parameters())
     assert "mtp/tokens_per_step" in numbers.rows[0] and "mtp/token_loss" not in numbers.rows[0]
 
 
@@ -308,7 +308,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
     # A critic goes on with them.
     critic = MTPCriticModule(str(tmp_path), reward_funcs=spread)
     found = dict(critic.mtp_heads.named_parameters())
-    assert not changed(dict(module.draft_heads.training.heads.named_parameters()), found)
+    assert not changed(dict(module.draft_heads.named_parameters()), found)
 
 
 @pytest.mark.parametrize("kind", DRAFTING)
@@ -316,7 +316,7 @@ def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable
     model = with_heads(talkative(tiny_model), num_heads=3)
     heads = MTPHeads.of(model)
     module = make(kind, model, num_mtp_heads=3)
-    assert module.draft_heads.training.heads is heads and module.decoder.draft_length.max_drafts == 3
+    assert module.draft_heads is heads and module.decoder.draft_length.max_drafts == 3
     values = {name: p.clone() for name, p in heads.named_parameters() if ".value." in name}  # type: ignore[union-attr]
     fit(module, data(), max_steps=2)
     assert all(torch.equal(heads.get_parameter(name), p) for name, p in values.items())  # type: ignore[union-attr]

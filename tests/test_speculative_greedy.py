@@ -330,10 +330,10 @@ def test_speculating_injects_and_restores(model: Any) -> None:
 
 def test_the_model_stays_as_it_was(model: Any) -> None:
     hooks, parameters = len(model.model._forward_hooks), [p.clone() for p in model.parameters()]
-    assert hooks == 1 and model.mtp_heads.tap is None
+    assert hooks == 1 and model.mtp_heads.observer is None
     for training in (True, False):
         model.train(training)
         decode(model, padded(PROMPTS))
         assert model.training is training
-    assert len(model.model._forward_hooks) == hooks and model.mtp_heads.tap is None
+    assert len(model.model._forward_hooks) == hooks and model.mtp_heads.observer is None
     assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))

@@ -234,7 +234,7 @@ def log_metrics(
 
 
 def router_weights(module: LightningModule) -> tuple[Tensor, Tensor] | None:
-    """Share of the newest micro-batch in its accumulation window, by tokens and by rows; `None` if not counted."""
+    """Give the newest micro-batch's share of its window, by tokens and by rows; `None` where nobody counts."""
     language = getattr(module, "language", None)
     return language.router_weights if isinstance(language, LanguageTraining) else None
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.functional.log_probs import token_entropies, token_log_probs
-from rl_plugins.functional.policy_losses.aggregation import prompt_weights
 from rl_plugins.lightning.accumulation import batches_ahead, is_accumulating, window_size
 from rl_plugins.lightning.language import LanguageCallback, LanguageTraining, log_metrics
 from rl_plugins.lightning.models import load_language_model, load_tokenizer
@@ -25,6 +24,7 @@ from rl_plugins.lightning.ranks import gather_objects, gather_rows, own_rows, ra
 from rl_plugins.lightning.reference import Reference
 from rl_plugins.lightning.slices import average_logged, counts_of, cut_rollout, describe_rollout
 from rl_plugins.nn.attachment import base_model_of
+from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sources import check_language_model, check_lengths, check_tokenizer, learned_positions
 from rl_plugins.rollouts.batch import Batch, num_rows, select_rows
 from rl_plugins.rollouts.completions import Completions, eos_token_ids, generate_completions
@@ -45,7 +45,7 @@ from rl_plugins.signals.critics import Critic
 from rl_plugins.signals.metrics import Metrics, draft_metrics
 from rl_plugins.signals.online import online_loss
 from rl_plugins.signals.options import DraftOptions, HeadOptions, PolicyOptions, SamplingOptions, split_options
-from rl_plugins.signals.phasic import PhasicSchedule, hold_loss
+from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.signals.policy import inert_message
 from rl_plugins.signals.sampling import (
     GroupSampling,
@@ -56,6 +56,7 @@ from rl_plugins.signals.sampling import (
     without_marks,
 )
 from rl_plugins.signals.signals import DraftHeads, Signal, make_decoder
+from rl_plugins.signals.step_loss import step_loss
 from rl_plugins.signals.warmup import pause_weight_decay
 
 
@@ -235,21 +236,26 @@ class RLModule(LightningModule):
     def _set_up_drafts(self, model: Any, drafts: DraftOptions, heads: HeadOptions) -> None:
         """Decode speculatively, if the options say so, with the critic's heads or with heads that only draft."""
         self.decoder = make_decoder(drafts)
-        self.draft_heads: DraftHeads | None = None
+        self.drafts: DraftHeads | None = None
         if self.decoder is None:
             return
         own = None if self.critic is None else self.critic.draft_options
         drafts.check_drafts(heads if own is None else own, self.max_completion_length)
         if own is None:
-            self.draft_heads = DraftHeads(heads, temperature=self.temperature)
-            self.draft_heads.prepare(model)
-            self.language.attached.append((self.draft_heads.attach(self.model), heads.head_learning_rate))
+            self.drafts = DraftHeads(heads, temperature=self.temperature)
+            self.drafts.prepare(model)
+            self.language.attached.append((self.drafts.attach(self.model), self.drafts.learning_rate))
         self.decoder.check(self.model)
 
     @property
     def critic(self) -> Critic | None:
         """The critic that is trained along, if there is one."""
         return self.signal.critic
+
+    @property
+    def draft_heads(self) -> MTPHeads | None:
+        """Heads that only draft; `None` where there are none, or the critic's heads draft."""
+        return None if self.drafts is None else self.drafts.training.heads
 
     @property
     def batch_repeats(self) -> int:
@@ -349,12 +355,7 @@ class RLModule(LightningModule):
         scores = batch["scores"]
         metrics.add(self.signal.advantages(batch, scores, prompts, self))
         batch["num_items"] = self._num_items(batch)
-        if self.policy_loss.compares_groups:
-            numbers = torch.arange(num_rows(batch) // self.group_size, device=self.device)
-            batch["groups"] = (numbers + rank() * len(numbers)).repeat_interleave(self.group_size)
-        if self.policy_loss.aggregation == "prompt":
-            lengths = gather_rows(batch["completion_mask"].sum(1))
-            batch["prompt_weights"] = own_rows(prompt_weights(lengths, self.group_size))
+        self.policy_loss.mark(batch, self)
         self.last_rollout = batch
         batch = without_marks(batch)
         batch.pop("scores")
@@ -479,7 +480,13 @@ class RLModule(LightningModule):
     # Training
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Roll out if the last batch of completions is used up, then one objective on one slice."""
+        """Roll out if the last batch of completions is used up, then one objective on one slice.
+
+        With the first batch of an epoch begin a rollout, and a policy phase where there are phases: completions are
+        not carried over into a new epoch of prompts, nor from a run that was stopped.
+        """
+        if batch_idx == 0:  # Lightning calls no hook at the start of an epoch that it resumes at
+            self._begin_anew()
         if self.signal.warmup_steps:  # no weight decay while only the critic learns: it needs no gradient
             for optimizer in self.trainer.optimizers:  # `self.optimizers()` is a list with DeepSpeed's, else none
                 pause_weight_decay(optimizer, self.step < self.signal.warmup_steps)
@@ -529,10 +536,7 @@ class RLModule(LightningModule):
         position, phasic = self._position, self.phasic
         if phasic is not None and phasic.auxiliary:
             self._check_repeated(rows)
-            if phasic.starting:
-                for stored in phasic.stored:
-                    stored["held_logps"] = self.log_probs(stored)
-            return self._prompts, phasic.next_slice().copy(), Metrics()
+            return self._prompts, phasic.next_slice(self).copy(), Metrics()
         if position == 0:
             rollout, self._rollout_metrics = self.rollout(rows)
             group = self.num_generations if self.policy_loss.compares_groups else None
@@ -560,14 +564,6 @@ class RLModule(LightningModule):
     def next_epoch(self, slices: list[Batch]) -> list[Batch]:
         """The slices of another pass over the same completions."""
         return slices
-
-    def on_train_epoch_start(self) -> None:
-        """Begin with a rollout, and with a policy phase where there are phases.
-
-        A batch of completions is not carried over into a new epoch of prompts, nor from a run that was stopped; where
-        a run goes on in the middle of an epoch, Lightning does not call this.
-        """
-        self._begin_anew()
 
     def on_fit_start(self) -> None:
         """Say so if the policy loss that was named cannot act, and refuse phases that end inside an optimizer step."""
@@ -605,35 +601,20 @@ class RLModule(LightningModule):
 
     def loss(self, inputs: Batch) -> tuple[Tensor, Metrics]:
         """The objective on one slice, and its metrics (0-d, of all ranks)."""
-        critic, drafts, num_items = self.critic, self.draft_heads, inputs["num_items"]
-        alone, auxiliary = self.signal.warming_up(self), "held_logps" in inputs
-        with ExitStack() as stack:
-            run = draft = None
-            if critic is not None:
-                run = stack.enter_context(
-                    critic.learning(inputs, num_items, alone=alone, scale=1.0 if auxiliary else None)
-                )
-            if drafts is not None and drafts.learns:
-                draft = stack.enter_context(drafts.learning(inputs, alone=alone))
-            logps, entropies = self._pass(inputs, self.model, entropy=not auxiliary)
-        if auxiliary:
-            assert self.phasic is not None
-            held, metrics = hold_loss(logps, inputs, num_items, self)
-            loss = self.phasic.kl_coef * held
-        else:
-            loss, metrics = self._objective(logps, entropies, inputs)
-        if alone:
-            # Times zero, not dropped: every parameter stays in the graph, which DDP and ZeRO count on.
-            loss = 0.0 * loss
-        if critic is not None:
-            term, learnt = critic.loss(run, inputs, num_items, self)
-            loss = loss + term
-            metrics.add(learnt)
-        if drafts is not None and draft is not None:
-            tokens, learnt = drafts.loss(draft, num_items, self)
-            loss = loss + tokens
-            metrics.add(learnt)
-        return loss, metrics
+
+        def objective() -> tuple[Tensor, Metrics]:
+            return self._objective(*self._pass(inputs, self.model, entropy=True), inputs)
+
+        return step_loss(
+            inputs,
+            inputs["num_items"],
+            self,
+            objective=objective,
+            log_probs=lambda: self._pass(inputs, self.model, entropy=False)[0],
+            signal=self.signal,
+            drafts=self.drafts,
+            phasic=self.phasic,
+        )
 
     def _objective(self, logps: Tensor, entropies: Tensor | None, inputs: Batch) -> tuple[Tensor, Metrics]:
         """[`~rl_plugins.signals.online_loss`] with this module's settings."""
@@ -666,15 +647,13 @@ class RLModule(LightningModule):
 
     def _weigh_policy_loss(self, metrics: Metrics, inputs: Batch) -> None:
         """Make `policy_loss` a mean that the micro-batches of a window can be averaged by."""
-        rows = inputs["completion_mask"].new_tensor(float(num_rows(inputs)), dtype=torch.float32)
-        tokens, rows = sum_over_ranks(torch.stack([inputs["completion_mask"].sum().float(), rows]))
-        if self.policy_loss.aggregation == "token":  # divided by the tokens of the window so far
+        aggregation, own = self.policy_loss.aggregation, inputs["completion_mask"].sum().float()
+        tokens, rows = sum_over_ranks(torch.stack([own, own.new_tensor(num_rows(inputs))]))
+        if aggregation == "token":  # so far divided by the tokens of the window
             metrics["policy_loss"] *= inputs["num_items"] * world_size() / tokens.clamp(min=1.0)
             metrics.counts["policy_loss"] = tokens
         else:
-            metrics.counts["policy_loss"] = (
-                torch.ones_like(rows) if self.policy_loss.aggregation == "micro_batch" else rows
-            )
+            metrics.counts["policy_loss"] = torch.ones_like(rows) if aggregation == "micro_batch" else rows
 
     # Validation
 
@@ -740,12 +719,31 @@ class RLModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Take over the state of a checkpoint, or give every rank dice of its own, as TRL does: after
-        `seed_everything` all would draw the same numbers."""
+        `seed_everything` all would draw the same numbers.
+
+        Raises:
+            TypeError: If further prompts are to be drawn from a stream.
+        """
+        self._check_further_prompts()
         state = self.language.take_resumed(self)
         if state is not None:
             self.load_rank_state(state)
-        elif rank() > 0:
+            return
+        if rank() > 0:
             torch.manual_seed(torch.initial_seed() + rank())
+        if self.sampling.replay_buffer is not None:
+            self.sampling.replay_buffer.generator.manual_seed(torch.initial_seed())
+
+    def _check_further_prompts(self) -> None:
+        if self._trainer is None or not self.sampling.options.dynamic_sampling:
+            return
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                "dynamic_sampling=True draws further prompts by index, but the training data are a stream. Give "
+                "Trainer.fit a loader of a dataset with a length, such as PromptDataModule, or set "
+                "dynamic_sampling=False."
+            )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model and tokenizer as transformers does, with everything of ours beside them: TRL and

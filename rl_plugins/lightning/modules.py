@@ -1,5 +1,6 @@
 """The online modules: a critic inside the policy, PPO, and GRPO with its variants. Each says what it is made of."""
 
+from dataclasses import fields
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from rl_plugins.signals.checks import check_head_reach
 from rl_plugins.signals.critics import CriticSignal, HeadCritic, ValueModelCritic
 from rl_plugins.signals.options import (
     OnlineValueOptions,
+    Options,
     PhasicOptions,
     PolicyOptions,
     SamplingOptions,
@@ -25,6 +27,7 @@ from rl_plugins.signals.options import (
     split_options,
 )
 from rl_plugins.signals.phasic import PhasicSchedule
+from rl_plugins.signals.policy import PolicyLoss
 from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS, Preset, find_preset
 from rl_plugins.signals.signals import GroupSignal
 from rl_plugins.signals.value_tracker import ValueTracker
@@ -37,19 +40,36 @@ LOSS_OPTIONS = {
     "importance_sampling_level": "level",
 }
 """Option of a policy loss for a field of TRL's that presets set."""
+PPO_VALUES = OnlineValueOptions(value_loss_type="clipped", kl_in_reward=True)
+"""Usual options of PPO's values."""
 OF_ENGINES = ("vllm_importance_sampling_correction",)
 """Fields of TRL's about engines that Lightning's modules do not have."""
 
 
-def preset_options(preset: Preset) -> dict[str, Any]:
-    """Translate a preset, which sets fields of TRL's configs, into options of modules."""
+def preset_options(preset: Preset, given: dict[str, Any], *kinds: tuple[Options, Options]) -> dict[str, Any]:
+    """Translate a preset, which sets fields of TRL's configs, into options of modules, where they are not set already.
+
+    Args:
+        preset: The preset.
+        given: Options that were given one by one, all of which win.
+        kinds: Dataclasses as they were given and as they are by default; fields that differ win.
+
+    Returns:
+        Options by name, those of `given` included.
+    """
+    values = dict(given)
+    for own, default in kinds:
+        changed = {f.name: getattr(own, f.name) for f in fields(own)}  # type: ignore[arg-type]
+        values = {**{name: x for name, x in changed.items() if x != getattr(default, name)}, **values}
     options = {name: x for name, x in preset.items() if name not in LOSS_OPTIONS and name not in OF_ENGINES}
+    options |= values
+    accepted = PolicyLoss.accepted(options["policy_loss"])
     loss = {option: preset[field] for field, option in LOSS_OPTIONS.items() if field in preset}
-    accepted = PolicyOptions(policy_loss=preset.get("policy_loss")).as_policy_loss().accepted(preset["policy_loss"])
+    if "policy_loss_kwargs" not in values:
+        loss |= preset.get("policy_loss_kwargs", {})
     loss = {name: x for name, x in loss.items() if name in accepted}
-    if loss:
-        options["policy_loss_kwargs"] = {**loss, **preset.get("policy_loss_kwargs", {})}
-    return options
+    loss |= values.get("policy_loss_kwargs") or {}
+    return {**options, "policy_loss_kwargs": loss} if loss else options
 
 
 class MTPCriticModule(RLModule):
@@ -140,7 +160,8 @@ class PPOModule(RLModule):
         reward_funcs: See [`RLModule`].
         value_model: A [`ValueModel`], a transformers model whose trunk is copied, or a path or hub id; by default the
             one attached to or saved with the policy, else a copy of the policy's trunk.
-        preset: `"vpg"`: REINFORCE with a learned baseline. Options that you set win.
+        preset: `"vpg"`: REINFORCE with a learned baseline. Options that you set win; of a dataclass that is a field
+            that differs from its default.
         network: Where the value model comes from, and its learning rate.
         values: Value targets, advantages and value loss.
         policy: The policy loss; PPO's clipped loss if none is named.
@@ -165,15 +186,19 @@ class PPOModule(RLModule):
         value_model: ValueModel | PreTrainedModel | str | None = None,
         preset: str | None = None,
         network: ValueModelOptions = ValueModelOptions(),  # noqa: B008  # frozen
-        values: OnlineValueOptions = OnlineValueOptions(value_loss_type="clipped", kl_in_reward=True),  # noqa: B008
+        values: OnlineValueOptions = PPO_VALUES,
+        policy: PolicyOptions = PolicyOptions(),  # noqa: B008
         beta: float = 0.05,
         num_iterations: int | None = None,
         num_generations: int = 1,
         **kwargs: Any,
     ) -> None:
-        options = {} if preset is None else preset_options(find_preset(preset, PPO_PRESETS))
-        passes = options.pop("num_iterations", 4) if num_iterations is None else num_iterations
-        kwargs = {**options, **kwargs}
+        passes = num_iterations
+        if preset is not None:
+            chosen = find_preset(preset, PPO_PRESETS)
+            kwargs = preset_options(chosen, kwargs, (values, PPO_VALUES), (policy, PolicyOptions()))
+            own = kwargs.pop("num_iterations", passes)
+            passes = own if passes is None else passes
         made = split_options(kwargs, network=network, values=values)
         checkpointing = {"use_reentrant": False} if kwargs.get("gradient_checkpointing") else None
         critic = ValueModelCritic(made["network"], made["values"], value_model, checkpointing=checkpointing)
@@ -182,8 +207,9 @@ class PPOModule(RLModule):
             tokenizer,
             reward_funcs,
             signal=CriticSignal(critic),
+            policy=policy,
             beta=beta,
-            num_iterations=passes,
+            num_iterations=4 if passes is None else passes,
             num_generations=num_generations,
             **kwargs,
         )
@@ -220,8 +246,10 @@ class GRPOModule(RLModule):
         model: See [`RLModule`].
         tokenizer: See [`RLModule`].
         reward_funcs: See [`RLModule`].
-        preset: The settings of a paper in one word, such as `"dapo"`, `"gspo"` or `"maxrl"`. Options that you set win.
+        preset: The settings of a paper in one word, such as `"dapo"`, `"gspo"` or `"maxrl"`. Options that you set win;
+            of a dataclass that is a field that differs from its default.
         variant: The advantage; `group_normalized` if none is named.
+        policy: The policy loss; TRL's default, `dapo`, if none is named.
         sampling: Dynamic sampling, rejection of uniform groups, replay, and the penalty on length.
         num_generations: G, completions per prompt; 8, or the preset's, by default.
         beta: Coefficient of the KL to the reference; 0, or the preset's, by default.
@@ -241,19 +269,35 @@ class GRPOModule(RLModule):
         *,
         preset: str | None = None,
         variant: VariantOptions = VariantOptions(),  # noqa: B008  # frozen
+        policy: PolicyOptions = PolicyOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
         num_generations: int | None = None,
         beta: float | None = None,
         **kwargs: Any,
     ) -> None:
-        options = {} if preset is None else preset_options(find_preset(preset, GRPO_PRESETS))
-        group, kl = options.pop("num_generations", 8), options.pop("beta", 0.0)
+        if preset is not None:
+            kwargs = preset_options(
+                find_preset(preset, GRPO_PRESETS),
+                kwargs,
+                (variant, VariantOptions()),
+                (policy, PolicyOptions()),
+                (sampling, SamplingOptions()),
+            )
+        group, kl = kwargs.pop("num_generations", 8), kwargs.pop("beta", 0.0)
         group, kl = group if num_generations is None else num_generations, kl if beta is None else beta
-        kwargs = {"advantage": variant.advantage or "group_normalized", **options, **kwargs}
+        kwargs = {"advantage": variant.advantage or "group_normalized", **kwargs}
         made = split_options(kwargs, variant=variant, sampling=sampling)
         signal, samples = GroupSignal(made["variant"]), made["sampling"]
         super().__init__(
-            model, tokenizer, reward_funcs, signal=signal, sampling=samples, num_generations=group, beta=kl, **kwargs
+            model,
+            tokenizer,
+            reward_funcs,
+            signal=signal,
+            policy=policy,
+            sampling=samples,
+            num_generations=group,
+            beta=kl,
+            **kwargs,
         )
         signal.options.check_variant(group, kl, self.policy_loss)
         samples.check_sampling(signal.options.advantage, group, self.max_completion_length)

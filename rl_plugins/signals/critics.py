@@ -189,6 +189,10 @@ class TrunkCritic(Critic):
 
     module: Attachment
 
+    def __init__(self, values: ValueOptions) -> None:
+        super().__init__(values)
+        self.start()
+
     def start(self) -> None:
         """Forget the records of the last rollout."""
         self._turns: list[tuple[ValueRecord, EachStep | None]] = []
@@ -230,7 +234,11 @@ class TrunkCritic(Critic):
             batch["old_per_token_logps"] = host.log_probs(batch)
         # The first pass is the policy's; a second one is the reference of a PEFT model.
         values = self._passes[0].finish(batch["completion_ids"].shape[1])
-        assert values is not None
+        if values is None:
+            raise RuntimeError(
+                f"{type(self.module).__name__} has seen no hidden states of the policy: its hook was taken off, as "
+                "Lightning's DeepSpeed strategy does before an evaluation. Put it back with `hook(model)`."
+            )
         return values
 
     def _saved(self, batch: Batch, host: Host) -> Values | None:

@@ -13,24 +13,6 @@ from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.options import PhasicOptions
 
 
-def hold_loss(logps: Tensor, batch: Batch, num_items: Tensor, host: Host) -> tuple[Tensor, Metrics]:
-    """Hold the policy while the values learn: `KL(pi_held || pi)` per token (PPG, 2009.04416, equation 4).
-
-    Args:
-        logps: `ln pi(y_t|s_t)` (B, T), with gradient.
-        batch: Completions with `held_logps`.
-        num_items: Real tokens that the KL is averaged over.
-        host: Sums over ranks.
-
-    Returns:
-        The mean KL (0-d), and metrics.
-    """
-    mask = loss_mask(batch)
-    divergence = kl_to_sampler(zero_masked(logps, mask), zero_masked(batch["held_logps"], mask))
-    kl = masked_moments(divergence.detach(), mask, reduce=host.sum_over_ranks)[0]
-    return aggregate(divergence, mask, "token", num_items=num_items), Metrics({"phasic/kl": kl})
-
-
 class PhasicSchedule:
     """After every `every` generation batches, hand out their slices again for `epochs` passes (PPG, 2009.04416,
     algorithm 1).
@@ -42,7 +24,7 @@ class PhasicSchedule:
 
     def __init__(self, options: PhasicOptions, cycle: int) -> None:
         self.options, self.cycle = options, cycle
-        self.every, self.epochs, self.kl_coef = options.phasic_every, options.phasic_epochs, options.phasic_kl_coef
+        self.every, self.epochs = options.phasic_every, options.phasic_epochs
         self.reset()
 
     def reset(self) -> None:
@@ -67,13 +49,35 @@ class PhasicSchedule:
             self.stored.extend(new_slices)
         self.policy_steps += 1
 
-    def next_slice(self) -> Batch:
-        """The next stored slice; ends the phase after the last one."""
+    def next_slice(self, host: Host) -> Batch:
+        """Give the next stored slice, with the policy that it is held to; ends the phase after the last one."""
+        if self.starting:
+            for stored in self.stored:
+                stored["held_logps"] = host.log_probs(stored)
         batch = self.stored[self.auxiliary_steps % len(self.stored)]
         self.auxiliary_steps += 1
         if self.auxiliary_steps == self.epochs * len(self.stored):
             self.reset()
         return batch
+
+    def hold_loss(self, logps: Tensor, batch: Batch, num_items: Tensor, host: Host) -> tuple[Tensor, Metrics]:
+        """Hold the policy while the values learn: `beta_clone KL(pi_held || pi)` per token (PPG, 2009.04416, equation
+        4).
+
+        Args:
+            logps: `ln pi(y_t|s_t)` (B, T), with gradient.
+            batch: Completions with `held_logps`.
+            num_items: Real tokens that the KL is averaged over.
+            host: Sums over ranks.
+
+        Returns:
+            The weighted mean KL (0-d), and metrics.
+        """
+        mask = loss_mask(batch)
+        divergence = kl_to_sampler(zero_masked(logps, mask), zero_masked(batch["held_logps"], mask))
+        kl = masked_moments(divergence.detach(), mask, reduce=host.sum_over_ranks)[0]
+        held = aggregate(divergence, mask, "token", num_items=num_items)
+        return self.options.phasic_kl_coef * held, Metrics({"phasic/kl": kl})
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, zero_masked
-from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS, aggregate
+from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS, aggregate, prompt_weights
 from rl_plugins.functional.policy_losses.clip import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
 from rl_plugins.functional.policy_losses.covariance import clip_cov, kl_cov
 from rl_plugins.functional.policy_losses.future_kl import fipo
 from rl_plugins.functional.policy_losses.gvpo import gvpo
 from rl_plugins.functional.policy_losses.trust_region import bapo, cpgd, dppo
+from rl_plugins.rollouts.batch import Batch, loss_mask
 from rl_plugins.settings import keyword_names, with_numbers
+from rl_plugins.signals.host import Host
 
 PolicyFunction = Callable[..., Tensor]
 """`(logps, old_logps, advantages, mask, **options) -> loss per token`, all (B, T)."""
@@ -151,6 +153,23 @@ class PolicyLoss:
     def batch_arguments(self) -> list[str]:
         """Names of what it takes with every batch, beside the usual four tensors."""
         return [key for key in _keywords(POLICY_LOSSES[self.name].function) if key in BATCH_ARGUMENTS]
+
+    def mark(self, batch: Batch, host: Host) -> None:
+        """Put into a whole batch what the loss asks about groups, before the batch is shuffled and cut: `groups` (B,),
+        the number of each row's prompt, and `prompt_weights` (B,).
+
+        Args:
+            batch: Completions of this rank, those of a prompt side by side.
+            host: The trainer or module.
+        """
+        if not self.compares_groups and self.aggregation != "prompt":
+            return
+        lengths = host.gather_rows(loss_mask(batch).sum(dim=1))  # of all ranks, since a prompt may lie on two
+        if self.compares_groups:
+            numbers = torch.arange(len(lengths), device=lengths.device) // host.group_size
+            batch["groups"] = host.own_rows(numbers)
+        if self.aggregation == "prompt":
+            batch["prompt_weights"] = host.own_rows(prompt_weights(lengths, host.group_size))
 
     def per_token(
         self,

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,12 +15,10 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from rl_plugins.functional.policy_losses.aggregation import prompt_weights
 from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
 from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.sharding import announce_loss
 from rl_plugins.nn.sources import check_lengths, check_tokenizer, check_trainable_dtype, learned_positions
-from rl_plugins.rollouts.batch import Batch, loss_mask, num_rows, reordered
+from rl_plugins.rollouts.batch import Batch, loss_mask, reordered
 from rl_plugins.rollouts.rewards import checked, list_reward_funcs
 from rl_plugins.signals.critic_targets import initial_values, sequence_means
 from rl_plugins.signals.critics import Critic
@@ -28,7 +26,7 @@ from rl_plugins.signals.entropy import EntropyControl
 from rl_plugins.signals.metrics import Metrics, draft_metrics, gradient_metrics
 from rl_plugins.signals.online import online_loss
 from rl_plugins.signals.options import DraftOptions, HeadOptions, VariantOptions
-from rl_plugins.signals.phasic import PhasicSchedule, hold_loss
+from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.signals.policy import PolicyLoss, inert_message
 from rl_plugins.signals.sampling import (
     OVERLONG_NAME,
@@ -40,6 +38,7 @@ from rl_plugins.signals.sampling import (
     without_marks,
 )
 from rl_plugins.signals.signals import DraftHeads, GroupSignal, Signal, make_decoder
+from rl_plugins.signals.step_loss import step_loss
 from rl_plugins.signals.warmup import pause_weight_decay
 from rl_plugins.trl.attachments import TrainedAttachments
 from rl_plugins.trl.callbacks import AfterStep
@@ -153,7 +152,7 @@ class RLTrainer(GRPOTrainer):
             low=args.entropy_coef_min,
             high=args.entropy_coef_max,
         )
-        self._phasic: PhasicSchedule | None = self.make_phasic(args)
+        self.phasic: PhasicSchedule | None = self.make_phasic(args)
         self._in_rollout = False
         self._rewards: tuple[Tensor, Tensor] | None = None
         self._table_rows = 0
@@ -306,14 +305,8 @@ class RLTrainer(GRPOTrainer):
             self._in_rollout = False
         if batch["advantages"] is not hosts:
             self._tabulate(batch)
-        loss = self._policy_loss
-        if loss is not None and loss.compares_groups:
-            first = self.accelerator.process_index * num_rows(batch)
-            batch["groups"] = (first + torch.arange(num_rows(batch), device=self.device)) // self.group_size
-        if loss is not None and loss.aggregation == "prompt":
-            # Over all ranks, while groups are whole: as rows of the batch the weights survive shuffle and split.
-            lengths = self.gather_rows(loss_mask(batch).sum(dim=1))
-            batch["prompt_weights"] = self.own_rows(prompt_weights(lengths, self.group_size))
+        if self._policy_loss is not None:
+            self._policy_loss.mark(batch, self)
         log_metrics(self, metrics)
         images = self._modality_inputs(batch)  # large, and nothing that looks at values needs them
         self.last_rollout = cast(Batch, {name: x for name, x in batch.items() if name not in images})
@@ -429,11 +422,8 @@ class RLTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
         if not self.training:
             return super()._prepare_inputs(generation_batch)
-        if self._phasic is not None and self._phasic.auxiliary:
-            if self._phasic.starting:
-                for batch in self._phasic.stored:
-                    batch["held_logps"] = self.log_probs(batch)
-            return self._phasic.next_slice()
+        if self.phasic is not None and self.phasic.auxiliary:
+            return self.phasic.next_slice(self)
         self._start_epoch()
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
@@ -443,9 +433,9 @@ class RLTrainer(GRPOTrainer):
             groups = torch.cat([batch["groups"] for batch in slices])
             self._buffered_inputs = slices = reordered(slices, torch.argsort(groups, stable=True))
             inputs = slices[self._step % self.args.steps_per_generation]
-        if self._phasic is not None:
+        if self.phasic is not None:
             # Copies, since the auxiliary phase adds a key that must not reach the policy's loss.
-            self._phasic.policy_step([batch.copy() for batch in slices] if new else None)
+            self.phasic.policy_step([batch.copy() for batch in slices] if new else None)
         return inputs
 
     def _start_epoch(self) -> None:
@@ -461,39 +451,24 @@ class RLTrainer(GRPOTrainer):
     # Loss
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
-        critic, drafts, num_items = self.critic, self.drafts, self._num_items(inputs)
-        alone, auxiliary = self.signal.warming_up(self), "held_logps" in inputs
-        metrics = Metrics()
-        with ExitStack() as stack:
-            run = draft = None
-            if critic is not None:
-                run = stack.enter_context(
-                    critic.learning(inputs, num_items, alone=alone, scale=1.0 if auxiliary else None)
-                )
-            if drafts is not None and drafts.learns:
-                draft = stack.enter_context(drafts.learning(inputs, alone=alone))
-            if auxiliary:
-                held, metrics = hold_loss(self._pass(model, inputs)[0], inputs, num_items, self)
-                assert self._phasic is not None
-                loss = self._phasic.kl_coef * held
-            elif self._policy_loss is None:
-                loss = super()._compute_loss(model, inputs)
-            else:
-                loss, metrics = self._objective(model, inputs, self._policy_loss, num_items)
-        if alone:
-            # Times zero, not dropped: every parameter stays in the graph, which DDP and ZeRO count on.
-            loss = 0.0 * loss
-        if critic is not None:
-            term, learnt = critic.loss(run, inputs, num_items, self)
-            announce_loss(self.model, term)
-            loss = loss + term
-            metrics.add(learnt)
-        if drafts is not None and draft is not None:
-            tokens, learnt = drafts.loss(draft, num_items, self)
-            if isinstance(tokens, Tensor):
-                announce_loss(self.model, tokens)
-            loss = loss + tokens
-            metrics.add(learnt)
+        num_items = self._num_items(inputs)
+
+        def objective() -> tuple[Tensor, Metrics]:
+            if self._policy_loss is None:
+                return host_loss(model, inputs), Metrics()
+            return self._objective(model, inputs, self._policy_loss, num_items)
+
+        host_loss = super()._compute_loss
+        loss, metrics = step_loss(
+            inputs,
+            num_items,
+            self,
+            objective=objective,
+            log_probs=lambda: self._pass(model, inputs)[0],
+            signal=self.signal,
+            drafts=self.drafts,
+            phasic=self.phasic,
+        )
         log_metrics(self, metrics)
         return loss
 
@@ -652,7 +627,7 @@ class RLTrainer(GRPOTrainer):
             # Between two generations the rest of the batch is still to be learnt from.
             "buffered_inputs": self._buffered_inputs if self._step % cycle else None,
             "draft_length": None if self.decoder is None else self.decoder.state_dict(),
-            "phasic": None if self._phasic is None else self._phasic.state_dict(),
+            "phasic": None if self.phasic is None else self.phasic.state_dict(),
             "sampling": None if self.sampling is None else self.sampling.state_dict(),
             "signal": self.signal.rank_state(),
         }
@@ -660,7 +635,7 @@ class RLTrainer(GRPOTrainer):
     def _load_rank_state(self, state: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
         self.signal.load_rank_state(state["signal"])
-        kept = (self.decoder, "draft_length"), (self._phasic, "phasic"), (self.sampling, "sampling")
+        kept = (self.decoder, "draft_length"), (self.phasic, "phasic"), (self.sampling, "sampling")
         for part, name in kept:
             if part is not None and state.get(name):
                 part.load_state_dict(state[name])

@@ -47,7 +47,7 @@ class Workplace:
     """Starts lists of runs of a worker and reads what they left."""
 
     worker = Path(__file__).parents[1] / "workers" / "critic_worker.py"
-    timeout = 300
+    timeout = 900  # for busy machines
 
     def __init__(self, root: Path) -> None:
         self.root = root
