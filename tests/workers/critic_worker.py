@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_plugins.nn.sharding import whole_parameters
 from rl_plugins.rollouts.values import ValueRecord
+from rl_plugins.signals import critics
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -143,9 +144,7 @@ def load(run: Run) -> Any:
 
 def train(run: Run) -> None:
     """One run, on this rank."""
-    import rl_plugins.trl.trainers as critic_trainer
-
-    critic_trainer.ValueRecord = NotingRecord
+    critics.ValueRecord = NotingRecord  # type: ignore[misc]
     start_engine(run)
     trainer_class, config_class, own_defaults = TRAINERS[run.get("trainer", "mtp")]
     model = load(run) if run.get("loaded") == "before" else run["model"]
