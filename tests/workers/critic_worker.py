@@ -175,7 +175,8 @@ def write_results(trainer: Any, out: Path) -> None:
         name, named = "policy", dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     else:
         name = "value_model" if isinstance(trainer, PPOTrainer) else "heads"
-        named = dict(trainer.critic_module.named_parameters())
+        native = trainer.native_mtp if isinstance(trainer, MTPSFTTrainer) else None
+        named = dict((trainer.critic.module if native is None else native).named_parameters())
     params = list(named.values())
     sharded = all(isinstance(p, DTensor) or (hasattr(p, "ds_id") and p.numel() == 0) for p in params)
     with whole_parameters(params) as whole:
