@@ -25,8 +25,7 @@ from rl_plugins.nn import MTPHeads, attach_mtp_heads, load_mtp_heads
 from rl_plugins.rollouts.values import ValueRecord, WholeRows
 from rl_plugins.signals import sequence_means
 from rl_plugins.signals.critics import CriticSignal
-from rl_plugins.signals.options import OnlineValueOptions, PhasicOptions
-from rl_plugins.signals.phasic import PhasicSchedule
+from rl_plugins.signals.options import OnlineValueOptions
 from rl_plugins.trl import MTPCriticTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm, without_attachments
 
@@ -502,25 +501,6 @@ def test_kl_in_the_reward(make: Make, tiny_model: Callable[..., Any], tokenizer:
     trainer.critic.values = dataclasses.replace(trainer.critic.values, kl_in_reward=False)
     trainer.signal = CriticSignal(trainer.critic)
     assert loss(trainer, batch["ref_per_token_logps"]) != loss(trainer, batch["ref_per_token_logps"] - 1)
-
-
-def test_phasic_schedule() -> None:
-    schedule = PhasicSchedule(PhasicOptions(phasic_every=2, phasic_epochs=3), cycle=4)  # two slices, two iterations
-    for first in (0, 2):
-        for step in range(4):
-            assert not schedule.auxiliary and not schedule.starting
-            schedule.policy_step([{"n": first}, {"n": first + 1}] if step == 0 else None)
-    assert schedule.auxiliary and schedule.starting
-    seen = []
-    for step in range(12):
-        assert schedule.auxiliary and schedule.starting == (step == 0)
-        if step == 5:
-            other = PhasicSchedule(PhasicOptions(phasic_every=2, phasic_epochs=3), 4)
-            other.load_state_dict(schedule.state_dict())
-            schedule = other
-        seen.append(schedule.next_slice()["n"])
-    assert seen == [0, 1, 2, 3] * 3
-    assert not schedule.auxiliary and schedule.stored == []
 
 
 @pytest.mark.slow
