@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_plugins.nn.sharding import whole_parameters
+from rl_plugins.rollouts.batch import loss_mask
 from rl_plugins.rollouts.values import ValueRecord
 from rl_plugins.signals import critics
 from rl_plugins.trl import (
@@ -106,7 +107,7 @@ class SteadyVariantTrainer(GRPOVariantTrainer):
         )
         texts = self.processing_class.batch_decode(prompts)
         note = {"prompts": texts, "rewards": self.reward_funcs[0](prompts=texts, completion_ids=ids)}
-        counts = {"items": int(batch["num_items_in_batch"]), "tokens": int(self._loss_mask(batch).sum())}
+        counts = {"items": int(batch["num_items_in_batch"]), "tokens": int(loss_mask(batch).sum())}
         self.batches.append({**note, **counts})
         return batch
 
