@@ -112,15 +112,7 @@ class RLTrainer(GRPOTrainer):
         if args.top_entropy_quantile < 1.0:
             require_hooks(TOP_ENTROPY)
         # Before the host loads anything: the signal looks for saved weights, and a value model copies the policy.
-        self.signal = self.make_signal(args) if signal is None else signal
-        self.sampling = self.make_sampling(args)
-        self.drafts: DraftHeads | None = None
-        if args.speculative and (self.critic is None or self.critic.draft_options is None):
-            self.drafts = DraftHeads(HeadOptions.of(args), temperature=args.temperature)
-            self.drafts.prepare(model, (args.model_init_kwargs or {}).get("revision"))
-        if self.critic is not None:
-            trusted = {"trust_remote_code": args.trust_remote_code}
-            self.critic.prepare(model, {**trusted, **(args.model_init_kwargs or {})})
+        self._make_parts(args, model, signal)
         if self.sampling is not None and self.sampling.options.overlong_shaping:
             args.reward_weights = weights_with_penalty(args.reward_weights, reward_funcs)
             reward_funcs = with_overlong_penalty(reward_funcs, self.sampling.options, args.max_completion_length)
@@ -144,6 +136,23 @@ class RLTrainer(GRPOTrainer):
 
         self._policy_loss = args.make_policy_loss()
         self._warn_of_inert_loss()
+        self._set_up_rollouts(args)
+        self._attach(args)
+
+    def _make_parts(self, args: RLConfig, model: Any, signal: Signal | None) -> None:
+        """Make the signal, the sampling and the heads that only draft, and have them find saved weights."""
+        self.signal = self.make_signal(args) if signal is None else signal
+        self.sampling = self.make_sampling(args)
+        self.drafts: DraftHeads | None = None
+        if args.speculative and (self.critic is None or self.critic.draft_options is None):
+            self.drafts = DraftHeads(HeadOptions.of(args), temperature=args.temperature)
+            self.drafts.prepare(model, (args.model_init_kwargs or {}).get("revision"))
+        if self.critic is not None:
+            trusted = {"trust_remote_code": args.trust_remote_code}
+            self.critic.prepare(model, {**trusted, **(args.model_init_kwargs or {})})
+
+    def _set_up_rollouts(self, args: RLConfig) -> None:
+        """Begin with no rollout."""
         self._entropy = EntropyControl(
             args.entropy_coef,
             adaptive=args.use_adaptive_entropy,
@@ -160,6 +169,8 @@ class RLTrainer(GRPOTrainer):
         self.last_rollout: Batch = {}
         self._buffered_inputs: list[Batch] | None = self._buffered_inputs
 
+    def _attach(self, args: RLConfig) -> None:
+        """Put the critic and the heads that only draft into the policy, after adapters and before the engine."""
         self._attached, self._renamed = TrainedAttachments(self), RenamedWeights(self)
         for learner in (self.critic, self.drafts):
             if learner is not None:
