@@ -20,6 +20,7 @@ from rl_plugins.signals.options import (
     Options,
     PhasicOptions,
     PolicyOptions,
+    PPOValueOptions,
     SamplingOptions,
     ValueHeadOptions,
     ValueModelOptions,
@@ -40,8 +41,6 @@ LOSS_OPTIONS = {
     "importance_sampling_level": "level",
 }
 """Option of a policy loss for a field of TRL's that presets set."""
-PPO_VALUES = OnlineValueOptions(value_loss_type="clipped", kl_in_reward=True)
-"""Usual options of PPO's values."""
 OF_ENGINES = ("vllm_importance_sampling_correction",)
 """Fields of TRL's about engines that Lightning's modules do not have."""
 
@@ -186,7 +185,7 @@ class PPOModule(RLModule):
         value_model: ValueModel | PreTrainedModel | str | None = None,
         preset: str | None = None,
         network: ValueModelOptions = ValueModelOptions(),  # noqa: B008  # frozen
-        values: OnlineValueOptions = PPO_VALUES,
+        values: PPOValueOptions = PPOValueOptions(),  # noqa: B008
         policy: PolicyOptions = PolicyOptions(),  # noqa: B008
         beta: float = 0.05,
         num_iterations: int | None = None,
@@ -196,7 +195,7 @@ class PPOModule(RLModule):
         passes = num_iterations
         if preset is not None:
             chosen = find_preset(preset, PPO_PRESETS)
-            kwargs = preset_options(chosen, kwargs, (policy, PolicyOptions()), (values, PPO_VALUES))
+            kwargs = preset_options(chosen, kwargs, (policy, PolicyOptions()), (values, PPOValueOptions()))
             own = kwargs.pop("num_iterations", passes)
             passes = own if passes is None else passes
         made = split_options(kwargs, network=network, values=values)

@@ -25,7 +25,7 @@ from rl_plugins.signals.checks import check_at_least, check_head_reach
 from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.native_checks import check_native_settings, check_no_rewards
-from rl_plugins.signals.options import ValueHeadOptions, ValueOptions, split_options
+from rl_plugins.signals.options import SFTHeadOptions, ValueOptions, split_options
 from rl_plugins.signals.supervised import HeadsAlong, NativeAlong
 
 
@@ -77,7 +77,7 @@ class MTPSFTModule(LightningModule):
         model: str | PreTrainedModel | nn.Module,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
-        heads: ValueHeadOptions = ValueHeadOptions(mtp_loss_coef=0.3),  # noqa: B008  # frozen
+        heads: SFTHeadOptions = SFTHeadOptions(),  # noqa: B008  # frozen
         values: ValueOptions = ValueOptions(),  # noqa: B008
         max_length: int = 1024,
         completion_only: bool = True,

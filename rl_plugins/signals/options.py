@@ -36,6 +36,12 @@ def option(default: Any, text: str, choices: Iterable[str] | None = None) -> Any
     return field(default=default, metadata=metadata)
 
 
+def with_default(kind: type, name: str, default: Any) -> Any:
+    """Declare a field of another dataclass of options anew, with another default."""
+    (found,) = [f for f in fields(kind) if f.name == name]
+    return option(default, found.metadata["help"], found.metadata.get("choices"))
+
+
 class Options:
     """Base of the dataclasses below: numbers that arrive as text become numbers, `check` runs, and then all is frozen.
 
@@ -166,6 +172,14 @@ class ValueHeadOptions(HeadOptions):
 
 
 @dataclass
+class SFTHeadOptions(ValueHeadOptions):
+    """Multi-token-prediction heads in supervised fine-tuning, where their token loss weighs more (DeepSeek-V3 begins
+    with 0.3 and ends with 0.1)."""
+
+    mtp_loss_coef: float = with_default(ValueHeadOptions, "mtp_loss_coef", 0.3)
+
+
+@dataclass
 class ValueOptions(Options):
     """Value targets and value losses."""
 
@@ -220,6 +234,14 @@ class OnlineValueOptions(ValueOptions):
         if len(self.reward_range) != 2 or self.reward_range[0] >= self.reward_range[1]:
             raise ValueError(f"reward_range must be [smallest, largest], got {self.reward_range}.")
         check_at_least(0, value_warmup_steps=self.value_warmup_steps)
+
+
+@dataclass
+class PPOValueOptions(OnlineValueOptions):
+    """Values in PPO: a clipped value loss, and the KL in the rewards."""
+
+    value_loss_type: str = with_default(OnlineValueOptions, "value_loss_type", "clipped")
+    kl_in_reward: bool = with_default(OnlineValueOptions, "kl_in_reward", True)
 
 
 @dataclass

@@ -17,7 +17,9 @@ from rl_plugins.signals.options import (
     Options,
     PhasicOptions,
     PolicyOptions,
+    PPOValueOptions,
     SamplingOptions,
+    SFTHeadOptions,
     ValueHeadOptions,
     ValueModelOptions,
     ValueOptions,
@@ -332,11 +334,11 @@ class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, PhasicOptions, RLCon
 
 
 @dataclass
-class PPOConfig(OnlineValueOptions, ValueModelOptions, RLConfig):
+class PPOConfig(PPOValueOptions, ValueModelOptions, RLConfig):
     r"""
     Configuration class for the [`PPOTrainer`].
 
-    Has the parameters of [`~trl.GRPOConfig`], [`~rl_plugins.signals.OnlineValueOptions`],
+    Has the parameters of [`~trl.GRPOConfig`], [`~rl_plugins.signals.PPOValueOptions`],
     [`~rl_plugins.signals.ValueModelOptions`], [`~rl_plugins.signals.PolicyOptions`] and
     [`~rl_plugins.signals.DraftOptions`]: `epsilon` is PPO's clip range, `beta` the coefficient of the KL penalty,
     `num_iterations` the number of epochs over a batch of completions, `steps_per_generation` the number of minibatches
@@ -364,11 +366,7 @@ class PPOConfig(OnlineValueOptions, ValueModelOptions, RLConfig):
     preset: str | None = option(None, "A paper's settings in one word.", PPO_PRESETS)
     num_generations: int | None = option(1, "Completions per prompt.")
     beta: float = option(0.05, "Coefficient of the KL penalty; 0: no reference model.")
-    kl_in_reward: bool = option(
-        True, "Whether the KL is subtracted from the token rewards instead of added to the loss."
-    )
     num_iterations: int = option(4, "Epochs over each batch of completions.")
-    value_loss_type: str = option("clipped", "squared, clipped (PPO2) or huber.", ["squared", "clipped", "huber"])
 
     @property
     def needs_own_loss(self) -> bool:
@@ -459,11 +457,11 @@ class GRPOVariantConfig(VariantOptions, SamplingOptions, RLConfig):
 
 
 @dataclass
-class MTPSFTConfig(RemembersSetFields, ValueHeadOptions, ValueOptions, SFTConfig):
+class MTPSFTConfig(RemembersSetFields, SFTHeadOptions, ValueOptions, SFTConfig):
     r"""
     Configuration class for the [`MTPSFTTrainer`].
 
-    Has the parameters of [`~trl.SFTConfig`], [`~rl_plugins.signals.ValueHeadOptions`] and
+    Has the parameters of [`~trl.SFTConfig`], [`~rl_plugins.signals.SFTHeadOptions`] and
     [`~rl_plugins.signals.ValueOptions`].
 
     Parameters:
@@ -478,7 +476,6 @@ class MTPSFTConfig(RemembersSetFields, ValueHeadOptions, ValueOptions, SFTConfig
             `generate(use_mtp=True)` reads them.
     """
 
-    mtp_loss_coef: float = option(0.3, "lambda_1, weight of the heads' token loss.")
     freeze_trunk: bool = option(False, "Whether to train the heads only.")
     native_mtp: bool = option(False, "Whether to train the architecture's own MTP layers instead of parallel heads.")
 

@@ -24,7 +24,7 @@ from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.metrics import gradient_metrics
 from rl_plugins.signals.native_checks import check_no_rewards
-from rl_plugins.signals.options import ValueHeadOptions, ValueOptions
+from rl_plugins.signals.options import SFTHeadOptions, ValueOptions
 from rl_plugins.signals.supervised import HeadsAlong, NativeAlong
 from rl_plugins.trl.attachments import TrainedAttachments, parameters_without
 from rl_plugins.trl.callbacks import AfterStep
@@ -113,9 +113,9 @@ class MTPSFTTrainer(SFTTrainer):
         args = complete_args(with_head_options(args), MTPSFTConfig, model)
         self._along: HeadsAlong | NativeAlong
         if args.native_mtp:
-            self._along = NativeAlong(ValueHeadOptions.of(args))
+            self._along = NativeAlong(SFTHeadOptions.of(args))
         else:
-            self._along = HeadsAlong(HeadCritic(ValueHeadOptions.of(args), ValueOptions.of(args)))
+            self._along = HeadsAlong(HeadCritic(SFTHeadOptions.of(args), ValueOptions.of(args)))
             self._along.critic.prepare(model, args.model_init_kwargs)
         given = inspect.signature(super().__init__).bind(model, args, *host_args, **host_kwargs)
         check_inputs(given.arguments, args)

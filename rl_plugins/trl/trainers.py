@@ -15,6 +15,7 @@ from rl_plugins.signals.critics import CriticSignal, HeadCritic, ValueModelCriti
 from rl_plugins.signals.options import (
     OnlineValueOptions,
     PhasicOptions,
+    PPOValueOptions,
     SamplingOptions,
     ValueHeadOptions,
     ValueModelOptions,
@@ -178,7 +179,7 @@ class PPOTrainer(RLTrainer):
     def make_signal(self, args: PPOConfig) -> Signal:
         """Make the critic with its own network."""
         checkpointing = (args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else None
-        options, values = ValueModelOptions.of(args), OnlineValueOptions.of(args)
+        options, values = ValueModelOptions.of(args), PPOValueOptions.of(args)
         return CriticSignal(ValueModelCritic(options, values, self._value_source, checkpointing=checkpointing))
 
     @property
