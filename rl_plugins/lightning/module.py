@@ -208,6 +208,8 @@ class RLModule(LightningModule):
     # Set-up
 
     def _set_up_rewards(self, reward_funcs: Any, weights: list[float] | None, sampling: SamplingOptions) -> None:
+        sampling.check_signal(self.critic is not None)
+        sampling.check_length(self.max_completion_length)
         functions = as_reward_funcs(reward_funcs)
         if sampling.overlong_shaping:
             weights = weights_with_penalty(weights, functions)

@@ -36,6 +36,7 @@ from rl_plugins.signals.online import online_loss
 from rl_plugins.signals.options import (
     DraftOptions,
     HeadOptions,
+    LengthOptions,
     OnlineValueOptions,
     PhasicOptions,
     PolicyOptions,
@@ -65,6 +66,7 @@ __all__ = [
     "HeadCritic",
     "HeadOptions",
     "Host",
+    "LengthOptions",
     "LossEntry",
     "Metrics",
     "OnlineValueOptions",

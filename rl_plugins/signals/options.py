@@ -413,7 +413,36 @@ class VariantOptions(Options):
 
 
 @dataclass
-class SamplingOptions(Options):
+class LengthOptions(Options):
+    """DAPO's soft penalty on long completions (2503.14476, equation 13)."""
+
+    overlong_shaping: bool = option(
+        False, "Whether to add DAPO's soft penalty on completions near max_completion_length."
+    )
+    overlong_cache: int | None = option(
+        None,
+        "Tokens before the limit at which the penalty sets in; a fifth of max_completion_length by default.",
+    )
+
+    def penalised_tokens(self, max_completion_length: int) -> int:
+        """Tokens before the limit at which the penalty on length sets in."""
+        return max(1, max_completion_length // 5) if self.overlong_cache is None else self.overlong_cache
+
+    def check_length(self, max_completion_length: int) -> None:
+        """Refuse a penalty that would set in before the first token, or never.
+
+        Raises:
+            ValueError: If it would.
+        """
+        if self.overlong_shaping and not 0 < self.penalised_tokens(max_completion_length) <= max_completion_length:
+            raise ValueError(
+                f"overlong_cache must be between 1 and max_completion_length={max_completion_length}, got "
+                f"{self.overlong_cache}."
+            )
+
+
+@dataclass
+class SamplingOptions(LengthOptions):
     """Groups of completions whose rewards are all equal: filled with others, left out, or replaced by earlier ones.
 
     Where all completions of a prompt have the same reward, advantages that compare them are zero.
@@ -431,13 +460,6 @@ class SamplingOptions(Options):
         False,
         "Whether to leave groups whose rewards are all equal out of the loss and of all batch statistics "
         "(Reinforce-Rej).",
-    )
-    overlong_shaping: bool = option(
-        False, "Whether to add DAPO's soft penalty on completions near max_completion_length."
-    )
-    overlong_cache: int | None = option(
-        None,
-        "Tokens before the limit at which the penalty sets in; a fifth of max_completion_length by default.",
     )
     replay_buffer_size: int = option(
         0, "Groups per process to keep and use again in place of groups whose rewards are all equal; 0 turns it off."
@@ -459,9 +481,17 @@ class SamplingOptions(Options):
         """Whether completions leave the place in the batch that they were given."""
         return self.dynamic_sampling or self.replay_buffer_size > 0
 
-    def penalised_tokens(self, max_completion_length: int) -> int:
-        """Tokens before the limit at which the penalty on length sets in."""
-        return max(1, max_completion_length // 5) if self.overlong_cache is None else self.overlong_cache
+    def check_signal(self, has_critic: bool) -> None:
+        """Refuse to sample by groups where a critic learns, whose values belong to the completions as they were drawn.
+
+        Raises:
+            ValueError: If both are asked for.
+        """
+        if has_critic and self.samples:
+            raise ValueError(
+                "dynamic_sampling, reject_uniform and replay_buffer_size are for advantages that compare the "
+                "completions of a prompt; a critic's advantages are there for every completion. Leave them out."
+            )
 
     def check_sampling(
         self, advantage: str | None, num_generations: int, max_completion_length: int, rows: int | None = None
@@ -497,11 +527,6 @@ class SamplingOptions(Options):
             raise ValueError(
                 f"advantage={advantage!r} needs no groups and counts every reward of a prompt, but dynamic_sampling, "
                 "reject_uniform and replay_buffer_size take some prompts out of the batch. Set one or the other."
-            )
-        if self.overlong_shaping and not 0 < self.penalised_tokens(max_completion_length) <= max_completion_length:
-            raise ValueError(
-                f"overlong_cache must be between 1 and max_completion_length={max_completion_length}, got "
-                f"{self.overlong_cache}."
             )
         if rows is not None and self.moves_rows and rows % num_generations:
             raise ValueError(

@@ -14,14 +14,14 @@ from rl_plugins.rollouts.batch import Batch, join_rows, loss_mask, num_rows, sel
 from rl_plugins.rollouts.rewards import list_reward_funcs, weighted_scores
 from rl_plugins.signals.host import Host
 from rl_plugins.signals.metrics import Metrics
-from rl_plugins.signals.options import SamplingOptions
+from rl_plugins.signals.options import LengthOptions, SamplingOptions
 from rl_plugins.signals.replay import ReplayBuffer
 
 OVERLONG_NAME = "overlong_penalty"
 """Name of the penalty on length among the reward functions."""
 
 
-def with_overlong_penalty(reward_funcs: Any, options: SamplingOptions, max_completion_length: int) -> list[Any]:
+def with_overlong_penalty(reward_funcs: Any, options: LengthOptions, max_completion_length: int) -> list[Any]:
     """List the reward functions and, last, DAPO's soft penalty on length, whose weight should be 1.
 
     Args:

@@ -13,6 +13,7 @@ from rl_plugins.signals.native_checks import check_native_settings
 from rl_plugins.signals.options import (
     DraftOptions,
     HeadOptions,
+    LengthOptions,
     OnlineValueOptions,
     Options,
     PhasicOptions,
@@ -108,12 +109,13 @@ def check_options(config: Any) -> None:
 
 
 @dataclass
-class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, GRPOConfig):
+class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, LengthOptions, GRPOConfig):
     r"""
     Configuration class for [`RLTrainer`], base of those of the other online trainers.
 
     Has the parameters of [`~trl.GRPOConfig`], [`~rl_plugins.signals.PolicyOptions`],
-    [`~rl_plugins.signals.DraftOptions`] and, for heads that draft, [`~rl_plugins.signals.HeadOptions`].
+    [`~rl_plugins.signals.LengthOptions`], [`~rl_plugins.signals.DraftOptions`] and, for heads that draft,
+    [`~rl_plugins.signals.HeadOptions`].
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "policy_loss_kwargs"]
@@ -147,6 +149,9 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, GRP
         GRPOConfig.__post_init__(self)  # which also parses JSON strings
         setattr(self, "num_generations", generations)  # noqa: B010
         check_options(self)
+        if self.overlong_shaping:
+            self.overlong_cache = self.penalised_tokens(self.max_completion_length)
+        self.check_length(self.max_completion_length)
         self._settle_policy_loss()
         self._check_host_advantages()
         self._check_heads()
@@ -282,7 +287,8 @@ class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, PhasicOptions, RLCon
 
     Has the parameters of [`~trl.GRPOConfig`], [`~rl_plugins.signals.ValueHeadOptions`],
     [`~rl_plugins.signals.OnlineValueOptions`], [`~rl_plugins.signals.PhasicOptions`],
-    [`~rl_plugins.signals.PolicyOptions`] and [`~rl_plugins.signals.DraftOptions`].
+    [`~rl_plugins.signals.PolicyOptions`], [`~rl_plugins.signals.LengthOptions`] and
+    [`~rl_plugins.signals.DraftOptions`].
 
     Parameters:
         use_critic (`bool`, *optional*, defaults to `True`):
@@ -339,10 +345,10 @@ class PPOConfig(PPOValueOptions, ValueModelOptions, RLConfig):
     Configuration class for the [`PPOTrainer`].
 
     Has the parameters of [`~trl.GRPOConfig`], [`~rl_plugins.signals.PPOValueOptions`],
-    [`~rl_plugins.signals.ValueModelOptions`], [`~rl_plugins.signals.PolicyOptions`] and
-    [`~rl_plugins.signals.DraftOptions`]: `epsilon` is PPO's clip range, `beta` the coefficient of the KL penalty,
-    `num_iterations` the number of epochs over a batch of completions, `steps_per_generation` the number of minibatches
-    in it and `entropy_coef` the weight of the entropy bonus.
+    [`~rl_plugins.signals.ValueModelOptions`], [`~rl_plugins.signals.PolicyOptions`],
+    [`~rl_plugins.signals.LengthOptions`] and [`~rl_plugins.signals.DraftOptions`]: `epsilon` is PPO's clip range,
+    `beta` the coefficient of the KL penalty, `num_iterations` the number of epochs over a batch of completions,
+    `steps_per_generation` the number of minibatches in it and `entropy_coef` the weight of the entropy bonus.
 
     Parameters:
         preset (`str`, *optional*):
@@ -440,8 +446,6 @@ class GRPOVariantConfig(VariantOptions, SamplingOptions, RLConfig):
 
     def check_run(self) -> None:
         """Refuse combinations of advantage, policy loss, sampling and batch size."""
-        if self.overlong_shaping:
-            self.overlong_cache = self.penalised_tokens(self.max_completion_length)
         if self.advantage_kwargs:
             self.advantage_kwargs = self.advantage_options
         loss, group = self.make_policy_loss(), self.num_generations or 1

@@ -25,7 +25,7 @@ from rl_plugins.signals.critics import Critic
 from rl_plugins.signals.entropy import EntropyControl
 from rl_plugins.signals.metrics import Metrics, draft_metrics, gradient_metrics
 from rl_plugins.signals.online import online_loss
-from rl_plugins.signals.options import DraftOptions, HeadOptions, VariantOptions
+from rl_plugins.signals.options import DraftOptions, HeadOptions, LengthOptions, VariantOptions
 from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.signals.policy import PolicyLoss, inert_message
 from rl_plugins.signals.sampling import (
@@ -113,9 +113,10 @@ class RLTrainer(GRPOTrainer):
             require_hooks(TOP_ENTROPY)
         # Before the host loads anything: the signal looks for saved weights, and a value model copies the policy.
         self._make_parts(args, model, signal)
-        if self.sampling is not None and self.sampling.options.overlong_shaping:
+        if args.overlong_shaping:
             args.reward_weights = weights_with_penalty(args.reward_weights, reward_funcs)
-            reward_funcs = with_overlong_penalty(reward_funcs, self.sampling.options, args.max_completion_length)
+            penalty = LengthOptions.of(args)
+            reward_funcs = with_overlong_penalty(reward_funcs, penalty, args.max_completion_length)
             classes = host_kwargs.get("reward_processing_classes")
             if classes is not None:
                 listed = classes if isinstance(classes, list) else [classes]
@@ -143,6 +144,8 @@ class RLTrainer(GRPOTrainer):
         """Make the signal, the sampling and the heads that only draft, and have them find saved weights."""
         self.signal = self.make_signal(args) if signal is None else signal
         self.sampling = self.make_sampling(args)
+        if self.sampling is not None:
+            self.sampling.options.check_signal(self.critic is not None)
         self.drafts: DraftHeads | None = None
         if args.speculative and (self.critic is None or self.critic.draft_options is None):
             self.drafts = DraftHeads(HeadOptions.of(args), temperature=args.temperature)
@@ -344,7 +347,7 @@ class RLTrainer(GRPOTrainer):
         batch["scores"] = self.own_rows(scores)
         rows = torch.arange(len(scores), device=scores.device) + self._table_rows
         batch["table_row"], self._table_rows = self.own_rows(rows), self._table_rows + len(scores)
-        if self.sampling is not None:
+        if self.sampling is not None and self.sampling.options.samples:
             self.sampling.mark(batch, scores, task_scores, self)
         return batch
 

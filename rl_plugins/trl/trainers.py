@@ -243,7 +243,7 @@ class GRPOVariantTrainer(RLTrainer):
         return GroupSignal(VariantOptions.of(args))
 
     def make_sampling(self, args: GRPOVariantConfig) -> GroupSampling:
-        """Make dynamic sampling, rejection, replay and the penalty on length, as far as they are on."""
+        """Make dynamic sampling, rejection and replay, as far as they are on."""
         return GroupSampling(SamplingOptions.of(args), seed=args.seed + args.process_index)
 
     @property
