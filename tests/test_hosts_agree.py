@@ -252,6 +252,7 @@ CRITICS: dict[str, dict[str, Any]] = {
     },
     "three_heads": {"num_mtp_heads": 3, "mtp_inner_size": 16, "advantage_scaling": "none", "value_grad_scale": 0.5},
     "truncated": {"mask_truncated_completions": True, "policy_loss": "grpo", "temperature": 0.7},
+    "long": {"overlong_shaping": True, "overlong_cache": 4},
 }
 
 

@@ -103,7 +103,7 @@ def two(
         runs += [place.trl(f"trl_{name}_{key}", key, trainer, **options, **own) for key, own in backends.items()]
     for name, (module, keys) in LIGHTNING.items():
         runs += [place.lightning(f"lightning_{name}_{key}", key, name, module) for key in ("one", *keys)]
-    frozen = {"num_generations": 2, "speculative_kwargs": {"mtp_loss_coef": 0.0}}
+    frozen = {"num_generations": 2, "mtp_loss_coef": 0.0}
     runs.append(place.lightning("frozen_lightning", "ddp", "grpo", frozen))
     runs.append(place.trl("frozen_trl", "ddp", "variant", num_generations=2, mtp_loss_coef=0.0))
     place.start([*runs, *place.killed()], ranks=1)  # the worker starts the others
