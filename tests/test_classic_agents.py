@@ -501,6 +501,7 @@ def test_trust_region_step_ends_on_the_edge() -> None:
         trust_region_step(lambda v: v, torch.zeros(2), max_kl=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_trpo_stays_in_the_trust_region_and_improves(env: str) -> None:
     module = started(TRPOAgent(env, num_envs=4, rollout_steps=100, seed=1, max_kl=0.02))
@@ -990,6 +991,7 @@ class ReusingCounter(Counter):
         return self.array
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
 def test_environments_may_reuse_their_arrays(agent: type) -> None:
     settings = SMALL | ({"learning_starts": 16, "gradient_steps": 2} if agent is DQNAgent else {})
@@ -1145,6 +1147,7 @@ def interrupted(agent: type, folder: Path, env: Any = "CartPole-v1", **settings:
     return folder / "two.ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_resumed_run_equals_an_uninterrupted_one(agent: type, tmp_path: Path) -> None:
     settings = SMALL | {"normalize_observations": True, "learning_rate": Linear(1e-2)}

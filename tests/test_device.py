@@ -113,6 +113,7 @@ def arguments(folder: Path, config: Any, **options: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINERS)
 def test_online_trainer_learns(
     name: str, tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, reward: Any, tmp_path: Path

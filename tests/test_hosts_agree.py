@@ -230,6 +230,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_grpo_variants(make: Make, dataset: Dataset, name: str) -> None:
     options = VARIANTS[name]

@@ -143,6 +143,7 @@ def test_drafting_with_a_soft_prompt_is_refused(make: Make, kind: str) -> None:
         make(kind, peft_config=SOFT["prompt"](), speculative=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", SOFT)
 @pytest.mark.parametrize("kind", ["grpo", "critic", "ppo"])
 def test_soft_prompts_in_lightning(

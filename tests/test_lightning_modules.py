@@ -248,6 +248,7 @@ def test_target_heads_are_copied_every_few_steps(make: Make) -> None:
     assert not torch.equal(start[0], recorded.targets[-1][0])
 
 
+@pytest.mark.slow
 def test_a_callback_of_ones_own_leaves_the_target_heads_alone(make: Make) -> None:
     """The callback is for other modules: it copies the heads once more, and the critic's own targets go on as ever."""
     states = []
@@ -263,6 +264,7 @@ def test_a_callback_of_ones_own_leaves_the_target_heads_alone(make: Make) -> Non
     assert not torch.equal(next(iter(own.target.parameters())), next(iter(module.polyak_target.parameters())))
 
 
+@pytest.mark.slow
 def test_a_validation_after_training_has_the_targets_of_training(make: Make) -> None:
     module, data = make("critic", head_learning_rate=1e-2), PromptDataModule(prompts(), prompts(4), batch_size=2)
     trainer = fit(module, data, max_steps=2, limit_val_batches=0)

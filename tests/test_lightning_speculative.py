@@ -273,6 +273,7 @@ def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> N
     assert rates == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> None:
     """And take part in nothing, so that no engine waits for their gradients."""
@@ -311,6 +312,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
     assert not changed(dict(module.draft_heads.named_parameters()), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     model = with_heads(talkative(tiny_model), num_heads=3)

@@ -206,6 +206,7 @@ def test_all_groups_become_informative(make: Make) -> None:
     torch.testing.assert_close(batch["old_per_token_logps"][real], fresh.log_probs(batch)[real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_draws_are_bounded_and_training_goes_on(make: Make) -> None:
     module, numbers = make("grpo", reward_funcs=constant, dynamic_sampling=True, max_draws=3), Numbers()
     rollouts, before = Rollouts(module), weights(module)
@@ -224,6 +225,7 @@ def test_rollouts_of_one_optimizer_step_draw_other_prompts(make: Make) -> None:
     assert len(rollouts.drawn) == 4 and rollouts.drawn[1] != rollouts.drawn[3]
 
 
+@pytest.mark.slow
 def test_a_validation_draws_nothing(make: Make) -> None:
     module, rollouts = (made := make("grpo", reward_funcs=constant, dynamic_sampling=True)), Rollouts(made)
     data = PromptDataModule(prompts(4), prompts(4), batch_size=4)
@@ -336,6 +338,7 @@ def test_empty_groups_are_replaced_with_stored_ones(make: Make) -> None:
 # Phases
 
 
+@pytest.mark.slow
 def test_phases_of_a_run(make: Make) -> None:
     """Every second rollout is followed by two passes over both, in which the values learn and the policy is held."""
     module, numbers = make("critic", phasic=PhasicOptions(phasic_every=2, phasic_epochs=2)), Numbers()
@@ -374,6 +377,7 @@ def test_phases_of_a_run(make: Make) -> None:
     assert {"model.mtp_heads.heads.0.value.weight", "model.model.embed_tokens.weight"} <= moved
 
 
+@pytest.mark.slow
 def test_the_kl_holds_the_policy(make: Make) -> None:
     def drift(coef: float) -> float:
         torch.manual_seed(0)
@@ -409,6 +413,7 @@ def test_the_auxiliary_loss_is_that_of_its_parts(make: Make) -> None:
     assert critic > 0 and module.model.model.embed_tokens.weight.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_phases_repeat_the_batches_of_the_loader(make: Make) -> None:
     module = make("critic", phasic_every=2, phasic_epochs=1, steps_per_generation=2)
     assert module.batch_repeats == 2 and module.auxiliary_repeats == (2, 4)
@@ -438,6 +443,7 @@ def test_phases_that_do_not_fit_are_refused(make: Make) -> None:
         make("grpo", phasic_every=1)
 
 
+@pytest.mark.slow
 def test_phases_over_windows_and_slices(make: Make) -> None:
     """Two micro-batches an optimizer step are one of twice the size, in both phases."""
     runs = []
@@ -475,6 +481,7 @@ RESUMED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
     kind, options, settings, stops = RESUMED[name]

@@ -355,6 +355,7 @@ def test_a_rate_of_zero_never_moves_a_bias(family: str) -> None:
     assert last_counts(balancer) == counts_of(model, BATCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_top2", "deepseek_v2", "dots1", "ernie4_5_moe"])
 def test_quantile_rule_balances_a_fixed_batch(family: str) -> None:
     ids = torch.randint(2, 40, (8, 32), generator=torch.Generator().manual_seed(2))
@@ -439,6 +440,7 @@ def explicit_gradients(kind: str, family: str, *batches: Batch) -> tuple[list[Te
     return outputs, gradients(model)
 
 
+@pytest.mark.slow
 @CHECKPOINTING
 @pytest.mark.parametrize("kind", ["layer", "pooled", "sequence"])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4_top2"])

@@ -186,6 +186,7 @@ def test_a_model_that_names_no_recorder_falls_back_to_the_sibling_rule(
 # Bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bias_of_zero_leaves_no_trace(family: str, dtype: torch.dtype) -> None:

@@ -245,6 +245,7 @@ def fake_python(folder: Path, body: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_does_not_stop_the_check(tmp_path: Path) -> None:
     """A tenth of the time for each step, and for all."""
     python = fake_python(

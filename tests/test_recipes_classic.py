@@ -173,6 +173,7 @@ def test_mistakes_are_told_before_any_work(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", ["PPOAgent", "DQNAgent"])
 def test_every_setting_is_explained(recipe: ModuleType, agent: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -202,6 +203,7 @@ def test_every_agent_has_settings_that_name_it() -> None:
     assert named == {name for name in classic.__all__ if name.endswith("Agent")} - {"Agent"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_settings_are_the_agents_own(benchmark: ModuleType, path: Path) -> None:
     config = yaml.safe_load(path.read_text())

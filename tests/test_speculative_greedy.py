@@ -203,6 +203,7 @@ def test_listener_hears_the_length_after_every_step(model: Any) -> None:
 EAGER_ONLY = ("bloom", "gemma2", "gpt_oss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "attention"),
     [(f, a) for f in FAMILIES for a in ("eager", "sdpa") if a == "eager" or f not in EAGER_ONLY],

@@ -134,6 +134,7 @@ def explore(mdp: MDP, seed: int) -> ParallelMDP:
     return copies_of(mdp, 1000, seed, exploring_starts=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_on_policy_methods_learn_the_values_of_their_policy(name: str, seed: int) -> None:

@@ -203,6 +203,7 @@ def test_so_many_sweeps_are_made(seed: int, sweeps: int) -> None:
         torch.testing.assert_close(plan.values, bellman_optimality(mdp, values), atol=1e-12, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_many_sweeps_are_policy_iteration(seed: int) -> None:
     mdp = random_mdp(n_states=20, n_actions=5, seed=seed, gamma=0.95)

@@ -121,6 +121,7 @@ def long_rows(seed: int, end: bool) -> tuple[MDP, Tensor, Rollout]:
     return mdp, solve_values(mdp, policy), copies_of(mdp, 4000, seed).rollout(policy, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_returns_of_exact_values_average_to_exact_values(seed: int, end: bool) -> None:

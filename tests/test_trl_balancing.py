@@ -366,6 +366,7 @@ def test_gradient_of_the_auxiliary_loss(make: Make, family: str, micro: int) -> 
 # The router loss of TRL's config in our trainers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["sft", "grpo"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "granitemoe"])
 def test_stock_trl_cannot_compute_the_router_loss(make: Make, host: str, family: str) -> None:

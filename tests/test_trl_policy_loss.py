@@ -133,6 +133,7 @@ SURROUNDINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "luspo", "bnpo", "vespo"])
 def test_what_trl_adds_to_a_loss(
@@ -250,6 +251,7 @@ def forced(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_forced_tokens_leave_loss_and_gradient_finite(
     make: Make, name: str, tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
