@@ -52,21 +52,6 @@ def _clamp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def within_clamp(anchor: Tensor, logps: Tensor) -> Tensor:
-    """Raise the log-probabilities that a ratio `exp(logps - anchor)` starts from until the ratio is inside the clamp.
-
-    For arithmetic of a host that has no clamp of its own. Inside the clamp `anchor` stays as it is.
-
-    Args:
-        anchor: `ln pi_old (B, T)`.
-        logps: `ln pi (B, T)`, finite.
-
-    Returns:
-        `(B, T)`.
-    """
-    return torch.where(logps - anchor > LOG_RATIO_LIMIT, logps - LOG_RATIO_LIMIT, anchor)
-
-
 def policy_inputs(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
