@@ -101,7 +101,7 @@ def test_json_round_trip(critic_args: ArgsFactory, tmp_path: Path) -> None:
     # The host derives one of these two from the other, and refuses both at once.
     init = {f.name for f in dataclasses.fields(MTPCriticConfig) if f.init} - {"generation_batch_size"}
     again = MTPCriticConfig(**{name: value for name, value in from_json.items() if name in init})
-    assert len(ours) == 34
+    assert len(ours) == 36
     for name in sorted(ours | {"num_generations"}):
         assert getattr(again, name) == getattr(args, name) == from_json[name], name
 
@@ -139,6 +139,8 @@ COMMAND_LINE = {
     "policy_loss": ("dppo", "dppo"),
     "policy_loss_kwargs": ('{"threshold":0.1}', {"threshold": 0.1}),
     "aggregation": ("constant", "constant"),
+    "overlong_shaping": ("True", True),
+    "overlong_cache": ("4", 4),
     "speculative": ("True", True),
     "num_draft_tokens": ("2", 2),
     "draft_cost": ("0.1", 0.1),

@@ -127,6 +127,8 @@ COMMAND_LINE = {
     "policy_loss": ("dppo", "dppo"),
     "policy_loss_kwargs": ('{"threshold":0.1}', {"threshold": 0.1}),
     "aggregation": ("constant", "constant"),
+    "overlong_shaping": ("True", True),
+    "overlong_cache": ("4", 4),
     "num_mtp_heads": ("3", 3),
     "mtp_inner_size": ("16", 16),
     "mtp_heads_path": ("heads", "heads"),

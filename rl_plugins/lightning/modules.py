@@ -118,7 +118,7 @@ class MTPCriticModule(RLModule):
         critic = HeadCritic(made["heads"], made["values"], temperature=kwargs.get("temperature", 1.0))
         signal = CriticSignal(critic)
         super().__init__(model, tokenizer, reward_funcs, signal=signal, num_generations=num_generations, **kwargs)
-        check_critic(self, critic)
+        made["values"].check_online(self.beta, self.policy_loss, "GRPOModule")
         check_head_reach(critic.options.num_mtp_heads, self.max_completion_length, "max_completion_length")
         if made["phasic"].phasic_every:
             self.phasic = PhasicSchedule(made["phasic"], self.batch_repeats)
@@ -212,7 +212,7 @@ class PPOModule(RLModule):
             num_generations=num_generations,
             **kwargs,
         )
-        check_critic(self, critic, kl_may_be_off=True)
+        made["values"].check_online(self.beta, self.policy_loss, "GRPOModule")
         critic.module.train()
 
     @property
@@ -305,25 +305,3 @@ class GRPOModule(RLModule):
     def value_tracker(self) -> ValueTracker | None:
         """Success of every prompt so far; `None` where the advantage does not track it."""
         return self.signal.value_tracker if isinstance(self.signal, GroupSignal) else None
-
-
-def check_critic(module: RLModule, critic: HeadCritic | ValueModelCritic, *, kl_may_be_off: bool = False) -> None:
-    """Refuse a KL in the rewards without a reference, and policy losses that compare completions as wholes.
-
-    Args:
-        module: Made with the critic.
-        critic: The critic.
-        kl_may_be_off: Whether `beta=0` takes the KL out of the rewards, where it is by default.
-
-    Raises:
-        ValueError: If one is asked for.
-    """
-    assert isinstance(critic.values, OnlineValueOptions)
-    if critic.values.kl_in_reward and module.beta == 0.0 and not kl_may_be_off:
-        raise ValueError("kl_in_reward=True subtracts beta * KL from the rewards, but beta is 0. Set beta > 0.")
-    if module.policy_loss.compares_groups:
-        name = module.policy_loss.name
-        raise ValueError(
-            f"policy_loss={name!r} compares the completions of a prompt as wholes; a critic's advantages are one per "
-            f"token. Choose another loss, or GRPOModule(preset={name!r})."
-        )

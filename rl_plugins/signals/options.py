@@ -36,6 +36,10 @@ def option(default: Any, text: str, choices: Iterable[str] | None = None) -> Any
     return field(default=default, metadata=metadata)
 
 
+def _default(kind: type, name: str) -> Any:
+    return next(f.default for f in fields(kind) if f.name == name)
+
+
 def with_default(kind: type, name: str, default: Any) -> Any:
     """Declare a field of another dataclass of options anew, with another default."""
     (found,) = [f for f in fields(kind) if f.name == name]
@@ -234,6 +238,25 @@ class OnlineValueOptions(ValueOptions):
         if len(self.reward_range) != 2 or self.reward_range[0] >= self.reward_range[1]:
             raise ValueError(f"reward_range must be [smallest, largest], got {self.reward_range}.")
         check_at_least(0, value_warmup_steps=self.value_warmup_steps)
+
+    def check_online(self, beta: float, loss: PolicyLoss | None, instead: str) -> None:
+        """Refuse a KL in the rewards without a reference, and policy losses that compare completions as wholes.
+
+        Args:
+            beta: Coefficient of the KL. 0 takes the KL out of the rewards where it is there by default.
+            loss: The policy loss; `None` for the host's own.
+            instead: Class that takes such a loss by `preset`.
+
+        Raises:
+            ValueError: If one is asked for.
+        """
+        if self.kl_in_reward and beta == 0.0 and not _default(type(self), "kl_in_reward"):
+            raise ValueError("kl_in_reward=True subtracts beta * KL from the rewards, but beta is 0. Set beta > 0.")
+        if loss is not None and loss.compares_groups:
+            raise ValueError(
+                f"policy_loss={loss.name!r} compares the completions of a prompt as wholes; a critic's advantages are "
+                f"one per token. Choose another loss, or {instead}(preset={loss.name!r})."
+            )
 
 
 @dataclass

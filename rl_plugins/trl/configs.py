@@ -265,20 +265,6 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, Len
                 f"policy and reference one to one, and the reference has no {attached.split()[-1]}. {remedy}"
             )
 
-    def check_critic(self) -> None:
-        """Refuse a policy loss or a reference that does not go with a critic.
-
-        Raises:
-            ValueError: If one does not.
-        """
-        if self.policy_loss is not None and PolicyLoss(self.policy_loss).compares_groups:
-            raise ValueError(
-                f"policy_loss={self.policy_loss!r} compares the completions of a prompt as wholes; a critic's "
-                "advantages are one per token. Choose another loss, or "
-                f"GRPOVariantConfig(preset={self.policy_loss!r})."
-            )
-        self.check_reference("a critic")
-
 
 @dataclass
 class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, PhasicOptions, RLConfig):
@@ -331,10 +317,9 @@ class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, PhasicOptions, RLCon
         """Refuse what does not go with a critic inside the policy."""
         if not self.use_critic:
             return
-        self.check_critic()
+        self.check_online(self.beta, self.make_policy_loss(), "GRPOVariantConfig")
+        self.check_reference("a critic")
         check_head_reach(self.num_mtp_heads, self.max_completion_length, "max_completion_length")
-        if self.kl_in_reward and self.beta == 0.0:
-            raise ValueError("kl_in_reward=True subtracts beta * KL from the rewards, but beta is 0. Set beta > 0.")
         assert self.steps_per_generation is not None
         self.check_cycles(self.steps_per_generation, self.num_iterations, self.gradient_accumulation_steps)
 
@@ -391,7 +376,8 @@ class PPOConfig(PPOValueOptions, ValueModelOptions, RLConfig):
 
     def check_run(self) -> None:
         """Refuse what does not go with a critic."""
-        self.check_critic()
+        self.check_online(self.beta, self.make_policy_loss(), "GRPOVariantConfig")
+        self.check_reference("a critic")
 
 
 @dataclass
