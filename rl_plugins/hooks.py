@@ -121,6 +121,11 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
     "rl_plugins.trl": (
         Hook("trl.GRPOTrainer._generate_and_score_completions", "inputs"),
         Hook("trl.GRPOTrainer._generate_single_turn"),
+        Hook("trl.GRPOTrainer._generate", "prompts"),
+        Hook(
+            "trl.GRPOTrainer._tool_call_loop",
+            "prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields",
+        ),
         Hook("trl.GRPOTrainer._calculate_rewards", "inputs, prompts, completions, completion_ids_list"),
         Hook("trl.GRPOTrainer._prepare_inputs", "generation_batch"),
         Hook(

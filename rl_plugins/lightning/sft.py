@@ -20,7 +20,8 @@ from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.sources import check_language_model
 from rl_plugins.nn.target_heads import PolyakTarget
-from rl_plugins.rollouts.rewards import is_conversational, prompt_tokens
+from rl_plugins.rollouts.reward_models import is_conversational
+from rl_plugins.rollouts.rewards import prompt_tokens
 from rl_plugins.signals.checks import check_at_least, check_head_reach
 from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.metrics import Metrics

@@ -83,6 +83,7 @@ class HeadsAlong:
             estimator=options.advantage_estimator,
             gamma=options.gamma,
             lam_value=options.lam_value,
+            time_unit=options.time_unit,
             lookahead=self.critic.lookahead,
         )
         metrics = Metrics(
