@@ -4,6 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := torch==2.13.0
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Two processes, a file at a time, so that fixtures of a file are made once. The last files of the alphabet run two ranks
+# each, which keep both cores busy when one process has come to its end.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-latest test-vllm check format smollm2 clean
@@ -29,14 +32,14 @@ demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what
 	$(OFFLINE) $(BIN)/python recipes/mtp_critic.py --output_dir outputs/demo
 
 test: $(STAMP) ## run every test, the fast ones first
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
-	$(OFFLINE) $(BIN)/python -m pytest -m slow
+	$(OFFLINE) $(BIN)/python -m pytest $(TWO) -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest $(TWO) -m slow
 
 test-latest: PACKAGES := --upgrade --upgrade-strategy eager -e ".[dev]"
-test-latest: .venv-latest/.installed ## run the fast tests with the newest releases inside the ranges of pyproject.toml
+test-latest: .venv-latest/.installed ## run every test with the newest releases inside the ranges of pyproject.toml
 	$(<D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
 	@$(<D)/bin/python -m pip list 2>/dev/null | grep -E '^(accelerate|datasets|deepspeed|lightning|peft|torch|transformers|trl) '
-	$(OFFLINE) $(<D)/bin/python -m pytest -m "not slow"
+	$(OFFLINE) $(<D)/bin/python -m pytest $(TWO)
 
 # vLLM pins other versions than ours do. It brings torchvision and the like, whose builds do not fit a torch for CPUs.
 .venv-vllm/.installed: requirements-vllm.txt

@@ -1,7 +1,7 @@
-"""Train with any variant of GRPO: a paper's settings in one word, or your own choice of advantage, loss and sampling.
+"""Train with any variant of GRPO, a preset or your own choice of parts, on the task and small model of `sums.py`.
 
-The task, the small model and its warm start are those of `recipes/mtp_critic.py`, and so are all options beside
-`GRPOVariantConfig`'s:
+A preset has the settings of a paper; the parts are advantage, policy loss and sampling. Every option of
+`GRPOVariantConfig` is a command-line argument:
 
     python recipes/grpo_variants.py --preset dapo --output_dir outputs/dapo
     python recipes/grpo_variants.py --advantage max_likelihood --policy_loss gmpo --reject_uniform True
@@ -14,10 +14,12 @@ Writes the policy, `curves.png` and `summary.json`.
 
 from dataclasses import dataclass, field
 
-from mtp_critic import Defaults, run
+from sums import Defaults, Script, finish, ignore_known_warnings, load_policy, load_task, make_reward, show_briefly
+from trl import TrlParser
 
+from rl_plugins.process_group import end_process_group
+from rl_plugins.signals.presets import GRPO_PRESETS
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
-from rl_plugins.trl.presets import GRPO_PRESETS
 
 
 @dataclass
@@ -31,5 +33,26 @@ class Config(Defaults, GRPOVariantConfig):
     num_generations_eval: int | None = field(default=1, metadata={"help": "Completions per held-out item."})
 
 
+def main() -> None:
+    """Parse, warm-start, train, report."""
+    ignore_known_warnings()
+    parser = TrlParser((Script, Config))
+    script, args = parser.parse_args_and_config()
+    tokenizer, train, held_out = load_task(parser, script, args.seed)
+    trainer = GRPOVariantTrainer(
+        load_policy(script, args, train),
+        make_reward(script),
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    show_briefly(trainer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    finish(trainer, script, args)
+    end_process_group()
+
+
 if __name__ == "__main__":
-    run(Config, GRPOVariantTrainer)
+    main()

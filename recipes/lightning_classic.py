@@ -7,10 +7,10 @@ all settings (`config.yaml`) to `outputs/classic/ppo`. `recipes/classic/` has se
 Any can be replaced on the command line, and so can any option of Lightning's Trainer:
 
     python recipes/lightning_classic.py fit --config recipes/classic/ppo.yaml --model.env Acrobot-v1 --model.seed 1
-    python recipes/lightning_classic.py fit --model DQNModule --model.env MountainCar-v0 --model.total_steps 120000
+    python recipes/lightning_classic.py fit --model DQNAgent --model.env MountainCar-v0 --model.total_steps 120000
 
 `--ckpt_path outputs/classic/ppo/last.ckpt` goes on with an interrupted training, or evaluates with `validate` in place
-of `fit`. `fit --help` and `fit --model.help PPOModule` list the options.
+of `fit`. `fit --help` and `fit --model.help PPOAgent` list the options.
 """
 
 import json
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from rl_plugins.classic import ClassicModule
+from rl_plugins.classic import Agent
 from rl_plugins.hooks import require_hooks
 from rl_plugins.process_group import end_process_group
 from rl_plugins.report import Panel, plot_training_curves
@@ -53,30 +54,28 @@ class History(Callback):
         self.seconds = 0.0
         self.logged = 0.0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: ClassicModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Agent) -> None:
         """Start the clock."""
         self.start = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: ClassicModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take in what an iteration has logged: not every one does."""
-        if pl_module.runner.steps - self.logged < pl_module.total_steps / POINTS:
+        if pl_module.runner.steps - self.logged < pl_module.settings.total_steps / POINTS:
             return  # reading the metrics takes longer than a step of an environment
         logged = trainer.callback_metrics.get("time/env_steps", torch.tensor(0.0)).item()
         if logged > self.logged:
             self.logged = logged
             self._take(trainer, pl_module, ("rollout/", "train/"))
 
-    def on_validation_end(self, trainer: Trainer, pl_module: ClassicModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Agent) -> None:
         """Take in an evaluation."""
         self._take(trainer, pl_module, ("eval/",))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: ClassicModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Agent) -> None:
         """Stop the clock."""
         self.seconds = time.perf_counter() - self.start
 
-    def _take(self, trainer: Trainer, module: ClassicModule, kinds: tuple[str, ...]) -> None:
+    def _take(self, trainer: Trainer, module: Agent, kinds: tuple[str, ...]) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(kinds)}
         self.rows.append({"step": module.runner.steps, **metrics})
 
@@ -84,7 +83,7 @@ class History(Callback):
 class ClassicCLI(LightningCLI):
     """Lightning's command line, with a report after training."""
 
-    model: ClassicModule
+    model: Agent
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -150,8 +149,9 @@ def main(args: list[str] | None = None) -> ClassicCLI:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings are documented field by field
     cli = ClassicCLI(
-        ClassicModule,
+        Agent,
         subclass_mode_model=True,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,  # checkpoints like those of a script

@@ -1,6 +1,6 @@
-"""Train a policy whose own multi-token-prediction heads are its critic, with Lightning.
+"""Train a policy whose own multi-token-prediction heads are its critic, in Lightning, on the task of `sums.py`.
 
-The task, the small model and the settings are those of `recipes/mtp_critic.py`: a Qwen3-style model with a character
+The small model and the settings are those of `recipes/mtp_critic.py`: a Qwen3-style model with a character
 tokenizer is warm-started on a reasoning-gym task with `MTPSFTModule` and improved on the task's verifier with
 `MTPCriticModule`. It runs on a laptop's CPU in minutes:
 
@@ -25,12 +25,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from mtp_critic import Script, build_datasets, character_tokenizer, make_reward, small_model
+from sums import Script, build_datasets, character_tokenizer, make_reward, small_model
 from transformers import AutoTokenizer
 
 from rl_plugins.lightning import MTPCriticModule, MTPSFTModule, PromptDataModule, RolloutProgressBar, TokenValueReport
 from rl_plugins.process_group import end_process_group
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves
+from rl_plugins.signals import OnlineValueOptions, ValueHeadOptions
 
 ACCURACY = "eval_rewards/accuracy/mean"
 VARIANCE = "eval_critic/explained_variance"
@@ -47,8 +48,8 @@ DEFAULTS = {
     "trainer.logger": False,
     "trainer.default_root_dir": "outputs/lightning_mtp_critic",
     "model.learning_rate": 5e-4,
-    "model.head_learning_rate": 1e-3,
-    "model.value_loss_coef": 0.5,
+    "model.heads": ValueHeadOptions(head_learning_rate=1e-3),
+    "model.values": OnlineValueOptions(value_loss_coef=0.5),
     "model.steps_per_generation": 4,
     "model.temperature": 0.7,
     "model.max_completion_length": 24,

@@ -30,8 +30,9 @@ from transformers import Dots1Config, Dots1ForCausalLM, ProgressCallback, Traine
 from trl import TrlParser
 
 from rl_plugins.functional import expert_counts, max_violation
+from rl_plugins.moe import LOAD_FILE_NAME, read_expert_load
 from rl_plugins.process_group import end_process_group
-from rl_plugins.report import LOAD_FILE_NAME, plot_expert_load, plot_max_violation, read_loads
+from rl_plugins.report import plot_expert_load, plot_max_violation
 from rl_plugins.trl import MoEBalancingCallback
 
 HELD_OUT = 4  # every fourth document: with few, their subjects decide which experts are busy
@@ -41,7 +42,7 @@ PAPER = {"aux": (9.56, 0.72), "loss_free": (9.50, 0.04)}  # perplexity and globa
 
 @dataclass
 class Script:
-    """What to compare and on which model."""
+    """The settings to compare, and the model."""
 
     balancing: list[str] = field(
         default_factory=lambda: list(BALANCINGS), metadata={"help": "What to compare: none, aux, loss_free."}
@@ -238,7 +239,7 @@ def main() -> None:
 def report(results: dict[str, dict[str, float]], args: Config) -> None:
     """Draw, write and print."""
     output = Path(args.output_dir)
-    loads = {name: read_loads(output / name / LOAD_FILE_NAME) for name in results}
+    loads = {name: read_expert_load(output / name / LOAD_FILE_NAME) for name in results}
     for name, load in loads.items():
         plot_expert_load(load, output / name / "expert_load.png", title=name)
     plot_max_violation(loads, output / "max_violation.png", title="Balance during training")

@@ -1,7 +1,6 @@
-"""Train with PPO and a separate value model, or (`--preset vpg`) with REINFORCE and a learned baseline.
+"""Train with PPO and a separate value model, on the task and small model of `sums.py`.
 
-The task, the small model and its warm start are those of `recipes/mtp_critic.py`, and so are all options beside
-`PPOConfig`'s:
+`--preset vpg` is REINFORCE with a learned baseline. Every option of `PPOConfig` is a command-line argument:
 
     python recipes/ppo.py --output_dir outputs/ppo
 
@@ -13,8 +12,10 @@ Writes the policy, the value model (`value_model/`), `curves.png`, `token_values
 
 from dataclasses import dataclass, field
 
-from mtp_critic import Defaults, run
+from sums import Defaults, Script, finish, ignore_known_warnings, load_policy, load_task, make_reward, show_briefly
+from trl import TrlParser
 
+from rl_plugins.process_group import end_process_group
 from rl_plugins.trl import PPOConfig, PPOTrainer
 
 
@@ -28,5 +29,26 @@ class Config(Defaults, PPOConfig):
     beta: float = field(default=0.01, metadata={"help": "Coefficient of the KL penalty."})
 
 
+def main() -> None:
+    """Parse, warm-start, train, report."""
+    ignore_known_warnings()
+    parser = TrlParser((Script, Config))
+    script, args = parser.parse_args_and_config()
+    tokenizer, train, held_out = load_task(parser, script, args.seed)
+    trainer = PPOTrainer(
+        load_policy(script, args, train),
+        make_reward(script),
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    show_briefly(trainer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    finish(trainer, script, args)
+    end_process_group()
+
+
 if __name__ == "__main__":
-    run(Config, PPOTrainer)
+    main()

@@ -15,7 +15,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command that the first argument names on the others.
+    """Run a command: the first argument is its name, the rest are its arguments.
 
     Args:
         argv: Arguments; those of the process by default.

@@ -1,4 +1,4 @@
-"""What we lean on in other libraries beyond their documented interface, as one table, and the check of that table.
+"""A table of what we lean on in other libraries beyond their documented interface, and the check of that table.
 
 A release of TRL, transformers or Lightning fits as long as these hooks do, whatever its number. The import of a
 package of ours checks what the whole package needs, and the first use of a feature what that feature needs.

@@ -1,7 +1,8 @@
 """Numbers among settings: those that arrive as text become numbers, and what is no number is refused."""
 
+import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -89,3 +90,8 @@ def settle_numbers(config: Any) -> None:
 
 def _kinds(hint: Any) -> set[Any]:
     return set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}
+
+
+def keyword_names(function: Callable[..., Any]) -> list[str]:
+    """Names of the keyword-only parameters of a function, which are its options."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]

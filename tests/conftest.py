@@ -1,47 +1,90 @@
-"""Fixtures: a tiny random Qwen3, a character tokenizer, arithmetic prompts, a deterministic reward."""
+"""Fixtures on what `tests/helpers/tiny.py` makes, and the server of `tests/helpers/processes.py`.
+
+Nothing here imports torch before a test file does: pytest-xdist's controller imports this file, too, and no test.
+"""
 
 import gc
+import importlib.metadata
+import importlib.util
 import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import datasets
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
 import pytest
-import torch
-import transformers
-from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-CHARACTERS = "0123456789+-= "
-PAD, EOS = 0, 1
-# Where and in what precision tests/test_device.py runs; recipes/benchmarks/gpu_check.sh sets both.
-DEVICE = os.environ.get("RL_PLUGINS_TEST_DEVICE", "cpu")
-DTYPE = getattr(torch, os.environ.get("RL_PLUGINS_TEST_DTYPE", "bfloat16"))
+from .helpers import processes
 
-# Two torch threads on busy cores are ten times slower than one for models this small.
-torch.set_num_threads(1)
+# accelerate asks for some thirty packages whenever a trainer is made, and reads their files each time.
+importlib.metadata.metadata = cache(importlib.metadata.metadata)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
+    """All test files are imported and no test has run: the moment to fork the server of scripts."""
+    controls = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
+    if session.config.option.collectonly or controls:
+        return (yield)
+    import torch
+
+    # Two torch threads on busy cores are ten times slower than one for models this small.
+    torch.set_num_threads(1)
+    save_time()
+    warm_up()
+    # Hosts collect garbage after every run, which takes longer than the run if all that was imported is looked at.
+    gc.collect()
+    gc.freeze()
+    processes.SERVER = processes.Server()
+    try:
+        return (yield)
+    finally:
+        processes.SERVER.stop()
+
+
+def save_time() -> None:
+    """Leave out what hosts do again and again and no test can see: a quarter of what a run of three steps takes."""
+    import datasets.arrow_dataset
+    import datasets.fingerprint
+    import torch
+
+    # Of every transformation a hash of all that it uses, for files of a cache that data in memory does not have.
+    for module in (datasets.fingerprint, datasets.arrow_dataset):
+        module.update_fingerprint = lambda *args: datasets.fingerprint.generate_random_fingerprint()
+    # A seed is noted for devices that are not there, together with the stack of calls.
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        if not device.is_available():
+            device.manual_seed_all = lambda seed: None
+
+
+def warm_up() -> None:
+    """Do here what takes a second of the first run in a process, so that no fork does it anew."""
+    import torch.nn.modules.linear_cross_entropy  # noqa: F401
+
+    from .helpers.tiny import make_tiny_model
+
+    if importlib.util.find_spec("deepspeed"):
+        importlib.import_module("deepspeed")  # accelerate imports it with the first trainer
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny_model().save_pretrained(folder)  # lists how the weights of all families are called
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     """No progress bars, no chatter about special tokens and generation configs."""
+    import datasets
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_garbage_collection() -> None:
-    """Hosts collect garbage after every run, which takes longer than the run if all that was imported is looked at."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -52,101 +95,41 @@ def no_warnings_from_hosts() -> Iterator[None]:
         yield
 
 
-def make_tiny_model(seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
-    """A random Qwen3 with 2 layers and hidden size 32; `overrides` go to its config. Leaves the global RNG alone."""
-    config = Qwen3Config(
-        **{
-            "vocab_size": 2 + len(CHARACTERS),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 128,
-            "pad_token_id": PAD,
-            "eos_token_id": EOS,
-            "bos_token_id": None,
-            "tie_word_embeddings": True,
-            **overrides,
-        }
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of `CHARACTERS`; pads on the left."""
-    vocab = {"<pad>": PAD, "<eos>": EOS} | {c: i + 2 for i, c in enumerate(CHARACTERS)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-
-
-def make_dataset(size: int = 64) -> Dataset:
-    """Prompts `0+0=`, `1+1=`, ... of different lengths, with the right `answer`."""
-    return Dataset.from_dict(
-        {"prompt": [f"{i}+{i}=" for i in range(size)], "answer": [str(2 * i) for i in range(size)]}
-    )
-
-
-def digit_reward(completions: list[str], **kwargs: Any) -> list[float]:
-    """Share of the completion's characters that are odd digits: deterministic, dense, in [0, 1]."""
-    return [sum(c in "13579" for c in text) / max(len(text), 1) for text in completions]
-
-
-def make_critic_args(output_dir: Path | str, **overrides: Any) -> Any:
-    """An `MTPCriticConfig` for a quick run on CPU."""
-    from rl_plugins.trl import MTPCriticConfig
-
-    return MTPCriticConfig(
-        **{
-            "output_dir": str(output_dir),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "per_device_train_batch_size": 8,
-            "max_completion_length": 6,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            **overrides,
-        }
-    )
-
-
 @pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., Qwen3ForCausalLM]:
+def tiny_model() -> "Callable[..., Qwen3ForCausalLM]":
     """Factory: `tiny_model(seed=0, **config_overrides)`."""
+    from .helpers.tiny import make_tiny_model
+
     return make_tiny_model
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     """Character tokenizer."""
+    from .helpers.tiny import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture
-def dataset() -> Dataset:
+def dataset() -> "Dataset":
     """64 sums."""
+    from .helpers.tiny import make_dataset
+
     return make_dataset()
 
 
 @pytest.fixture
 def reward() -> Callable[..., list[float]]:
     """Share of odd digits in the completion."""
+    from .helpers.tiny import digit_reward
+
     return digit_reward
 
 
 @pytest.fixture
 def critic_args() -> Callable[..., Any]:
     """Factory: `critic_args(tmp_path, **overrides)`."""
+    from .helpers.tiny import make_critic_args
+
     return make_critic_args

@@ -4,8 +4,12 @@ import copy
 import logging
 import math
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
+from abc import ABC
+from dataclasses import FrozenInstanceError, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,23 +26,25 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from rl_plugins.classic import (
-    A2CModule,
-    DQNModule,
+    A2CAgent,
+    Agent,
+    DQNAgent,
     Linear,
-    OffPolicyACModule,
-    PPOModule,
-    QACModule,
-    ReinforceModule,
-    TRPOModule,
+    OffPolicyACAgent,
+    PPOAgent,
+    QACAgent,
+    ReinforceAgent,
+    TRPOAgent,
 )
-from rl_plugins.classic.actor_critic import Batch
+from rl_plugins.classic.actor_critic import Estimates, estimate, gae_advantages
+from rl_plugins.classic.agent import Iterations
+from rl_plugins.classic.agent_settings import AgentSettings
 from rl_plugins.classic.environments import (
     check_spaces,
     decode_actions,
     encode_observations,
     make_environments,
 )
-from rl_plugins.classic.iterations import Iterations
 from rl_plugins.classic.networks import CategoricalPolicy, GaussianPolicy, ObservationNorm, mlp
 from rl_plugins.classic.off_policy_ac import Experience
 from rl_plugins.classic.rollouts import Rollout, collect, episode_steps, next_values
@@ -46,7 +52,7 @@ from rl_plugins.classic.runner import Runner
 from rl_plugins.functional import conjugate_gradient, flat_gradient, hessian_product, trust_region_step
 from rl_plugins.tabular import MDP, discounted_objective, policy_gradient
 
-AGENTS = [A2CModule, OffPolicyACModule, PPOModule, QACModule, ReinforceModule, TRPOModule]
+AGENTS = [A2CAgent, OffPolicyACAgent, PPOAgent, QACAgent, ReinforceAgent, TRPOAgent]
 SMALL: dict[str, Any] = {"num_envs": 2, "rollout_steps": 16, "hidden_sizes": (8,), "total_steps": 160, "seed": 3}
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -102,7 +108,7 @@ class Fork(gym.Env):
 
 def started(module: LightningModule) -> Any:
     """The module with its environments, as when fit has begun."""
-    module._runner = Runner(make_environments(module.env, module.num_envs))
+    module._runner = Runner(make_environments(module.env, module.settings.num_envs))
     module.runner.reset(seed=module.seed)
     return module
 
@@ -127,6 +133,22 @@ def fit(module: Any, *, ckpt_path: Any = None, **settings: Any) -> Any:
     return module
 
 
+def rolled(module: Any) -> Rollout:
+    """One rollout, as `iterate` collects it."""
+    return collect(module, module.settings.rollout_steps, whole_episodes=module.whole_episodes)
+
+
+def estimated(module: Any, rollout: Rollout) -> Estimates:
+    """A rollout with the estimates, as `iterate` takes them."""
+    names = ("gamma", "gae_lambda", "normalize_advantages")
+    return estimate(module, rollout, **{name: getattr(module.settings, name) for name in names})
+
+
+def advantages(module: Any, rollout: Rollout, values: Tensor) -> Tensor:
+    settings = module.settings
+    return gae_advantages(module, rollout, values, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
+
+
 def weights(module: LightningModule) -> Tensor:
     return torch.cat([tensor.flatten().double() for tensor in module.state_dict().values()])
 
@@ -134,6 +156,7 @@ def weights(module: LightningModule) -> Tensor:
 # Environments and spaces.
 
 
+@pytest.mark.slow
 def test_runner_reports_real_last_observations() -> None:
     runner = Runner(make_environments(Counter, 2))
     runner.reset()
@@ -175,12 +198,12 @@ def test_unsupported_spaces_are_named() -> None:
         check_spaces("Bad-v0", Dict({"a": flat}), two)
     with pytest.raises(ValueError, match=r"action space MultiBinary.*supported are Discrete and Box"):
         check_spaces("Bad-v0", flat, MultiBinary(3))
-    with pytest.raises(ValueError, match=r"action space Box.*Discrete actions only.*PPOModule"):
+    with pytest.raises(ValueError, match=r"action space Box.*Discrete actions only.*PPOAgent"):
         check_spaces("Bad-v0", flat, flat, continuous=False)
     with pytest.raises(ValueError, match="must hold floats"):
         check_spaces("Bad-v0", flat, Box(0, 3, (2,), np.int64))
     with pytest.raises(ValueError, match=r"Blackjack-v1 has the observation space Tuple"):
-        PPOModule("Blackjack-v1")
+        PPOAgent("Blackjack-v1")
 
 
 @pytest.mark.parametrize(
@@ -195,10 +218,10 @@ def test_unsupported_spaces_are_named() -> None:
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PPOModule("CartPole-v1", **settings)
+        PPOAgent("CartPole-v1", **settings)
 
 
-@pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
+@pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
 def test_text_is_no_number(agent: type) -> None:
     for name in ("learning_rate", "gamma", "rollout_steps", "total_steps", "max_grad_norm"):
         with pytest.raises(TypeError, match=f"{name} must be a number, got the text '1e-3'.*write 1.0e-3"):
@@ -211,10 +234,68 @@ def test_text_is_no_number(agent: type) -> None:
     assert Own("CartPole-v1", activation="relu", total_steps=5000).hparams["activation"] == "relu"
 
 
+@pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
+def test_settings_are_frozen_complete_and_known(agent: type) -> None:
+    module = agent("CartPole-v1", num_envs=3, hidden_sizes=[8])
+    assert (module.settings.num_envs, module.settings.hidden_sizes) == (3, (8,))
+    assert {"env"} | {field.name for field in fields(module.settings)} == set(module.hparams)  # defaults as well
+    with pytest.raises(FrozenInstanceError):
+        module.settings.num_envs = 4
+    with pytest.raises(TypeError, match="num_env"):
+        agent("CartPole-v1", num_env=3)
+
+
+# Structure.
+
+
+@pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
+def test_agents_are_two_levels_deep(agent: type) -> None:
+    ours = [parent.__name__ for parent in agent.__mro__ if parent.__module__.startswith("rl_plugins")]
+    print([parent.__name__ for parent in agent.__mro__])
+    assert ours == [agent.__name__, "Agent"] and agent.__bases__ == (Agent,)
+    assert Agent.__bases__ == (LightningModule, ABC)
+
+
+def test_an_agent_has_to_act_and_to_iterate() -> None:
+    class Idle(Agent):
+        def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
+            return torch.zeros(len(observations), dtype=torch.long)
+
+    with pytest.raises(TypeError, match="abstract method '?iterate"):
+        Idle("CartPole-v1", AgentSettings())  # type: ignore[abstract]
+
+
+WITHOUT_LANGUAGE_MODELS = """
+import importlib.metadata, sys
+
+gone, distribution = ("transformers", "trl"), importlib.metadata.distribution
+sys.modules.update(dict.fromkeys(gone))  # an import of theirs fails
+
+def without(name):
+    if name in gone:  # torchmetrics, which Lightning imports, goes by this
+        raise importlib.metadata.PackageNotFoundError(name)
+    return distribution(name)
+
+importlib.metadata.distribution = without
+from rl_plugins import classic
+
+classic.PPOAgent("CartPole-v1")
+print(*(name for name in sys.modules if name.startswith("rl_plugins.")))
+"""
+
+
+@pytest.mark.slow
+def test_agents_need_no_language_model_library() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LANGUAGE_MODELS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    layers = {name.split(".")[1] for name in done.stdout.split()}
+    assert layers == {"classic", "functional", "checkpoints", "extras", "settings"}
+
+
 # Rollouts.
 
 
-class Scripted(A2CModule):
+class Scripted(A2CAgent):
     """In environment 0 always action 1, in environment 1 always action 0; a state's value is 10 episode + step."""
 
     def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
@@ -241,7 +322,7 @@ def test_next_values_at_ends_and_cuts() -> None:
     expected = [2.2734375, 3.09375, 3.46875 - 0.0, 3.875, 3.5, -4.25, -3.0]
     expected[1] = 2 + expected[2] / 4
     expected[0] = 1.5 + expected[1] / 4
-    assert module.advantages(rollout, values)[1].tolist() == pytest.approx(expected)
+    assert advantages(module, rollout, values)[1].tolist() == pytest.approx(expected)
     assert rollout.mask.all()
 
 
@@ -254,7 +335,7 @@ def test_cuts_of_several_rows_keep_their_order() -> None:
 
     module = started(Going(Counter, num_envs=3, rollout_steps=11))
     module.runner.envs.envs[0].unwrapped.count = 3  # three steps ahead of the others
-    rollout = module.collect()
+    rollout = rolled(module)
     assert rollout.truncated.nonzero().tolist() == [[0, 1], [0, 6], [1, 4], [1, 9], [2, 4], [2, 9]]
     values = module.values(rollout.observations).detach()
     following = next_values(rollout, values, torch.arange(6.0))
@@ -280,15 +361,15 @@ def slow_gae(rollout: Rollout, values: Tensor, final: list[float], gamma: float,
 
 
 def test_gae_over_several_episodes_of_a_row() -> None:
-    module = started(A2CModule("CartPole-v1", num_envs=3, rollout_steps=100, gae_lambda=0.9, gamma=0.95, seed=0))
+    module = started(A2CAgent("CartPole-v1", num_envs=3, rollout_steps=100, gae_lambda=0.9, gamma=0.95, seed=0))
     for environment in module.runner.envs.envs:
         environment.set_wrapper_attr("_max_episode_steps", 15)
-    rollout = module.collect()
+    rollout = rolled(module)
     assert rollout.terminated.sum() > 3 and rollout.truncated.sum() > 3
     with torch.no_grad():
         values, final = module.values(rollout.observations), module.values(rollout.final_observations)
     expected = slow_gae(rollout, values, final.tolist(), 0.95, 0.9)
-    torch.testing.assert_close(module.advantages(rollout, values), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(advantages(module, rollout, values), expected, atol=1e-5, rtol=0)
 
 
 def test_whole_episodes() -> None:
@@ -305,18 +386,18 @@ def test_whole_episodes() -> None:
 
 
 def test_reinforce_returns_stop_at_ends() -> None:
-    class ScriptedReinforce(ReinforceModule):
+    class ScriptedReinforce(ReinforceAgent):
         act = Scripted.act
 
     module = started(ScriptedReinforce(Counter, num_envs=2, rollout_steps=4, gamma=0.5))
-    returns = module.returns(module.collect())
+    returns = module.returns(rolled(module))
     assert returns.tolist() == [[2.75, 3.5, 3, 2.75, 3.5, 3], [3.5625, 5.125, 6.25, 6.5, 5, 0]]
 
 
 def test_reinforce_keeps_to_its_budget() -> None:
     """Iterations of 4 steps: the first rollout takes 12 of two environments, so the next ones do nothing."""
 
-    class ScriptedReinforce(ReinforceModule):
+    class ScriptedReinforce(ReinforceAgent):
         act = Scripted.act
 
     module = fit(ScriptedReinforce(Counter, num_envs=2, rollout_steps=2, total_steps=28))
@@ -388,7 +469,7 @@ def test_conjugate_gradient_solves_a_system() -> None:
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_fisher_product_equals_the_hessian_of_the_kl(env: str) -> None:
-    policy = TRPOModule(env, hidden_sizes=(3,), seed=0).double().policy
+    policy = TRPOAgent(env, hidden_sizes=(3,), seed=0).double().policy
     size = 4 if env == "CartPole-v1" else 3
     observations = torch.randn(6, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     names = [name for name, _ in policy.named_parameters()]
@@ -420,11 +501,12 @@ def test_trust_region_step_ends_on_the_edge() -> None:
         trust_region_step(lambda v: v, torch.zeros(2), max_kl=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_trpo_stays_in_the_trust_region_and_improves(env: str) -> None:
-    module = started(TRPOModule(env, num_envs=4, rollout_steps=100, seed=1, max_kl=0.02))
+    module = started(TRPOAgent(env, num_envs=4, rollout_steps=100, seed=1, max_kl=0.02))
     for _ in range(3):
-        batch = module.estimate(module.collect())
+        batch = estimated(module, rolled(module))
         old = copy.deepcopy(module.policy)
         before = module.surrogate(batch).item()
         metrics = module.update_policy(batch)
@@ -436,14 +518,14 @@ def test_trpo_stays_in_the_trust_region_and_improves(env: str) -> None:
 
 
 def test_trpo_takes_no_step_where_none_improves() -> None:
-    module = started(TRPOModule("CartPole-v1", num_envs=2, rollout_steps=20, seed=1))
-    batch = module.estimate(module.collect())
+    module = started(TRPOAgent("CartPole-v1", num_envs=2, rollout_steps=20, seed=1))
+    batch = estimated(module, rolled(module))
     before = weights(module)
     # A constant surrogate has no direction at all; a worse one than promised is refused.
     assert module.update_policy(batch._replace(advantages=torch.zeros(40)))["step_share"] == 0.0
     values = iter(range(99))
 
-    def falling(batch: Batch) -> Tensor:
+    def falling(batch: Estimates) -> Tensor:
         return sum((parameter.sum() for parameter in module.policy.parameters()), torch.zeros(())) - 1e3 * next(values)
 
     module.surrogate = falling
@@ -479,11 +561,11 @@ def table_of(rollout: Rollout, rows: Tensor) -> Tensor:
 
 def test_a2c_gradient_by_hand() -> None:
     """`-A score / M` for the policy, and `2 value_coef (V - R) / M` for the critic, which is in no other gradient."""
-    module = linear_agent(A2CModule, num_envs=2, rollout_steps=6, gae_lambda=0.0, gamma=0.9, value_coef=0.25, seed=0)
+    module = linear_agent(A2CAgent, num_envs=2, rollout_steps=6, gae_lambda=0.0, gamma=0.9, value_coef=0.25, seed=0)
     torch.manual_seed(0)
     module.policy.network.weight.data.normal_()
     module.critic.weight.data.normal_()
-    rollout = module.collect()
+    rollout = rolled(module)
     loss, metrics = module.loss(rollout)
     loss.backward()
     v = module.critic.weight.detach()[0]
@@ -502,11 +584,11 @@ def test_a2c_gradient_by_hand() -> None:
 
 def test_qac_gradients_by_hand() -> None:
     """`-q score / M` for the policy, `-2 (r + gamma q' - q) / M` for the critic, `q'` of the next action."""
-    module = linear_agent(QACModule, num_envs=2, rollout_steps=6, gamma=0.9, seed=0)
+    module = linear_agent(QACAgent, num_envs=2, rollout_steps=6, gamma=0.9, seed=0)
     torch.manual_seed(0)
     module.policy.network.weight.data.normal_()
     module.critic.weight.data.normal_()
-    rollout = module.collect()
+    rollout = rolled(module)
     state_of_generator = module.generator.get_state()
     last_actions = module.act(rollout.observations[:, -1])
     module.generator.set_state(state_of_generator)
@@ -528,17 +610,17 @@ def test_qac_gradients_by_hand() -> None:
 
 
 def test_qac_takes_the_actions_of_a_box_as_input() -> None:
-    module = started(QACModule("Pendulum-v1", num_envs=2, rollout_steps=3, hidden_sizes=(), seed=0))
+    module = started(QACAgent("Pendulum-v1", num_envs=2, rollout_steps=3, hidden_sizes=(), seed=0))
     module.critic[0].weight.data = torch.tensor([[1.0, 2.0, 3.0, 10.0]])
     q = module.action_values(torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[0.5]]))
     assert q.tolist() == [11.0]
-    assert module.targets(module.collect(), torch.zeros(2, 3)).shape == (2, 3)
+    assert module.targets(rolled(module), torch.zeros(2, 3)).shape == (2, 3)
 
 
 def test_off_policy_weights_its_gradient_by_the_ratio() -> None:
     """With lambda 0: `-min(rho, clip) delta score / M` for the policy, targets `V + min(rho, clip) delta`."""
     module = linear_agent(
-        OffPolicyACModule,
+        OffPolicyACAgent,
         num_envs=2,
         rollout_steps=6,
         gae_lambda=0.0,
@@ -547,7 +629,7 @@ def test_off_policy_weights_its_gradient_by_the_ratio() -> None:
         entropy_coef=0.0,
         seed=0,
     )
-    rollout = module.collect()
+    rollout = rolled(module)
     module.remember(rollout)  # the behaviour was uniform: beta = 1/2
     assert module.replay[0].behaviour_logps.exp().unique().tolist() == pytest.approx([0.5])
     torch.manual_seed(0)
@@ -572,10 +654,10 @@ def test_off_policy_weights_its_gradient_by_the_ratio() -> None:
 
 def test_off_policy_is_a2c_on_its_own_rollouts() -> None:
     shared: dict[str, Any] = {"num_envs": 2, "rollout_steps": 20, "gae_lambda": 0.9, "hidden_sizes": (8,), "seed": 0}
-    ours = started(OffPolicyACModule("CartPole-v1", entropy_coef=0.0, **shared))
-    a2c = started(A2CModule("CartPole-v1", **shared))
+    ours = started(OffPolicyACAgent("CartPole-v1", entropy_coef=0.0, **shared))
+    a2c = started(A2CAgent("CartPole-v1", **shared))
     assert torch.equal(weights(ours), weights(a2c))
-    rollout = ours.collect()
+    rollout = rolled(ours)
     logps = ours.behaviour_logps(rollout.observations[:, :-1], rollout.actions).detach()
     ours.loss(Experience(rollout, logps))[0].backward()
     a2c.loss(rollout)[0].backward()
@@ -585,8 +667,8 @@ def test_off_policy_is_a2c_on_its_own_rollouts() -> None:
 
 def test_ppo_gradient_by_hand() -> None:
     """On the policy that sampled, the gradient of the plain policy gradient; where the clip binds, none."""
-    module = linear_agent(PPOModule, num_envs=2, rollout_steps=6, normalize_advantages=False, value_coef=0.0, seed=0)
-    batch = module.estimate(module.collect())
+    module = linear_agent(PPOAgent, num_envs=2, rollout_steps=6, normalize_advantages=False, value_coef=0.0, seed=0)
+    batch = estimated(module, rolled(module))
     batch = batch._replace(advantages=torch.linspace(-1, 2, 12))
     module.loss(batch)[0].backward()
     rows = torch.stack([score(torch.tensor([0.5, 0.5]), action) for action in batch.actions])
@@ -601,7 +683,7 @@ def test_ppo_gradient_by_hand() -> None:
 
 def test_minibatches_are_a_partition() -> None:
     index = torch.arange(10)
-    batch = Batch(index[:, None], index, index, index, index)
+    batch = Estimates(index[:, None], index, index, index, index)
     parts = list(batch.minibatches(4, torch.Generator().manual_seed(0)))
     assert [len(part.logps) for part in parts] == [4, 4, 2]
     order = torch.cat([part.logps for part in parts])
@@ -612,10 +694,10 @@ def test_minibatches_are_a_partition() -> None:
 
 def test_normalized_advantages_leave_the_returns_alone() -> None:
     shared: dict[str, Any] = {"num_envs": 2, "rollout_steps": 20, "seed": 0}
-    plain = started(PPOModule("CartPole-v1", normalize_advantages=False, **shared))
-    rollout = plain.collect()
-    raw = plain.estimate(rollout)
-    scaled = PPOModule("CartPole-v1", **shared).estimate(rollout)
+    plain = started(PPOAgent("CartPole-v1", normalize_advantages=False, **shared))
+    rollout = rolled(plain)
+    raw = estimated(plain, rollout)
+    scaled = estimated(PPOAgent("CartPole-v1", **shared), rollout)
     torch.testing.assert_close(scaled.returns, raw.returns)
     values = plain.values(rollout.observations[:, :-1]).flatten()
     torch.testing.assert_close(raw.returns, raw.advantages + values)
@@ -626,8 +708,8 @@ def test_normalized_advantages_leave_the_returns_alone() -> None:
 
 def test_ppo_weighs_the_error_of_its_critic() -> None:
     """`2 value_coef (V - R) / M` per state, with V = 0."""
-    module = linear_agent(PPOModule, num_envs=2, rollout_steps=6, value_coef=0.25, seed=0)
-    batch = module.estimate(module.collect())
+    module = linear_agent(PPOAgent, num_envs=2, rollout_steps=6, value_coef=0.25, seed=0)
+    batch = estimated(module, rolled(module))
     module.loss(batch)[0].backward()
     expected = -2 * 0.25 * batch.returns @ batch.observations / 12
     assert batch.returns.abs().max() > 0.5
@@ -636,25 +718,26 @@ def test_ppo_weighs_the_error_of_its_critic() -> None:
 
 def test_entropy_bonus_enters_every_loss() -> None:
     """At the uniform policy the entropy is ln 2, and a bonus of 0.5 lowers the loss by half of it."""
-    for agent in (A2CModule, PPOModule, QACModule, ReinforceModule, OffPolicyACModule):
+    for agent in (A2CAgent, PPOAgent, QACAgent, ReinforceAgent, OffPolicyACAgent):
         losses = []
         for coefficient in (0.0, 0.5):
             module = linear_agent(agent, num_envs=2, rollout_steps=6, entropy_coef=coefficient, seed=0)
-            rollout = module.collect()
-            if agent is QACModule:
+            rollout = rolled(module)
+            if agent is QACAgent:
                 losses.append(module.policy_loss(rollout)[0].item())
-            elif agent is OffPolicyACModule:
+            elif agent is OffPolicyACAgent:
                 module.remember(rollout)
                 losses.append(module.loss(module.replay[0])[0].item())
             else:
-                losses.append(module.loss(module.estimate(rollout) if agent is PPOModule else rollout)[0].item())
+                losses.append(module.loss(estimated(module, rollout) if agent is PPOAgent else rollout)[0].item())
         assert losses[0] - losses[1] == pytest.approx(0.5 * math.log(2), rel=1e-4), agent
 
 
+@pytest.mark.slow
 def test_reinforce_gradient_is_the_exact_one_on_average() -> None:
     """Episodes of a tiny MDP: the mean gradient per episode against the policy gradient theorem."""
     module = linear_agent(
-        ReinforceModule,
+        ReinforceAgent,
         num_envs=64,
         rollout_steps=400,
         gamma=0.9,
@@ -664,7 +747,7 @@ def test_reinforce_gradient_is_the_exact_one_on_average() -> None:
     )
     logits = torch.tensor([[0.5, -0.5], [0.0, 1.0], [-1.0, 0.3], [0.0, 0.0]])
     module.policy.network.weight.data = logits.T.clone()
-    rollout = module.collect()
+    rollout = rolled(module)
     module.loss(rollout)[0].backward()
     episodes = (rollout.ends & rollout.mask).sum()
     estimate = -module.policy.network.weight.grad.T * rollout.mask.sum() / episodes
@@ -682,6 +765,7 @@ def test_reinforce_gradient_is_the_exact_one_on_average() -> None:
 # Training.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_parameter_learns_and_runs_repeat(agent: type) -> None:
     """Bit for bit the same whatever was drawn before the run, and another seed gives another run."""
@@ -706,7 +790,7 @@ def test_continuous_actions(agent: type) -> None:
     module = fit(agent("Pendulum-v1", normalize_observations=True, **(SMALL | {"total_steps": 64})))
     assert module.runner.steps >= 64 and weights(module).isfinite().all()
     assert module.policy.log_std.shape == (1,)
-    if agent is not ReinforceModule:
+    if agent is not ReinforceAgent:
         assert module.normalizer.count == 64
     with torch.no_grad():
         assert module.act(torch.zeros(3, 3), deterministic=True).shape == (3, 1)
@@ -714,9 +798,9 @@ def test_continuous_actions(agent: type) -> None:
 
 def test_seed_is_drawn_from_the_global_generator() -> None:
     torch.manual_seed(5)
-    first = PPOModule("CartPole-v1")
+    first = PPOAgent("CartPole-v1")
     torch.manual_seed(5)
-    assert PPOModule("CartPole-v1").seed == first.seed
+    assert PPOAgent("CartPole-v1").seed == first.seed
     before = torch.get_rng_state()
     with first.seeded():
         one = torch.rand(3)
@@ -727,18 +811,18 @@ def test_seed_is_drawn_from_the_global_generator() -> None:
 
 
 def test_an_epoch_is_total_steps() -> None:
-    module = fit(PPOModule("CartPole-v1", **(SMALL | {"total_steps": 161})), max_epochs=None)
+    module = fit(PPOAgent("CartPole-v1", **(SMALL | {"total_steps": 161})), max_epochs=None)
     assert module.iteration == 6 and module.runner.steps == 192
-    assert module.trainer.global_step == 6 * module.epochs
+    assert module.trainer.global_step == 6 * module.settings.epochs
 
 
 def test_learning_rate_and_clip_follow_their_schedules() -> None:
     rates: list[tuple[float, float]] = []
 
-    class Watched(PPOModule):
-        def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            assert callable(self.clip_range)
-            rates.append((self.optimizer.param_groups[0]["lr"], self.clip_range(self.remaining)))
+    class Watched(PPOAgent):
+        def loss(self, batch: Estimates) -> tuple[Tensor, dict[str, Tensor]]:
+            assert callable(self.settings.clip_range)
+            rates.append((self.optimizer.param_groups[0]["lr"], self.settings.clip_range(self.remaining)))
             return super().loss(batch)
 
     fit(Watched("CartPole-v1", learning_rate=Linear(0.8, 0.3), clip_range=Linear(0.5), epochs=1, **SMALL))
@@ -748,15 +832,15 @@ def test_learning_rate_and_clip_follow_their_schedules() -> None:
 
 
 def test_qac_trains_its_networks_at_their_own_pace() -> None:
-    module = fit(QACModule("CartPole-v1", critic_updates=3, learning_rate=0.1, critic_learning_rate=0.2, **SMALL))
+    module = fit(QACAgent("CartPole-v1", critic_updates=3, learning_rate=0.1, critic_learning_rate=0.2, **SMALL))
     assert [optimizer.param_groups[0]["lr"] for optimizer in module.trainer.optimizers] == [0.1, 0.2]
     assert module.trainer.global_step == 5 * (3 + 1)
 
 
 def test_actions_that_the_old_policy_never_takes_leave_the_losses_finite() -> None:
     """Ratios above e^88 are infinite in float32, and 0 times infinity is no number, whatever bounds the weight."""
-    module = started(OffPolicyACModule("CartPole-v1", **SMALL))
-    module.remember(module.collect())
+    module = started(OffPolicyACAgent("CartPole-v1", **SMALL))
+    module.remember(rolled(module))
     rollout, logps = module.replay[0]
     strange = logps.clone()
     strange[0, 0], strange[0, 1] = -200.0, -math.inf
@@ -765,8 +849,8 @@ def test_actions_that_the_old_policy_never_takes_leave_the_losses_finite() -> No
     assert loss.isfinite() and all(g.isfinite().all() for g in gradient)
     assert metrics["ratio_max"].item() == pytest.approx(math.exp(20), rel=1e-5)
 
-    trpo = started(TRPOModule("CartPole-v1", num_envs=1, rollout_steps=20, seed=1))
-    batch = trpo.estimate(trpo.collect())
+    trpo = started(TRPOAgent("CartPole-v1", num_envs=1, rollout_steps=20, seed=1))
+    batch = estimated(trpo, rolled(trpo))
     strange = batch.logps.clone()
     strange[0] = -200.0
     advantages = batch.advantages.clone()
@@ -776,13 +860,13 @@ def test_actions_that_the_old_policy_never_takes_leave_the_losses_finite() -> No
 
 
 def test_a_second_fit_starts_without_old_rollouts() -> None:
-    module = OffPolicyACModule("CartPole-v1", **SMALL)
+    module = OffPolicyACAgent("CartPole-v1", **SMALL)
     assert len(fit(module).replay) == 5 and len(fit(module).replay) == 5
     assert module.iteration == 5 and module.runner.steps == 160
 
 
 def test_gradients_are_clipped() -> None:
-    module = A2CModule("CartPole-v1", max_grad_norm=0.1, **SMALL)
+    module = A2CAgent("CartPole-v1", max_grad_norm=0.1, **SMALL)
 
     class Plain:
         def step(self) -> None:
@@ -794,9 +878,10 @@ def test_gradients_are_clipped() -> None:
     assert norm.item() == pytest.approx(0.1, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_metrics_and_progress() -> None:
     training = trainer(log_every_n_steps=1, limit_val_batches=1)
-    module = PPOModule("CartPole-v1", eval_episodes=3, **SMALL)
+    module = PPOAgent("CartPole-v1", eval_episodes=3, **SMALL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         training.fit(module)
@@ -816,7 +901,7 @@ def test_metrics_and_progress() -> None:
 def test_evaluation_is_deterministic_and_plays_its_share() -> None:
     """20 episodes on 16 environments: 4 of them play two, and a script ends each after 3 steps."""
 
-    class AllEnd(A2CModule):
+    class AllEnd(A2CAgent):
         def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
             assert deterministic
             return torch.ones(len(observations), dtype=torch.long)
@@ -844,8 +929,9 @@ class Endless(gym.Env):
         return np.zeros(1, np.float32), 1.0, bool(action == 1 and self.count == 1), False, {}
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_a_time_limit_is_bounded_and_says_so() -> None:
-    class Half(A2CModule):
+    class Half(A2CAgent):
         def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
             return torch.tensor([0, 1, 0, 0, 0])[: len(observations)]
 
@@ -861,16 +947,17 @@ def test_an_evaluation_without_a_time_limit_is_bounded_and_says_so() -> None:
     limited = Half(lambda: gym.wrappers.TimeLimit(Endless(), 12)).evaluate(3)
     assert limited.lengths.tolist() == [12, 1, 12] and not limited.cut_off.any()
     with pytest.raises(ValueError, match="max_episode_steps=0"):
-        A2CModule(Endless, max_episode_steps=0)
+        A2CAgent(Endless, max_episode_steps=0)
     with pytest.raises(ValueError, match="episodes=0"):
         Half(Endless).evaluate(0)
 
 
-@pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
 def test_training_starts_where_no_episode_need_end(agent: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation before the first step, and whole episodes of REINFORCE."""
     monkeypatch.setattr("rl_plugins.classic.agent._MAX_EPISODE_STEPS", 40)
-    settings = SMALL | ({"learning_starts": 16} if agent is DQNModule else {})
+    settings = SMALL | ({"learning_starts": 16} if agent is DQNAgent else {})
     module = agent("CliffWalking-v1", **settings)
     run = trainer(limit_val_batches=1, num_sanity_val_steps=1, val_check_interval=2)
     with warnings.catch_warnings():
@@ -880,11 +967,11 @@ def test_training_starts_where_no_episode_need_end(agent: type, monkeypatch: pyt
     metrics = run.callback_metrics
     lengths = module.evaluate(10).lengths
     assert metrics["eval/cut_off_share"].item() == pytest.approx((lengths == 40).mean())
-    assert max(module.runner.lengths, default=0) <= (40 if agent is ReinforceModule else 160)
+    assert max(module.runner.lengths, default=0) <= (40 if agent is ReinforceAgent else 160)
 
 
 def test_reinforce_learns_from_episodes_that_its_bound_cuts_off() -> None:
-    class Going(ReinforceModule):
+    class Going(ReinforceAgent):
         def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
             return torch.zeros(len(observations), dtype=torch.long)
 
@@ -904,12 +991,13 @@ class ReusingCounter(Counter):
         return self.array
 
 
-@pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
 def test_environments_may_reuse_their_arrays(agent: type) -> None:
-    settings = SMALL | ({"learning_starts": 16, "gradient_steps": 2} if agent is DQNModule else {})
+    settings = SMALL | ({"learning_starts": 16, "gradient_steps": 2} if agent is DQNAgent else {})
     fresh, reusing = (fit(agent(env, **settings)) for env in (Counter, ReusingCounter))
     assert torch.equal(weights(fresh), weights(reusing))
-    if agent is DQNModule:
+    if agent is DQNAgent:
         rows = reusing.replay.storage
         used = slice(0, len(reusing.replay))
         assert torch.equal(rows.next_observations[used], fresh.replay.storage.next_observations[used])
@@ -933,12 +1021,13 @@ class ShortOrLong(gym.Env):
         return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
 
 
+@pytest.mark.slow
 def test_logged_returns_of_whole_episodes_favour_no_length() -> None:
     """Episodes that rows play while they wait for others are mostly short: the long ones are still running."""
-    module = started(ReinforceModule(ShortOrLong, num_envs=8, rollout_steps=16, hidden_sizes=(4,), seed=0))
+    module = started(ReinforceAgent(ShortOrLong, num_envs=8, rollout_steps=16, hidden_sizes=(4,), seed=0))
     means = []
     for _ in range(150):
-        rollout = module.collect()
+        rollout = rolled(module)
         counts = [len(group) for group in module.runner._episodes]
         assert counts[-1] == int((rollout.ends & rollout.mask).sum())  # those that are learned from
         assert sum(counts) >= min(100, counts[-1]) and sum(counts[1:]) < 100
@@ -964,7 +1053,8 @@ class Modes(nn.Module):
         return self.linear(self.dropout(rows)).reshape(*observations.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("agent", [DQNModule, *AGENTS], ids=lambda agent: agent.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", [DQNAgent, *AGENTS], ids=lambda agent: agent.__name__)
 def test_networks_act_and_judge_in_evaluation_mode(agent: type) -> None:
     """One environment and one last state: batch statistics of a single row would raise."""
 
@@ -972,15 +1062,15 @@ def test_networks_act_and_judge_in_evaluation_mode(agent: type) -> None:
         def build_network(self, inputs: int = 4, outputs: int = 2, *, gain: float = 1.0) -> nn.Module:
             return Modes(inputs, outputs)
 
-    settings = SMALL | {"num_envs": 1} | ({"learning_starts": 16, "double_q": True} if agent is DQNModule else {})
+    settings = SMALL | {"num_envs": 1} | ({"learning_starts": 16, "double_q": True} if agent is DQNAgent else {})
     module = fit(Mine(partial(gym.make, "CartPole-v1", max_episode_steps=9), **settings))
     networks = [part for part in module.modules() if isinstance(part, Modes)]
     learning = [network for network in networks if network is not getattr(module, "target", None)]
     for network in learning:
-        is_natural = agent is TRPOModule and network is module.policy.network
+        is_natural = agent is TRPOAgent and network is module.policy.network
         assert network.calls == ({(True, False)} if is_natural else {(True, True)}) | {(False, False)}
         assert (network.norm.num_batches_tracked == 0) == is_natural
-    if agent is DQNModule:
+    if agent is DQNAgent:
         assert module.target.calls == {(False, False)}
     assert module.training  # as before
     first, second = module.evaluate(4), module.evaluate(4)
@@ -990,9 +1080,9 @@ def test_networks_act_and_judge_in_evaluation_mode(agent: type) -> None:
 
 @pytest.mark.parametrize("tau", [None, 0.5])
 def test_the_target_network_copies_running_statistics(tau: float | None) -> None:
-    class Mine(DQNModule):
-        def build_network(self) -> nn.Module:
-            return Modes(4, 2)
+    class Mine(DQNAgent):
+        def build_network(self, inputs: int, outputs: int, *, gain: float) -> nn.Module:
+            return Modes(inputs, outputs)
 
     settings = {"learning_starts": 16, "target_period": 1, "gradient_steps": 3, "tau": tau}
     module = fit(Mine("CartPole-v1", **(SMALL | settings)))
@@ -1007,7 +1097,7 @@ def test_the_target_network_copies_running_statistics(tau: float | None) -> None
 
 
 def test_own_network_and_own_loss() -> None:
-    class Shared(PPOModule):
+    class Shared(PPOAgent):
         """Another network, and a loss that leaves the critic alone."""
 
         def __init__(self, env: Any, *, width: int = 5, **settings: Any) -> None:
@@ -1018,7 +1108,7 @@ def test_own_network_and_own_loss() -> None:
             width = self.hparams["width"]
             return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
 
-        def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(self, batch: Estimates) -> tuple[Tensor, dict[str, Tensor]]:
             loss = -self.policy(batch.observations).log_prob(batch.actions).mean()
             return loss, {"imitation": loss}
 
@@ -1031,7 +1121,7 @@ def test_own_network_and_own_loss() -> None:
 
 
 def test_own_exploration() -> None:
-    class Greedy(A2CModule):
+    class Greedy(A2CAgent):
         def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
             return super().act(observations, deterministic=True)
 
@@ -1057,6 +1147,7 @@ def interrupted(agent: type, folder: Path, env: Any = "CartPole-v1", **settings:
     return folder / "two.ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_resumed_run_equals_an_uninterrupted_one(agent: type, tmp_path: Path) -> None:
     settings = SMALL | {"normalize_observations": True, "learning_rate": Linear(1e-2)}
@@ -1077,10 +1168,15 @@ def optimizer_state(module: Any) -> Tensor:
     return torch.cat([tensor.flatten() for state in states for tensor in state.values()])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gives_the_agent_back(tmp_path: Path) -> None:
-    path = interrupted(A2CModule, tmp_path, learning_rate=Linear(1e-2), hidden_sizes=(6,))
-    module = A2CModule.load_from_checkpoint(path)  # torch.load's safe mode is the default here
-    assert module.hidden_sizes == (6,) and module.learning_rate == Linear(1e-2) and module.env == "CartPole-v1"
+    path = interrupted(A2CAgent, tmp_path, learning_rate=Linear(1e-2), hidden_sizes=(6,))
+    module = A2CAgent.load_from_checkpoint(path)  # torch.load's safe mode is the default here
+    assert (
+        module.settings.hidden_sizes == (6,)
+        and module.settings.learning_rate == Linear(1e-2)
+        and module.env == "CartPole-v1"
+    )
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
     # It is an agent, not an interrupted run: training it starts at 0.
@@ -1089,9 +1185,9 @@ def test_a_checkpoint_gives_the_agent_back(tmp_path: Path) -> None:
 
 def test_callables_stay_out_of_a_checkpoint(tmp_path: Path) -> None:
     """torch.load's safe mode would refuse to read them back."""
-    path = interrupted(A2CModule, tmp_path, env=Counter, learning_rate=math.sqrt)
+    path = interrupted(A2CAgent, tmp_path, env=Counter, learning_rate=math.sqrt)
     assert not {"env", "learning_rate"} & set(torch.load(path, weights_only=True)["hyper_parameters"])
-    assert A2CModule.load_from_checkpoint(path, env=Counter).hparams["num_envs"] == 2
+    assert A2CAgent.load_from_checkpoint(path, env=Counter).hparams["num_envs"] == 2
 
 
 def test_an_environment_that_cannot_be_pickled_starts_anew(tmp_path: Path) -> None:
@@ -1101,42 +1197,42 @@ def test_an_environment_that_cannot_be_pickled_starts_anew(tmp_path: Path) -> No
         return env
 
     with pytest.warns(UserWarning, match="starts new episodes"):
-        module = started(A2CModule(make, **SMALL))
+        module = started(A2CAgent(make, **SMALL))
         module.runner.state_dict()
-    path = interrupted(A2CModule, tmp_path, env=make)
-    resumed = fit(A2CModule(make, **SMALL), ckpt_path=path)
+    path = interrupted(A2CAgent, tmp_path, env=make)
+    resumed = fit(A2CAgent(make, **SMALL), ckpt_path=path)
     assert resumed.iteration == 5 and resumed.runner.steps == 160
     with pytest.raises(TypeError, match="env"):
-        A2CModule.load_from_checkpoint(path)
-    assert A2CModule.load_from_checkpoint(path, env=make).iteration == 0
+        A2CAgent.load_from_checkpoint(path)
+    assert A2CAgent.load_from_checkpoint(path, env=make).iteration == 0
 
 
 def test_resuming_with_another_architecture(tmp_path: Path) -> None:
-    path = interrupted(A2CModule, tmp_path)
+    path = interrupted(A2CAgent, tmp_path)
     with pytest.raises(
-        ValueError, match=r"policy.network.0.weight is \(8, 4\), here \(9, 4\).*hidden_sizes=.8,., here"
+        ValueError, match=r"policy.network.0.weight: \(8, 4\) in the checkpoint, \(9, 4\) here.*hidden_sizes: .8,. in"
     ):
-        fit(A2CModule("CartPole-v1", **(SMALL | {"hidden_sizes": (9,)})), ckpt_path=path)
-    with pytest.raises(ValueError, match=r"normalizer.mean is missing, here"):
-        fit(A2CModule("CartPole-v1", normalize_observations=True, **SMALL), ckpt_path=path)
-    with pytest.raises(ValueError, match=r"agent is A2CModule, this module's is PPOModule"):
-        fit(PPOModule("CartPole-v1", **SMALL), ckpt_path=path)
+        fit(A2CAgent("CartPole-v1", **(SMALL | {"hidden_sizes": (9,)})), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"normalizer.mean: None in the checkpoint, \(4,\) here"):
+        fit(A2CAgent("CartPole-v1", normalize_observations=True, **SMALL), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"agent is A2CAgent, here it is PPOAgent"):
+        fit(PPOAgent("CartPole-v1", **SMALL), ckpt_path=path)
     with pytest.raises(ValueError, match=r"2 environments, this run 3"):
-        fit(A2CModule("CartPole-v1", **(SMALL | {"num_envs": 3})), ckpt_path=path)
+        fit(A2CAgent("CartPole-v1", **(SMALL | {"num_envs": 3})), ckpt_path=path)
 
 
 def test_resuming_with_another_environment(tmp_path: Path) -> None:
-    path = interrupted(A2CModule, tmp_path)
-    with pytest.raises(ValueError, match="environment is CartPole-v1, this module's is Acrobot-v1"):
-        fit(A2CModule("Acrobot-v1", **SMALL), ckpt_path=path)
-    with pytest.raises(ValueError, match="environment is CartPole-v1, this module's is CartPole-v0"):
-        fit(A2CModule("CartPole-v0", **SMALL), ckpt_path=path)
+    path = interrupted(A2CAgent, tmp_path)
+    with pytest.raises(ValueError, match="environment is CartPole-v1, here it is Acrobot-v1"):
+        fit(A2CAgent("Acrobot-v1", **SMALL), ckpt_path=path)
+    with pytest.raises(ValueError, match="environment is CartPole-v1, here it is CartPole-v0"):
+        fit(A2CAgent("CartPole-v0", **SMALL), ckpt_path=path)
     with pytest.raises(ValueError, match="observation space is Box"):
-        A2CModule.load_from_checkpoint(path, env="Acrobot-v1")
+        A2CAgent.load_from_checkpoint(path, env="Acrobot-v1")
 
 
 def test_other_checkpoints_and_several_processes_are_refused() -> None:
-    module: Any = A2CModule("CartPole-v1", **SMALL)
+    module: Any = A2CAgent("CartPole-v1", **SMALL)
     with pytest.raises(ValueError, match="not of an agent"):
         module.on_load_checkpoint({"state_dict": {}})
     module._trainer = SimpleNamespace(world_size=2)
@@ -1161,9 +1257,9 @@ def test_linear_schedule() -> None:
 
 def test_distributions_have_the_textbook_entropy() -> None:
     """The two of torch.distributions that the policies give, with the KL that TRPO's region is made of."""
-    module = started(TRPOModule("Pendulum-v1", num_envs=1, seed=0))
+    module = started(TRPOAgent("Pendulum-v1", num_envs=1, seed=0))
     with torch.no_grad():
         distribution = module.policy(torch.zeros(1, 3))
     assert isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal)
     assert distribution.entropy().item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e))
-    assert isinstance(TRPOModule("CartPole-v1").policy(torch.zeros(1, 4)), Categorical)
+    assert isinstance(TRPOAgent("CartPole-v1").policy(torch.zeros(1, 4)), Categorical)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from rl_plugins.classic.dqn import DQNModule
+from rl_plugins.classic.dqn import DQNAgent
 from rl_plugins.classic.replay import ReplayBuffer, Transitions
 from rl_plugins.tabular import MDP, action_values, value_iteration
 
@@ -52,7 +53,7 @@ def corridor(limit: int) -> Callable[[], gym.Env]:
     return lambda: gym.wrappers.TimeLimit(Corridor(), limit)
 
 
-def fit(module: DQNModule, *callbacks: Callback, **options: Any) -> Trainer:
+def fit(module: DQNAgent, *callbacks: Callback, **options: Any) -> Trainer:
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -132,13 +133,14 @@ def test_restored_buffer_goes_on_with_the_same_draws() -> None:
 # Collecting
 
 
-class Rightwards(DQNModule):
+class Rightwards(DQNAgent):
     """Always goes right, in training too."""
 
     def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
         return torch.ones(len(observations), dtype=torch.long)
 
 
+@pytest.mark.slow
 def test_time_limits_are_not_terminations_and_lead_to_the_real_last_state() -> None:
     """From cell 3 rightwards: a limit of 2 cuts at 5, one of 4 lets it leave into 7."""
     for limit, states, ends in [(2, [(3, 4), (4, 5)], [0, 0]), (4, [(3, 4), (4, 5), (5, 6), (6, 7)], [0, 0, 0, 1])]:
@@ -155,8 +157,9 @@ def test_time_limits_are_not_terminations_and_lead_to_the_real_last_state() -> N
         assert stored.rewards[: len(module.replay)].tolist() == [float(end) for end in terminated]
 
 
+@pytest.mark.slow
 def test_random_until_learning_starts_then_epsilon_falls_in_a_line() -> None:
-    module = DQNModule(
+    module = DQNAgent(
         corridor(9),
         total_steps=1000,
         gradient_steps=1,
@@ -170,13 +173,14 @@ def test_random_until_learning_starts_then_epsilon_falls_in_a_line() -> None:
     for steps, epsilon in expected.items():
         module.runner.steps = steps
         assert module.epsilon == pytest.approx(epsilon, abs=1e-9), steps
-    module.exploration_fraction = 0.0
+    module.settings = replace(module.settings, exploration_fraction=0.0)
     assert module.epsilon == 0.2
 
 
+@pytest.mark.slow
 def test_share_of_random_actions() -> None:
     """With 2 actions, half of the random ones are the best one."""
-    module = DQNModule(corridor(9), total_steps=512, gradient_steps=9, learning_starts=0, epsilon_end=0.3, seed=0)
+    module = DQNAgent(corridor(9), total_steps=512, gradient_steps=9, learning_starts=0, epsilon_end=0.3, seed=0)
     fit(module)
     observations = torch.eye(8)[torch.randint(8, (20_000,), generator=torch.Generator().manual_seed(0))]
     best = module.act(observations, deterministic=True)
@@ -196,7 +200,7 @@ def test_no_update_before_learning_starts() -> None:
     fit(module)
     assert module.updates == 7 and len(module.replay) == 30, "another fit counts anew, and forgets"
     with pytest.raises(ValueError, match="learning_starts=20 with total_steps=20: nothing would be learned"):
-        DQNModule(corridor(9), total_steps=20, **settings)
+        DQNAgent(corridor(9), total_steps=20, **settings)
 
 
 # Targets
@@ -219,7 +223,7 @@ STEPS = Transitions(
 
 
 def targets_and_loss(**settings: Any) -> tuple[list[float], float, nn.Linear]:
-    module = DQNModule(corridor(9), gamma=0.5, **settings)
+    module = DQNAgent(corridor(9), gamma=0.5, **settings)
     module.network = table([0.0, 3.0], [5.0, 8.0], [7.0, 4.0])
     module.target = table([9.0, 9.0], [16.0, 2.0], [6.0, 32.0])
     targets = module.targets(STEPS)
@@ -245,7 +249,7 @@ def test_double_q_targets_by_hand() -> None:
     assert targets_and_loss(double_q=True)[0] == [2.0, 5.0, 4.0]
 
 
-class Recorded(DQNModule):
+class Recorded(DQNAgent):
     """Remembers both networks before and after every move of the target."""
 
     def update_target(self) -> None:
@@ -287,10 +291,11 @@ def test_polyak_target_moves_its_share_at_every_update() -> None:
 # Learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"double_q": True}, {"tau": 0.05}], ids=["copied", "double", "polyak"])
 def test_a_table_of_values_becomes_the_exact_one(settings: dict[str, Any]) -> None:
     """A linear network on one-hot states, random actions, episodes cut after 5 steps: the exact q* all the same."""
-    module = DQNModule(
+    module = DQNAgent(
         corridor(5),
         rollout_steps=64,
         num_envs=4,
@@ -313,11 +318,11 @@ def test_a_table_of_values_becomes_the_exact_one(settings: dict[str, Any]) -> No
     assert exact.argmax(1).tolist() == [0, 1, 1, 1, 1, 1]
 
 
-class OwnNetwork(DQNModule):
+class OwnNetwork(DQNAgent):
     """Another network, another loss and another exploration."""
 
-    def build_network(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(self.observation_size, 3), nn.Tanh(), nn.Linear(3, self.action_size))
+    def build_network(self, inputs: int, outputs: int, *, gain: float) -> nn.Module:
+        return nn.Sequential(nn.Linear(inputs, 3), nn.Tanh(), nn.Linear(3, outputs))
 
     def loss(self, values: Tensor, targets: Tensor) -> Tensor:
         return 0 * (values - targets).sum()
@@ -327,6 +332,7 @@ class OwnNetwork(DQNModule):
         return 0.0
 
 
+@pytest.mark.slow
 def test_network_loss_and_exploration_can_be_replaced() -> None:
     module = OwnNetwork(corridor(9), total_steps=64, rollout_steps=32, learning_starts=0, seed=0)
     before = copy.deepcopy(module.state_dict())
@@ -339,9 +345,9 @@ def test_network_loss_and_exploration_can_be_replaced() -> None:
 # Reproducibility and checkpoints
 
 
-def small(env: Any = "CartPole-v1", seed: int | None = 5, **settings: Any) -> DQNModule:
+def small(env: Any = "CartPole-v1", seed: int | None = 5, **settings: Any) -> DQNAgent:
     options = {"rollout_steps": 50, "gradient_steps": 8, "learning_starts": 60, "total_steps": 400, **settings}
-    return DQNModule(env, num_envs=2, buffer_size=250, target_period=5, hidden_sizes=(16,), seed=seed, **options)
+    return DQNAgent(env, num_envs=2, buffer_size=250, target_period=5, hidden_sizes=(16,), seed=seed, **options)
 
 
 class SaveAt(Callback):
@@ -355,6 +361,7 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
     """The buffer has wrapped and an episode is under way when the checkpoint is taken."""
     whole, saved, resumed = small(), small(), small()
@@ -375,15 +382,15 @@ def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
 def test_checkpoint_can_be_loaded_to_act(tmp_path: Path) -> None:
     module = small()
     fit(module, SaveAt(4, tmp_path / "a.ckpt"))
-    loaded = DQNModule.load_from_checkpoint(tmp_path / "a.ckpt")
-    assert loaded.hidden_sizes == (16,) and same(module.state_dict(), loaded.state_dict())
+    loaded = DQNAgent.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.settings.hidden_sizes == (16,) and same(module.state_dict(), loaded.state_dict())
     assert np.array_equal(module.evaluate(5).returns, loaded.evaluate(5).returns)
 
 
 def test_resuming_with_another_buffer_is_an_error(tmp_path: Path) -> None:
     fit(small(), SaveAt(2, tmp_path / "a.ckpt"))
     other = small()
-    other.buffer_size = 300
+    other.settings = replace(other.settings, buffer_size=300)
     with pytest.raises(ValueError, match="holds 250 transitions .* this one 300"):
         fit(other, ckpt_path=str(tmp_path / "a.ckpt"))
 
@@ -410,13 +417,13 @@ def test_seeds_differ() -> None:
 )
 def test_mistakes_are_told_before_any_work(env: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DQNModule(env, **settings)
+        DQNAgent(env, **settings)
 
 
 @pytest.mark.slow
 def test_cartpole() -> None:
     """A third of the usual steps: the pole stands for 200 steps or more on average."""
-    module = DQNModule("CartPole-v1", total_steps=15_000, seed=0)
+    module = DQNAgent("CartPole-v1", total_steps=15_000, seed=0)
     fit(module)
     returns = module.evaluate(20).returns
     assert returns.mean() >= 195

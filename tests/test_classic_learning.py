@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from rl_plugins.classic import Linear, OffPolicyACModule, PPOModule, ReinforceModule, TRPOModule
+from rl_plugins.classic import Linear, OffPolicyACAgent, PPOAgent, ReinforceAgent, TRPOAgent
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -33,7 +33,7 @@ def learned(module: Any, episodes: int = 10) -> tuple[float, float]:
 @pytest.mark.slow
 def test_ppo_learns_cartpole() -> None:
     """A quarter of the budget of SB3's zoo: there, seeds 0 to 3 reached between 154 and 500, and 500 in all of it."""
-    module = PPOModule(
+    module = PPOAgent(
         "CartPole-v1",
         total_steps=25_000,
         rollout_steps=32,
@@ -51,7 +51,7 @@ def test_ppo_learns_cartpole() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("agent", "steps", "reached"),
-    [(ReinforceModule, 40_000, 250), (OffPolicyACModule, 30_000, 120)],
+    [(ReinforceAgent, 40_000, 250), (OffPolicyACAgent, 30_000, 120)],
 )
 def test_cartpole_improves(agent: type, steps: int, reached: float) -> None:
     before, after = learned(agent("CartPole-v1", total_steps=steps, seed=1))
@@ -61,7 +61,7 @@ def test_cartpole_improves(agent: type, steps: int, reached: float) -> None:
 @pytest.mark.slow
 def test_pendulum_improves() -> None:
     """Continuous actions: -1300 is a pendulum that hangs, and a return rises only if it is swung up."""
-    module = TRPOModule(
+    module = TRPOAgent(
         "Pendulum-v1",
         total_steps=30_000,
         num_envs=4,

@@ -14,7 +14,6 @@ import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import TrlParser
 from trl.rewards import think_format_reward
 from trl.scripts import grpo
 
@@ -80,16 +79,13 @@ def test_it_takes_all_that_trl_grpo_takes(command: str, capsys: pytest.CaptureFi
     assert all(option in shown for option in ours)
 
 
-def test_they_can_be_commands_of_another_parser() -> None:
-    parser = TrlParser()
-    subparsers = parser.add_subparsers()
-    for command in cli.COMMANDS:
-        online.make_parser(command, subparsers)
-    on_cpu = ["--use_cpu", "--bf16", "False"]
-    # The parser of several commands fills one namespace.
-    assert parser.parse_args(["mtp-critic", "--lam_policy", "0.9", *on_cpu]).lam_policy == 0.9
-    assert parser.parse_args(["grpo-variant", "--preset", "gspo", *on_cpu]).preset == "gspo"
-    assert parser.parse_args(["ppo", "--preset", "vpg", *on_cpu]).preset == "vpg"
+def test_each_command_parses_its_own_options() -> None:
+    def parsed(command: str, *given: str) -> Any:
+        return online.make_parser(command).parse_args_and_config([*given, "--use_cpu", "--bf16", "False"])[1]
+
+    assert parsed("mtp-critic", "--lam_policy", "0.9").lam_policy == 0.9
+    assert parsed("grpo-variant", "--preset", "gspo").preset == "gspo"
+    assert parsed("ppo", "--preset", "vpg").preset == "vpg"
 
 
 def test_unknown_option() -> None:
@@ -130,6 +126,7 @@ def test_what_is_missing_is_named(arguments: list[str], message: str) -> None:
         cli.main(["mtp-critic", *ON_CPU, *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["mtp-critic", "ppo"])
 def test_arguments_reach_the_trainer(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []

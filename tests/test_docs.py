@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ from rl_plugins.functional import AGGREGATIONS
 from rl_plugins.hooks import TESTED
 from rl_plugins.moe import BalancingConfig, RouterBalancer
 from rl_plugins.rollouts import SpeculativeDecoder
-from rl_plugins.signals import ADVANTAGES, POLICY_LOSSES, PolicyLoss, advantage_options
+from rl_plugins.signals import ADVANTAGES, POLICY_LOSSES, DraftOptions, HeadOptions, PolicyLoss, advantage_options
+from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS, Preset
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -45,10 +47,10 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
-from rl_plugins.trl.presets import GRPO_PRESETS, PPO_PRESETS, Preset
 from rl_plugins.trl.scripts import online
-from rl_plugins.trl.speculative_config import SpeculativeArguments, TokenHeadsArguments
-from tests.moe_models import make_moe_model
+
+from .helpers.moe_models import make_moe_model
+from .helpers.tiny import ON_CPU
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,14 +62,6 @@ METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ra
 RECIPES = ("mtp_critic", "grpo_variants", "ppo", "moe_balancing")
 LIGHTNING_RECIPES = ("lightning_mtp_critic", "lightning_classic")
 STOCK_MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B")
-ON_CPU = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 LIGHTNING_ON_CPU = {
     "accelerator": "cpu",
     "logger": False,
@@ -114,7 +108,7 @@ def adapted(source: str, models: dict[str, Path]) -> str:
     source = re.sub(r"\bmax_steps=\d+", "max_steps=2", source)
     bar = "RolloutProgressBar()" in source  # Lightning refuses one together with none
     source = re.sub(r"(?<![\w.])Trainer\(", f"Trainer(**LIGHTNING_ON_CPU, enable_progress_bar={bar}, ", source)
-    return re.sub(r"\b((?:GRPO|SFT|GRPOVariant|MTPCritic|MTPSFT|PPO)Config)\(", r"\1(**ON_CPU, ", source)
+    return re.sub(r"\b((?:GRPO|SFT|GRPOVariant|MTPCritic|MTPSFT|PPO|RL)Config)\(", r"\1(**ON_CPU, ", source)
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +123,21 @@ def small_models(
     return folders
 
 
+@pytest.fixture
+def own_entries() -> Iterator[None]:
+    """Take back what a page adds to the tables of advantages and policy losses."""
+    with mock.patch.dict(ADVANTAGES), mock.patch.dict(POLICY_LOSSES):
+        yield
+
+
 PROGRAMS = [path for path in DOCS if blocks(path, "python", "diff")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PROGRAMS, ids=names(PROGRAMS))
-def test_code_runs(path: Path, small_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_runs(
+    path: Path, small_models: dict[str, Path], own_entries: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__", "ON_CPU": ON_CPU, "LIGHTNING_ON_CPU": LIGHTNING_ON_CPU}
     for block in blocks(path, "python", "diff"):
@@ -184,13 +188,9 @@ def load_recipe(name: str) -> Any:
 def recipe_options() -> dict[str, set[str]]:
     """Options of every recipe, by its path."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "recipes")  # the others import from mtp_critic
+        patch.syspath_prepend(ROOT / "recipes")  # where they find sums.py
         modules = {f"recipes/{name}.py": load_recipe(name) for name in RECIPES}
-    shared = modules["recipes/mtp_critic.py"].Script
-    return {
-        program: options(TrlParser((vars(module).get("Script", shared), module.Config)))
-        for program, module in modules.items()
-    }
+    return {program: options(TrlParser((module.Script, module.Config))) for program, module in modules.items()}
 
 
 def options(parser: Any) -> set[str]:
@@ -244,6 +244,7 @@ def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
 SHELLS = [path for path in DOCS if blocks(path, "bash")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHELLS, ids=names(SHELLS))
 def test_commands_exist(path: Path, recipe_options: dict[str, set[str]]) -> None:
     for words in commands(path):
@@ -306,17 +307,18 @@ def own_options(config: type, host: type) -> set[str]:
 
 
 # Options of every trainer that are in a table of their own.
-SPECULATION = {f.name for f in fields(SpeculativeArguments)}
+DRAFTS = (*fields(HeadOptions), *fields(DraftOptions))
+SPECULATION = {f.name for f in DRAFTS}
 
 
 def test_options_of_speculative_rollouts() -> None:
     table = {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows(SPECULATIVE, "Options")}
-    assert table == {f.name: f.default for f in fields(SpeculativeArguments)}
+    assert table == {f.name: f.default for f in DRAFTS}
 
 
 def test_options_and_their_defaults() -> None:
     table = {row[0].strip("`"): row[1] for row in rows(CRITIC, "Options")}
-    of_heads = {f.name for f in fields(TokenHeadsArguments)}
+    of_heads = {f.name for f in fields(HeadOptions)}
     critic = own_options(MTPCriticConfig, GRPOConfig) - (SPECULATION - of_heads)
     sft = {f.name for f in fields(MTPSFTConfig)} - {f.name for f in fields(SFTConfig)}
     assert set(table) == critic | sft
@@ -347,6 +349,8 @@ def test_options_in_prose_exist() -> None:
     known |= {*inspect.signature(SpeculativeDecoder).parameters, "use_mtp", "use_cache"}
     modules = [getattr(package, name) for package in (rl_plugins.lightning, classic) for name in package.__all__]
     known |= {name for module in modules for name in inspect.signature(module).parameters}
+    agents = [getattr(classic, name) for name in classic.__all__ if name.endswith("Agent")]
+    known |= {f.name for agent in agents for f in fields(inspect.get_annotations(agent)["settings"])}
     known |= {"strategy", "collate_fn", "accumulate_grad_batches", "precision"}
     for path in DOCS:
         prose = BLOCK.sub("", path.read_text())
@@ -395,7 +399,7 @@ def test_policy_losses_and_their_options() -> None:
     table = keyed(VARIANTS, "Policy losses")
     assert list(table) == [*POLICY_LOSSES]
     for name, cells in table.items():
-        function, aggregation, acts_on_policy = POLICY_LOSSES[name]
+        function, aggregation, acts_on_policy = POLICY_LOSSES[name][:3]
         assert cells[-2].strip("`") == aggregation, name
         assert cells[-3] == ("yes" if acts_on_policy else "no"), name
         assert keywords(cells[-1]) == defaults(function, PolicyLoss.accepted(name)), name
@@ -463,6 +467,7 @@ DRAFTING_RUN = Run(GRPOVariantTrainer, GRPOVariantConfig, {"speculative": True})
 RUNS = {CRITIC: [MTP_RUN], VARIANTS: VARIANT_RUNS, PPO: [PPO_RUN], SPECULATIVE: [DRAFTING_RUN]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "runs"), RUNS.items(), ids=names([*RUNS]))
 def test_metrics(
     path: Path,
@@ -527,3 +532,18 @@ def test_paths_in_prose_exist() -> None:
     for path in DOCS:
         for name in re.findall(r"`((?:recipes|tests|docs|rl_plugins)/[\w./]+)`", path.read_text()):
             assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+RIDDLES = re.compile(r"(What|How|As|Same|The same|That|This|It|They|These|Those|Nothing)\b(?! tensor)")
+"""Words with which no docstring begins: the reader does not know yet what they stand for."""
+
+
+def test_docstrings_begin_with_what_they_are_about() -> None:
+    found = []
+    for path in [*sorted((ROOT / "rl_plugins").rglob("*.py")), *sorted((ROOT / "recipes").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if RIDDLES.match(text):
+                    found.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert not found

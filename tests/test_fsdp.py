@@ -9,14 +9,13 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.nn import load_mtp_heads, load_native_mtp
-from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
+from rl_plugins.nn import MTPHeads, NativeMTP, load_mtp_heads
 from rl_plugins.trl.attachments import check_fsdp
 
-from . import test_trl_critic_distributed as distributed
-from .conftest import CHARACTERS
-from .moe_models import make_moe_model
-from .test_trl_balancing_distributed import gap, start_both
+from .helpers import distributed
+from .helpers.distributed import gap, start_both
+from .helpers.moe_models import make_moe_model
+from .helpers.tiny import CHARACTERS
 
 Base: Any = distributed.Workplace
 largest_gap, fsdp = distributed.largest_gap, distributed.fsdp
@@ -119,7 +118,7 @@ class TestWhatACaseIsAbout:
 
     def test_values_come_from_a_pass(self, two: Workplace) -> None:
         """The heads run outside the forward while tokens are chosen, which ranks do not do in step."""
-        assert two.log("critic_fsdp")["captured"] == [False] * 3
+        assert two.log("critic_fsdp")["captured"] == [False, True] * 3  # a pass fills in
 
     def test_frozen_heads_learn(self, two: Workplace) -> None:
         history = two.history("frozen_fsdp")
@@ -152,7 +151,7 @@ class TestSavedModel:
         model, info = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
         assert not info["missing_keys"] and not info["mismatched_keys"]
         if case == "native":
-            native = dict(load_native_mtp(model, final).named_parameters())
+            native = dict(NativeMTP.from_checkpoint(model, final).named_parameters())
             assert gap(native, two.tensors("native_fsdp", "heads")) == 0.0
             return
         assert not info["unexpected_keys"]
@@ -168,7 +167,7 @@ class TestSavedModel:
     def test_adapter(self, two: Workplace) -> None:
         two.log("untied_fsdp")
         final = two.root / "untied_fsdp" / "final"
-        assert gap(load_file(final / HEADS_WEIGHTS_NAME), two.tensors("untied_fsdp", "heads")) == 0.0
+        assert gap(load_file(final / MTPHeads.mark), two.tensors("untied_fsdp", "heads")) == 0.0
         adapter = load_file(final / "adapter_model.safetensors")
         assert adapter and all("lora_" in name and value.numel() for name, value in adapter.items())
 

@@ -1,11 +1,18 @@
-"""Rewards per token and the scale of advantages, on numbers worked by hand."""
+"""Rewards per token, DAPO's penalty on length and the scale of advantages: by hand, and against TRL's own."""
 
 import math
 
 import pytest
 import torch
+from trl.rewards import get_soft_overlong_punishment
 
-from rl_plugins.functional import kl_shaped_rewards, terminal_rewards, value_implied_std, value_scaled
+from rl_plugins.functional import (
+    kl_shaped_rewards,
+    overlong_penalty,
+    terminal_rewards,
+    value_implied_std,
+    value_scaled,
+)
 
 NAN = math.nan
 
@@ -82,3 +89,23 @@ def test_range_is_checked(arguments: dict[str, float], match: str) -> None:
 def test_one_initial_value_per_sequence() -> None:
     with pytest.raises(ValueError, match="initial_values"):
         value_scaled(torch.zeros(2, 3), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize(("max_length", "cache"), [(100, 20), (100, 100), (20480, 4096), (5, 1)])
+def test_the_penalty_is_trls(max_length: int, cache: int) -> None:
+    lengths = sorted({0, 1, max_length - cache, max_length - cache + 1, max_length - 1, max_length, max_length + 7})
+    theirs = get_soft_overlong_punishment(max_length, cache)(completion_ids=[[0] * n for n in lengths])
+    ours = overlong_penalty(torch.tensor(lengths), max_length=max_length, cache=cache)
+    torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float32), rtol=1e-6, atol=1e-7)
+    assert ours.min() == -1.0 and (ours[torch.tensor(lengths) <= max_length - cache] == 0).all()
+
+
+def test_the_penalty_by_hand() -> None:
+    penalty = overlong_penalty(torch.tensor([7, 8, 9, 10, 11, 12, 20]), max_length=12, cache=4)
+    assert penalty.tolist() == [0.0, 0.0, -0.25, -0.5, -0.75, -1.0, -1.0]
+
+
+@pytest.mark.parametrize(("max_length", "cache"), [(10, 0), (10, 11), (10, -1)])
+def test_a_slope_outside_the_completion_is_refused(max_length: int, cache: int) -> None:
+    with pytest.raises(ValueError, match="0 < cache <= max_length"):
+        overlong_penalty(torch.zeros(1), max_length=max_length, cache=cache)

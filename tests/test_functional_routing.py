@@ -38,6 +38,11 @@ def routers(layers: int, *shape: int, k: int, seed: int = 0) -> tuple[list[Tenso
     return logits, [x.detach().topk(k).indices for x in logits]
 
 
+def own_shares(logits: Tensor, indices: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Load of the experts over these tokens."""
+    return load_fractions(expert_counts(indices, logits.shape[-1], mask), indices.shape[-1])
+
+
 def some(*shape: int) -> Tensor:
     """A mask of about three in four."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) < 0.75
@@ -95,7 +100,7 @@ def test_counts_are_those_of_bincount() -> None:
 def test_switch_by_hand() -> None:
     """All tokens on the first expert: `f = (1, 0)`, `P = (5/8, 3/8)`, `2 * 5/8`."""
     logits = LOGITS.clone().requires_grad_()
-    loss = switch_balance_loss([logits], [INDICES], MASK)
+    loss = switch_balance_loss(logits, own_shares(LOGITS, INDICES, MASK), MASK)
     assert loss.shape == () and loss.item() == pytest.approx(1.25)
     loss.backward()
     # dP_0 = 1/2 p_0 p_1 per token, times 2
@@ -120,27 +125,34 @@ def slow_switch(logits: Tensor, indices: Tensor, mask: Tensor, scoring: Scoring)
 
 @pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("scoring", SCORINGS)
-def test_switch_is_the_mean_of_slow_layers(scoring: Scoring) -> None:
+def test_switch_is_the_slow_loop(scoring: Scoring) -> None:
     """Layers of 5 and of 3 experts, with indices that are not those of the largest logits."""
     (a,), _ = routers(1, 40, 5, k=2)
     (b,), _ = routers(1, 40, 3, k=1, seed=1)
     mask = some(40)
     indices = [torch.rand(40, 5, generator=torch.Generator().manual_seed(2)).topk(2).indices, torch.ones(40, 1).long()]
-    slow = [slow_switch(x, i, mask, scoring) for x, i in zip((a, b), indices, strict=True)]
-    assert switch_balance_loss([a, b], indices, mask, scoring=scoring).item() == pytest.approx(sum(slow) / 2, rel=1e-6)
+    for x, i in zip((a, b), indices, strict=True):
+        slow = slow_switch(x, i, mask, scoring)
+        ours = switch_balance_loss(x, own_shares(x, i, mask), mask, scoring=scoring)
+        assert ours.item() == pytest.approx(slow, rel=1e-6)
     whole = slow_switch(a, indices[0], torch.ones(40), scoring)
-    assert switch_balance_loss([a], indices[:1], scoring=scoring).item() == pytest.approx(whole, rel=1e-6)
-    with pytest.raises(ValueError, match="pooled"):
-        switch_balance_loss([a, b], indices, mask, pooled=True)
+    ours = switch_balance_loss(a, own_shares(a, indices[0]), scoring=scoring)
+    assert ours.item() == pytest.approx(whole, rel=1e-6)
+
+
+def pooled(logits: list[Tensor], indices: list[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Mean loss of the layers, each with the mean load of all."""
+    shares = torch.stack([own_shares(x, i, mask) for x, i in zip(logits, indices, strict=True)]).mean(0)
+    return torch.stack([switch_balance_loss(x, shares, mask) for x in logits]).mean()
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.usefixtures("either_path")
-def test_pooled_is_transformers(masked: bool) -> None:
+def test_with_the_mean_shares_of_all_layers_it_is_transformers(masked: bool) -> None:
     logits, indices = routers(4, 3 * 16, 8, k=2)
     mask = some(3, 16) if masked else None
     flat = None if mask is None else mask.flatten()
-    ours = switch_balance_loss(logits, indices, flat, pooled=True)
+    ours = pooled(logits, indices, flat)
     theirs = load_balancing_loss_func(tuple(logits), 8, 2, mask)
     assert isinstance(theirs, Tensor)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
@@ -154,48 +166,38 @@ def test_layers_collapsed_onto_opposite_experts() -> None:
     collapsed = torch.tensor([50.0, -50.0]).expand(10, 2)
     logits = [collapsed, -collapsed]
     indices = [x.topk(1).indices for x in logits]
-    assert switch_balance_loss(logits, indices, pooled=True).item() == pytest.approx(1.0)
-    assert switch_balance_loss(logits, indices).item() == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("scoring", SCORINGS)
-def test_one_layer_is_the_same_pooled(scoring: Scoring) -> None:
-    logits, indices = routers(1, 30, 6, k=2)
-    for mask in (None, some(30)):
-        torch.testing.assert_close(
-            switch_balance_loss(logits, indices, mask, pooled=True, scoring=scoring),
-            switch_balance_loss(logits, indices, mask, scoring=scoring),
-        )
+    assert pooled(logits, indices).item() == pytest.approx(1.0)
+    for x, i in zip(logits, indices, strict=True):
+        assert switch_balance_loss(x, own_shares(x, i)).item() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_a_balanced_router_has_k(scoring: Scoring) -> None:
     """Every expert twice, equal logits."""
     indices = torch.tensor([[0, 1, 2], [3, 4, 5], [0, 3, 1], [4, 2, 5]])
-    assert switch_balance_loss([torch.ones(4, 6)], [indices], scoring=scoring).item() == pytest.approx(3.0)
+    shares = own_shares(torch.ones(4, 6), indices)
+    assert switch_balance_loss(torch.ones(4, 6), shares, scoring=scoring).item() == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_fractions(pooled: bool) -> None:
-    """Its own fractions give the same loss, with others the indices do not count; they get no gradient."""
-    logits, indices = routers(2, 30, 6, k=2)
+def test_fractions() -> None:
+    """Tokens of an expert over all tokens; they get no gradient, and uniform ones balance any router."""
+    (logits,), (indices,) = routers(1, 30, 6, k=2)
     mask = some(30)
-    own = [(expert_counts(i, 6, mask) / mask.sum()).requires_grad_() for i in indices]
-    loss = switch_balance_loss(logits, [], mask, pooled=pooled, fractions=own)
-    torch.testing.assert_close(loss, switch_balance_loss(logits, indices, mask, pooled=pooled))
+    own = (expert_counts(indices, 6, mask) / mask.sum()).requires_grad_()
+    loss = switch_balance_loss(logits, own, mask)
+    torch.testing.assert_close(loss, switch_balance_loss(logits, own_shares(logits, indices, mask), mask))
     loss.backward()
-    assert own[0].grad is None and logits[0].grad is not None
-    uniform = [torch.full((6,), 2 / 6)] * 2
-    flat = switch_balance_loss(logits, indices, mask, pooled=pooled, fractions=uniform)
-    assert flat.item() == pytest.approx(2.0)  # E sum_i k/E P_i
+    assert own.grad is None and logits.grad is not None
+    uniform = torch.full((6,), 2 / 6)
+    assert switch_balance_loss(logits, uniform, mask).item() == pytest.approx(2.0)  # E sum_i k/E P_i
 
 
 def test_fractions_of_the_window_make_micro_batches_add_up() -> None:
     """With the fractions of all tokens the gradients of two halves are those of the whole."""
     (logits,), (indices,) = routers(1, 40, 6, k=2)
-    fractions = [expert_counts(indices, 6) / 40]
-    whole = torch.autograd.grad(switch_balance_loss([logits], [indices]), logits)[0]
-    halves = [switch_balance_loss([logits[i : i + 20]], [], fractions=fractions) for i in (0, 20)]
+    fractions = expert_counts(indices, 6) / 40
+    whole = torch.autograd.grad(switch_balance_loss(logits, own_shares(logits, indices)), logits)[0]
+    halves = [switch_balance_loss(logits[i : i + 20], fractions) for i in (0, 20)]
     parts = torch.autograd.grad((halves[0] + halves[1]) / 2, logits)[0]
     torch.testing.assert_close(parts, whole, atol=1e-9, rtol=1e-5)
 
@@ -248,11 +250,11 @@ def test_z_loss_by_hand() -> None:
 
 
 def switch(logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
-    return switch_balance_loss([logits, -logits], [indices, indices], mask)
+    return switch_balance_loss(logits, own_shares(logits, indices, mask), mask)
 
 
-def pooled_sigmoid(logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
-    return switch_balance_loss([logits, -logits], [indices, indices], mask, pooled=True, scoring="sigmoid")
+def switch_sigmoid(logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+    return switch_balance_loss(-logits, own_shares(logits, indices, mask), mask, scoring="sigmoid")
 
 
 def sequence(logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
@@ -264,7 +266,7 @@ def z(logits: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
     return router_z_loss(logits, mask)
 
 
-LOSSES = [switch, pooled_sigmoid, sequence, z]
+LOSSES = [switch, switch_sigmoid, sequence, z]
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -296,8 +298,9 @@ def test_no_token_at_all_is_zero(loss: Loss) -> None:
 
 def test_no_token_at_all_is_zero_with_fractions() -> None:
     logits = torch.full((4, 2), math.nan, requires_grad=True)
-    assert switch_balance_loss([logits], [], torch.zeros(4), fractions=[torch.ones(2)]).item() == 0.0
-    assert switch_balance_loss([torch.zeros(0, 2)], [torch.zeros(0, 1).long()]).item() == 0.0
+    assert switch_balance_loss(logits, torch.ones(2), torch.zeros(4)).item() == 0.0
+    nothing = torch.zeros(0, 2)
+    assert switch_balance_loss(nothing, own_shares(nothing, torch.zeros(0, 1).long())).item() == 0.0
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -424,13 +427,9 @@ def test_wrong_shapes() -> None:
         (lambda: expert_counts(i[:, 0], 4), r"\(N, k\)"),
         (lambda: expert_counts(i.float(), 4), "integer"),
         (lambda: expert_counts(i, 4, torch.ones(5)), r"mask \(5,\).*\(6,\)"),
-        (lambda: switch_balance_loss([], []), "MoE layer"),
-        (lambda: switch_balance_loss([x, x], [i]), "2 logits and 1 indices"),
-        (lambda: switch_balance_loss([x], [i], fractions=[]), "1 logits and 0 fractions"),
-        (lambda: switch_balance_loss([x], [i], fractions=[torch.ones(3)]), r"give \(E,\)"),
-        (lambda: switch_balance_loss([x], [i[:5]]), "same tokens"),
-        (lambda: switch_balance_loss([x[None]], [i[None]]), "flatten"),
-        (lambda: switch_balance_loss([x], [i], torch.ones(2, 3)), "one entry per token"),
+        (lambda: switch_balance_loss(x, torch.ones(3)), r"give \(E,\)"),
+        (lambda: switch_balance_loss(x[None], torch.ones(4)), "flatten"),
+        (lambda: switch_balance_loss(x, torch.ones(4), torch.ones(2, 3)), "one entry per token"),
         (lambda: sequence_balance_loss(x, i), r"\(B, T, k\)"),
         (lambda: sequence_balance_loss(x[None, :5], i[None]), "same tokens"),
         (lambda: sequence_balance_loss(x[None], i[None], torch.ones(6)), r"\(1, 6\)"),

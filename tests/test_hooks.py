@@ -34,7 +34,7 @@ from rl_plugins.nn.cache_name import cache_name
 from rl_plugins.rollouts import speculative
 from rl_plugins.trl import MTPCriticTrainer
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 ROOT = Path(__file__).parent.parent
 ROWS = [(user, hook) for user, rows in HOOKS.items() for hook in rows]
@@ -69,6 +69,7 @@ def sources(*folders: str) -> Iterator[tuple[Path, ast.Module]]:
             yield path, ast.parse(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_import_from_inside_a_library_is_in_the_table() -> None:
     targets = [hook.target for _, hook in ROWS]
     documented = {f"{library}.{name}" for library, names in DOCUMENTED.items() for name in names}

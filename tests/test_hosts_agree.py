@@ -13,8 +13,7 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, OnlineModule, PPOModule, PromptDataModule
-from rl_plugins.lightning.polyak_callback import target_of
+from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, PPOModule, PromptDataModule, RLModule
 from rl_plugins.rollouts.batch import select_rows
 from rl_plugins.rollouts.completions import Completions, pad_left
 from rl_plugins.trl import (
@@ -28,7 +27,8 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .lightning_runs import Numbers, fit, perturb
+from .helpers.lightning_runs import Numbers, fit, perturb
+from .helpers.tiny import ON_CPU
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*"),
@@ -43,12 +43,7 @@ HOSTS: dict[str, tuple[Any, Any, Any]] = {
 }
 # What TRL calls otherwise, and what only it has; the rest of the options has the same name on both sides.
 QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
+    **ON_CPU,
     "logging_steps": 1,
     "max_grad_norm": 0.0,
     "shuffle_dataset": False,
@@ -114,7 +109,7 @@ def make(start: str, dataset: Dataset, reward: Any, tmp_path: Path) -> Make:
         module = module_class(
             start, reward_funcs=reward_funcs, lr_scheduler_type="constant", **{**shared, **(lightning or {})}
         )
-        module.sampling["suppress_tokens"] = [0]
+        module.generation["suppress_tokens"] = [0]
         perturb(trainer.model, 0.05)
         module.model.load_state_dict(trainer.model.state_dict())
         trainer.model.train()
@@ -126,15 +121,13 @@ def make(start: str, dataset: Dataset, reward: Any, tmp_path: Path) -> Make:
         attach_trainer(module, accumulation)
         if name == "critic":
             perturb(trainer.polyak_target, 0.05, seed=5)
-            target_of(module.trainer).load_state_dict(trainer.polyak_target.state_dict())
+            module.polyak_target.load_state_dict(trainer.polyak_target.state_dict())
         return trainer, module
 
     return factory
 
 
-def rollouts(
-    trainer: Any, module: OnlineModule, dataset: Dataset, prompts: int, seed: int = 7
-) -> tuple[Any, Any, Any]:
+def rollouts(trainer: Any, module: RLModule, dataset: Dataset, prompts: int, seed: int = 7) -> tuple[Any, Any, Any]:
     """The batch that each host makes of the same prompts with the same dice, and the module's metrics."""
     rows = [dict(dataset[i]) for i in range(8, 8 + prompts)]  # of different lengths: 8+8= and 10+10=
     torch.manual_seed(seed)
@@ -163,7 +156,7 @@ def assert_batches_agree(theirs: Any, ours: Any) -> None:
 
 def assert_metrics_agree(trainer: Any, metrics: dict[str, Tensor]) -> None:
     """Every number that both log. What only TRL logs is named here."""
-    only_trl = {"num_tokens", "entropy_coef", "policy_loss", "clip_ratio/low_min", "clip_ratio/high_max"}
+    only_trl = {"num_tokens", "entropy_coef", "clip_ratio/low_min", "clip_ratio/high_max"}
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items() if name not in only_trl}
     if trainer.num_generations == 1:
         theirs.pop("frac_reward_zero_std", None)  # a group of one has no spread
@@ -237,6 +230,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_grpo_variants(make: Make, dataset: Dataset, name: str) -> None:
     options = VARIANTS[name]
@@ -259,6 +253,7 @@ CRITICS: dict[str, dict[str, Any]] = {
     },
     "three_heads": {"num_mtp_heads": 3, "mtp_inner_size": 16, "advantage_scaling": "none", "value_grad_scale": 0.5},
     "truncated": {"mask_truncated_completions": True, "policy_loss": "grpo", "temperature": 0.7},
+    "long": {"overlong_shaping": True, "overlong_cache": 4},
 }
 
 
@@ -276,12 +271,14 @@ PPOS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PPOS)
 def test_ppo(make: Make, dataset: Dataset, name: str) -> None:
     trainer, module = make("ppo", prompts=12, trl={"policy_loss": "ppo_clip"}, **PPOS[name])
     assert_hosts_agree(trainer, module, dataset, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "slices", "accumulation"), [("dapo", 2, 2), ("dapo", 4, 2), ("dapo", 2, 4), ("grpo", 2, 2)]
 )
@@ -358,7 +355,7 @@ def test_supervised_fine_tuning(start: str, tokenizer: Any, tmp_path: Path, name
         assert torch.equal(ours[key], batch[key]), key
     attach_trainer(module)
     perturb(trainer.polyak_target, 0.05, seed=5)
-    target_of(module.trainer).load_state_dict(trainer.polyak_target.state_dict())
+    module.polyak_target.load_state_dict(trainer.polyak_target.state_dict())
     items = (batch["labels"][:, 1:] != -100).sum()
     trainer.model.train()
     expected = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
@@ -471,12 +468,13 @@ def test_whole_runs_give_the_same_weights(make: Make, dataset: Dataset, name: st
         for ours, theirs in zip(module.polyak_target.parameters(), trainer.polyak_target.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-6)
     if name == "tracker":
-        ours, theirs = module.tracked.tracker.counts, trainer.value_tracker.counts
+        ours, theirs = module.value_tracker.counts, trainer.value_tracker.counts
         assert ours.keys() == theirs.keys() and len(ours) == 8
         for key in ours:
             assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_whole_runs_of_supervised_fine_tuning(start: str, tokenizer: Any, tmp_path: Path) -> None:
     trainer, module = sft_pair(start, tokenizer, sums(REWARDS), tmp_path, lam_value=0.5, weight_decay=0.1)
     trainer.polyak_target.heads.load_state_dict(trainer.mtp_heads.state_dict())

@@ -18,20 +18,13 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from rl_plugins.lightning import MTPSFTModule, PromptDataModule
-from rl_plugins.nn import (
-    attach_mtp_heads,
-    attach_native_mtp,
-    expect_native_keys,
-    get_mtp_heads,
-    get_native_mtp,
-    save_native_mtp,
-)
+from rl_plugins.nn import MTPHeads, NativeMTP, attach_mtp_heads, attach_native_mtp
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
-from .conftest import CHARACTERS
-from .lightning_runs import Numbers, assert_equal_states, every_step, fit, state_of
-from .moe_models import make_moe_model
-from .test_nn_native_mtp import FAMILIES, doubled, slow_losses
+from .helpers.lightning_runs import Numbers, assert_equal_states, every_step, fit, state_of
+from .helpers.moe_models import make_moe_model
+from .helpers.native_mtp import FAMILIES, doubled, slow_losses
+from .helpers.tiny import CHARACTERS, ON_CPU
 
 COEF, K = 0.3, 2
 VOCABULARY = 2 + len(CHARACTERS)
@@ -75,17 +68,12 @@ def make(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
         args = config_class(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-2,
                 "router_aux_loss_coef": 0.0,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **native,
                 **options,
             }
@@ -112,7 +100,7 @@ def make_module(tokenizer: Any) -> Callable[..., MTPSFTModule]:
 
 
 def layers_of(model: Any) -> dict[str, Tensor]:
-    native = get_native_mtp(model)
+    native = NativeMTP.of(model)
     assert native is not None
     return {name: p.detach().clone() for name, p in native.named_parameters()}
 
@@ -132,7 +120,7 @@ def logged(trainer: Any, name: str) -> list[float]:
 
 def by_hand(model: Any, batch: dict[str, Tensor]) -> tuple[float, list[float]]:
     """Loss of SFT, and the mean loss of every depth over its labels, row after row without padding."""
-    native = get_native_mtp(model)
+    native = NativeMTP.of(model)
     assert native is not None
     lengths = batch["attention_mask"].sum(1).tolist()
     own, items, depths, counts = 0.0, 0, torch.zeros(native.num_layers), torch.zeros(native.num_layers)
@@ -163,7 +151,7 @@ def test_trl_loss_by_hand(make: Callable[..., Any], family: str) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     metrics = trainer._metrics["eval"]
     assert [metrics[f"mtp/token_loss/head_{k}"][0] for k in (1, 2)] == pytest.approx(depths, rel=1e-6)
-    assert trainer.mtp_heads is None and get_mtp_heads(trainer.model) is None
+    assert trainer.mtp_heads is None and MTPHeads.of(trainer.model) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,6 +179,7 @@ def test_packed_rows_are_those_alone(make: Callable[..., Any]) -> None:
 # What learns
 
 
+@pytest.mark.slow
 def test_every_layer_learns_and_the_trunk_as_without_them(make: Callable[..., Any]) -> None:
     trainer, stock = make(**PLAIN), make(
         trainer_class=SFTTrainer,
@@ -244,6 +233,7 @@ def test_lightning_frozen_trunk_and_learning_rate(make_module: Callable[..., Any
 # Settings
 
 
+@pytest.mark.slow
 def test_trl_refuses_what_does_not_fit(make: Callable[..., Any], tiny_model: Any) -> None:
     with pytest.raises(ValueError, match="mtp_loss_coef=0 trains nothing"):
         make(mtp_loss_coef=0.0)
@@ -255,7 +245,7 @@ def test_trl_refuses_what_does_not_fit(make: Callable[..., Any], tiny_model: Any
         make(tiny_model())
     model = make_model()
     attach_native_mtp(model, 1)
-    with pytest.raises(ValueError, match="comes with 1 native MTP layers, not 2. Set num_mtp_heads=1"):
+    with pytest.raises(ValueError, match="comes with 1 native MTP layers, not 2. Ask for 1"):
         make(model)
     with pytest.raises(ValueError, match="merge_and_unload"):
         make(get_peft_model(make_model(), LORA))
@@ -308,6 +298,7 @@ def test_trl_goes_back_to_the_best_model(make: Callable[..., Any], tmp_path: Pat
     assert not changed(last, layers_of(trainer.model) | trunk_of(trainer.model))
 
 
+@pytest.mark.slow
 def test_lightning_resumes_where_it_stopped(make_module: Callable[..., Any], tmp_path: Path) -> None:
     def data() -> PromptDataModule:
         return PromptDataModule(sums(), batch_size=2)
@@ -322,6 +313,7 @@ def test_lightning_resumes_where_it_stopped(make_module: Callable[..., Any], tmp
     assert any("native_mtp.layers" in name for name in state_of(through))
 
 
+@pytest.mark.slow
 def test_saved_layers_are_trained_on_by_either_host(
     make: Callable[..., Any], make_module: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -357,7 +349,7 @@ def test_parallel_heads_stay_out_of_it(make: Callable[..., Any], tmp_path: Path)
 def generate(folder: Path, tokenizer: Any, **options: Any) -> tuple[list[list[int]], int]:
     """Greedy continuations by stock transformers, and the forwards of the model that they took."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    expect_native_keys(model)  # tiny models end at another layer than the released ones
+    NativeMTP.expect_keys(model)  # tiny models end at another layer than the released ones
     model.generation_config.eos_token_id = None
     forwards: list[int] = []
     model.model.register_forward_hook(lambda *args: forwards.append(1))
@@ -374,7 +366,7 @@ def check_drafts(trained: Path, new: Path, tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained)
     attach_native_mtp(model)
     model.save_pretrained(new)
-    save_native_mtp(model, new)
+    NativeMTP.of(model).save(new)
     same, untrained = generate(new, tokenizer, use_mtp=True)
     assert same == plain
     assert fewer < 0.75 * forwards and fewer < 0.8 * untrained
@@ -441,6 +433,7 @@ def on_rank(rank: int, folder: Path, module: MTPSFTModule, rows: list[dict[str, 
     torch.save(train_step(DistributedDataParallel(Step(module)), module, rows[rank::2]), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(make_module: Callable[..., Any], tmp_path: Path) -> None:
     """Under DDP, which waits for every parameter; rank 1 has no label that a depth could learn from."""
     rows = [{"text": text} for text in ("12+34", "1", "9-8=1", "2", "77", "3")]

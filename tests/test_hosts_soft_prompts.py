@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.lightning import PromptDataModule
 from rl_plugins.nn.cache_name import cache_name
-from rl_plugins.rollouts.values import ValuePass
+from rl_plugins.rollouts.values import ValueRecord, WholeRows
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -26,7 +26,8 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .lightning_runs import fit, module_factory, prompts
+from .helpers.lightning_runs import fit, module_factory, prompts
+from .helpers.tiny import ON_CPU
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 
@@ -53,18 +54,13 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, rewar
         args = config(
             **{
                 "output_dir": str(tmp_path / kind),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_completion_length": 6,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-2,
                 "beta": 0.1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **own,
                 **options,
             }
@@ -85,6 +81,7 @@ def whole(batch: dict[str, Any]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", SOFT)
 def test_soft_prompts_train_as_stock_does(make: Make, soft: str) -> None:
     trainers = {}
@@ -97,6 +94,7 @@ def test_soft_prompts_train_as_stock_does(make: Make, soft: str) -> None:
         assert logged(trainers["variant"], name) == pytest.approx(theirs, rel=1e-4, abs=1e-6) and any(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", SOFT)
 def test_values_with_a_soft_prompt(make: Make, soft: str) -> None:
     if soft == "prefix" and cache_name() == "cache":
@@ -108,10 +106,10 @@ def test_values_with_a_soft_prompt(make: Make, soft: str) -> None:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     critic.train()
     batch = critic.last_rollout
-    record = ValuePass(critic.mtp_heads, None, batch["completion_ids"].shape[1])
-    with critic.mtp_heads.tapped(record), torch.no_grad():
+    record, num_tokens = ValueRecord(critic.mtp_heads), batch["completion_ids"].shape[1]
+    with critic.mtp_heads.watching(WholeRows(record, num_tokens)), torch.no_grad():
         critic.model(**whole(batch), use_cache=False)
-    values, mask = record.finish(8)[0], batch["completion_mask"].bool()
+    values, mask = record.finish(num_tokens)[0], batch["completion_mask"].bool()
     torch.testing.assert_close(batch["old_values"][mask], values[mask], atol=1e-5, rtol=1e-5)
     assert values[mask].std() > 0.1
 
@@ -127,6 +125,7 @@ def test_values_with_a_soft_prompt(make: Make, soft: str) -> None:
     assert plain[mask].std() > 0.1
 
 
+@pytest.mark.slow
 def test_a_policy_that_has_its_soft_prompt_already(make: Make, tiny_model: Callable[..., Any]) -> None:
     policy = get_peft_model(tiny_model(initializer_range=0.2), SOFT["prompt"]())
     start = {name: p.clone() for name, p in policy.named_parameters()}
@@ -144,6 +143,7 @@ def test_drafting_with_a_soft_prompt_is_refused(make: Make, kind: str) -> None:
         make(kind, peft_config=SOFT["prompt"](), speculative=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", SOFT)
 @pytest.mark.parametrize("kind", ["grpo", "critic", "ppo"])
 def test_soft_prompts_in_lightning(
@@ -166,6 +166,7 @@ def test_soft_prompts_in_lightning(
 # Policies without a name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["variant", "critic", "ppo"])
 def test_a_model_without_a_name_is_its_own_reference(
     make: Make, tiny_model: Callable[..., Any], tmp_path: Path, kind: str

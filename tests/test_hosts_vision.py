@@ -1,9 +1,6 @@
 """Vision-language models: values see the images, and two gloo ranks equal one process, whichever rank has images."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,12 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rl_plugins.nn import ValueModel, attach_value_model
+from rl_plugins.nn import ValueModel
 from rl_plugins.nn.gradient import tie
-from rl_plugins.nn.value_model import make_value_model
 
-from .test_trl_critic_distributed import free_port
-from .vision_models import looks, picture, vision_language
+from .helpers.processes import free_port, run_script
+from .helpers.vision_models import looks, picture, vision_language
 
 WORKER = Path(__file__).parent / "workers" / "vision_worker.py"
 RUNS = [
@@ -41,13 +37,13 @@ def inputs_of(family: str, processor: Any, images: list[int]) -> dict[str, Tenso
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
 def test_a_value_model_sees_what_the_policy_sees(family: str) -> None:
     policy, processor = vision_language(family)
-    critic = make_value_model(None, policy)
-    attach_value_model(policy, critic)
+    critic = ValueModel.prepare(None, policy)
+    critic.attach(policy)
     with torch.no_grad():
         critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     taken: list[Tensor] = []
     for images in ([0, 1], [0, 2], [0, 1]):
-        with critic.tapped(taken.append), torch.no_grad():
+        with critic.watching(taken.append), torch.no_grad():
             policy(**inputs_of(family, processor, images), labels=None, logits_to_keep=1)
     first, other, again = taken
     assert torch.equal(first, again) and torch.equal(first[0], other[0])
@@ -61,10 +57,10 @@ def test_a_value_model_sees_what_the_policy_sees(family: str) -> None:
 def test_a_value_model_without_eyes_reads_the_tokens(tiny_model: Any) -> None:
     policy, processor = vision_language("llava_next")
     critic = ValueModel(tiny_model(vocab_size=policy.config.get_text_config().vocab_size).model)
-    attach_value_model(policy, critic)
+    critic.attach(policy)
     inputs = inputs_of("llava_next", processor, [0, 1])
     taken: list[Tensor] = []
-    with critic.tapped(taken.append), torch.no_grad():
+    with critic.watching(taken.append), torch.no_grad():
         policy(**inputs)
     torch.testing.assert_close(taken[0], critic(inputs["input_ids"], inputs["attention_mask"]))
 
@@ -106,10 +102,7 @@ def train(root: Path, ranks: int) -> None:
     ]
     file = root / f"runs_{ranks}.json"
     file.write_text(json.dumps(runs))
-    env = os.environ | ({"RANKS": str(ranks)} if ranks > 1 else {})
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(file)], env=env, capture_output=True, text=True, timeout=900
-    )
+    done = run_script(WORKER, str(file), ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -20,8 +20,8 @@ from rl_plugins.lightning.accumulation import Lookahead, WindowMeans, check_wind
 from rl_plugins.moe import find_routers
 from rl_plugins.rollouts.completions import Completions, pad_left
 
-from .lightning_runs import KINDS, Numbers, every_step, fit, module_factory, perturb
-from .moe_models import make_moe_model
+from .helpers.lightning_runs import KINDS, Numbers, every_step, fit, module_factory, perturb
+from .helpers.moe_models import make_moe_model
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -123,6 +123,7 @@ SFTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SFTS)
 def test_supervised_fine_tuning(make: Make, name: str) -> None:
     rows = texts()
@@ -135,6 +136,7 @@ def test_supervised_fine_tuning(make: Make, name: str) -> None:
         assert_same_step(step(make("sft", **SFTS[name]), listed(rows, size), accumulate_grad_batches=number), expected)
 
 
+@pytest.mark.slow
 def test_native_layers(tokenizer: Any) -> None:
     rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in texts()]
 
@@ -155,6 +157,7 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         yield from texts(7)
 
 
+@pytest.mark.slow
 def test_the_last_window_of_an_epoch_is_short(make: Make) -> None:
     """Seven rows in windows of four and three, in a loader with a length, one without, and a limited one."""
     rows = texts(7)
@@ -181,6 +184,7 @@ def test_rows_of_a_short_micro_batch_weigh_as_the_others(make: Make) -> None:
     assert_same_step(step(make("grpo", **options), listed(rows, 2), accumulate_grad_batches=3), expected)
 
 
+@pytest.mark.slow
 def test_accumulation_on_a_schedule(make: Make) -> None:
     """One batch of eight in the first epoch, and eight of one in windows of 8 from the second on."""
     gradients, found = Gradients(), Gradients()
@@ -249,6 +253,7 @@ class Repeated:
 LOSSES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo", "sequence_sum": "grpo"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", [name for name in AGGREGATIONS if name != "micro_batch"])
 def test_every_aggregation(make: Make, aggregation: str) -> None:
     """All but the one that averages micro-batches by definition; with KL and entropy."""
@@ -258,6 +263,7 @@ def test_every_aggregation(make: Make, aggregation: str) -> None:
     assert {"kl", "entropy", "reward"} <= numbers.keys()
 
 
+@pytest.mark.slow
 def test_micro_batches_are_averaged_where_the_aggregation_says_so(make: Make) -> None:
     """`micro_batch` depends on the cut by its definition: the mean of the micro-batches' own means, of as many as the
     window has."""
@@ -276,6 +282,7 @@ CRITICS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CRITICS)
 def test_critic(make: Make, name: str) -> None:
     """Advantages that are whitened over a rollout depend on the rollout."""
@@ -286,6 +293,7 @@ def test_critic(make: Make, name: str) -> None:
         assert 0.0 < numbers["critic/grad_clamped"] < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"beta": 0.1}, {"beta": 0.0, "entropy_coef": 0.1, "num_iterations": 2}])
 def test_ppo(make: Make, options: dict[str, Any]) -> None:
     """With two passes over each batch a window would hold both passes over small rollouts."""
@@ -294,14 +302,16 @@ def test_ppo(make: Make, options: dict[str, Any]) -> None:
     assert_all_cuts_agree(make, "ppo", slices_only=passes > 1, **options)
 
 
+@pytest.mark.slow
 def test_reinforce_with_a_penalty_per_token(make: Make) -> None:
     options = {"policy_loss": "ppo_clip", "advantage": "batch_normalized", "beta": 0.2, "kl_in_reward": True}
     assert_all_cuts_agree(make, "grpo", slices_only=True, **options)
 
 
+@pytest.mark.slow
 def test_heads_that_draft(make: Make) -> None:
     options = {"policy_loss": "dapo", "advantage": "reward", "num_generations": 1, "speculative": True}
-    numbers = assert_all_cuts_agree(make, "grpo", **options, speculative_kwargs={"mtp_detach_trunk": False})
+    numbers = assert_all_cuts_agree(make, "grpo", **options, mtp_detach_trunk=False)
     assert "mtp/token_loss/head_1" in numbers
 
 
@@ -318,6 +328,7 @@ def test_a_window_ends_inside_a_rollout(make: Make) -> None:
 # Losses of routers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sequence", "z"])
 def test_router_losses(tokenizer: Any, kind: str) -> None:
     """The z-loss is a mean over tokens, DeepSeek-V3's loss one over sequences."""
@@ -342,6 +353,7 @@ def test_router_losses(tokenizer: Any, kind: str) -> None:
 # Subclasses, and what does not fit
 
 
+@pytest.mark.slow
 def test_a_training_step_of_ones_own(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
     class Mine(MTPSFTModule):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -397,6 +409,7 @@ def test_deepspeed_carries_a_short_window_over(batches: Any, epochs: int, steps:
     check_windows_fit(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
 def test_bf16_true_routes_by_float32_biases(tokenizer: Any, family: str, tmp_path: Path) -> None:
     """At 5, steps of 1e-3 are none in bfloat16; a resumed run goes on with them."""

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
-from rl_plugins.functional import selection_bias_update, switch_balance_loss
+from rl_plugins.functional import selection_bias_update
 from rl_plugins.lightning import MoEBalancingCallback
 from rl_plugins.moe import find_routers
-from rl_plugins.report.expert_load import LOAD_FILE_NAME, LoadHistory, read_loads
+from rl_plugins.moe.load_log import LOAD_FILE_NAME, ExpertLoadHistory, read_expert_load
 from rl_plugins.trl import MoEBalancingCallback as HFCallback
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model, mean_switch_loss
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -82,9 +82,12 @@ class Manual(Module):
 
 
 class StandIn:
-    """What the callback asks Lightning's trainer when training starts."""
+    """The part of Lightning's trainer that the callback reads when training starts."""
 
     estimated_stepping_batches = 3
+    log_dir = None
+    default_root_dir = "never written"
+    is_global_zero = True
 
     def __init__(self, precision: str = "32-true") -> None:
         self.precision = precision
@@ -156,11 +159,11 @@ def assert_close_weights(a: nn.Module, b: nn.Module) -> None:
         torch.testing.assert_close(mine[name], weight, rtol=1e-5, atol=2e-6, msg=name)
 
 
-def loads(trainer: Trainer) -> LoadHistory:
-    return read_loads(Path(trainer.log_dir or trainer.default_root_dir) / LOAD_FILE_NAME)
+def loads(trainer: Trainer) -> ExpertLoadHistory:
+    return read_expert_load(Path(trainer.log_dir or trainer.default_root_dir) / LOAD_FILE_NAME)
 
 
-def replay(history: LoadHistory, rate: float, start: list[Tensor] | None = None) -> list[Tensor]:
+def replay(history: ExpertLoadHistory, rate: float, start: list[Tensor] | None = None) -> list[Tensor]:
     """Biases from the counts of each step."""
     moved = [torch.zeros(len(counts)) for counts in history.counts[0]] if start is None else start
     for step in history.counts:
@@ -190,6 +193,7 @@ def test_biases_are_those_that_the_counts_ask_for(fit: Fit, family: str) -> None
     assert [[sum(layer) for layer in step] for step in history.counts] == [[2 * n] * layers for n in tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_accumulation_equals_one_batch(fit: Fit, family: str) -> None:
     # Losses that are means over rows; Switch's is one over the batch.
@@ -220,7 +224,7 @@ def test_gradient_of_the_auxiliary_loss(fit: Fit, family: str) -> None:
     loss = model(**batch).loss
     logits, indices = zip(*seen, strict=True)
     scoring = "sigmoid" if family == "deepseek_v3" else "softmax"
-    auxiliary = switch_balance_loss(logits, indices, batch["attention_mask"].flatten(), scoring=scoring)
+    auxiliary = mean_switch_loss(logits, indices, batch["attention_mask"].flatten(), scoring=scoring)
     (loss + coef * auxiliary).backward()
     assert module.losses == [pytest.approx(loss.item(), rel=1e-6)]
     assert trainer.callback_metrics["moe/aux_loss"].item() == pytest.approx(auxiliary.item(), rel=1e-5)
@@ -233,6 +237,7 @@ def test_gradient_of_the_auxiliary_loss(fit: Fit, family: str) -> None:
     assert (weights(module)[router] - weights(stock)[router]).abs().max() > 5e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_resumed_run_equals_one_in_one_go(fit: Fit, tmp_path: Path, family: str, accumulate: int) -> None:
@@ -257,7 +262,7 @@ def test_resumed_run_equals_one_in_one_go(fit: Fit, tmp_path: Path, family: str,
     assert_same_weights(resumed, whole)
     saved = torch.load(checkpoint, weights_only=True)["callbacks"]["MoEBalancingCallback"]["biases"]
     first = loads(trainer)
-    start = LoadHistory([2], first.layers, first.counts[1:2])
+    start = ExpertLoadHistory([2], first.layers, first.counts[1:2])
     assert_equal(list(saved.values()), replay(start, 0.01))
 
 
@@ -291,7 +296,7 @@ def test_metrics_reach_the_logger(fit: Fit, tmp_path: Path) -> None:
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     table = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     assert [int(row["step"]) for row in table] == [0, 1, 2]
-    history = read_loads(Path(logger.log_dir) / LOAD_FILE_NAME)
+    history = read_expert_load(Path(logger.log_dir) / LOAD_FILE_NAME)
     for row, counts in zip(table, history.counts, strict=True):
         violations = [8 * max(layer) / sum(layer) - 1 for layer in counts]
         entropies = [-sum(c / sum(x) * math.log(c / sum(x)) for c in x if c) / math.log(8) for x in counts]
@@ -305,6 +310,7 @@ def test_metrics_reach_the_logger(fit: Fit, tmp_path: Path) -> None:
     assert trainer.logged_metrics["moe/bias_range"].item() == pytest.approx(span)
 
 
+@pytest.mark.slow
 def test_load_file_follows_the_logging_steps(fit: Fit) -> None:
     each, _ = fit(callbacks=[MoEBalancingCallback(rate=0.01)], max_steps=5, output_dir="each")
     pairs, _ = fit(callbacks=[MoEBalancingCallback(rate=0.01)], max_steps=5, log_every_n_steps=2)
@@ -328,6 +334,7 @@ def test_validation_does_not_count(fit: Fit) -> None:
     assert_equal(biases(module), biases(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_both_hosts_train_the_same_model(fit: Fit, tmp_path: Path, family: str) -> None:
     # Rows of equal length: Lightning weighs micro-batches equally, transformers their tokens.
@@ -356,7 +363,7 @@ def test_both_hosts_train_the_same_model(fit: Fit, tmp_path: Path, family: str) 
     data = Dataset.from_list([{name: x.tolist() for name, x in row.items()} for row in rows])
     other = HFTrainer(make_moe_model(family), args, train_dataset=data, callbacks=[HFCallback(**settings)])
     other.train()
-    assert read_loads(tmp_path / "hf" / LOAD_FILE_NAME) == loads(trainer)
+    assert read_expert_load(tmp_path / "hf" / LOAD_FILE_NAME) == loads(trainer)
     assert_equal(biases(module), biases(other.model))
     assert_close_weights(module.model, other.model)
     last = [entry for entry in other.state.log_history if "loss" in entry][-1]
@@ -364,6 +371,7 @@ def test_both_hosts_train_the_same_model(fit: Fit, tmp_path: Path, family: str) 
         assert trainer.callback_metrics[f"moe/{name}"].item() == pytest.approx(last[f"moe/{name}"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_manual_optimization(fit: Fit) -> None:
     # It moves after the optimizer's steps; an auxiliary loss has the weight of a backward that is not scaled.
     trainer, module = fit(Manual(make_moe_model("mixtral")), [MoEBalancingCallback(rate=0.01)], batch_size=4)
@@ -387,6 +395,7 @@ def test_lora(fit: Fit) -> None:
     assert_equal(biases(module), replay(loads(trainer), 0.01))
 
 
+@pytest.mark.slow
 def test_fit_twice_goes_on(fit: Fit) -> None:
     callback, module = MoEBalancingCallback(rate=0.01), Module(make_moe_model("mixtral"))
     first, _ = fit(module, [callback], output_dir="first")
@@ -479,9 +488,9 @@ class StopAt(Callback):
 def test_float16(settings: dict[str, Any], precision: str) -> None:
     # On a CPU Lightning itself turns 16-mixed into bf16-mixed.
     trainer = StandIn(precision)
-    module = Module(make_moe_model("mixtral"))
     with pytest.raises(ValueError, match="do not know float16's loss scale"):
-        MoEBalancingCallback(**settings).on_fit_start(trainer, module)
+        MoEBalancingCallback(**settings).on_fit_start(trainer, Module(make_moe_model("mixtral")))
+    module = Module(make_moe_model("mixtral"))
     MoEBalancingCallback(rate=0.01).on_fit_start(trainer, module)
     assert len(biases(module)) == 3
 

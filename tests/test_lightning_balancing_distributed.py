@@ -11,9 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import moe_models
-from . import test_trl_critic_distributed as distributed
-from .test_trl_balancing_distributed import assert_same_biases, gap, start_both
+from .helpers import distributed, moe_models
+from .helpers.distributed import assert_same_biases, gap, start_both
 
 pytestmark = pytest.mark.slow
 

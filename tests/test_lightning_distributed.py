@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from rl_plugins.lightning import MTPCriticModule
 from rl_plugins.nn import load_mtp_heads
 
-from . import test_trl_critic_distributed as distributed
-from .test_trl_balancing_distributed import gap
+from .helpers import distributed
+from .helpers.distributed import gap
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
         "module": {"value_grad_clip": 0.002, "head_learning_rate": 1e-3},
         "args": {"max_steps": STEPS // ACCUMULATE, "accumulate_grad_batches": ACCUMULATE},
     },
+    "phases": {"kind": "critic", "module": {"phasic_every": 1}},
     "grpo": {"kind": "grpo", "module": {"num_iterations": 2, "beta": 0.1}},
     "ppo": {
         "kind": "ppo",
@@ -42,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 BACKENDS = {
     "critic": ("ddp", "zero1", "zero2", "zero3"),
     "accumulate": ("ddp", "zero2"),
+    "phases": ("ddp",),
     "grpo": ("ddp", "zero2"),
     "ppo": ("zero3",),
     "sft": ("zero3",),

@@ -28,13 +28,13 @@ from rl_plugins.lightning import (
     TokenValueReport,
 )
 from rl_plugins.lightning.models import find_language_model
-from rl_plugins.report.expert_load import LOAD_FILE_NAME
+from rl_plugins.moe.load_log import LOAD_FILE_NAME
 from rl_plugins.rollouts.rewards import reward_name
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer, PPOConfig, PPOTrainer
 
-from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
-from .moe_models import make_moe_model
-from .test_trl_critic_exact import ENOUGH, PROMPT, Case, accuracy, digits_tokenizer, election, exact_mdp, random_policy
+from .helpers.exact_cases import ENOUGH, PROMPT, Case, accuracy, digits_tokenizer, election, exact_mdp, random_policy
+from .helpers.lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
+from .helpers.moe_models import make_moe_model
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -67,6 +67,7 @@ def critic_args(tmp_path: Path, config: Any, **options: Any) -> Any:
 HOSTS: dict[str, tuple[Any, Any]] = {"critic": (MTPCriticConfig, MTPCriticTrainer), "ppo": (PPOConfig, PPOTrainer)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTS)
 def test_there_and_back(make: Make, reward: Any, dataset: Dataset, tmp_path: Path, kind: str) -> None:
     """Lightning -> TRL -> Lightning: every weight, those of the critic too."""
@@ -142,6 +143,7 @@ def test_no_report_without_a_critic(make: Make) -> None:
         fit(make("grpo"), PromptDataModule(prompts(), batch_size=2), TokenValueReport(), max_steps=1)
 
 
+@pytest.mark.slow
 def test_reports_follow_validation(make: Make, tmp_path: Path) -> None:
     written: list[int] = []
 
@@ -167,7 +169,7 @@ def test_the_progress_bar_moves_during_a_rollout(make: Make) -> None:
             return bar
 
     module = make("grpo", max_completion_length=9)
-    module.sampling["suppress_tokens"] = [0, 1]
+    module.generation["suppress_tokens"] = [0, 1]
     bar = Spy(leave=False)
     fit(module, PromptDataModule(prompts(), batch_size=4), bar, max_steps=2, enable_progress_bar=True)
     assert [text for text in shown if "Rollout" in text] == ["Rollout 4/9", "Rollout 8/9"] * 2
@@ -177,6 +179,7 @@ def test_the_progress_bar_moves_during_a_rollout(make: Make) -> None:
     assert metrics["reward"] == f"{float(module.trainer.callback_metrics['reward']):.3g}"
 
 
+@pytest.mark.slow
 def test_numbers_reach_the_logger(make: Make, tmp_path: Path) -> None:
     numbers, logger = Numbers(), CSVLogger(tmp_path)
     module = make("critic", num_iterations=2, beta=0.1)
@@ -239,6 +242,7 @@ def odd_digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(sum(character in "13579" for character in text)) for text in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MTPCriticModule", "GRPOModule", "PPOModule", "MTPSFTModule"])
 def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: Any, tmp_path: Path, name: str) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
@@ -249,13 +253,14 @@ def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: A
         "model.reward_funcs": reward if name == "GRPOModule" else f"[{reward}, {reward}]",
         "model.max_completion_length": "5",
         "model.beta": "0.0",
-        "model.policy_loss_kwargs": json.dumps({"epsilon_high": 0.3}),
+        "model.policy.policy_loss_kwargs": json.dumps({"epsilon_high": 0.3}),
     }
     arguments = {
         "model": f"rl_plugins.lightning.{name}",
         "model.model": str(tmp_path / "model"),
         "model.learning_rate": "0.5",
         "model.weight_decay": "0.25",
+        **({"model.heads.num_mtp_heads": "3"} if name.startswith("MTP") else {}),
         **({} if name == "MTPSFTModule" else online),
         "data": "rl_plugins.lightning.PromptDataModule",
         "data.train_dataset": json.dumps(rows),
@@ -270,10 +275,12 @@ def test_the_command_line_builds_modules_from_text(tiny_model: Any, tokenizer: A
     text = [f"--{key}={value}" for key, value in arguments.items()]
     cli = LightningCLI(run=False, save_config_callback=None, seed_everything_default=0, args=text)
     assert type(cli.model).__name__ == name and cli.datamodule.batch_size == 4
-    assert (cli.model.learning_rate, cli.model.weight_decay) == (0.5, 0.25)
+    assert (cli.model.language.learning_rate, cli.model.language.weight_decay) == (0.5, 0.25)
     if name != "MTPSFTModule":
         assert [reward_name(func) for func in cli.model.reward_funcs] == ["odd_digits"] * (1 + (name != "GRPOModule"))
         assert cli.model.policy_loss.options == {"epsilon_high": 0.3}
+    if name.startswith("MTP"):
+        assert cli.model.mtp_heads.config.num_heads == 3
     before = weights(cli.model)
     cli.trainer.fit(cli.model, cli.datamodule)
     assert changed(before, weights(cli.model))

@@ -22,10 +22,10 @@ from rl_plugins.lightning import (
     MTPSFTModule,
     PolyakCallback,
     PromptDataModule,
-    online_module,
 )
-from rl_plugins.lightning.polyak_callback import target_of
-from rl_plugins.nn import attach_mtp_heads, save_mtp_heads
+from rl_plugins.lightning import module as online_module
+from rl_plugins.lightning.language import LanguageCallback
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -37,7 +37,7 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .lightning_runs import (
+from .helpers.lightning_runs import (
     KINDS,
     Numbers,
     assert_equal_states,
@@ -103,6 +103,7 @@ RESUMED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
     kind, options, settings, stops = RESUMED[name]
@@ -121,7 +122,7 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     module = make(kind, **options)
     whole = fit(module, data(), numbers, every_step(tmp_path), **settings)
-    expected, tracked = state_of(whole), getattr(module, "tracked", None)
+    expected, tracker = state_of(whole), getattr(module, "value_tracker", None)
     for stop in stops:
         torch.manual_seed(100 + stop)  # whatever the new process has drawn so far
         again, rest = make(kind, **options), Numbers()
@@ -130,10 +131,11 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
         found, every = trained(rest), trained(numbers)
         assert 0 < len(found) < len(every)
         assert found == every[-len(found) :], stop
-        if tracked is not None:
-            assert again.tracked.tracker.counts == tracked.tracker.counts
+        if tracker is not None:
+            assert again.value_tracker.counts == tracker.counts
 
 
+@pytest.mark.slow
 def test_validation_leaves_training_as_it_is(make: Make) -> None:
     """Its rollouts draw tokens, too, but from dice of their own."""
     states = []
@@ -146,6 +148,7 @@ def test_validation_leaves_training_as_it_is(make: Make) -> None:
     assert_equal_states(*states)
 
 
+@pytest.mark.slow
 def test_weights_of_a_checkpoint_in_a_new_run(
     make: Make, tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any, reward: Any
 ) -> None:
@@ -164,10 +167,13 @@ def test_weights_of_a_checkpoint_in_a_new_run(
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.validate(validated, PromptDataModule(prompts(), prompts(4)), ckpt_path=checkpoint, verbose=False)
     assert not changed(weights(first), weights(validated))
+    assert not changed(weights(first.polyak_target), weights(validated.polyak_target)), "of which it validates, too"
+    assert changed(weights(first.polyak_target.heads), weights(first.mtp_heads))
     for module in (loaded, validated):
         assert fit(module, PromptDataModule(prompts(), batch_size=4, seed=5), max_steps=1).global_step == 1
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_for_longer(make: Make, tmp_path: Path) -> None:
     """`max_steps` may end a run in the middle of a batch of completions; its last checkpoint calls the epoch over."""
     module = make("grpo", **CYCLE)
@@ -207,12 +213,13 @@ class Recorded(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         self.heads.append([p.detach().clone() for p in pl_module.mtp_heads.parameters()])
-        self.targets.append([p.detach().clone() for p in target_of(trainer).parameters()])
+        self.targets.append([p.detach().clone() for p in pl_module.polyak_target.parameters()])
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.on_train_batch_start(trainer, pl_module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "sft"])
 def test_target_heads_follow_after_optimizer_steps(make: Make, kind: str) -> None:
     module, recorded = make(kind, target_tau=0.25, head_learning_rate=1e-2), Recorded()
@@ -229,6 +236,7 @@ def test_target_heads_follow_after_optimizer_steps(make: Make, kind: str) -> Non
     assert any(not torch.equal(a, b) for a, b in zip(start, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_target_heads_are_copied_every_few_steps(make: Make) -> None:
     module, recorded = make("critic", target_update_every=2, head_learning_rate=1e-2), Recorded()
     start = [p.detach().clone() for p in module.mtp_heads.parameters()]
@@ -240,14 +248,32 @@ def test_target_heads_are_copied_every_few_steps(make: Make) -> None:
     assert not torch.equal(start[0], recorded.targets[-1][0])
 
 
-def test_a_callback_of_ones_own_replaces_the_modules(make: Make) -> None:
-    own = PolyakCallback(tau=1.0)
-    module = make("critic", target_tau=0.1)
-    trainer = fit(module, PromptDataModule(prompts(), batch_size=2), own, max_steps=2)
-    assert [c for c in trainer.callbacks if isinstance(c, PolyakCallback)] == [own]
-    assert module.polyak_target is own.target
+@pytest.mark.slow
+def test_a_callback_of_ones_own_leaves_the_target_heads_alone(make: Make) -> None:
+    """The callback is for other modules: it copies the heads once more, and the critic's own targets go on as ever."""
+    states = []
+    for callbacks in ([], [own := PolyakCallback(tau=1.0)]):
+        torch.manual_seed(0)
+        module = make("critic", target_tau=0.1, head_learning_rate=1e-2)
+        trainer = fit(module, PromptDataModule(prompts(), batch_size=2), *callbacks, max_steps=2)
+        assert module.polyak_target is module.critic.target is not own.target
+        states.append(state_of(trainer))
+    assert_equal_states(*states)
     for target, head in zip(own.target.parameters(), module.mtp_heads.parameters(), strict=True):
         torch.testing.assert_close(target, head, rtol=0.0, atol=1e-7)
+    assert not torch.equal(next(iter(own.target.parameters())), next(iter(module.polyak_target.parameters())))
+
+
+@pytest.mark.slow
+def test_a_validation_after_training_has_the_targets_of_training(make: Make) -> None:
+    module, data = make("critic", head_learning_rate=1e-2), PromptDataModule(prompts(), prompts(4), batch_size=2)
+    trainer = fit(module, data, max_steps=2, limit_val_batches=0)
+    before = weights(module.polyak_target)
+    trainer.limit_val_batches = 1
+    (numbers,) = trainer.validate(module, data, verbose=False)
+    assert not changed(before, weights(module.polyak_target)) and numbers["eval_critic/target_gap"] > 1e-4
+    fit(module, data, max_steps=0)  # a new run begins with copies of the heads as they are
+    assert not changed(weights(module.polyak_target.heads), weights(module.mtp_heads))
 
 
 def test_no_heads_to_follow(make: Make) -> None:
@@ -258,6 +284,7 @@ def test_no_heads_to_follow(make: Make) -> None:
 # What learns, and how fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "critic"), [("critic", "mtp_heads"), ("ppo", "value_model")])
 def test_warm_up_moves_the_critic_only(make: Make, tmp_path: Path, kind: str, critic: str) -> None:
     options = {"value_warmup_steps": 2, "weight_decay": 0.5, "num_iterations": 1}
@@ -340,6 +367,7 @@ def test_a_frozen_trunk(make: Make) -> None:
     )
 
 
+@pytest.mark.slow
 def test_schedules(make: Make) -> None:
     rates: list[float] = []
 
@@ -378,6 +406,7 @@ class Gradients(Callback):
         Gradients.newest = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "ppo", "sft"])
 def test_gradient_checkpointing_changes_nothing(make: Make, kind: str) -> None:
     states = []
@@ -397,6 +426,7 @@ def test_gradient_checkpointing_changes_nothing(make: Make, kind: str) -> None:
 # Errors
 
 
+@pytest.mark.slow
 def test_other_architectures_and_ranks_are_refused(make: Make, tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     fit(make("critic"), PromptDataModule(prompts(), batch_size=4), every_step(tmp_path), max_steps=1)
     checkpoint = tmp_path / "step=1.ckpt"
@@ -433,17 +463,17 @@ def test_models_that_cannot_be_trained(
     bare.pad_token = bare.eos_token = None
     with pytest.raises(ValueError, match="neither a pad token nor an end-of-text token"):
         GRPOModule(tiny_model(), bare, reward)
-    with pytest.raises(ValueError, match="comes with 2 MTP heads, but num_mtp_heads is 3"):
+    with pytest.raises(ValueError, match="comes with 2 MTP heads, but 3 are asked for"):
         make("critic", make("critic").model, num_mtp_heads=3)
     tiny_model(hidden_size=16).save_pretrained(tmp_path / "small")
     attach_mtp_heads(small := tiny_model(hidden_size=16), 2)
-    save_mtp_heads(small, tmp_path / "small")
+    MTPHeads.of(small).save(tmp_path / "small")
     with pytest.raises(ValueError, match="trained for hidden size 16, but this model has 32"):
         make("critic", mtp_heads_path=str(tmp_path / "small"))
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("grpo", {"policy_loss": "nope"}, "Unknown policy loss 'nope'; choose one of grpo, bnpo"),
+    ("grpo", {"policy_loss": "nope"}, "Unknown policy_loss 'nope'; choose one of grpo, bnpo"),
     ("grpo", {"policy_loss_kwargs": {"nope": 1}}, "'dapo' has no option 'nope'; it has"),
     ("grpo", {"aggregation": "nope"}, "Unknown aggregation 'nope'"),
     ("grpo", {"advantage": "nope"}, "Unknown advantage 'nope'; choose one of reward, group_normalized"),
@@ -477,7 +507,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("critic", {"lam_policy": -0.1}, r"lam_policy must be in \[0, 1\]"),
     ("critic", {"lam_value": 2}, r"lam_value must be in \[0, 1\]"),
     ("critic", {"length_adaptive_alpha": 0.0}, "length_adaptive_alpha must be above 0"),
-    ("critic", {"reward_range": (1.0, 0.0)}, r"reward_range must be \(smallest, largest\), got \(1.0, 0.0\)"),
+    ("critic", {"reward_range": (1.0, 0.0)}, r"reward_range must be \[smallest, largest\], got \(1.0, 0.0\)"),
     ("critic", {"kl_in_reward": True}, "subtracts beta \\* KL from the rewards, but beta is 0"),
     ("critic", {"value_clip_range": 0.0}, "value_clip_range must be above 0"),
     ("critic", {"value_warmup_steps": -1}, "value_warmup_steps must be at least 0"),
@@ -530,6 +560,7 @@ def test_a_loss_that_cannot_act_says_so(
     assert warned(lambda: fit(modules[0], data, max_steps=1, accumulate_grad_batches=2)) == at_start
 
 
+@pytest.mark.slow
 def test_batches_that_do_not_fit(make: Make) -> None:
     rows = DataLoader(prompts(), batch_size=4, collate_fn=list)
     with pytest.raises(ValueError, match="= 2 training steps, but the loader went on to the next.*PromptDataModule"):
@@ -574,6 +605,6 @@ def test_fsdp_is_refused_before_anything_is_sharded(
     module, own = MTPSFTModule(tiny_model(), tokenizer), Sharded(tiny_model(), tokenizer)
     module._trainer = own._trainer = Mock(strategy=strategy())
     with pytest.raises(TypeError, match=f"MTPSFTModule does not run under {strategy.__name__}.*deepspeed_stage_3"):
-        module.setup("fit")
+        LanguageCallback().setup(module.trainer, module, "fit")
     if strategy is ModelParallelStrategy:
-        own.setup("fit")
+        LanguageCallback().setup(own.trainer, own, "fit")

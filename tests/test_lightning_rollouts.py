@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from peft import get_peft_model
 from torch import Tensor
@@ -19,15 +20,17 @@ from rl_plugins.lightning import (
     GRPOModule,
     MTPCriticModule,
     MTPSFTModule,
-    OnlineModule,
     PromptDataModule,
+    RLModule,
 )
+from rl_plugins.lightning.language import LanguageCallback
 from rl_plugins.lightning.prompts import PromptLoader, RepeatSampler, rows_of
-from rl_plugins.nn import get_mtp_heads
-from rl_plugins.nn.attach import trunk_of
+from rl_plugins.nn import MTPHeads
+from rl_plugins.nn.attachment import trunk_of
 from rl_plugins.rollouts.completions import Completions, pad_left
+from rl_plugins.signals import Metrics, Signal
 
-from .lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
+from .helpers.lightning_runs import LORA, ONLINE, Numbers, changed, fit, module_factory, perturb, prompts, weights
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -108,6 +111,7 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch() -> None:
     assert len(list(third)) == 8, "another epoch starts at its beginning"
 
 
+@pytest.mark.slow
 def test_prompts_for_a_module(make: Make) -> None:
     data = PromptDataModule(prompts(), prompts(3), batch_size=2, shuffle=False)
     batches: list[Any] = []
@@ -267,7 +271,7 @@ def test_values_belong_to_their_tokens_however_they_are_generated(
     batch = module.rollout(prompts(rows))[0]
     exact, mask = heads_values(module, batch, module.mtp_heads), batch["completion_mask"].bool()
     torch.testing.assert_close(batch["old_values"][mask], exact[mask], rtol=1e-5, atol=1e-5)
-    assert exact[mask].std() > 0.1 and len(module._passes) == passes
+    assert exact[mask].std() > 0.1 and len(module.critic._passes) == passes
 
 
 def test_a_generate_that_is_set_on_the_module_is_ones_own(make: Make) -> None:
@@ -278,7 +282,7 @@ def test_a_generate_that_is_set_on_the_module_is_ones_own(make: Make) -> None:
     batch = module.rollout(prompts(4))[0]
     exact, mask = heads_values(module, batch, module.mtp_heads), batch["completion_mask"].bool()
     torch.testing.assert_close(batch["old_values"][mask], exact[mask], rtol=1e-5, atol=1e-5)
-    assert len(module._passes) == 1
+    assert len(module.critic._passes) == 1
 
 
 def test_scores_of_ones_own(make: Make) -> None:
@@ -298,22 +302,24 @@ def test_scores_of_ones_own(make: Make) -> None:
 
 
 def test_advantages_of_ones_own(make: Make) -> None:
-    class Constant(OnlineModule):
-        def add_advantages(self, batch: Any, scores: Tensor, rows: Any) -> dict[str, Tensor]:
+    class Constant(Signal):
+        def advantages(self, batch: Any, scores: Tensor, prompts: Any, host: Any) -> Metrics:
+            assert len(prompts) == len(scores) and prompts[0] == prompts[1] and host.group_size == 2
             batch["advantages"] = torch.full_like(scores, 2.0)
-            return {"mine": scores.sum()}
+            return Metrics({"mine": scores.sum()})
 
     numbers = Numbers()
-    module = make("grpo", cls=Constant, policy_loss="vanilla")
+    module = make("grpo", cls=RLModule, signal=Constant(), policy_loss="vanilla")
     fit(module, PromptDataModule(prompts(), batch_size=4), numbers, max_steps=1)
     batch = module.last_rollout
     assert numbers.rows[0]["mine"] == pytest.approx(float(batch["scores"].sum()))
-    fresh = make("grpo", cls=Constant, policy_loss="vanilla")
+    fresh = make("grpo", cls=RLModule, signal=Constant(), policy_loss="vanilla")
     logps = fresh.log_probs(batch)
     mask = batch["completion_mask"].bool()
     assert numbers.rows[0]["loss"] == pytest.approx(-2.0 * float(logps[mask].mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLINE)
 def test_an_adapter_with_its_reference(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     """The reference of a PEFT model is the model without its adapters, whatever these have learnt."""
@@ -331,15 +337,16 @@ def test_an_adapter_with_its_reference(make: Make, tiny_model: Callable[..., Any
     assert (module.log_probs(batch) - batch["ref_per_token_logps"]).abs().max() > 1e-3
 
 
-def test_the_reference_is_a_copy_without_critics(make: Make, tiny_model: Callable[..., Any]) -> None:
+@pytest.mark.slow
+def test_the_reference_is_a_copy_without_attachments(make: Make, tiny_model: Callable[..., Any]) -> None:
     first = make("critic")
     second = make("critic", first.model, beta=0.1)  # heads of an earlier run
     reference = second.reference.model
-    assert get_mtp_heads(reference) is None and get_mtp_heads(second.model) is first.mtp_heads
+    assert MTPHeads.of(reference) is None and MTPHeads.of(second.model) is first.mtp_heads
     assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
     assert not any("reference" in name for name in second.state_dict())
     seen: list[Tensor] = []
-    with second.mtp_heads.tapped(seen.append):
+    with second.mtp_heads.watching(seen.append):
         reference(input_ids=torch.tensor([[3, 4]]))
     assert not seen
     start = {name: p.clone() for name, p in reference.named_parameters()}
@@ -424,15 +431,19 @@ def test_hooks_that_a_strategy_takes_off_are_put_back(make: Make, host: str) -> 
     module = make(host)
     attached = trunk_of(module.model)._forward_hooks if host == "critic" else module.model._forward_pre_hooks
     hooks = list(attached.values())
-    module.restore_hooks()
+    for each, _ in module.language.attached:
+        each.hook(module.model)
     assert list(attached.values()) == hooks and len(hooks) == 1, "a hook that is there stays alone"
     remove_module_hooks(module)
     rows = prompts()[:4]
     with pytest.raises((ValueError, RuntimeError)):
         module.rollout(rows)
-    module.on_validation_start()
+    callback, trainer = LanguageCallback(), Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.critic.copy()
+    callback.on_validation_start(trainer, module)
     batch, _ = module.rollout(rows)
     assert batch["old_values"].shape[:2] == batch["completion_ids"].shape
-    module.on_fit_start()
+    remove_module_hooks(module)
+    callback.on_fit_start(trainer, module)
     loss, _ = module.loss(batch)
     assert loss.isfinite()

@@ -14,14 +14,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
-from rl_plugins.nn import attach_mtp_heads, get_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.completions import Completions
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.signals import DraftOptions, HeadOptions, ValueHeadOptions
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer, PPOConfig, PPOTrainer
 
-from .lightning_runs import (
+from .helpers.lightning_runs import (
     LORA,
     ONLINE,
     Numbers,
@@ -34,8 +34,9 @@ from .lightning_runs import (
     state_of,
     weights,
 )
-from .speculative_models import randomise_heads
-from .test_trl_speculative import SMALL, UNSUITABLE, of_heads, of_values, spread, successors
+from .helpers.speculative_cases import SMALL, UNSUITABLE, of_heads, of_values, spread, successors
+from .helpers.speculative_models import randomise_heads
+from .helpers.tiny import record_passes_only
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -99,14 +100,14 @@ def gradients(module: Any, loss: Tensor) -> dict[str, Tensor]:
 def note_statistics(module: Any) -> list[DraftStatistics]:
     """Have the statistics of every rollout noted."""
     notes: list[DraftStatistics] = []
-    complete = module.complete
+    complete = module._complete
 
     def noted(prompts: Sequence[Any]) -> Completions:
         found = complete(prompts)
         notes.append(module.decoder.last.statistics)
         return found
 
-    module.complete = noted
+    module._complete = noted
     return notes
 
 
@@ -116,10 +117,10 @@ def note_statistics(module: Any) -> list[DraftStatistics]:
 def test_recorded_values_are_those_of_a_pass(make: Make, tiny_model: Callable[..., Any]) -> None:
     """Of heads and of target heads, in a run that moves both."""
     module = make("critic", with_heads(talkative(tiny_model)), head_learning_rate=1e-1)
-    recorded, checked = module.recorded_values, []
+    recorded, checked = module.critic.recorded, []
 
-    def compared(batch: Batch) -> tuple[Tensor, Tensor]:
-        found, mask = recorded(batch), batch["completion_mask"].bool()
+    def compared(batch: Batch, host: Any) -> tuple[Tensor, Tensor]:
+        found, mask = recorded(batch, host), batch["completion_mask"].bool()
         assert mask.sum(1).unique().numel() > 2  # ragged
         exact = [heads_values(module, batch, heads) for heads in (module.mtp_heads, module.polyak_target)]
         for values, expected in zip(found, exact, strict=True):
@@ -128,7 +129,7 @@ def test_recorded_values_are_those_of_a_pass(make: Make, tiny_model: Callable[..
         checked.append((exact[0] - exact[1])[mask].abs().max().item())
         return found
 
-    module.recorded_values = compared
+    module.critic.recorded = compared
     fit(module, data(32, 16), max_steps=2)
     assert len(checked) == 2 and checked[0] == 0.0 and checked[1] > 0.05
     assert sum(module.decoder.last.statistics.accepted) > 0
@@ -143,7 +144,7 @@ def test_recording_saves_a_pass(make: Make, tiny_model: Callable[..., Any], monk
         return module.rollout(prompts(16))[0], len(forwards)
 
     saved, forwards = run()
-    monkeypatch.setattr(ValueRecorder, "finish", lambda self, num_tokens: None)
+    record_passes_only(monkeypatch)
     passed, more = run()
     assert more == forwards + 1
     assert torch.equal(saved["completion_ids"], passed["completion_ids"])
@@ -166,8 +167,8 @@ def test_the_same_completions_give_the_same_loss_and_gradient(
     plain, ours = make(kind, model(), speculative=False), make(kind, model())
     assert (ours.draft_heads is not None) == (kind in DRAFTING) and plain.decoder is None
     batch = ours.rollout(prompts(8))[0]
-    loss, metrics = plain.loss_with_drafts(plain.loss, batch)
-    our_loss, our_metrics = ours.loss_with_drafts(ours.loss, batch)
+    loss, metrics = plain.loss(batch)
+    our_loss, our_metrics = ours.loss(batch)
     plain_gradients, our_gradients = gradients(plain, loss), gradients(ours, our_loss)
     drafting = {name for name in our_gradients if of_heads(name)} if kind in DRAFTING else set()
     assert our_gradients.keys() - plain_gradients.keys() == drafting
@@ -210,7 +211,7 @@ def test_the_loss_is_that_of_trl(
     def model() -> Any:
         return with_heads(talkative(tiny_model), scale=0.3)
 
-    module = make(kind, model(), temperature=0.8, speculative_kwargs={"mtp_loss_coef": 0.5, "mtp_detach_trunk": False})
+    module = make(kind, model(), temperature=0.8, mtp_loss_coef=0.5, mtp_detach_trunk=False)
     batch = module.rollout(prompts(8))[0]
     trainer_class, config_class = {"grpo": (GRPOVariantTrainer, GRPOVariantConfig), "ppo": (PPOTrainer, PPOConfig)}[
         kind
@@ -238,7 +239,7 @@ def test_the_loss_is_that_of_trl(
     theirs = trainer._compute_loss(
         trainer.model, {**batch, "num_items_in_batch": batch["completion_mask"].sum().float()}
     )
-    ours, metrics = module.loss_with_drafts(module.loss, batch)
+    ours, metrics = module.loss(batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert [metrics["mtp/token_loss/head_2"].item()] == pytest.approx(
         trainer._metrics["train"]["mtp/token_loss/head_2"], rel=1e-5
@@ -255,9 +256,10 @@ def test_the_loss_is_that_of_trl(
 # Heads that draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> None:
-    module = make(kind, speculative_kwargs={"head_learning_rate": 3e-2}, weight_decay=0.1)
+    module = make(kind, head_learning_rate=3e-2, weight_decay=0.1)
     before = weights(module)
     trainer = fit(module, data(), max_steps=3)
     moved = changed(before, weights(module))
@@ -271,19 +273,21 @@ def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> N
     assert rates == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> None:
     """And take part in nothing, so that no engine waits for their gradients."""
-    module, numbers = make(kind, speculative_kwargs={"mtp_loss_coef": 0.0}), Numbers()
+    module, numbers = make(kind, mtp_loss_coef=0.0), Numbers()
     before = weights(module)
     fit(module, data(), numbers, max_steps=2)
     assert not any(of_heads(name) for name in changed(before, weights(module)))
-    assert not any(p.requires_grad for p in module.draft_heads.training.heads.parameters())
+    assert not any(p.requires_grad for p in module.draft_heads.parameters())
     assert "mtp/tokens_per_step" in numbers.rows[0] and "mtp/token_loss" not in numbers.rows[0]
 
 
+@pytest.mark.slow
 def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: Make) -> None:
-    module = make("ppo", value_warmup_steps=2, speculative_kwargs={"mtp_detach_trunk": False})
+    module = make("ppo", value_warmup_steps=2, mtp_detach_trunk=False)
     before = weights(module)
     fit(module, data(), max_steps=2)
     moved = changed(before, weights(module))
@@ -291,6 +295,7 @@ def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: M
     assert all(of_heads(name) or "value_model" in name.split(".") for name in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: Path, kind: str) -> None:
     module = make(kind)
@@ -299,27 +304,28 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
     again = make(kind, str(tmp_path))
     assert not changed(weights(module), weights(again))
     assert again.draft_heads is not None and (tmp_path / "value_model").is_dir() == (kind == "ppo")
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2"):
-        make(kind, str(tmp_path), speculative_kwargs={"num_mtp_heads": 1})
+    with pytest.raises(ValueError, match="Ask for 2 heads with inner size 32"):
+        make(kind, str(tmp_path), num_mtp_heads=1)
     # A critic goes on with them.
     critic = MTPCriticModule(str(tmp_path), reward_funcs=spread)
     found = dict(critic.mtp_heads.named_parameters())
-    assert not changed(dict(module.draft_heads.training.heads.named_parameters()), found)
+    assert not changed(dict(module.draft_heads.named_parameters()), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     model = with_heads(talkative(tiny_model), num_heads=3)
-    heads = get_mtp_heads(model)
-    module = make(kind, model, speculative_kwargs={"num_mtp_heads": 3})
-    assert module.draft_heads.training.heads is heads and module.decoder.draft_length.max_drafts == 3
+    heads = MTPHeads.of(model)
+    module = make(kind, model, num_mtp_heads=3)
+    assert module.draft_heads is heads and module.decoder.draft_length.max_drafts == 3
     values = {name: p.clone() for name, p in heads.named_parameters() if ".value." in name}  # type: ignore[union-attr]
     fit(module, data(), max_steps=2)
     assert all(torch.equal(heads.get_parameter(name), p) for name, p in values.items())  # type: ignore[union-attr]
 
 
 def test_a_critic_drafts_with_its_own_heads(make: Make) -> None:
-    module = make("critic", num_mtp_heads=3, speculative_kwargs={"num_draft_tokens": 2, "adaptive": False})
+    module = make("critic", num_mtp_heads=3, num_draft_tokens=2, draft_cost=0.0)
     assert module.draft_heads is None and module.decoder.draft_length.max_drafts == 2
     numbers = Numbers()
     fit(module, data(), numbers, max_steps=1)
@@ -330,9 +336,10 @@ def test_a_critic_drafts_with_its_own_heads(make: Make) -> None:
 # Metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLINE)
 def test_acceptance_is_logged_as_it_was_counted(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
-    own = {"speculative_kwargs": {"draft_cost": 0.0}}
+    own = {"draft_cost": 0.0}
     module, numbers = make(kind, with_heads(talkative(tiny_model)), **own), Numbers()
     notes = note_statistics(module)
     trainer = fit(module, data(validated=prompts(8)), numbers, max_steps=2, num_sanity_val_steps=0)
@@ -393,7 +400,9 @@ def test_acceptance_does_not_decay_while_the_policy_learns(make: Make) -> None:
             reward_funcs=successors,
             num_generations=8,
             generation_kwargs={"suppress_tokens": [0, 1, *range(6, 17)]},
-            speculative_kwargs={"mtp_loss_coef": coef, "head_learning_rate": 3e-2, "draft_cost": 0.0},
+            mtp_loss_coef=coef,
+            head_learning_rate=3e-2,
+            draft_cost=0.0,
         )
         numbers = Numbers()
         fit(module, data(16, 4), numbers, max_steps=30)
@@ -414,7 +423,7 @@ CYCLE: dict[str, Any] = {"steps_per_generation": 2, "num_iterations": 2}
 # makes 4 steps, and the second epoch begins after step 8.
 RESUMED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[int]]] = {
     "critic": ("critic", CYCLE, {"max_steps": 10}, [4, 6]),
-    "grpo": ("grpo", {**CYCLE, "speculative_kwargs": {"num_mtp_heads": 3, "draft_cost": 0.2}}, {"max_steps": 6}, [2]),
+    "grpo": ("grpo", {**CYCLE, "num_mtp_heads": 3, "draft_cost": 0.2}, {"max_steps": 6}, [2]),
     "ppo_validated": ("ppo", CYCLE, {"max_steps": 6, "val_check_interval": 1}, [1, 4]),
 }
 
@@ -447,6 +456,7 @@ def test_resumption_is_exact(make: Make, tmp_path: Path, name: str) -> None:
             assert row == {name: other[name] for name in row}, stop
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drafts_as_many_tokens(make: Make, tmp_path: Path) -> None:
     """None here, after all drafts of many steps were rejected; one that forgot this comes to other completions."""
     torch.manual_seed(0)
@@ -463,13 +473,14 @@ def test_a_resumed_run_drafts_as_many_tokens(make: Make, tmp_path: Path) -> None
         assert (resumed.decoder.last.statistics.reached[0] > 0) == forgets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLINE)
 def test_validation_leaves_training_as_it_is(make: Make, kind: str) -> None:
     """Also in how many tokens it drafts; and the seed decides what comes out."""
     states = []
     for validated in (None, None, prompts(4)):
         torch.manual_seed(0)
-        module = make(kind, speculative_kwargs={"draft_cost": 0.2})
+        module = make(kind, draft_cost=0.2)
         trainer = fit(module, data(validated=validated), max_steps=3, val_check_interval=1)
         states.append({**state_of(trainer), "drafts": module.decoder.state_dict()})
         assert ("eval_mtp/tokens_per_step" in trainer.callback_metrics) == (validated is not None)
@@ -480,6 +491,7 @@ def test_validation_leaves_training_as_it_is(make: Make, kind: str) -> None:
 # Other settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "grpo"])
 def test_lora_with_heads_that_draft(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     model = get_peft_model(talkative(tiny_model), LORA)
@@ -497,10 +509,8 @@ def test_completions_that_are_cut_off_do_not_teach_the_heads(make: Make, kind: s
     batch = module.rollout(prompts(16))[0]
     cut = batch["completion_mask"].sum(1) == 0
     assert 0 < cut.sum() < len(cut)
-    _, metrics = module.loss_with_drafts(module.loss, batch)
-    _, of_rest = module.loss_with_drafts(
-        module.loss, {**{k: v[~cut] for k, v in batch.items() if v.ndim}, "num_items": batch["num_items"]}
-    )
+    _, metrics = module.loss(batch)
+    _, of_rest = module.loss({**{k: v[~cut] for k, v in batch.items() if v.ndim}, "num_items": batch["num_items"]})
     torch.testing.assert_close(metrics["mtp/token_loss"], of_rest["mtp/token_loss"], rtol=1e-5, atol=1e-6)
 
 
@@ -514,7 +524,8 @@ def test_accumulation_changes_nothing(make: Make) -> None:
             "grpo",
             steps_per_generation=slices,
             generation_kwargs={"top_k": 1},
-            speculative_kwargs={"mtp_detach_trunk": False, "head_learning_rate": 0.3},
+            mtp_detach_trunk=False,
+            head_learning_rate=0.3,
         )
         module.configure_optimizers = lambda: torch.optim.SGD(module.parameter_groups(), lr=0.1)
         before = weights(module)
@@ -532,13 +543,11 @@ def test_accumulation_changes_nothing(make: Make) -> None:
 
 REFUSED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (tuple(ONLINE), {"num_draft_tokens": 0}, "num_draft_tokens must be at least 1, got 0"),
-    (tuple(ONLINE), {"num_draft_tokens": 3}, "num_draft_tokens=3, but the model has 2 heads"),
+    (tuple(ONLINE), {"num_draft_tokens": 3}, "num_draft_tokens must be between 1 and num_mtp_heads=2, .* got 3"),
     (tuple(ONLINE), {"draft_cost": -0.1}, "draft_cost must be at least 0"),
     (DRAFTING, {"num_mtp_heads": 0}, "num_mtp_heads must be at least 1"),
     (DRAFTING, {"mtp_loss_coef": -1.0}, "mtp_loss_coef must be at least 0"),
     (DRAFTING, {"head_learning_rate": -1.0}, "head_learning_rate must be at least 0"),
-    (DRAFTING, {"num_heads": 2}, "speculative_kwargs has num_heads, but its options are num_draft_tokens, .*num_mtp_"),
-    (("critic",), {"num_mtp_heads": 2}, "speculative_kwargs has num_mtp_heads, but the heads that draft are the crit"),
 ]
 
 
@@ -548,7 +557,22 @@ def test_settings_are_checked_before_work_starts(
 ) -> None:
     for kind in kinds:
         with pytest.raises(ValueError, match=message):
-            make(kind, speculative_kwargs=options)
+            make(kind, **options)
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_options_of_drafting_are_options_like_any_other(make: Make, kind: str) -> None:
+    """Given one by one or as a dataclass; there is no dictionary of them, and no other name."""
+    for name in ("speculative_kwargs", "num_heads", "adaptive"):
+        with pytest.raises(TypeError, match=f"{ONLINE[kind].__name__} has no argument {name}"):
+            make(kind, **{name: 2})
+    flat = make(kind, num_mtp_heads=3, num_draft_tokens=2, draft_cost=0.1)
+    kinds = HeadOptions if kind in DRAFTING else ValueHeadOptions
+    drafts = DraftOptions(speculative=True, num_draft_tokens=2, draft_cost=0.1)
+    nested = make(kind, speculative=True, heads=kinds(num_mtp_heads=3), drafts=drafts)
+    for module in (flat, nested):
+        assert MTPHeads.of(module.model).config.num_heads == 3  # type: ignore[union-attr]
+        assert (module.decoder.num_draft_tokens, module.decoder.draft_cost) == (2, 0.1)
 
 
 @pytest.mark.parametrize("kind", ONLINE)

@@ -22,7 +22,7 @@ from rl_plugins.functional.routing import (
 from rl_plugins.moe import BalancingConfig, Router, RouterBalancer, find_routers
 from rl_plugins.nn.cache_name import cache_name
 
-from .moe_models import make_moe_model, spread_routers
+from .helpers.moe_models import make_moe_model, mean_switch_loss, pooled_switch_loss, spread_routers
 
 IDS = torch.randint(2, 40, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
@@ -140,10 +140,10 @@ def test_a_step_without_a_forward_counts_nothing_and_moves_nothing() -> None:
     balancer = RouterBalancer(model)
     forward(model)
     balancer.update()
-    before = [bias.clone() for bias in balancer.masters]
+    before = [bias.clone() for bias in balancer.float32_biases]
     metrics = balancer.update()
     assert last_counts(balancer) == [[0] * 8] * 3
-    assert all(torch.equal(a, b) for a, b in zip(before, balancer.masters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, balancer.float32_biases, strict=True))
     assert metrics["moe/max_violation"] == 0.0
 
 
@@ -176,6 +176,7 @@ def test_a_forward_that_fails_leaves_the_next_one_right(reentrant: bool | None) 
     assert_same_gradients(fresh, ours, atol=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["sign", "proportional"])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_top2"])
 def test_eight_micro_batches_are_one_batch(family: str, rule: str) -> None:
@@ -194,7 +195,7 @@ def test_eight_micro_batches_are_one_batch(family: str, rule: str) -> None:
     assert last_counts(whole) == last_counts(parts)
     tokens = int(mask.sum())
     assert [sum(counts) for counts in last_counts(whole)] == [2 * tokens] * len(whole.routers)
-    for ours, theirs, router in zip(whole.masters, parts.masters, parts.routers, strict=True):
+    for ours, theirs, router in zip(whole.float32_biases, parts.float32_biases, parts.routers, strict=True):
         assert torch.equal(ours, theirs) and ours.any()
         assert torch.equal(router.bias, theirs)
 
@@ -276,9 +277,9 @@ def test_layers_with_different_numbers_of_experts(rule: str) -> None:
     forward(model).loss.backward()
     balancer.update()
     assert last_counts(balancer) == expected
-    assert [len(bias) for bias in balancer.masters] == [8, 4, 8]
+    assert [len(bias) for bias in balancer.float32_biases] == [8, 4, 8]
     if rule != "quantile":
-        for master, counts in zip(balancer.masters, expected, strict=True):
+        for master, counts in zip(balancer.float32_biases, expected, strict=True):
             by_hand = moved_by_hand([0.0] * len(counts), counts, 0.1, rule)
             torch.testing.assert_close(master.tolist(), by_hand, rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match="equal numbers of experts; use 'layer'"):
@@ -300,7 +301,7 @@ def test_three_steps_by_hand(family: str, rule: str) -> None:
         balancer.update()
         assert last_counts(balancer) == counts
         expected = [moved_by_hand(b, c, 0.05, rule) for b, c in zip(expected, counts, strict=True)]
-        for bias, master, router in zip(expected, balancer.masters, balancer.routers, strict=True):
+        for bias, master, router in zip(expected, balancer.float32_biases, balancer.routers, strict=True):
             torch.testing.assert_close(master.tolist(), bias, rtol=0, atol=1e-6)
             assert torch.equal(router.bias.flatten(), master)
             assert abs(sum(bias)) < 1e-6
@@ -315,7 +316,7 @@ def test_small_steps_are_not_lost_in_bfloat16() -> None:
     forward(model)
     balancer.update()
     counts = last_counts(balancer)
-    for router, master, row in zip(balancer.routers, balancer.masters, counts, strict=True):
+    for router, master, row in zip(balancer.routers, balancer.float32_biases, counts, strict=True):
         assert router.stored_bias.dtype == torch.bfloat16 and master.dtype == torch.float32
         assert set(router.stored_bias.tolist()) == {0.75}, "bfloat16 does not resolve 0.75 + 0.001"
         assert torch.equal(router.bias, master), "the router sees float32"
@@ -323,7 +324,7 @@ def test_small_steps_are_not_lost_in_bfloat16() -> None:
     for _ in range(4):
         forward(model)
         balancer.update()
-    for router, master in zip(balancer.routers, balancer.masters, strict=True):
+    for router, master in zip(balancer.routers, balancer.float32_biases, strict=True):
         assert torch.equal(router.stored_bias, master.to(torch.bfloat16))
         assert len(set(router.stored_bias.tolist())) > 1
 
@@ -333,10 +334,10 @@ def test_schedule() -> None:
     balancer = RouterBalancer(model, BalancingConfig(rate=0.1, start=0.25, stop=0.75))
     moves = []
     for step in range(8):
-        before = [bias.clone() for bias in balancer.masters]
+        before = [bias.clone() for bias in balancer.float32_biases]
         forward(model)
         balancer.update(progress=step / 8)
-        moves.append(not all(torch.equal(a, b) for a, b in zip(before, balancer.masters, strict=True)))
+        moves.append(not all(torch.equal(a, b) for a, b in zip(before, balancer.float32_biases, strict=True)))
     assert moves == [False, False, True, True, True, True, False, False]
 
 
@@ -354,6 +355,7 @@ def test_a_rate_of_zero_never_moves_a_bias(family: str) -> None:
     assert last_counts(balancer) == counts_of(model, BATCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_top2", "deepseek_v2", "dots1", "ernie4_5_moe"])
 def test_quantile_rule_balances_a_fixed_batch(family: str) -> None:
     ids = torch.randint(2, 40, (8, 32), generator=torch.Generator().manual_seed(2))
@@ -367,6 +369,7 @@ def test_quantile_rule_balances_a_fixed_batch(family: str) -> None:
     assert violations[-1] < 0.15, violations
 
 
+@pytest.mark.slow
 def test_sign_rule_balances_a_fixed_batch() -> None:
     ids = torch.randint(2, 40, (8, 32), generator=torch.Generator().manual_seed(2))
     model = trained()
@@ -386,7 +389,7 @@ def test_metrics_by_hand() -> None:
         output, logits, indices = recorded(model, batch)
         output.loss.backward()
         mask = batch[1].flatten()
-        aux.append(switch_balance_loss(logits, indices, mask).item())
+        aux.append(mean_switch_loss(logits, indices, mask).item())
         z += [router_z_loss(x, mask).item() for x in logits]
     metrics = balancer.update()
     counts = last_counts(balancer)
@@ -421,7 +424,8 @@ def explicit_loss(kind: str, family: str, logits: list[Tensor], indices: list[Te
         ]
         aux = torch.stack(per_layer).mean()
     else:
-        aux = switch_balance_loss(logits, indices, mask.flatten(), pooled=kind == "pooled", scoring=scoring)
+        switch = pooled_switch_loss if kind == "pooled" else mean_switch_loss
+        aux = switch(logits, indices, mask.flatten(), scoring=scoring)
     z = torch.stack([router_z_loss(x, mask.flatten()) for x in logits]).mean()
     return AUX * aux + Z * z
 
@@ -436,6 +440,7 @@ def explicit_gradients(kind: str, family: str, *batches: Batch) -> tuple[list[Te
     return outputs, gradients(model)
 
 
+@pytest.mark.slow
 @CHECKPOINTING
 @pytest.mark.parametrize("kind", ["layer", "pooled", "sequence"])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4_top2"])
@@ -444,7 +449,7 @@ def test_gradient_of_the_losses(family: str, kind: str, reentrant: bool | None) 
     model = trained(family, reentrant)
     config = BalancingConfig(rate=0.0, aux_loss_coef=AUX, z_loss_coef=Z, aux_loss_type=kind)
     balancer = RouterBalancer(model, config)
-    balancer.loss_scale = SCALE
+    balancer.scale_losses(SCALE)
     for batch, logits in zip((BATCH, OTHER), outputs, strict=True):
         output = forward(model, batch)
         assert torch.equal(output.logits, logits), "the forward stays as it was"
@@ -464,7 +469,7 @@ def test_two_forwards_before_one_backward(reentrant: bool | None) -> None:
     _, expected = explicit_gradients("sequence", "mixtral", BATCH, OTHER)
     model = trained("mixtral", reentrant)
     config = BalancingConfig(rate=0.0, aux_loss_coef=AUX, z_loss_coef=Z, aux_loss_type="sequence")
-    RouterBalancer(model, config).loss_scale = SCALE
+    RouterBalancer(model, config).scale_losses(SCALE)
     ((forward(model, BATCH).loss + forward(model, OTHER).loss) * SCALE).backward()
     assert_same_gradients(model, expected)
 
@@ -474,7 +479,7 @@ def test_two_forwards_then_two_backwards_in_the_order_of_the_forwards(reentrant:
     _, expected = explicit_gradients("sequence", "mixtral", BATCH, OTHER)
     model = trained("mixtral", reentrant)
     config = BalancingConfig(rate=0.0, aux_loss_coef=AUX, z_loss_coef=Z, aux_loss_type="sequence")
-    RouterBalancer(model, config).loss_scale = SCALE
+    RouterBalancer(model, config).scale_losses(SCALE)
     losses = [forward(model, batch).loss * SCALE for batch in (BATCH, OTHER)]
     for loss in losses:
         loss.backward()
@@ -515,9 +520,9 @@ def test_balance_batch(batch: str, reentrant: bool | None) -> None:
     model = trained()
     for batches in ([BATCH], [BATCH, OTHER]):
         load = fractions_of(counts_of(model, *batches), elsewhere if batch == "global" else None)
-        output, logits, indices = recorded(model, batches[-1])
+        output, logits, _ = recorded(model, batches[-1])
         mask = batches[-1][1].flatten()
-        aux = switch_balance_loss(logits, indices, mask, fractions=load)
+        aux = torch.stack([switch_balance_loss(x, f, mask) for x, f in zip(logits, load, strict=True)]).mean()
         ((output.loss + AUX * aux) / 2).backward()
     expected = gradients(model)
 
@@ -532,7 +537,7 @@ def test_balance_batch(batch: str, reentrant: bool | None) -> None:
 
     config = BalancingConfig(rate=0.0, aux_loss_coef=AUX, batch=batch)
     balancer = RouterBalancer(model, config, reduce=reduce)
-    balancer.loss_scale = 0.5
+    balancer.scale_losses(0.5)
     for each in (BATCH, OTHER):
         (forward(model, each).loss / 2).backward()
     assert len(calls) == (2 if batch == "global" else 0)
@@ -586,7 +591,7 @@ def test_half_precision_gradients(reentrant: bool | None) -> None:
         model.gradient_checkpointing_disable()
     output, logits, indices = recorded(model)
     assert logits[0].dtype == torch.bfloat16
-    aux = switch_balance_loss(logits, indices, MASK.flatten())
+    aux = mean_switch_loss(logits, indices, MASK.flatten())
     assert metrics["moe/aux_loss"].item() == pytest.approx(aux.item(), abs=1e-6)
     (output.loss + explicit_loss("layer", "mixtral", logits, indices, MASK)).backward()
     for name, gradient in gradients(model).items():
@@ -672,7 +677,7 @@ def test_state_goes_on_identically() -> None:
         step(first, through, batch)
         step(second, resumed, batch)
         assert last_counts(first) == last_counts(second)
-        for a, b, router in zip(first.masters, second.masters, second.routers, strict=True):
+        for a, b, router in zip(first.float32_biases, second.float32_biases, second.routers, strict=True):
             assert torch.equal(a, b) and torch.equal(router.bias, b)
     # What was saved is a snapshot.
     assert not any(torch.equal(state[name], bias) for name, bias in first.state_dict().items())
@@ -686,7 +691,7 @@ def test_state_of_another_model_is_refused_and_changes_nothing() -> None:
         balancer.load_state_dict({**{k: v + 1 for k, v in state.items()}, "model.layers.1.mlp.gate": torch.ones(4)})
     with pytest.raises(ValueError, match=r"the model lacks: \['other'\].*without a bias: \['model\.layers\.0"):
         balancer.load_state_dict({"other": torch.ones(8), **dict(list(state.items())[1:])})
-    assert not any(bias.any() for bias in balancer.masters)
+    assert not any(bias.any() for bias in balancer.float32_biases)
     assert not any(router.bias.any() for router in balancer.routers)
 
 
@@ -796,6 +801,6 @@ def test_native_mtp_layers(family: str) -> None:
     assert last_counts(balancer)[-1] == expected and sum(expected) == 2 * int(mask.sum())
     assert [sum(row) for row in last_counts(balancer)[:-1]] == [2 * int(MASK.sum())] * len(inside)
     by_hand = moved_by_hand([0.0] * 8, expected, 1e-3)
-    torch.testing.assert_close(balancer.masters[-1].tolist(), by_hand, rtol=0, atol=1e-7)
-    assert torch.equal(mtp.layers[0].mtp_block.mlp.gate.e_score_correction_bias, balancer.masters[-1])
+    torch.testing.assert_close(balancer.float32_biases[-1].tolist(), by_hand, rtol=0, atol=1e-7)
+    assert torch.equal(mtp.layers[0].mtp_block.mlp.gate.e_score_correction_bias, balancer.float32_biases[-1])
     assert metrics["moe/aux_loss"] > 1.9

@@ -22,7 +22,7 @@ from rl_plugins.moe import (
     save_selection_bias,
 )
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 IDS = torch.randint(2, 40, (2, 8), generator=torch.Generator().manual_seed(0))
 FILE = "selection_bias.safetensors"
@@ -167,11 +167,11 @@ def test_balancing_goes_on_from_loaded_biases(tmp_path: Path) -> None:
     again = make_moe_model("mixtral")
     load_selection_bias(again, tmp_path)
     balancer = RouterBalancer(again.train(), BalancingConfig(rate=0.01))
-    for master, bias in zip(balancer.masters, biases(model), strict=True):
+    for master, bias in zip(balancer.float32_biases, biases(model), strict=True):
         assert torch.equal(master, bias) and bias.any()
     again(input_ids=IDS)
     balancer.update()
-    for master, bias in zip(balancer.masters, biases(model), strict=True):
+    for master, bias in zip(balancer.float32_biases, biases(model), strict=True):
         step = master - bias
         assert 0.005 < step.abs().max() < 0.02
         torch.testing.assert_close(step.mean().item(), 0.0, rtol=0, atol=1e-7)
@@ -329,6 +329,7 @@ def loads(model: Any, balancer: RouterBalancer, steps: int = 6) -> list[list[int
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALL_OWN)
 def test_steps_of_a_thousandth_at_five_change_the_routing(family: str) -> None:
     """Bfloat16 has 5 and 5.03, and nothing between."""
@@ -341,13 +342,15 @@ def test_steps_of_a_thousandth_at_five_change_the_routing(family: str) -> None:
         ours = RouterBalancer(model, BalancingConfig(rate=1e-3))
         cast(model)
         assert loads(model, ours) == expected
-        for bias, master, theirs in zip(biases(model), ours.masters, balancer.masters, strict=True):
+        for bias, master, theirs in zip(biases(model), ours.float32_biases, balancer.float32_biases, strict=True):
             assert bias.dtype == torch.float32 and torch.equal(bias.reshape(-1), master)
             assert torch.equal(master, theirs)
         assert {router.stored_bias.dtype for router in find_routers(model)} <= {torch.bfloat16, torch.float16}
         model.float()
         model(input_ids=IDS)
-        assert all(torch.equal(r.stored_bias.reshape(-1), m) for r, m in zip(ours.routers, ours.masters, strict=True))
+        assert all(
+            torch.equal(r.stored_bias.reshape(-1), m) for r, m in zip(ours.routers, ours.float32_biases, strict=True)
+        )
     late = at_five(family).to(torch.bfloat16)  # as after from_pretrained(dtype="bfloat16")
     assert loads(late, RouterBalancer(late, BalancingConfig(rate=1e-3))) == expected
 
@@ -359,7 +362,7 @@ def test_checkpoints_hold_the_bias_that_the_router_used(family: str, tmp_path: P
     model.to(torch.bfloat16)
     loads(model, balancer, 3)
     state = model.state_dict()
-    for router, master in zip(balancer.routers, balancer.masters, strict=True):
+    for router, master in zip(balancer.routers, balancer.float32_biases, strict=True):
         assert torch.equal(state[router.bias_key].reshape(-1), master) and master.dtype == torch.float32
         assert not torch.equal(master.bfloat16().float(), master)
     with pytest.warns(UserWarning, match=rf"biases that its dtype cannot hold.*{FILE}.*load_selection_bias"):
@@ -368,7 +371,7 @@ def test_checkpoints_hold_the_bias_that_the_router_used(family: str, tmp_path: P
         again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager")
         if dtype == torch.bfloat16:
             load_selection_bias(again, tmp_path)
-        for bias, master in zip(biases(again), balancer.masters, strict=True):
+        for bias, master in zip(biases(again), balancer.float32_biases, strict=True):
             assert torch.equal(bias.reshape(-1), master)
 
 

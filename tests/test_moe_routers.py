@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rl_plugins.moe import BalancingConfig, Router, RouterBalancer, find_routers
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 IDS = torch.randint(2, 40, (3, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
@@ -186,6 +186,7 @@ def test_a_model_that_names_no_recorder_falls_back_to_the_sibling_rule(
 # Bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bias_of_zero_leaves_no_trace(family: str, dtype: torch.dtype) -> None:

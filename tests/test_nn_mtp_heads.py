@@ -15,18 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from rl_plugins.nn import (
-    MTPHeads,
-    MTPHeadsConfig,
-    PolyakTarget,
-    attach_mtp_heads,
-    base_model_of,
-    detach_mtp_heads,
-    get_mtp_heads,
-    has_mtp_heads_file,
-    load_mtp_heads,
-    save_mtp_heads,
-)
+from rl_plugins.nn import MTPHeads, MTPHeadsConfig, PolyakTarget, attach_mtp_heads, base_model_of, load_mtp_heads
 
 ModelFactory = Callable[..., Any]
 
@@ -140,11 +129,11 @@ def test_attach_refuses_what_cannot_work(tiny_model: ModelFactory) -> None:
         attach_mtp_heads(model, heads=MTPHeads(MTPHeadsConfig(2, 16, 16)))
     with pytest.raises(TypeError, match="got Linear. Unwrap the model"):
         attach_mtp_heads(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="no MTP heads to detach"):
-        detach_mtp_heads(model)
-    assert get_mtp_heads(model) is None
+    with pytest.raises(ValueError, match="no `mtp_heads` to detach"):
+        MTPHeads.detach(model)
+    assert MTPHeads.of(model) is None
     attach_mtp_heads(model)
-    with pytest.raises(ValueError, match=r"has MTP heads already. Use get_mtp_heads\(model\)"):
+    with pytest.raises(ValueError, match=r"has `mtp_heads` already. Use MTPHeads.of\(model\)"):
         attach_mtp_heads(model)
 
 
@@ -171,12 +160,12 @@ def test_logits_and_generation_are_bit_identical(tiny_model: ModelFactory, tied:
     if fused == "after":
         add_fused_lm_head(model)
     seen: list[torch.Tensor] = []
-    with get_mtp_heads(model).tapped(seen.append):  # type: ignore[union-attr]
-        tapped = outputs(model)
+    with MTPHeads.of(model).watching(seen.append):  # type: ignore[union-attr]
+        watched = outputs(model)
     # The prefill and four steps of each `generate`, and one or two forwards more.
     assert len(seen) == 10 + (1 if fused == "no" else 2)
-    for expected, untapped, got in zip(outputs(stock), outputs(model), tapped, strict=True):
-        assert torch.equal(expected, untapped)
+    for expected, unwatched, got in zip(outputs(stock), outputs(model), watched, strict=True):
+        assert torch.equal(expected, unwatched)
         assert torch.equal(expected, got)
 
 
@@ -186,42 +175,42 @@ def test_detach_restores_the_model(tiny_model: ModelFactory) -> None:
     heads = attach_mtp_heads(model)
     assert [key for key in model.state_dict() if "mtp_heads" not in key] == keys
     assert len(model.state_dict()) == len(keys) + 12
-    assert detach_mtp_heads(model) is heads
+    assert MTPHeads.detach(model) is heads
     assert list(model.state_dict()) == keys
     assert len(model.base_model._forward_hooks) == hooks
-    assert get_mtp_heads(model) is None and not model._keys_to_ignore_on_save
-    with heads.tapped(lambda hidden: pytest.fail("a detached head is still tapped")):
+    assert MTPHeads.of(model) is None and not model._keys_to_ignore_on_save
+    with heads.watching(lambda hidden: pytest.fail("a detached head is still watched")):
         model(input_ids=IDS)
     assert attach_mtp_heads(model, heads=heads) is heads
 
 
-def test_the_innermost_tap_is_active_and_the_outer_one_comes_back(tiny_model: ModelFactory) -> None:
+def test_the_innermost_observer_is_called_and_the_outer_one_comes_back(tiny_model: ModelFactory) -> None:
     model = tiny_model()
     heads = attach_mtp_heads(model)
     calls: list[str] = []
-    with heads.tapped(lambda hidden: calls.append("outer")):
-        with pytest.raises(KeyError), heads.tapped(lambda hidden: calls.append("inner")):
+    with heads.watching(lambda hidden: calls.append("outer")):
+        with pytest.raises(KeyError), heads.watching(lambda hidden: calls.append("inner")):
             model(input_ids=IDS)
             raise KeyError
         model(input_ids=IDS)
     model(input_ids=IDS)
     assert calls == ["inner", "outer"]
-    assert heads.tap is None
+    assert heads.observer is None
 
 
 def test_a_copy_of_the_model_has_heads_of_its_own(tiny_model: ModelFactory) -> None:
     model = tiny_model()
     heads = attach_mtp_heads(model)
     twin = copy.deepcopy(model)
-    twin_heads = get_mtp_heads(twin)
+    twin_heads = MTPHeads.of(twin)
     assert twin_heads is not None and twin_heads is not heads
     seen: list[torch.Tensor] = []
-    with twin_heads.tapped(seen.append):
+    with twin_heads.watching(seen.append):
         model(input_ids=IDS)
         assert not seen
         twin(input_ids=IDS)
     assert len(seen) == 1
-    detach_mtp_heads(twin)
+    MTPHeads.detach(twin)
     assert len(twin.base_model._forward_hooks) == 0 and len(model.base_model._forward_hooks) == 1
 
 
@@ -231,7 +220,7 @@ def test_targets_do_not_copy_other_hooks_of_the_trunk(tiny_model: ModelFactory) 
     model.base_model.register_forward_hook(lambda module, args, output, lock=lock: None)
     model.base_model.register_forward_hook(_Hook(lock).hook)
     target = PolyakTarget(attach_mtp_heads(model))
-    assert target.heads.trunk_hook is None and target.heads.tap is None
+    assert target.heads._handles == () and target.heads.observer is None
 
 
 class _Hook:
@@ -246,12 +235,12 @@ def test_heads_on_a_lora_model_sit_on_its_base(tiny_model: ModelFactory) -> None
     model = lora(tiny_model())
     adapters = {name for name, p in model.named_parameters() if p.requires_grad}
     heads = attach_mtp_heads(model, 2)
-    assert get_mtp_heads(model) is heads and base_model_of(model).mtp_heads is heads
+    assert MTPHeads.of(model) is heads and base_model_of(model).mtp_heads is heads
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trainable if "mtp_heads" in name} == trainable - adapters
     assert len(trainable - adapters) == 12
     seen: list[torch.Tensor] = []
-    with heads.tapped(seen.append):
+    with heads.watching(seen.append):
         model(input_ids=IDS, attention_mask=MASK)
     torch.testing.assert_close(seen[0], hidden_states(model), rtol=0, atol=0)
 
@@ -265,7 +254,7 @@ def test_stock_transformers_reloads_the_policy_without_surprises(tiny_model: Mod
         plain = {key: value.clone() for key, value in model.state_dict().items()}
         attach_mtp_heads(model)
         model.save_pretrained(tmp_path / str(tied))
-        assert not has_mtp_heads_file(tmp_path / str(tied))
+        assert MTPHeads.find(tmp_path / str(tied)) is None
         loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / str(tied), output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
         assert list(loaded.state_dict()) == list(plain)
@@ -277,8 +266,8 @@ def test_heads_round_trip_bit_for_bit(tiny_model: ModelFactory, tmp_path: Path, 
     model = tiny_model().to(dtype)
     heads = attach_mtp_heads(model, 3, inner_size=7)
     randomise(heads)
-    assert save_mtp_heads(model, tmp_path / "new") == tmp_path / "new" / "mtp_heads.safetensors"
-    assert has_mtp_heads_file(tmp_path / "new")
+    assert MTPHeads.of(model).save(tmp_path / "new") == tmp_path / "new" / "mtp_heads.safetensors"
+    assert MTPHeads.find(tmp_path / "new") is not None
     loaded = load_mtp_heads(tiny_model().to(dtype), tmp_path / "new")
     assert loaded.config == MTPHeadsConfig(3, 32, 7)
     into = tiny_model().to(dtype)
@@ -297,7 +286,7 @@ def test_an_index_tells_engines_which_files_are_the_model(tiny_model: ModelFacto
         model.save_pretrained(tmp_path / folder, **({"max_shard_size": "10KB"} if folder == "sharded" else {}))
         shards = {path.name for path in (tmp_path / folder).glob("*.safetensors")}
         assert (len(shards) > 1) == (folder == "sharded")
-        save_mtp_heads(model, tmp_path / folder)
+        MTPHeads.of(model).save(tmp_path / folder)
         index = json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())["weight_map"]
         assert set(index.values()) == shards and not any("mtp_heads" in key for key in index)
         loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
@@ -309,27 +298,27 @@ def test_heads_are_found_in_the_state_dict_of_a_wrapped_model(tiny_model: ModelF
     model = lora(tiny_model())
     randomise(attach_mtp_heads(model, 2))
     full = {key: value + 1 if "mtp_heads" in key else value for key, value in model.state_dict().items()}
-    save_mtp_heads(model, tmp_path, state_dict=full)
+    MTPHeads.of(model).save(tmp_path, full)
     loaded = load_mtp_heads(tiny_model(), tmp_path).state_dict()
-    for key, value in get_mtp_heads(model).state_dict().items():  # type: ignore[union-attr]
+    for key, value in MTPHeads.of(model).state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(loaded[key], value + 1)
-    with pytest.raises(ValueError, match="does not hold all weights of the MTP heads; gather the whole model"):
-        save_mtp_heads(model, tmp_path, state_dict={"lm_head.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="does not hold all weights of MTPHeads; gather the whole model"):
+        MTPHeads.of(model).save(tmp_path, {"lm_head.weight": torch.zeros(1)})
 
 
 def test_load_errors_say_what_to_do(tiny_model: ModelFactory, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No mtp_heads.safetensors in .*attach_mtp_heads"):
+    with pytest.raises(
+        FileNotFoundError, match="No mtp_heads.safetensors in .*without MTPHeads.*gets a new mtp_heads"
+    ):
         load_mtp_heads(tiny_model(), tmp_path)
-    with pytest.raises(ValueError, match=r"no MTP heads to save; attach_mtp_heads\(model\) first"):
-        save_mtp_heads(tiny_model(), tmp_path)
     model = tiny_model()
     attach_mtp_heads(model, 2)
-    save_mtp_heads(model, tmp_path)
-    with pytest.raises(ValueError, match="trained for hidden size 32, but this model has 16"):
+    MTPHeads.of(model).save(tmp_path)
+    with pytest.raises(ValueError, match="hidden size 32, but Qwen3ForCausalLM has 16"):
         load_mtp_heads(tiny_model(hidden_size=16), tmp_path)
     other = tiny_model()
     attach_mtp_heads(other, 3)
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2 and mtp_inner_size=32"):
+    with pytest.raises(ValueError, match="Ask for 2 heads with inner size 32"):
         load_mtp_heads(other, tmp_path)
 
 

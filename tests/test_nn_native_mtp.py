@@ -12,55 +12,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.modeling_layers import MtpModel
 
 from rl_plugins.moe import find_routers
-from rl_plugins.nn import (
-    NativeMTP,
-    NativePass,
-    attach_native_mtp,
-    detach_native_mtp,
-    expect_native_keys,
-    get_native_mtp,
-    head_pass,
-    load_native_mtp,
-    native_layers_in,
-    native_mtp_files,
-    native_token_loss,
-    prepare_native_mtp,
-    save_native_mtp,
-)
+from rl_plugins.nn import NativeMTP, attach_native_mtp, native_mtp_files, native_token_loss, token_loss
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
+from .helpers.native_mtp import FAMILIES, doubled, slow_losses, transformers_layers, trunk_states
 
-FAMILIES = ["deepseek_v3", "glm4_moe"]
 RELEASED_LAYERS = {"deepseek_v3": 61, "glm4_moe": 46}
 K, LENGTH = 2, 9
 IDS = torch.randint(2, 40, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-
-
-def doubled(model: Any) -> Any:
-    """In float64, which neither the fused experts nor eager attention know: its masks become NaN."""
-    model.set_experts_implementation("eager")
-    model.set_attn_implementation("sdpa")
-    return model.double().eval()
 
 
 def make(family: str = "glm4_moe", num_layers: int = K, **overrides: Any) -> tuple[Any, NativeMTP]:
     """A model in float64 with native layers, in evaluation mode."""
     model = doubled(make_moe_model(family, **overrides))
     return model, attach_native_mtp(model, num_layers)
-
-
-def transformers_layers(model: Any, native: NativeMTP) -> MtpModel:
-    """transformers' own module with the same weights."""
-    mtp = MtpModel(model, native.num_layers).to(model.dtype).eval()
-    mtp.layers.load_state_dict(native.layers.state_dict())
-    return mtp
-
-
-def trunk_states(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    return model.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 def run_all(native: NativeMTP, hidden: Tensor, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -169,7 +136,7 @@ def test_layers_alone_are_registered(family: str) -> None:
     assert {id(p) for p in added.values()}.isdisjoint(map(id, before.values()))
     assert sum(p.numel() for p in added.values()) == sum(p.numel() for p in native.parameters())
     assert model.config.num_mtp_layers == K
-    assert detach_native_mtp(model) is native and get_native_mtp(model) is None
+    assert NativeMTP.detach(model) is native and NativeMTP.of(model) is None
     assert set(model.state_dict()) == keys and not model._keys_to_ignore_on_save
 
 
@@ -200,7 +167,7 @@ def test_a_copy_of_the_model_uses_its_own_embedding() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
         model.get_output_embeddings().weight.zero_()
-    found = get_native_mtp(twin)
+    found = NativeMTP.of(twin)
     assert found is not None and found is not native
     assert torch.equal(run_all(found, hidden, IDS, None)[-1], expected)
     assert found.logits(expected).any() and not native.logits(expected).any()
@@ -216,14 +183,12 @@ def test_attach_refuses_what_does_not_fit(tiny_model: Any) -> None:
     with pytest.raises(ValueError, match="already"):
         attach_native_mtp(model)
     with pytest.raises(ValueError, match="comes with 1 native MTP layers, not 2"):
-        prepare_native_mtp(model, 2)
-    detach_native_mtp(model)
+        NativeMTP.prepare(model, 2)
+    NativeMTP.detach(model)
     with pytest.raises(ValueError, match="to detach"):
-        detach_native_mtp(model)
-    with pytest.raises(ValueError, match="to save"):
-        save_native_mtp(model, "anywhere")
+        NativeMTP.detach(model)
     with pytest.raises(ValueError, match="came from no checkpoint.*attach_native_mtp"):
-        load_native_mtp(model)
+        NativeMTP.from_checkpoint(model)
 
 
 def test_routers_of_the_layers_are_left_out() -> None:
@@ -236,28 +201,10 @@ def test_routers_of_the_layers_are_left_out() -> None:
 # Token loss
 
 
-@torch.no_grad()
-def slow_losses(model: Any, native: NativeMTP, ids: Tensor, labels: Tensor, temperature: float = 1.0) -> list[float]:
-    """Equation 24 of 2412.19437, one row and one token after the other, with transformers' own module."""
-    mtp = transformers_layers(model, native)
-    sums = [0.0] * native.num_layers
-    for row, row_labels in zip(ids, labels, strict=True):
-        hidden = trunk_states(model, row[None])
-        for k in range(1, native.num_layers + 1):
-            length = len(row) - k
-            positions = torch.arange(k, len(row))[None]
-            hidden = mtp.forward_layer(k - 1, hidden[:, :length], positions, None, input_ids=row[None, k:])
-            log_probs = (mtp._project_to_logits(hidden) / temperature).log_softmax(-1)[0]
-            for p in range(length - 1):
-                label = int(row_labels[p + 1 + k])
-                sums[k - 1] -= 0.0 if label == -100 else float(log_probs[p, label])
-    return sums
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_loss_by_hand(family: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_pass, "CHUNK_LOGITS", 40 * 3)  # three positions at once
+    monkeypatch.setattr(token_loss, "CHUNK_LOGITS", 40 * 3)  # three positions at once
     model, native = make(family)
     labels = IDS.clone()
     labels[0, :4], labels[1, 6] = -100, -100
@@ -296,11 +243,10 @@ def test_gradient_of_the_loss(detach: bool) -> None:
     """Embedding and LM head are constants, and the trunk learns where it is asked to."""
     model, native = make()
     model.train()
-    tap = NativePass(native, model.lm_head, IDS, IDS, detach_trunk=detach)
-    with native.tapped(tap):
+    with native.running(model.lm_head, IDS, IDS, detach_trunk=detach) as run:
         model(input_ids=IDS)
-    assert tap.token_losses is not None
-    tap.token_losses.sum().backward()
+    assert run.token_losses is not None and run.values is None
+    run.token_losses.sum().backward()
     learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     of_layers = {f"native_mtp.{name}" for name, _ in native.named_parameters()}
     of_trunk = {name for name, _ in model.named_parameters() if name.startswith("model.")}
@@ -334,15 +280,15 @@ def test_no_labels_cost_nothing_and_reach_every_parameter() -> None:
 def test_the_layers_do_not_show_in_the_models_outputs() -> None:
     model, native = make()
     plain = model(input_ids=IDS, labels=IDS, output_hidden_states=True, output_router_logits=True)
-    tap = NativePass(native, model.lm_head, IDS, IDS)
-    with native.tapped(tap):
-        tapped = model(input_ids=IDS, labels=IDS, output_hidden_states=True, output_router_logits=True)
-        first = tap.token_losses
+    with native.running(model.lm_head, IDS, IDS) as run:
+        assert run.token_losses is None and not run.is_filled
+        watched = model(input_ids=IDS, labels=IDS, output_hidden_states=True, output_router_logits=True)
+        first = run.token_losses
         model(input_ids=IDS)
-    assert tap.token_losses is first  # the first forward counts
-    assert torch.equal(plain.logits, tapped.logits) and torch.equal(plain.loss, tapped.loss)
-    assert len(plain.hidden_states) == len(tapped.hidden_states) == 4
-    assert native.tap is None
+    assert run.token_losses is first  # the first forward counts
+    assert torch.equal(plain.logits, watched.logits) and torch.equal(plain.loss, watched.loss)
+    assert len(plain.hidden_states) == len(watched.hidden_states) == 4
+    assert native.observer is None
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
@@ -358,11 +304,10 @@ def test_gradient_checkpointing(attach_first: bool) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         runs: list[int] = []
         native.layers[0].mtp_block.mlp.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))
-        tap = NativePass(native, model.lm_head, IDS, IDS, detach_trunk=False)
-        with native.tapped(tap):
+        with native.running(model.lm_head, IDS, IDS, detach_trunk=False) as run:
             model(input_ids=IDS, use_cache=False)
-        assert tap.token_losses is not None
-        tap.token_losses.sum().backward()
+        assert run.token_losses is not None
+        run.token_losses.sum().backward()
         assert len(runs) == 1 + checkpointing
         grads.append([p.grad for p in (*native.parameters(), model.model.layers[0].mlp.up_proj.weight)])
     for plain, recomputed in zip(*grads, strict=True):
@@ -382,7 +327,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any,
         for layer in native.layers:
             layer.mtp_block.mlp.gate.e_score_correction_bias.uniform_(-0.1, 0.1)
     model.save_pretrained(tmp_path)
-    save_native_mtp(model, tmp_path)
+    NativeMTP.of(model).save(tmp_path)
     yield model, native, tmp_path
 
 
@@ -415,7 +360,7 @@ def test_load_gives_the_same_weights(saved: Any) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    loaded = prepare_native_mtp(again, native.num_layers)
+    loaded = NativeMTP.prepare(again, native.num_layers)
     assert torch.equal(torch.rand(1), expected)
     assert loaded.state_dict().keys() == native.state_dict().keys()
     for name, tensor in loaded.state_dict().items():
@@ -423,22 +368,23 @@ def test_load_gives_the_same_weights(saved: Any) -> None:
     assert all(p.requires_grad for p in loaded.parameters()) and not loaded.training
     # Into attached layers, whose parameters an optimizer knows by now.
     fresh = copy.deepcopy(model)
-    ours = get_native_mtp(fresh)
+    ours = NativeMTP.of(fresh)
     assert ours is not None
     params = list(ours.parameters())
     with torch.no_grad():
         for p in params:
             p.zero_()
-    assert load_native_mtp(fresh, folder) is ours
+    assert NativeMTP.from_checkpoint(fresh, folder) is ours
     assert all(a is b for a, b in zip(params, ours.parameters(), strict=True))
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, native.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_stock_generate_reads_them(saved: Any) -> None:
     model, native, folder = saved
     again = AutoModelForCausalLM.from_pretrained(folder).eval()
-    expect_native_keys(again)
+    NativeMTP.expect_keys(again)
     again.generation_config.eos_token_id = None
     prompt = IDS[:1, :5]
     plain = again.generate(prompt, max_new_tokens=12, do_sample=False)
@@ -452,7 +398,7 @@ def test_released_sizes_need_nothing_but_transformers(family: str, tmp_path: Pat
     model = make_moe_model(family, num_hidden_layers=layers, first_k_dense_replace=layers).eval()
     model.save_pretrained(tmp_path)
     attach_native_mtp(model)
-    save_native_mtp(model, tmp_path)
+    NativeMTP.of(model).save(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     plain = again.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False)
     assert torch.equal(again.generate(IDS[:1, :5], max_new_tokens=6, do_sample=False, use_mtp=True), plain)
@@ -468,20 +414,20 @@ def test_saving_again(shard_size: str, tmp_path: Path) -> None:
             for p in model.parameters():
                 p.mul_(1.01)
         model.save_pretrained(tmp_path, max_shard_size=size)
-        save_native_mtp(model, tmp_path)
+        NativeMTP.of(model).save(tmp_path)
     with torch.no_grad():
         native.layers[1].eh_proj.weight.mul_(2)
-    save_native_mtp(model, tmp_path)
+    NativeMTP.of(model).save(tmp_path)
     assert {path.name for path in tmp_path.glob("*.safetensors")} == set(stored_keys(tmp_path).values())
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    load_native_mtp(again)
+    NativeMTP.from_checkpoint(again)
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
-    detach_native_mtp(model)
+    NativeMTP.detach(model)
     attach_native_mtp(model, 1)
-    save_native_mtp(model, tmp_path)
-    assert native_layers_in(model, tmp_path) == 1
+    NativeMTP.of(model).save(tmp_path)
+    assert NativeMTP.layers_in(model, tmp_path) == 1
 
 
 @pytest.mark.parametrize("replaced", [0, 1])
@@ -499,12 +445,12 @@ def test_a_job_that_dies_while_it_saves(replaced: int, tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(native_mtp_files.os, "replace", die)
-        save_native_mtp(model, tmp_path)
+        NativeMTP.of(model).save(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
-    assert native_layers_in(again) == 0
-    save_native_mtp(model, tmp_path)
-    assert native_layers_in(again) == 1
+    assert NativeMTP.layers_in(again) == 0
+    NativeMTP.of(model).save(tmp_path)
+    assert NativeMTP.layers_in(again) == 1
 
 
 def test_an_engines_state_dict_and_its_gaps(tmp_path: Path) -> None:
@@ -512,14 +458,14 @@ def test_an_engines_state_dict_and_its_gaps(tmp_path: Path) -> None:
     native = attach_native_mtp(model, 1)
     whole = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     with pytest.raises(FileNotFoundError, match="save the model first"):
-        save_native_mtp(model, tmp_path, whole)
+        NativeMTP.of(model).save(tmp_path, whole)
     model.save_pretrained(tmp_path)
-    save_native_mtp(model, tmp_path, whole)
-    loaded = load_native_mtp(AutoModelForCausalLM.from_pretrained(tmp_path))
+    NativeMTP.of(model).save(tmp_path, whole)
+    loaded = NativeMTP.from_checkpoint(AutoModelForCausalLM.from_pretrained(tmp_path))
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, native.state_dict()[name] + 1)
     with pytest.raises(ValueError, match="gather the whole model"):
-        save_native_mtp(model, tmp_path, {k: v for k, v in whole.items() if "eh_proj" not in k})
+        NativeMTP.of(model).save(tmp_path, {k: v for k, v in whole.items() if "eh_proj" not in k})
 
 
 def test_a_model_in_another_dtype_than_its_checkpoint(tmp_path: Path) -> None:
@@ -527,29 +473,29 @@ def test_a_model_in_another_dtype_than_its_checkpoint(tmp_path: Path) -> None:
     model = make_moe_model("glm4_moe")
     native = attach_native_mtp(model, 1)
     model.save_pretrained(tmp_path)
-    save_native_mtp(model, tmp_path)
+    NativeMTP.of(model).save(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).float()
     before = again.config.name_or_path, again.config.dtype
-    loaded = load_native_mtp(again, tmp_path)
+    loaded = NativeMTP.from_checkpoint(again, tmp_path)
     assert (again.config.name_or_path, again.config.dtype) == before
     assert all(torch.equal(x, native.state_dict()[name]) for name, x in loaded.state_dict().items())
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in load_native_mtp(half).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in NativeMTP.from_checkpoint(half).parameters()} == {torch.bfloat16}
 
 
 def test_checkpoints_without_layers(tmp_path: Path) -> None:
     model = make_moe_model("glm4_moe")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert native_layers_in(again) == native_layers_in(make_moe_model("glm4_moe")) == 0
+    assert NativeMTP.layers_in(again) == NativeMTP.layers_in(make_moe_model("glm4_moe")) == 0
     with pytest.raises(ValueError, match="no native MTP layers after layer 2.*attach_native_mtp"):
-        load_native_mtp(again)
-    assert prepare_native_mtp(again, 2).num_layers == 2  # new ones
+        NativeMTP.from_checkpoint(again)
+    assert NativeMTP.prepare(again, 2).num_layers == 2  # new ones
     again.save_pretrained(tmp_path)
-    save_native_mtp(again, tmp_path)
-    assert native_layers_in(model, tmp_path) == 2
-    assert load_native_mtp(model, tmp_path).num_layers == model.config.num_mtp_layers == 2  # it said 1
-    detach_native_mtp(model)
+    NativeMTP.of(again).save(tmp_path)
+    assert NativeMTP.layers_in(model, tmp_path) == 2
+    assert NativeMTP.from_checkpoint(model, tmp_path).num_layers == model.config.num_mtp_layers == 2  # it said 1
+    NativeMTP.detach(model)
     attach_native_mtp(model, 1)
     with pytest.raises(ValueError, match="has 2 native MTP layers, but 1 are attached"):
-        load_native_mtp(model, tmp_path)
+        NativeMTP.from_checkpoint(model, tmp_path)

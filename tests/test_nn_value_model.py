@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2Model, Qwen3ForSequenceClassification
 
 from rl_plugins.functional.alignment import completion_states
-from rl_plugins.nn import ValueModel, attach_value_model, detach_value_model, get_value_model
-from rl_plugins.nn import value_model as value_models
-from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE, HEAD_NAME, is_value_model_folder
+from rl_plugins.nn import ValueModel
+from rl_plugins.nn.value_model import HEAD_NAME
 from rl_plugins.trl import PPOConfig
 
 TinyModel = Callable[..., Any]
@@ -40,7 +39,7 @@ def options(tmp_path: Path) -> PPOConfig:
 
 def make_value_model(source: Any, policy: Any, options: PPOConfig) -> ValueModel:
     """As `PPOTrainer` makes it."""
-    return value_models.make_value_model(
+    return ValueModel.prepare(
         source,
         policy,
         policy_init_kwargs=options.model_init_kwargs,
@@ -68,7 +67,7 @@ def test_default_is_a_copy_of_the_policys_trunk(tiny_model: TinyModel, options: 
     critic = make_value_model(None, policy, options)
     assert_same_weights(critic.trunk, policy.model)
     assert memory(critic).isdisjoint(memory(policy))
-    attach_value_model(policy, critic)
+    critic.attach(policy)
     assert all(p.requires_grad for p in critic.parameters())
     assert not critic(IDS, MASK).any() and critic(IDS, MASK).dtype == torch.float32
 
@@ -113,9 +112,9 @@ def test_sources(tiny_model: TinyModel, options: PPOConfig, tmp_path: Path, name
     assert_same_weights(critic.trunk, trunk)
     if isinstance(source, torch.nn.Module) and not isinstance(source, ValueModel):
         assert memory(critic).isdisjoint(memory(source)), "training the critic would change the user's model"
-    attach_value_model(policy, critic)
+    critic.attach(policy)
     seen: list[Tensor] = []
-    with critic.tapped(seen.append):
+    with critic.watching(seen.append):
         assert torch.equal(policy(IDS, attention_mask=MASK).logits, logits)
     assert seen[0].shape == IDS.shape
     assert seen[0].any().item() == name.startswith("value model"), "only a saved value model has a head"
@@ -125,7 +124,7 @@ def test_the_policys_folder_brings_its_value_model(tiny_model: TinyModel, option
     policy, critic = tiny_model(), randomised(ValueModel(tiny_model(seed=4).model))
     policy.save_pretrained(tmp_path / "policy")
     assert_same_weights(make_value_model(None, str(tmp_path / "policy"), options).trunk, policy.model)
-    critic.save_pretrained(tmp_path / "policy" / CRITIC_ATTRIBUTE)
+    critic.save_pretrained(tmp_path / "policy" / ValueModel.name)
     assert_same_weights(make_value_model(None, str(tmp_path / "policy"), options), critic)
     # What is asked for by name wins.
     tiny_model(seed=6).save_pretrained(tmp_path / "other")
@@ -147,7 +146,7 @@ def hub(tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) 
     randomised(ValueModel(tiny_model(seed=4).model)).save_pretrained(snapshot("critic"))
     both = snapshot("both")
     tiny_model(seed=3).save_pretrained(both)
-    randomised(ValueModel(tiny_model(seed=4).model)).save_pretrained(both / CRITIC_ATTRIBUTE)
+    randomised(ValueModel(tiny_model(seed=4).model)).save_pretrained(both / ValueModel.name)
     yield tmp_path / "hub"
 
 
@@ -187,33 +186,33 @@ def test_dtype_of_the_checkpoint(tiny_model: TinyModel, tmp_path: Path) -> None:
 def test_too_few_tokens(tiny_model: TinyModel) -> None:
     policy = tiny_model()
     with pytest.raises(ValueError, match="The value model knows 12 tokens and the policy 16.*policy's tokenizer"):
-        attach_value_model(policy, ValueModel(tiny_model(vocab_size=12).model))
-    assert get_value_model(policy) is None
+        ValueModel(tiny_model(vocab_size=12).model).attach(policy)
+    assert ValueModel.of(policy) is None
     critic = ValueModel(tiny_model(vocab_size=20).model)  # padded embeddings
-    attach_value_model(policy, critic)
-    assert get_value_model(policy) is critic
+    critic.attach(policy)
+    assert ValueModel.of(policy) is critic
 
 
 def test_only_one(tiny_model: TinyModel) -> None:
     policy = tiny_model()
-    attach_value_model(policy, ValueModel(tiny_model().model))
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has a value model already. .* detach_value_model"):
-        attach_value_model(policy, ValueModel(tiny_model().model))
+    ValueModel(tiny_model().model).attach(policy)
+    with pytest.raises(ValueError, match=r"has `value_model` already. .* ValueModel.detach\(model\) first"):
+        ValueModel(tiny_model().model).attach(policy)
 
 
 def test_detached_as_if_it_had_never_been_there(tiny_model: TinyModel) -> None:
     policy = tiny_model()
     before, ignored = policy.state_dict().keys(), set(policy._keys_to_ignore_on_save or ())
     critic = ValueModel(tiny_model().model)
-    attach_value_model(policy, critic)
-    assert detach_value_model(policy) is critic
+    critic.attach(policy)
+    assert ValueModel.detach(policy) is critic
     assert policy.state_dict().keys() == before and set(policy._keys_to_ignore_on_save or ()) == ignored
     seen: list[Tensor] = []
-    with critic.tapped(seen.append):
+    with critic.watching(seen.append):
         policy(IDS, attention_mask=MASK)
     assert not seen
-    with pytest.raises(ValueError, match="has no value model to detach"):
-        detach_value_model(policy)
+    with pytest.raises(ValueError, match="has no `value_model` to detach"):
+        ValueModel.detach(policy)
 
 
 # The policy does not notice
@@ -228,7 +227,7 @@ def test_the_policy_is_bit_identical(tiny_model: TinyModel, tmp_path: Path, adap
 
     without, with_critic = policy(), policy()
     critic = randomised(ValueModel(tiny_model(seed=5).model))
-    attach_value_model(with_critic, critic)
+    critic.attach(with_critic)
 
     def generate(model: Any) -> Tensor:
         torch.manual_seed(3)
@@ -237,10 +236,10 @@ def test_the_policy_is_bit_identical(tiny_model: TinyModel, tmp_path: Path, adap
     seen: list[Tensor] = []
     logits = without(IDS, attention_mask=MASK).logits
     assert torch.equal(with_critic(IDS, attention_mask=MASK).logits, logits)
-    with critic.tapped(seen.append):
+    with critic.watching(seen.append):
         assert torch.equal(with_critic(IDS, attention_mask=MASK).logits, logits)
     assert torch.equal(generate(without), generate(with_critic))
-    assert len(seen) == 1 and critic.tap is None
+    assert len(seen) == 1 and critic.observer is None
     without.save_pretrained(tmp_path / "without")
     with_critic.save_pretrained(tmp_path / "with")
     names = {path.name for path in (tmp_path / "without").iterdir()}
@@ -253,9 +252,9 @@ def test_the_policy_is_bit_identical(tiny_model: TinyModel, tmp_path: Path, adap
 def test_values_under_padding(tiny_model: TinyModel) -> None:
     """A row's values are those of the value model alone, at the positions that TRL feeds: counted from the padding."""
     policy, critic = tiny_model(), randomised(ValueModel(tiny_model(seed=5, initializer_range=0.2).model))
-    attach_value_model(policy, critic)
+    critic.attach(policy)
     seen: list[Tensor] = []
-    with critic.tapped(seen.append), torch.no_grad():
+    with critic.watching(seen.append), torch.no_grad():
         policy(input_ids=IDS, attention_mask=MASK)
         policy(IDS, attention_mask=MASK)
     assert torch.equal(*seen)
@@ -272,20 +271,20 @@ def test_values_under_padding(tiny_model: TinyModel) -> None:
 def test_another_architecture(tiny_model: TinyModel) -> None:
     trunk = GPT2Model(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=32)).eval()
     policy, critic = tiny_model(), randomised(ValueModel(trunk))
-    attach_value_model(policy, critic)
+    critic.attach(policy)
     seen: list[Tensor] = []
-    with critic.tapped(seen.append):
+    with critic.watching(seen.append):
         policy(input_ids=IDS, attention_mask=MASK)
     assert torch.equal(seen[0], critic(IDS, MASK)) and seen[0].std() > 0.01
 
 
-def test_taps_nest(tiny_model: TinyModel) -> None:
+def test_observers_nest(tiny_model: TinyModel) -> None:
     policy, critic = tiny_model(), ValueModel(tiny_model().model)
-    attach_value_model(policy, critic)
+    critic.attach(policy)
     outer: list[Tensor] = []
     inner: list[Tensor] = []
-    with pytest.raises(KeyError), critic.tapped(outer.append):
-        with critic.tapped(inner.append):
+    with pytest.raises(KeyError), critic.watching(outer.append):
+        with critic.watching(inner.append):
             policy(input_ids=IDS, attention_mask=MASK)
         policy(input_ids=IDS, attention_mask=MASK)
         raise KeyError
@@ -300,9 +299,7 @@ def test_taps_nest(tiny_model: TinyModel) -> None:
 def test_round_trip(tiny_model: TinyModel, tmp_path: Path, dtype: torch.dtype) -> None:
     randomised(ValueModel(tiny_model(seed=5).model)).save_pretrained(tmp_path / "first")
     critic = ValueModel.from_pretrained(tmp_path / "first", dtype=dtype)
-    assert not is_value_model_folder(tmp_path / "critic")
     critic.save_pretrained(tmp_path / "critic")
-    assert is_value_model_folder(tmp_path / "critic")
     again = ValueModel.from_pretrained(tmp_path / "critic", dtype=dtype)
     assert_same_weights(again, critic)
     assert {p.dtype for p in again.parameters()} == {dtype}
@@ -321,19 +318,25 @@ def test_weights_from_elsewhere(tiny_model: TinyModel, tmp_path: Path) -> None:
     shards = copy.deepcopy(critic)
     for p in shards.parameters():
         p.data = torch.empty(0)
-    shards.save_pretrained(tmp_path, whole)
-    assert_same_weights(ValueModel.from_pretrained(tmp_path), critic)
+    prefixed = {f"base_model.model.value_model.{name}": w for name, w in whole.items()}
+    shards.save(tmp_path, prefixed | {"base_model.model.lm_head.weight": torch.zeros(2)})
+    assert_same_weights(ValueModel.from_pretrained(tmp_path / "value_model"), critic)
+    del prefixed["base_model.model.value_model.head.bias"]
+    with pytest.raises(ValueError, match="not hold all weights of ValueModel; .* Missing are 1 of"):
+        shards.save(tmp_path, prefixed)
 
 
-def test_load_pretrained(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_load(tiny_model: TinyModel, tmp_path: Path) -> None:
     saved, critic = randomised(ValueModel(tiny_model(seed=5).model)), ValueModel(tiny_model().model)
-    with pytest.raises(FileNotFoundError, match="no value_head.safetensors: it was not written by PPOTrainer"):
-        critic.load_pretrained(tmp_path)
-    saved.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="No value_model/value_head.safetensors .* without ValueModel"):
+        critic.load(tmp_path)
+    assert ValueModel.find(tmp_path) is None
+    assert saved.save(tmp_path) == tmp_path / "value_model" / HEAD_NAME
+    assert ValueModel.find(tmp_path) == str(tmp_path)
     parameters = list(critic.parameters())
-    critic.load_pretrained(tmp_path)
+    critic.load(tmp_path)
     assert_same_weights(critic, saved)
     assert all(new is old for new, old in zip(critic.parameters(), parameters, strict=True))  # an optimizer's
     small = ValueModel(tiny_model(hidden_size=16).model)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        small.load_pretrained(tmp_path)
+        small.load(tmp_path)

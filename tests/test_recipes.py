@@ -1,5 +1,6 @@
-"""Every recipe, run as a user would, and what the MTP critic's recipe, which the others build on, is made of."""
+"""Every recipe, run as a user would, and the parts of `sums.py`, which four of them share."""
 
+import ast
 import importlib.util
 import json
 import math
@@ -15,8 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rl_plugins.moe import read_expert_load
 from rl_plugins.nn import ValueModel, load_mtp_heads
-from rl_plugins.report import read_loads
+
+from .helpers.processes import run_script
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 CRITICS = {"mtp_critic": "heads", "grpo_variants": "", "ppo": "value model"}
@@ -30,8 +33,7 @@ TINY = [
 
 
 def run_recipe(path: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(path), f"--output_dir={output}", *TINY, *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
+    done = run_script(path, f"--output_dir={output}", *TINY, *options, cwd=output.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -126,7 +128,7 @@ def test_gguf_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, str(FOLDER / "lightning_mtp_critic.py"), "fit", f"--trainer.default_root_dir={output}"]
+    command = [str(FOLDER / "lightning_mtp_critic.py"), "fit", f"--trainer.default_root_dir={output}"]
     command += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
     command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.train_items=200"]
     command += ["--data.eval_items=16", "--data.batch_size=8", "--data.eval_batch_size=16", "--model.hidden_size=32"]
@@ -136,7 +138,7 @@ def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
     command += [f"--trainer.callbacks.dirpath={output}", "--trainer.callbacks.filename={step}"]
 
     def run(*options: str) -> bytes:
-        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+        done = run_script(*command, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         check_report(output, done, steps=2)
         check_critic(output, done)
@@ -148,17 +150,52 @@ def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
-    others = {"moe_balancing", "lightning_mtp_critic"}
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*CRITICS, *others, "lightning_classic"}
+    others = {"moe_balancing", "lightning_mtp_critic", "lightning_classic"}
+    assert {path.stem for path in FOLDER.glob("*.py") if is_recipe(path)} == {*CRITICS, *others}
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file says how to run it, as those that are shared do not."""
+    return f"python {path.relative_to(FOLDER.parent)}" in path.read_text()
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, wherever it does."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module is not None}
+
+
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "benchmarks"], ids=lambda folder: folder.name)
+def test_a_recipe_stands_alone_or_names_the_file_that_it_shares(folder: Path) -> None:
+    """No recipe imports another one. Each has one shared file at most, which its first line names."""
+    files = {path.stem: path for path in folder.glob("*.py")}
+    for path in files.values():
+        beside = {name for name in imported(path) if name in files}
+        first_line = path.read_text().splitlines()[0]
+        assert set(re.findall(r"`(\w+)\.py`", first_line)) == beside, path.name
+        assert len(beside) <= 1 and not any(is_recipe(files[name]) for name in beside), path.name
+        assert is_recipe(path) or not beside, f"{path.name}: a shared file needs no other"
+
+
+def test_recipes_import_nothing_private() -> None:
+    for path in [*FOLDER.glob("*.py"), *FOLDER.glob("benchmarks/*.py")]:
+        names = {
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module is not None
+            for alias in node.names
+        }
+        assert not [name for name in names | imported(path) if "rl_plugins" in name and "._" in name], path.name
 
 
 @pytest.mark.slow
 def test_moe_balancing(tmp_path: Path) -> None:
     """A few of the recipe's steps, a larger rate: the balance is there already."""
     output = tmp_path / "run"
-    command = [sys.executable, str(FOLDER / "moe_balancing.py"), f"--output_dir={output}", "--use_cpu=True"]
+    command = [str(FOLDER / "moe_balancing.py"), f"--output_dir={output}", "--use_cpu=True"]
     options = ["--max_steps=70", "--eval_items=150", "--rate=0.03", "--logging_steps=35", "--disable_tqdm=True"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    done = run_script(*command, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = json.loads((output / "results.json").read_text())["runs"]
     assert list(runs) == ["none", "aux", "loss_free"]
@@ -166,7 +203,7 @@ def test_moe_balancing(tmp_path: Path) -> None:
     assert loss_free < 0.2 and 1.3 * loss_free < aux < none / 2
     assert all(run["loss"] < 6.0 and math.isclose(math.exp(run["loss"]), run["perplexity"]) for run in runs.values())
     assert all(f"{run['max_violation']:.3f}" in done.stdout for run in runs.values()) and "9.50" in done.stdout
-    history = read_loads(output / "loss_free" / "moe_load.jsonl")
+    history = read_expert_load(output / "loss_free" / "moe_load.jsonl")
     assert history.steps == [35, 70]
     for picture in [output / "max_violation.png", *(output / name / "expert_load.png" for name in runs)]:
         assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -190,13 +227,15 @@ def load_recipe(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[f"{name}_recipe"] = module  # where dataclasses look up the annotations
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # where a recipe finds sums.py
+        spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return load_recipe("mtp_critic")
+    return load_recipe("sums")
 
 
 def entry(expression: str, answer: str) -> dict[str, Any]:
@@ -274,6 +313,7 @@ def test_the_verifier_accepts_worked_solutions_only(recipe: ModuleType) -> None:
     assert accuracy(completions=wrong, entry=entries) == [0.0] * len(train)
 
 
+@pytest.mark.slow
 def test_undefined_explained_variance_is_null_in_the_summary(
     recipe: ModuleType, tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -290,6 +330,7 @@ def test_undefined_explained_variance_is_null_in_the_summary(
             global_step=1,
         ),
         processing_class=tokenizer,
+        critic=object(),
         last_rollout={**rollout, "old_values": torch.ones(2, 3, 2), "scores": torch.ones(2)},
     )
     args = SimpleNamespace(output_dir=str(tmp_path), num_mtp_heads=2, seed=7)
@@ -304,40 +345,46 @@ def test_undefined_explained_variance_is_null_in_the_summary(
     }
 
 
+MISTAKES = [
+    (["--task=chain_summ"], "Dataset 'chain_summ' not registered"),
+    (["--task_config={min_terms: 2}"], "Expecting property name enclosed in double quotes"),
+    (['--task_config={"terms": 2}'], "unexpected keyword argument 'terms'"),
+    (["--task_config=3"], "must be a mapping"),
+    (['--task_config={"min_terms": 5, "max_terms": 2}'], "max_terms must be >= min_terms"),
+    (["--eval_items=0"], "size must be positive"),
+    (
+        ['--task_config={"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}', "--train_items=50"],
+        "every training question is held out",
+    ),
+    (["--gguf_file=a.gguf"], "--gguf_file needs --model"),
+]
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        (["--task=chain_summ"], "Dataset 'chain_summ' not registered"),
-        (["--task_config={min_terms: 2}"], "Expecting property name enclosed in double quotes"),
-        (['--task_config={"terms": 2}'], "unexpected keyword argument 'terms'"),
-        (["--task_config=3"], "must be a mapping"),
-        (['--task_config={"min_terms": 5, "max_terms": 2}'], "max_terms must be >= min_terms"),
-        (["--eval_items=0"], "size must be positive"),
-        (
-            ['--task_config={"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}', "--train_items=50"],
-            "every training question is held out",
-        ),
-        (["--gguf_file=a.gguf"], "--gguf_file needs --model"),
+        *(("mtp_critic", *mistake) for mistake in MISTAKES),
+        *((name, *MISTAKES[0]) for name in ("ppo", "grpo_variants")),
     ],
 )
 def test_mistakes_are_told_before_any_work(
-    recipe: ModuleType,
+    name: str,
     options: list[str],
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["mtp_critic.py", f"--output_dir={tmp_path / 'run'}", *options])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", f"--output_dir={tmp_path / 'run'}", *options])
     with pytest.raises(SystemExit) as stopped:
-        recipe.run(recipe.Config, recipe.MTPCriticTrainer)
+        load_recipe(name).main()
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 
 
-def test_defaults_need_no_gpu(recipe: ModuleType, tmp_path: Path) -> None:
-    args = recipe.Config(output_dir=str(tmp_path))
+def test_defaults_need_no_gpu(tmp_path: Path) -> None:
+    args = load_recipe("mtp_critic").Config(output_dir=str(tmp_path))
     assert args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
 
 
@@ -347,13 +394,14 @@ def test_defaults_need_no_gpu(recipe: ModuleType, tmp_path: Path) -> None:
 def ends(path: Path) -> bool:
     """Whether a script ends its process group, if it trains."""
     text = path.read_text()
-    trains = re.search(r"Trainer\(|trainer_class\(|TRAINERS\[|LightningCLI\)", text) is not None
+    trains = re.search(r"Trainer\(|TRAINERS\[\w|LightningCLI\)", text) is not None
     return not trains or "    end_process_group()\n" in text
 
 
 def test_every_script_that_trains_ends_its_process_group() -> None:
     package = FOLDER.parent / "rl_plugins" / "trl" / "scripts"
     scripts = [*FOLDER.glob("*.py"), *FOLDER.glob("benchmarks/*.py"), *package.glob("*.py")]
+    scripts.remove(FOLDER / "sums.py")  # trains for others
     assert len(scripts) > 12
     assert [path.stem for path in scripts if not ends(path)] == []
 
@@ -388,7 +436,6 @@ def test_two_ranks_leave_together(recipe: str, tmp_path: Path) -> None:
         last, options = "results.json", ["--use_cpu=True", "--max_steps=2", "--eval_items=150", "--disable_tqdm=True"]
         options += ["--balancing", "loss_free"]
     (tmp_path / "launched.py").write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "launched.py"), str(FOLDER / f"{recipe}.py"), str(output / last)]
-    done = subprocess.run([*command, *options, f"--output_dir={output}"], capture_output=True, text=True, cwd=tmp_path)
+    command = [str(tmp_path / "launched.py"), str(FOLDER / f"{recipe}.py"), str(output / last)]
+    done = run_script(*command, *options, f"--output_dir={output}", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -17,6 +17,8 @@ import torch
 
 from rl_plugins.signals import POLICY_LOSSES
 
+from .helpers.processes import run_script
+
 FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks"
 SCRIPT = FOLDER / "overhead.py"
 TINY = [
@@ -33,8 +35,10 @@ def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look up the annotations, and memory.py the other benchmark
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # where dataclasses look up the annotations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # where a benchmark finds measured_run.py
+        spec.loader.exec_module(module)
     return module
 
 
@@ -70,8 +74,8 @@ def test_different_completions_are_an_error(overhead: ModuleType) -> None:
 @pytest.mark.slow
 def test_both_trainers_run_on_the_same_completions(tmp_path: Path) -> None:
     path = tmp_path / "overhead.json"
-    command = [sys.executable, str(SCRIPT), *TINY, "--repeats=1", f"--json={path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [str(SCRIPT), *TINY, "--repeats=1", f"--json={path}"]
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     assert "identical completions in all 2 runs" in done.stdout
     report = json.loads(path.read_text())
@@ -95,8 +99,8 @@ def test_drafting_is_compared_in_generate_and_in_training(tmp_path: Path) -> Non
     options = (
         "--steps=2 --heads=2 --hidden-size=64 --layers=1 --batch-sizes 1 3 --new-tokens=8 --repeats=1 --threads=1"
     )
-    command = [sys.executable, str(FOLDER / "speculative.py"), f"--model-dir={folder}", f"--json={path}"]
-    done = subprocess.run([*command, *options.split()], capture_output=True, text=True)
+    command = [str(FOLDER / "speculative.py"), f"--model-dir={folder}", f"--json={path}"]
+    done = run_script(*command, *options.split())
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
     assert [(row["case"], row["batch"]) for row in report["results"]] == [
@@ -110,8 +114,8 @@ def test_drafting_is_compared_in_generate_and_in_training(tmp_path: Path) -> Non
         assert abs(row["speculative"] / row["generate"] - row["ratio"]) < 1e-9, "one repetition is its own median"
     path = tmp_path / "overhead.json"
     options = "--temperature=1e-5 --completion-length=6 --steps=2 --repeats=1 --trainers grpo speculative"
-    command = [sys.executable, str(SCRIPT), f"--model={folder}", f"--json={path}", *options.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [str(SCRIPT), f"--model={folder}", f"--json={path}", *options.split()]
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     assert "identical completions in all 2 runs" in done.stdout
     grpo, speculative = json.loads(path.read_text())["runs"]
@@ -125,7 +129,7 @@ def test_other_completions_are_no_error_where_others_are_drawn(overhead: ModuleT
         overhead.compare(runs)
 
 
-def test_memory_is_compared_by_medians(overhead: ModuleType) -> None:
+def test_memory_is_compared_by_medians() -> None:
     memory = load("memory")
     runs = [
         {"trainer": name, "total_memory": peak, "completions": ["a"]}
@@ -142,8 +146,8 @@ def test_memory_is_compared_by_medians(overhead: ModuleType) -> None:
 @pytest.mark.slow
 def test_memory_of_all_three_on_the_same_completions(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
-    command = [sys.executable, str(FOLDER / "memory.py"), *TINY, "--repeats=1", f"--json={path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [str(FOLDER / "memory.py"), *TINY, "--repeats=1", f"--json={path}"]
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     assert "identical completions in all 3 runs" in done.stdout
     grpo, critic, ppo = json.loads(path.read_text())["runs"]
@@ -185,9 +189,9 @@ def test_methods_start_from_one_warm_start_and_are_not_repeated(tmp_path: Path) 
     tiny = ["--warm_start_steps=2", "--max_steps=1", "--train_items=100", "--eval_items=8", "--hidden_size=32"]
     tiny += ["--per_device_train_batch_size=8", "--per_device_eval_batch_size=8", "--steps_per_generation=1"]
     tiny += ["--max_completion_length=6", "--eval_steps=1", "--use_cpu=True", "--bf16=False"]
-    command = [sys.executable, str(FOLDER / "presets.py"), "--methods", "vpg", "dr_grpo", f"--output_dir={tmp_path}"]
+    command = [str(FOLDER / "presets.py"), "--methods", "vpg", "dr_grpo", f"--output_dir={tmp_path}"]
     for _ in range(2):
-        done = subprocess.run([*command, *tiny], capture_output=True, text=True)
+        done = run_script(*command, *tiny)
         assert done.returncode == 0, done.stderr
         written = {path: path.stat().st_mtime for path in tmp_path.rglob("summary.json")}
     assert {path.parent.name for path in written} == {"vpg_42", "dr_grpo_42"}
@@ -211,8 +215,8 @@ def test_balancing_overhead(tmp_path: Path) -> None:
     """Both copies take the same batches, and the balancer's own time is a part of the step."""
     figures = tmp_path / "figures.json"
     tiny = ["--hidden-size=64", "--layers=2", "--experts=32", "--top-k=4", "--vocab-size=64", "--batch-size=2"]
-    command = [sys.executable, str(FOLDER / "balancing_overhead.py"), *tiny, "--length=16", "--steps=2"]
-    done = subprocess.run([*command, f"--json={figures}"], capture_output=True, text=True)
+    command = [str(FOLDER / "balancing_overhead.py"), *tiny, "--length=16", "--steps=2"]
+    done = run_script(*command, f"--json={figures}")
     assert done.returncode == 0, done.stderr
     results = json.loads(figures.read_text())["results"]
     assert list(results) == [f"{f} {kind}" for f in ("qwen3_moe", "deepseek_v3") for kind in ("loss_free", "aux")]
@@ -241,6 +245,7 @@ def fake_python(folder: Path, body: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_does_not_stop_the_check(tmp_path: Path) -> None:
     """A tenth of the time for each step, and for all."""
     python = fake_python(
@@ -279,6 +284,7 @@ def test_mistakes_are_told_before_any_step(options: list[str], message: str, tmp
     assert done.returncode == 2 and message in done.stderr and not done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = check_gpu("--output", str(tmp_path))
@@ -304,7 +310,7 @@ def test_the_check_names_files_and_options_that_exist(device: str, tmp_path: Pat
         if script.startswith("recipes/benchmarks/"):
             known = set(re.findall(r'"(--[a-z-]+)"', text))
             if "Settings" in text:
-                known |= {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(load("overhead").Settings)}
+                known |= {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(load("measured_run").Settings)}
             assert {word for word in words if word.startswith("--")} <= known
         for word in words:
             assert not word.startswith("recipes/") or (FOLDER.parents[1] / word).exists()

@@ -1,8 +1,11 @@
 """The recipe of the classic agents and their benchmark: small runs, settings on file, the sums of the table."""
 
 import importlib.util
+import inspect
 import json
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 import yaml
 
 from rl_plugins import classic
-from rl_plugins.classic import ClassicModule, Linear, PPOModule
+from rl_plugins.classic import Agent, Linear, PPOAgent
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 CONFIGS = sorted((FOLDER / "classic").glob("*.yaml"))
@@ -48,6 +51,7 @@ def run(recipe: ModuleType, *options: str, command: str = "fit") -> Any:
     return recipe.main([command, f"--config={FOLDER / 'classic' / 'ppo.yaml'}", *options])
 
 
+@pytest.mark.slow
 def test_two_iterations_from_end_to_end(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,10 +61,10 @@ def test_two_iterations_from_end_to_end(
     printed, complaints = capsys.readouterr()
     output = tmp_path / "outputs" / "classic" / "ppo"
     summary = json.loads((output / "summary.json").read_text())
-    returns = PPOModule.load_from_checkpoint(output / "last.ckpt").evaluate(20).returns
+    returns = PPOAgent.load_from_checkpoint(output / "last.ckpt").evaluate(20).returns
     assert summary.pop("seconds") > 0
     assert summary == {
-        "agent": "PPOModule",
+        "agent": "PPOAgent",
         "environment": "CartPole-v1",
         "seed": 3,
         "env_steps": 512,
@@ -88,6 +92,7 @@ def test_two_iterations_from_end_to_end(
     assert again["eval/return_mean"].item() == rows[-1]["eval/return_mean"]
 
 
+@pytest.mark.slow
 def test_interrupted_training_goes_on_from_the_last_evaluation(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,12 +100,12 @@ def test_interrupted_training_goes_on_from_the_last_evaluation(
     monkeypatch.setattr(recipe, "plot_training_curves", lambda *args, **options: None)  # half of the time
     options = ["--model.total_steps=1024", "--trainer.enable_progress_bar=false", "--trainer.val_check_interval=3"]
     whole = run(recipe, *options, "--trainer.default_root_dir=whole")
-    saved = PPOModule.load_from_checkpoint("whole/last.ckpt").state_dict()
+    saved = PPOAgent.load_from_checkpoint("whole/last.ckpt").state_dict()
     assert all(torch.equal(saved[name], weight) for name, weight in whole.model.state_dict().items()), (
         "not the third's"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(PPOModule, "loss", failing(PPOModule.loss, after=3 * 20 + 7))  # minibatches, 20 an iteration
+        patch.setattr(PPOAgent, "loss", failing(PPOAgent.loss, after=3 * 20 + 7))  # minibatches, 20 an iteration
         with pytest.raises(RuntimeError, match="power cut"):
             run(recipe, *options, "--trainer.default_root_dir=cut")
     resumed = run(recipe, *options, "--trainer.default_root_dir=cut", "--ckpt_path=cut/last.ckpt")
@@ -108,7 +113,7 @@ def test_interrupted_training_goes_on_from_the_last_evaluation(
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
-    with pytest.raises(ValueError, match="environment is CartPole-v1, this module's is MountainCar-v0"):
+    with pytest.raises(ValueError, match="environment is CartPole-v1, here it is MountainCar-v0"):
         run(recipe, *options, "--model.env=MountainCar-v0", "--ckpt_path=cut/last.ckpt")
 
 
@@ -134,28 +139,29 @@ def test_curves_are_drawn_over_environment_steps(recipe: ModuleType, monkeypatch
     assert {axes.get_xlabel() for axes in drawn[1].axes} == {"optimizer step"}
 
 
+@pytest.mark.slow
 def test_another_agent_and_environment_without_a_file(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recipe, "plot_training_curves", lambda *args, **options: None)
     options = [
-        "--model=DQNModule",
+        "--model=DQNAgent",
         "--model.env=MountainCar-v0",
         "--model.total_steps=256",
         "--model.learning_starts=0",
     ]
     quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
     cli = recipe.main(["fit", *options, "--model.learning_rate=1e-4", "--model.eval_episodes=1", *quiet])
-    assert cli.model.updates == 128 and cli.model.learning_rate == 1e-4
-    assert "DQNModule on MountainCar-v0: return -200.0" in capsys.readouterr().out
+    assert cli.model.updates == 128 and cli.model.settings.learning_rate == 1e-4
+    assert "DQNAgent on MountainCar-v0: return -200.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model=NoModule", "--model.env=CartPole-v1"], "NoModule"),
-        (["--model=PPOModule", "--model.env=CartPole-v1", "--model.epsilon=1"], "epsilon"),
-        (["--model=PPOModule"], "env"),
+        (["--model=NoAgent", "--model.env=CartPole-v1"], "NoAgent"),
+        (["--model=PPOAgent", "--model.env=CartPole-v1", "--model.epsilon=1"], "epsilon"),
+        (["--model=PPOAgent"], "env"),
     ],
 )
 def test_mistakes_are_told_before_any_work(
@@ -167,26 +173,48 @@ def test_mistakes_are_told_before_any_work(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["PPOAgent", "DQNAgent"])
+def test_every_setting_is_explained(recipe: ModuleType, agent: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipe.main(["fit", f"--model.help={agent}"])
+    shown = capsys.readouterr().out.split("  --model.total_steps", 2)[-1]
+    entries = re.split(r"\n  --model\.(\w+) ", shown)  # a text, then names and texts in turns
+    texts = dict(zip(["total_steps", *entries[1::2]], entries[::2], strict=True))
+    assert set(texts) == {field.name for field in fields(inspect.get_annotations(getattr(classic, agent))["settings"])}
+    assert all(re.search("[a-z]+ [a-z]+", text.split("(type")[0]) for text in texts.values()), "words before the type"
+
+
 # Settings
+
+
+@pytest.mark.parametrize("agent", [name for name in classic.__all__ if name not in ("Agent", "Linear")])
+def test_the_docs_name_every_setting(agent: str) -> None:
+    docs = (FOLDER.parent / "docs" / "classic.md").read_text()
+    (row,) = (line for line in docs.splitlines() if line.startswith(f"| `{agent}`"))
+    shared = docs[docs.index("All have `total_steps`") : docs.index("Episodes that a time limit")]
+    for field in fields(inspect.get_annotations(getattr(classic, agent))["settings"]):
+        assert f"`{field.name}`" in row + shared, field.name
 
 
 def test_every_agent_has_settings_that_name_it() -> None:
     assert {path.stem for path in CONFIGS} == AGENTS
     named = {yaml.safe_load(path.read_text())["model"]["class_path"] for path in CONFIGS}
-    assert named == {name for name in classic.__all__ if name.endswith("Module")} - {"ClassicModule"}
+    assert named == {name for name in classic.__all__ if name.endswith("Agent")} - {"Agent"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_settings_are_the_agents_own(benchmark: ModuleType, path: Path) -> None:
     config = yaml.safe_load(path.read_text())
     assert config["trainer"] == {"default_root_dir": f"outputs/classic/{path.stem}"}
     module = benchmark.make_ours(path.stem, seed=4, steps=2000)
     assert type(module) is getattr(classic, config["model"]["class_path"])
-    assert (module.env, module.seed, module.total_steps) == ("CartPole-v1", 4, 2000)
+    assert (module.env, module.seed, module.settings.total_steps) == ("CartPole-v1", 4, 2000)
     for name, value in config["model"]["init_args"].items():
         if name not in ("env", "seed", "total_steps"):
             expected = Linear(**value["init_args"]) if isinstance(value, dict) else value
-            assert getattr(module, name) == expected, name
+            assert getattr(module.settings, name) == expected, name
 
 
 def test_budgets_are_those_of_the_zoo() -> None:
@@ -220,11 +248,12 @@ SAME = {
 def test_both_sides_have_the_same_settings(benchmark: ModuleType, agent: str) -> None:
     ours = benchmark.make_ours(agent, seed=0)
     theirs = benchmark.make_theirs(agent, ours)
-    assert (theirs.gamma, theirs.n_envs, theirs.seed) == (ours.gamma, ours.num_envs, 0)
+    settings = ours.settings
+    assert (theirs.gamma, theirs.n_envs, theirs.seed) == (settings.gamma, settings.num_envs, 0)
     for their_name, our_name in SAME[agent].items():
-        assert getattr(theirs, their_name) == getattr(ours, our_name), our_name
+        assert getattr(theirs, their_name) == getattr(settings, our_name), our_name
     for remaining in (1.0, 0.25, 0.0):
-        rate = ours.learning_rate(remaining) if callable(ours.learning_rate) else ours.learning_rate
+        rate = settings.learning_rate(remaining) if callable(settings.learning_rate) else settings.learning_rate
         assert theirs.lr_schedule(remaining) == pytest.approx(rate)
     shapes = sorted(tuple(weight.shape) for weight in ours.parameters())
     assert sorted(tuple(weight.shape) for weight in theirs.policy.parameters()) == shapes
@@ -271,6 +300,7 @@ def test_losses_are_reported(benchmark: ModuleType) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_speed_only_prints_a_table_and_repeats_nothing(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,6 +322,7 @@ def test_speed_only_prints_a_table_and_repeats_nothing(
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_theirs_begin_where_the_seed_is_odd(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, order in [(0, ["ours", "theirs"]), (1, ["theirs", "ours"])]:
         done = benchmark.run_pair("a2c", seed, 80, 1)
@@ -301,4 +332,4 @@ def test_theirs_begin_where_the_seed_is_odd(benchmark: ModuleType, monkeypatch: 
 
 def test_every_agent_is_one_of_ours(benchmark: ModuleType) -> None:
     assert set(benchmark.GOALS) == AGENTS and set(benchmark.THEIRS) == set(benchmark.ZOO) == set(SAME)
-    assert all(isinstance(benchmark.make_ours(agent, 0, 2000), ClassicModule) for agent in AGENTS)
+    assert all(isinstance(benchmark.make_ours(agent, 0, 2000), Agent) for agent in AGENTS)

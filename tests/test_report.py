@@ -98,6 +98,7 @@ def test_grid_shape(n_panels: int, shape: tuple[int, int]) -> None:
     assert grid_shape(n_panels) == shape
 
 
+@pytest.mark.slow
 def test_png_of_all_panels_has_the_expected_size(tmp_path: Path) -> None:
     path = plot_training_curves(full_log(), tmp_path / "new" / "a.png", title="run", marks={3: "warm-up ends"})
     assert path == tmp_path / "new" / "a.png"
@@ -116,6 +117,7 @@ def test_missing_and_extreme_values_can_be_drawn(tmp_path: Path) -> None:
     assert png_size(plot_training_curves(log, tmp_path / "a.png")) == (1080, 420)
 
 
+@pytest.mark.slow
 def test_plotting_leaves_pyplot_alone(tmp_path: Path) -> None:
     code = (
         "import sys; from rl_plugins.report import plot_training_curves\n"

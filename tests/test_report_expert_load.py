@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from rl_plugins.report import LoadHistory, append_load, plot_expert_load, plot_max_violation, read_loads, select_panels
+from rl_plugins.moe import ExpertLoadHistory, append_expert_load, read_expert_load
+from rl_plugins.report import plot_expert_load, plot_max_violation, select_panels
 from rl_plugins.report.expert_plots import (
     color_positions,
     column_sums,
@@ -18,6 +20,7 @@ from rl_plugins.report.expert_plots import (
     layer_labels,
     load_colors,
     max_violation_figure,
+    relative_load,
     spaced,
     step_columns,
 )
@@ -25,20 +28,22 @@ from rl_plugins.report.expert_plots import (
 # Two layers of four and two experts, at steps 5 and 10.
 LAYERS = ["model.layers.1.mlp.gate", "model.layers.3.mlp.gate"]
 FIRST, SECOND = [[1, 2, 3, 2], [6, 2]], [[8, 0, 0, 0], [5, 5]]
-HISTORY = LoadHistory([5, 10], LAYERS, [FIRST, SECOND])
+HISTORY = ExpertLoadHistory([5, 10], LAYERS, [FIRST, SECOND])
 
 
-def random_history(n_steps: int, n_layers: int = 2, n_experts: int = 8) -> LoadHistory:
+def random_history(n_steps: int, n_layers: int = 2, n_experts: int = 8) -> ExpertLoadHistory:
     counts = np.random.default_rng(0).integers(0, 50, (n_steps, n_layers, n_experts)).tolist()
-    return LoadHistory([2 * (i + 1) for i in range(n_steps)], [f"layers.{i}.gate" for i in range(n_layers)], counts)
+    return ExpertLoadHistory(
+        [2 * (i + 1) for i in range(n_steps)], [f"layers.{i}.gate" for i in range(n_layers)], counts
+    )
 
 
 # ------------------------------------------------------------------------------------------- history
 
 
 def test_load_by_hand() -> None:
-    assert HISTORY.load(LAYERS[0]).tolist() == [[0.5, 1.0, 1.5, 1.0], [4.0, 0.0, 0.0, 0.0]]
-    assert HISTORY.load(LAYERS[1]).tolist() == [[1.5, 0.5], [1.0, 1.0]]
+    assert relative_load(HISTORY.tokens(LAYERS[0])).tolist() == [[0.5, 1.0, 1.5, 1.0], [4.0, 0.0, 0.0, 0.0]]
+    assert relative_load(HISTORY.tokens(LAYERS[1])).tolist() == [[1.5, 0.5], [1.0, 1.0]]
 
 
 def test_max_violation_by_hand() -> None:
@@ -46,12 +51,12 @@ def test_max_violation_by_hand() -> None:
 
 
 def test_a_step_without_tokens_has_no_load() -> None:
-    assert np.isnan(LoadHistory([1], ["a"], [[[0, 0]]]).load("a")).all()
+    assert np.isnan(relative_load(ExpertLoadHistory([1], ["a"], [[[0, 0]]]).tokens("a"))).all()
 
 
 def test_an_unknown_layer_is_named() -> None:
     with pytest.raises(ValueError, match=r"no layer 'x'; there are model\.layers\.1"):
-        HISTORY.load("x")
+        HISTORY.tokens("x")
 
 
 # ---------------------------------------------------------------------------------------------- file
@@ -64,14 +69,14 @@ def path(tmp_path: Path) -> Path:
 
 def write(path: Path, *steps: int) -> None:
     for step in steps:
-        append_load(path, step, LAYERS, [[step, 0, 0, 0], [1, 1]])
+        append_expert_load(path, step, LAYERS, [[step, 0, 0, 0], [1, 1]])
 
 
 def test_what_is_appended_is_read_back(path: Path) -> None:
-    append_load(path, 5, LAYERS, FIRST)
-    append_load(path, 10, LAYERS, SECOND)
+    append_expert_load(path, 5, LAYERS, FIRST)
+    append_expert_load(path, 10, LAYERS, SECOND)
     assert json.loads(path.read_text().splitlines()[0]) == {"step": 5, "layers": LAYERS, "counts": FIRST}
-    assert read_loads(path) == HISTORY
+    assert read_expert_load(path) == HISTORY
 
 
 @pytest.mark.parametrize(
@@ -79,8 +84,8 @@ def test_what_is_appended_is_read_back(path: Path) -> None:
 )
 def test_a_resumed_run_replaces_what_it_repeats(path: Path, resumed_at: int, steps: list[int]) -> None:
     write(path, 5, 10, 15)
-    append_load(path, resumed_at, LAYERS, [[0, 0, 0, 99], [1, 1]])
-    history = read_loads(path)
+    append_expert_load(path, resumed_at, LAYERS, [[0, 0, 0, 99], [1, 1]])
+    history = read_expert_load(path)
     assert history.steps == steps
     assert history.tokens(LAYERS[0])[:, 0].tolist() == [*steps[:-1], 0]  # the last is the new one
     assert history.tokens(LAYERS[0])[-1, 3] == 99
@@ -89,9 +94,9 @@ def test_a_resumed_run_replaces_what_it_repeats(path: Path, resumed_at: int, ste
 def test_a_cut_line_is_ignored_and_then_replaced(path: Path) -> None:
     write(path, 5, 10)
     path.write_bytes(path.read_bytes()[:-7])
-    assert read_loads(path).steps == [5]
+    assert read_expert_load(path).steps == [5]
     write(path, 15, 20)
-    assert read_loads(path).steps == [5, 15, 20]
+    assert read_expert_load(path).steps == [5, 15, 20]
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -99,9 +104,9 @@ def test_a_file_of_nothing_but_a_cut_line(path: Path) -> None:
     write(path, 5)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match="no complete line"):
-        read_loads(path)
+        read_expert_load(path)
     write(path, 5)
-    assert read_loads(path).steps == [5]
+    assert read_expert_load(path).steps == [5]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_a_broken_line_is_named(path: Path, line: str) -> None:
         file.write(line + "\n")
     write(path, 10)
     with pytest.raises(ValueError, match=r"moe_load\.jsonl, line 2 is broken"):
-        read_loads(path)
+        read_expert_load(path)
 
 
 @pytest.mark.parametrize(
@@ -124,25 +129,25 @@ def test_a_broken_line_is_named(path: Path, line: str) -> None:
 )
 def test_layers_that_change_are_refused(path: Path, layers: list[str], counts: list[list[int]]) -> None:
     write(path, 5)
-    append_load(path, 10, layers, counts)
+    append_expert_load(path, 10, layers, counts)
     with pytest.raises(ValueError, match="line 2: other layers or numbers of experts than at step 5"):
-        read_loads(path)
+        read_expert_load(path)
 
 
 def test_a_new_run_from_the_start_may_have_other_layers(path: Path) -> None:
     write(path, 5, 10)
-    append_load(path, 5, ["a"], [[1, 2]])
-    assert read_loads(path) == LoadHistory([5], ["a"], [[[1, 2]]])
+    append_expert_load(path, 5, ["a"], [[1, 2]])
+    assert read_expert_load(path) == ExpertLoadHistory([5], ["a"], [[[1, 2]]])
 
 
 def test_a_missing_file_says_who_writes_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="MoEBalancingCallback writes it"):
-        read_loads(tmp_path / "no.jsonl")
+    with pytest.raises(FileNotFoundError, match="balanced training writes it"):
+        read_expert_load(tmp_path / "no.jsonl")
 
 
 def test_append_wants_counts_of_each_layer(path: Path) -> None:
     with pytest.raises(ValueError, match="2 layers but 1 lists"):
-        append_load(path, 5, LAYERS, FIRST[:1])
+        append_expert_load(path, 5, LAYERS, FIRST[:1])
     assert not path.exists()
 
 
@@ -221,7 +226,7 @@ def test_map_draws_positions_of_every_layer() -> None:
     assert figure.get_suptitle() == "Title"
 
 
-def drawn_color(history: LoadHistory, step: float, expert: int) -> list[int]:
+def drawn_color(history: ExpertLoadHistory, step: float, expert: int) -> list[int]:
     """RGB in the middle of a cell of the only panel, from the finished picture."""
     figure = expert_load_figure(history, None, 12)
     canvas = FigureCanvasAgg(figure)
@@ -231,14 +236,15 @@ def drawn_color(history: LoadHistory, step: float, expert: int) -> list[int]:
     return pixels[len(pixels) - 1 - round(y), round(x), :3].tolist()
 
 
+@pytest.mark.slow
 def test_pixels_have_the_colors_of_the_scale() -> None:
-    history = LoadHistory([2, 4], ["a"], [[[16, 0, 0, 0]], [[4, 4, 4, 4]]])
+    history = ExpertLoadHistory([2, 4], ["a"], [[[16, 0, 0, 0]], [[4, 4, 4, 4]]])
     red, blue, white, black = [178, 24, 43], [33, 102, 172], [246, 246, 246], [0, 0, 0]
     assert drawn_color(history, 1, 0) == red
     assert drawn_color(history, 1, 2) == black
     assert max(abs(a - b) for a, b in zip(drawn_color(history, 3, 2), white, strict=True)) <= 2
-    assert drawn_color(LoadHistory([2], ["a"], [[[1, 99, 99, 99]]]), 1.5, 0) == blue
-    assert drawn_color(LoadHistory([2], ["a"], [[[0, 0, 0, 0]]]), 1.5, 0) == [221, 221, 221]
+    assert drawn_color(ExpertLoadHistory([2], ["a"], [[[1, 99, 99, 99]]]), 1.5, 0) == blue
+    assert drawn_color(ExpertLoadHistory([2], ["a"], [[[0, 0, 0, 0]]]), 1.5, 0) == [221, 221, 221]
 
 
 def test_scale_is_centred_and_tells_starved_from_rare() -> None:
@@ -251,6 +257,7 @@ def test_scale_is_centred_and_tells_starved_from_rare() -> None:
     assert (np.diff(luminance[:5]) > 0).all() and (np.diff(luminance[4:]) < 0).all()
 
 
+@pytest.mark.slow
 def test_the_heading_says_which_layers_are_left_out() -> None:
     history = random_history(3, n_layers=24)
     figure = expert_load_figure(history, None, 12)
@@ -262,6 +269,7 @@ def test_the_heading_says_which_layers_are_left_out() -> None:
     assert expert_load_figure(history, None, 24).get_suptitle() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_experts", [4, 64, 256])
 def test_every_expert_has_two_pixels(n_experts: int) -> None:
     figure = expert_load_figure(random_history(5, 6, n_experts), "Run", 12)
@@ -311,8 +319,9 @@ def test_no_runs_are_refused(tmp_path: Path) -> None:
         plot_max_violation({}, tmp_path / "a.png")
 
 
+@pytest.mark.slow
 def test_pictures_are_written(tmp_path: Path) -> None:
-    single = LoadHistory([5], ["gate"], [[[3, 0]]])
+    single = ExpertLoadHistory([5], ["gate"], [[[3, 0]]])
     for index, history in enumerate((HISTORY, single)):
         paths = [
             plot_expert_load(history, tmp_path / "new" / f"load{index}.png", title="T"),
@@ -331,11 +340,15 @@ def test_training_curves_show_what_the_callback_logs() -> None:
     assert all(math.isclose(item.lines[0].values[0], 0.5) for item in data)
 
 
-def test_writing_the_log_needs_no_matplotlib(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "from rl_plugins.report.expert_load import append_load, read_loads\n"
-        f"append_load({str(tmp_path / 'a.jsonl')!r}, 1, ['a'], [[1, 2]])\n"
-        f"assert read_loads({str(tmp_path / 'a.jsonl')!r}).counts == [[[1, 2]]]"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+@pytest.mark.slow
+def test_the_pictures_are_imported_without_matplotlib_and_training_imports_no_pictures() -> None:
+    package = Path(__file__).parents[1] / "rl_plugins"
+    training = [
+        *(package / "moe").glob("*.py"),
+        package / "trl" / "balancing.py",
+        package / "lightning" / "balancing.py",
+    ]
+    pictures = re.compile(r"^\s*(from|import) (matplotlib|rl_plugins\.report)", re.MULTILINE)
+    assert len(training) > 10 and not [path.name for path in training if pictures.search(path.read_text())]
+    code = "import sys; sys.modules['matplotlib'] = None\nfrom rl_plugins.report import plot_expert_load"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=package.parent)

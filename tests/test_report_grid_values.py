@@ -56,6 +56,7 @@ def test_every_cell_says_its_action_and_value() -> None:
     assert cells(negative)[1, 1] == ["→", "−0.12"]
 
 
+@pytest.mark.slow
 def test_text_can_be_read_on_its_colour() -> None:
     figure = grid_values_figure(VALUES, POLICY, (2, 3), None, FROZEN_LAKE_ARROWS, {}, [4])
     image = figure.axes[0].images[0]

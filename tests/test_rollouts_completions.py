@@ -90,6 +90,7 @@ def test_ragged_prompts_complete_as_they_do_alone(model: Any) -> None:
         assert own[0, len(prompt) :].tolist() == ids
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_policy_at_its_temperature(model: Any) -> None:
     """First tokens of many completions are as frequent as the model says."""
     torch.manual_seed(0)

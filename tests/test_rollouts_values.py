@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_plugins.nn import MTPHeads, PolyakTarget, attach_mtp_heads
+from rl_plugins.nn import MTPHeads, PolyakTarget, ValueModel, attach_mtp_heads
 from rl_plugins.rollouts import values
-from rl_plugins.rollouts.values import ValuePass, ValueRecorder, completion_values
+from rl_plugins.rollouts.values import EachStep, ValueRecord, WholeRows, completion_values
 
 PROMPTS = [[3, 12, 3, 14], [4, 5, 12, 4, 5, 14], [14]]
 EOS = 1
@@ -47,11 +47,12 @@ def padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def generate(model: Any, record: ValueRecorder, num_tokens: int = 7, **options: Any) -> list[list[int]]:
-    """Completions, each up to and with its first end-of-sequence token."""
+def generate(model: Any, record: ValueRecord | EachStep, num_tokens: int = 7, **options: Any) -> list[list[int]]:
+    """Completions, recorded step by step, each up to and with its first end-of-sequence token."""
     ids, mask = padded(PROMPTS)
     torch.manual_seed(0)
-    with record.following(model):
+    steps = record if isinstance(record, EachStep) else EachStep(record)
+    with steps.following(model):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, **options)
     completions = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in completions]
@@ -63,10 +64,12 @@ def full_pass(model: Any, target: PolyakTarget | None, completions: list[list[in
     ids, mask = padded(PROMPTS)
     tail = torch.tensor([row + [0] * (width - len(row)) for row in completions])
     tail_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in completions])
-    record = ValuePass(model.mtp_heads, target, width)
-    with model.mtp_heads.tapped(record), torch.no_grad():
+    record = ValueRecord(model.mtp_heads, target)
+    with model.mtp_heads.watching(WholeRows(record, width)), torch.no_grad():
         model(input_ids=torch.cat([ids, tail], 1), attention_mask=torch.cat([mask, tail_mask], 1))
-    return record.finish(len(PROMPTS))
+    passed = record.finish(width)
+    assert passed is not None
+    return passed
 
 
 @pytest.mark.parametrize("flush_every", [1, 3, 64])
@@ -85,7 +88,7 @@ def full_pass(model: Any, target: PolyakTarget | None, completions: list[list[in
 def test_recorded_values_are_those_of_a_full_forward(
     model: Any, target: PolyakTarget, flush_every: int, options: dict[str, Any]
 ) -> None:
-    record = ValueRecorder(model.mtp_heads, target, flush_every=flush_every)
+    record = ValueRecord(model.mtp_heads, target, flush_every=flush_every)
     completions = generate(model, record, **options)
     num_tokens = max(map(len, completions))
     saved = record.finish(num_tokens)
@@ -105,7 +108,7 @@ def test_recorded_values_are_those_of_a_full_forward(
 
 
 def test_without_a_target_the_online_values_come_twice(model: Any) -> None:
-    record = ValueRecorder(model.mtp_heads)
+    record = ValueRecord(model.mtp_heads)
     completions = generate(model, record, num_tokens=3)
     saved = record.finish(3)
     assert saved is not None and torch.equal(*saved)
@@ -115,10 +118,10 @@ def test_without_a_target_the_online_values_come_twice(model: Any) -> None:
 
 def test_finish_pads_and_cuts(model: Any) -> None:
     for length in (2, 5, 8):
-        record = ValueRecorder(model.mtp_heads, flush_every=2)
+        record = ValueRecord(model.mtp_heads, flush_every=2)
         states, rows = torch.randn(3, 5, 32), torch.arange(3)
         for t in range(5):
-            record.record(states[:, t : t + 1], torch.full((3, 1), t), rows)
+            record.add(states[:, t : t + 1], torch.full((3, 1), t), rows)
         saved = record.finish(length)
         assert saved is not None and saved[0].shape == (3, length, 2)
         expected = model.mtp_heads(states)
@@ -141,24 +144,25 @@ def test_passes_that_are_not_tokens_are_not_recorded(
 ) -> None:
     if "prompt_lookup_num_tokens" in options:
         monkeypatch.setitem(globals(), "PROMPTS", [[3, 12, 3, 12, 3, 12]])  # one row, with repetitions
-    record = ValueRecorder(model.mtp_heads)
+    record = ValueRecord(model.mtp_heads)
     generate(model, record, num_tokens=12, **options)
-    assert not record.usable and record.finish(12) is None
+    assert not EachStep(record).usable and record.finish(12) is None
 
 
 def account(heads: MTPHeads, *widths: int, prompt: int = 5, rows: int = 2) -> bool:
     """Whether a record of one token per pass of these widths is usable."""
-    record = ValueRecorder(heads)
+    record = ValueRecord(heads)
+    steps = EachStep(record)
 
     def passes(ids: Tensor, stopping_criteria: Any) -> Tensor:
         for width in widths:
-            record(torch.randn(rows, abs(width), 32))
+            steps(torch.randn(rows, abs(width), 32))
             if width > 0:  # below 0: no token is chosen yet
                 ids = torch.cat([ids, ids[:, :1]], 1)
                 stopping_criteria(ids, None)
         return ids
 
-    record._generate(passes, torch.ones(2, prompt, dtype=torch.long))
+    steps._generate(passes, torch.ones(2, prompt, dtype=torch.long))
     return record.finish(4) is not None
 
 
@@ -184,43 +188,46 @@ def test_idle_passes_after_the_end_are_not_recorded(model: Any) -> None:
 @pytest.mark.parametrize("chosen", [1, 2, 3, 6, 7])
 def test_ranks_run_the_heads_equally_often(model: Any, chosen: int) -> None:
     """Seven passes, the last ones idle: under ZeRO-3 every run of the heads waits for all ranks."""
-    record, runs = ValueRecorder(model.mtp_heads, flush_every=3), []
+    record, runs = ValueRecord(model.mtp_heads, flush_every=3), []
+    steps = EachStep(record)
     handle = model.mtp_heads.register_forward_hook(lambda *args: runs.append(1))
 
     def passes(ids: Tensor, stopping_criteria: Any) -> Tensor:
         for i in range(7):
-            record(torch.randn(2, 1 if i else 5, 32))
+            steps(torch.randn(2, 1 if i else 5, 32))
             if i < chosen:
                 ids = torch.cat([ids, ids[:, :1]], 1)
                 stopping_criteria(ids, None)
         return ids
 
-    record._generate(passes, torch.ones(2, 5, dtype=torch.long))
+    steps._generate(passes, torch.ones(2, 5, dtype=torch.long))
     saved = record.finish(chosen)
     handle.remove()
     assert len(runs) == 3 and saved is not None and bool((saved[0] != 0).any(-1).all())
 
 
 def test_only_completions_that_were_generated_have_been_recorded(model: Any) -> None:
-    record = ValueRecorder(model.mtp_heads)
-    completions = generate(model, record, do_sample=True, temperature=50.0)
+    steps = EachStep(ValueRecord(model.mtp_heads))
+    completions = generate(model, steps, do_sample=True, temperature=50.0)
     width = max(map(len, completions))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in completions])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in completions])
-    assert record.made(ids, mask)
-    assert record.made(ids.masked_fill(mask == 0, 9), mask)
-    assert not record.made(ids.flip(0), mask.flip(0)) and not record.made(ids[:2], mask[:2])
+    assert steps.made(ids, mask)
+    assert steps.made(ids.masked_fill(mask == 0, 9), mask)
+    assert not steps.made(ids.flip(0), mask.flip(0)) and not steps.made(ids[:2], mask[:2])
     longer = torch.cat([ids, ids, ids], 1)
-    assert record.made(longer, torch.cat([mask, 0 * mask, 0 * mask], 1))
-    assert not record.made(longer, torch.ones_like(longer))
+    assert steps.made(longer, torch.cat([mask, 0 * mask, 0 * mask], 1))
+    assert not steps.made(longer, torch.ones_like(longer))
     other = ids.clone()
     other[0, 0] += 1
-    assert not record.made(other, mask)
-    assert not ValueRecorder(model.mtp_heads).made(ids, mask)
+    assert not steps.made(other, mask)
+    assert not EachStep(ValueRecord(model.mtp_heads)).made(ids, mask)
+    steps.record.complete = False
+    assert not steps.made(ids, mask)
 
 
 def test_a_generate_of_ones_own_is_not_followed(model: Any) -> None:
-    record = ValueRecorder(model.mtp_heads)
+    record = ValueRecord(model.mtp_heads)
     model.generate = model.generate  # any callable of the user
     generate(model, record)
     assert record.finish(7) is None and "generate" in vars(model)
@@ -232,29 +239,53 @@ def test_a_generate_of_ones_own_is_not_followed(model: Any) -> None:
 
 
 def test_following_leaves_no_trace(model: Any) -> None:
-    record = ValueRecorder(model.mtp_heads)
-    with pytest.raises(TypeError), record.following(model):
+    record = ValueRecord(model.mtp_heads)
+    with pytest.raises(TypeError), EachStep(record).following(model):
         model.generate(nonsense=object(), input_ids=torch.ones(1, 2, dtype=torch.long), max_new_tokens="x")
-    assert "generate" not in vars(model) and model.mtp_heads.tap is None
+    assert "generate" not in vars(model) and model.mtp_heads.observer is None
 
 
 def test_no_graph_is_kept(model: Any) -> None:
-    record = ValueRecorder(model.mtp_heads)
-    record.record(torch.randn(2, 1, 32, requires_grad=True), torch.zeros(2, 1, dtype=torch.long), torch.arange(2))
+    record = ValueRecord(model.mtp_heads)
+    record.add(torch.randn(2, 1, 32, requires_grad=True), torch.zeros(2, 1, dtype=torch.long), torch.arange(2))
     saved = record.finish(1)
     assert saved is not None and not saved[0].requires_grad
-    one_pass = ValuePass(model.mtp_heads, None, 2)
-    one_pass(torch.randn(2, 3, 32, requires_grad=True))
-    assert not one_pass.finish(2)[0].requires_grad
+    one_pass = ValueRecord(model.mtp_heads)
+    WholeRows(one_pass, 2)(torch.randn(2, 3, 32, requires_grad=True))
+    saved = one_pass.finish(2)
+    assert saved is not None and not saved[0].requires_grad
 
 
-def test_value_pass_joins_chunks_of_rows(model: Any) -> None:
-    hidden = torch.randn(5, 6, 32)
-    record = ValuePass(model.mtp_heads, None, 4)
-    for rows in hidden.split(2):
-        record(rows)
-    record(hidden)  # a later pass, such as the reference model's, comes after
-    torch.testing.assert_close(record.finish(5)[0], model.mtp_heads(hidden[:, 1:5]))
+def test_whole_rows_are_joined_chunk_by_chunk(model: Any) -> None:
+    hidden, runs = torch.randn(5, 6, 32), []
+    record = ValueRecord(model.mtp_heads)
+    rows = WholeRows(record, 4)
+    handle = model.mtp_heads.register_forward_hook(lambda *args: runs.append(1))
+    for chunk in hidden.split(2):
+        rows(chunk)
+        assert len(runs) == rows._num_rows // 2 + rows._num_rows % 2  # inside the pass that it watches
+    handle.remove()
+    rows(hidden)  # a later pass, such as the reference model's, comes after
+    saved = record.finish(4)
+    assert saved is not None and saved[0].shape == (10, 4, 2)
+    torch.testing.assert_close(saved[0][:5], model.mtp_heads(hidden[:, 1:5]))
+
+
+def test_values_of_a_value_model_are_recorded_too(model: Any, tiny_model: Callable[..., Any]) -> None:
+    """Its observers receive values, to which the record adds the last dimension."""
+    critic = ValueModel(tiny_model(seed=3).model).attach(model)
+    torch.nn.init.normal_(critic.head.weight)
+    ids = torch.tensor([[3, 12, 3, 14, 5], [4, 5, 12, 4, 9]])
+    record = ValueRecord(lambda values: values.unsqueeze(-1))
+    rows = WholeRows(record, 3)
+    with critic.watching(rows):
+        for row in ids:
+            model(input_ids=row[None])
+    saved = record.finish(3)
+    assert saved is not None and torch.equal(*saved) and not saved[0].requires_grad
+    torch.testing.assert_close(saved[0], critic(ids)[:, 1:4].detach().unsqueeze(-1))
+    with pytest.raises(TypeError, match="seen through an Attachment, got function"), EachStep(record).following(model):
+        pass
 
 
 def test_completion_values_errors(model: Any, tiny_model: Callable[..., Any]) -> None:

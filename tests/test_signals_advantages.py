@@ -8,25 +8,25 @@ import torch
 
 from rl_plugins.functional.advantages import group as pure
 from rl_plugins.functional.advantages.group import gpg_scale
-from rl_plugins.signals.advantages import (
-    ADVANTAGES,
-    GROUP_ADVANTAGES,
-    GROUPLESS,
-    advantage_options,
-    group_advantages,
-)
+from rl_plugins.functional.advantages.traces import lambda_trace
+from rl_plugins.signals.advantages import ADVANTAGES, advantage_options, advantages_of, check_advantage
 
 NAN = math.nan
 SCORES = torch.tensor([0.0, 1.0, 0.5, 0.25, 1.0, 1.0, 1.0, 1.0, NAN, 0.5, 0.0, NAN, NAN, NAN, NAN, 0.75])
 LENGTHS = torch.tensor([3, 5, 1, 2, 4, 4, 4, 4, 6, 2, 1, 3, 0, 1, 2, 3])
 OPTIONS: dict[str, dict[str, Any]] = {"pass_at_k": {"k": 2}, "kalman": {"measurement_var": 0.1}}
 OPTIONS["group_normalized"] = {"eps": 0.1}
+OF_GROUPS = [name for name, entry in ADVANTAGES.items() if not entry.per_token and not entry.tracks_prompts]
 
 
-@pytest.mark.parametrize("name", [*GROUP_ADVANTAGES, "batch_normalized"])
+def mask_of(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.arange(8) < lengths[:, None]
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
 def test_each_name_is_its_function(name: str) -> None:
     options = OPTIONS.get(name, {})
-    found = group_advantages(name, SCORES, 4, LENGTHS, options=options)
+    found = advantages_of(name, SCORES, 4, mask_of(LENGTHS), options=options)
     if name == "reward":
         expected = torch.where(SCORES.isnan(), 0.0, SCORES)
     elif name == "group_centered_rescaled":
@@ -43,25 +43,25 @@ def test_each_name_is_its_function(name: str) -> None:
 
 def test_gpg_by_hand() -> None:
     scores = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    found = group_advantages("group_centered_rescaled", scores, 2, torch.ones(6), options={})
+    found = advantages_of("group_centered_rescaled", scores, 2, torch.ones(6, 1), options={})
     assert found.tolist() == [-1.5, 1.5, 0.0, 0.0, 0.0, 0.0]
     groups = torch.arange(6) // 2
     assert gpg_scale(scores, groups).item() == 3.0
-    nothing = group_advantages("group_centered_rescaled", torch.ones(6), 2, torch.ones(6), options={})
+    nothing = advantages_of("group_centered_rescaled", torch.ones(6), 2, torch.ones(6, 1), options={})
     assert nothing.tolist() == [0.0] * 6
 
 
 def test_evaluation_with_fewer_than_k_completions() -> None:
     scores = torch.tensor([0.0, 1.0, 0.5, 0.5])
-    found = group_advantages("pass_at_k", scores, 2, torch.ones(4), options={"k": 4})
+    found = advantages_of("pass_at_k", scores, 2, torch.ones(4, 1), options={"k": 4})
     torch.testing.assert_close(found, pure.pass_at_k(scores, 2, k=2), rtol=0, atol=0)
-    single = group_advantages("pass_at_k", scores, 1, torch.ones(4), options={"k": 4})
+    single = advantages_of("pass_at_k", scores, 1, torch.ones(4, 1), options={"k": 4})
     assert single.tolist() == [0.0] * 4
 
 
 def test_no_gradient() -> None:
     scores = SCORES.nan_to_num(0.5).requires_grad_()
-    assert not group_advantages("group_normalized", scores, 4, LENGTHS, options={}).requires_grad
+    assert not advantages_of("group_normalized", scores, 4, mask_of(LENGTHS), options={}).requires_grad
 
 
 def test_options_of_each_name() -> None:
@@ -83,7 +83,29 @@ def test_options_of_each_name() -> None:
         "lambda_trace": ["gamma", "lam", "style", "min_advantage"],
     }
     assert {name: advantage_options(name) for name in ADVANTAGES} == expected
-    assert set(GROUPLESS) <= set(ADVANTAGES) and len(set(ADVANTAGES)) == len(ADVANTAGES) == 15
+    assert len(ADVANTAGES) == 15
+    groupless = {name for name, entry in ADVANTAGES.items() if not entry.compares_groups}
+    assert groupless == {"reward", "batch_normalized", "value_tracker"}
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_an_entry_says_in_one_way_how_it_is_computed(name: str) -> None:
+    entry = ADVANTAGES[name]
+    ways = (entry.of_scores, entry.of_lengths, entry.of_advantages, entry.tracks_prompts or None)
+    assert sum(way is not None for way in ways) == 1
+
+
+def test_traces_spread_the_advantage_of_the_whole() -> None:
+    mask = mask_of(LENGTHS)
+    found = advantages_of("lambda_trace", SCORES, 4, mask, options={"lam": 0.5})
+    expected = lambda_trace(pure.group_normalized(SCORES, 4), mask, lam=0.5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # Two ranks: statistics are of all rows, the result of one's own.
+    half = advantages_of(
+        "lambda_trace", SCORES[8:], 4, mask[8:], options={"lam": 0.5},
+        gather=lambda x: torch.cat([SCORES[:8], x]), own=lambda x: x[8:],
+    )  # fmt: skip
+    torch.testing.assert_close(half, expected[8:], rtol=0, atol=0)
 
 
 def test_unknown_names_list_the_valid_ones() -> None:
@@ -91,7 +113,9 @@ def test_unknown_names_list_the_valid_ones() -> None:
         ValueError, match="Unknown advantage 'gae'; choose one of reward, group_normalized, .*lambda_tr"
     ):
         advantage_options("gae")
-    with pytest.raises(ValueError, match="Unknown group advantage 'value_tracker'; choose one of reward, .*kalman"):
-        group_advantages("value_tracker", SCORES, 4, LENGTHS, options={})
+    with pytest.raises(
+        ValueError, match="num_generations is 1. Set it to at least 2, or choose one of reward, batch_n"
+    ):
+        check_advantage("kalman", {}, 1)
     with pytest.raises(ValueError, match="do not divide into groups|must divide the batch"):
-        group_advantages("group_centered", SCORES, 3, LENGTHS, options={})
+        advantages_of("group_centered", SCORES, 3, mask_of(LENGTHS), options={})

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.advantages.tracked import forget_factor
-from rl_plugins.signals.online import completion_metrics, online_loss, reward_metrics
+from rl_plugins.signals.metrics import completion_metrics, reward_metrics
+from rl_plugins.signals.online import online_loss
 from rl_plugins.signals.policy import PolicyLoss
 from rl_plugins.signals.value_tracker import TrackedAdvantages
 

@@ -68,6 +68,7 @@ def test_what_is_out_of_range_is_refused(reward: float, forget: float, message: 
         ValueTracker().update(["a"], torch.tensor([reward]), torch.tensor([forget]))
 
 
+@pytest.mark.slow
 def test_the_value_tends_to_the_success_rate() -> None:
     tracker = ValueTracker()
     wins = torch.rand(3000, generator=torch.Generator().manual_seed(0)) < 0.3

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.nn import attach_mtp_heads, save_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 
-from . import test_trl_critic_distributed as distributed
-from .speculative_models import randomise_heads
-from .test_trl_balancing_distributed import gap
+from .helpers import distributed
+from .helpers.distributed import gap
+from .helpers.speculative_models import randomise_heads
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +95,7 @@ def two(
     model = tiny_model(6, initializer_range=0.25)
     randomise_heads(attach_mtp_heads(model, 2), 0.01)
     model.save_pretrained(place.root / "model")
-    save_mtp_heads(model, place.root / "model")
+    MTPHeads.of(model).save(place.root / "model")
     tokenizer.save_pretrained(place.root / "model")
     runs = []
     for name, (trainer, options, backends) in TRL.items():
@@ -103,7 +103,7 @@ def two(
         runs += [place.trl(f"trl_{name}_{key}", key, trainer, **options, **own) for key, own in backends.items()]
     for name, (module, keys) in LIGHTNING.items():
         runs += [place.lightning(f"lightning_{name}_{key}", key, name, module) for key in ("one", *keys)]
-    frozen = {"num_generations": 2, "speculative_kwargs": {"mtp_loss_coef": 0.0}}
+    frozen = {"num_generations": 2, "mtp_loss_coef": 0.0}
     runs.append(place.lightning("frozen_lightning", "ddp", "grpo", frozen))
     runs.append(place.trl("frozen_trl", "ddp", "variant", num_generations=2, mtp_loss_coef=0.0))
     place.start([*runs, *place.killed()], ranks=1)  # the worker starts the others

@@ -6,7 +6,10 @@ import pytest
 
 from rl_plugins.rollouts.speculative.draft_length import (
     FIRST_GUESS,
+    LONGEST_WAIT,
     MEASURED_STEPS,
+    MEMORY,
+    PROBE_EVERY,
     REMEMBERED_STEPS,
     DraftLength,
     _size,
@@ -44,36 +47,39 @@ def test_the_number_of_drafts_brings_most_tokens_per_time(rates: list[float], co
 def test_none_where_drafts_are_bad_and_all_where_they_are_good() -> None:
     assert settled(DraftLength(3, 0.1), [0.01, 0.01, 0.01]).choose(4) == 0
     assert settled(DraftLength(3, 0.1), [0.99, 0.99, 0.99]).choose(4) == 3
-    assert settled(DraftLength(3, 0.1, adaptive=False), [0.0, 0.0, 0.0]).choose(4) == 3
+    assert settled(DraftLength(3, 0.0), [0.0, 0.0, 0.0]).choose(4) == 3  # which cost nothing
 
 
 def test_running_means_by_hand() -> None:
-    draft_length = DraftLength(2, 0.1, memory=8)
+    draft_length = DraftLength(2, 0.1)
     assert draft_length.acceptance == [FIRST_GUESS, FIRST_GUESS]
     draft_length.record(4, [3.0, 1.0], [4.0, 3.0], 1.0)
     first = (3 + FIRST_GUESS) / 5
     assert draft_length.acceptance == pytest.approx([first, (1 + first) / 4])
     draft_length.record(4, [4.0], [4.0], 1.0)  # one draft only: the second place has nothing new of its own
-    decay = math.exp(-4 / 8)
+    decay = math.exp(-4 / MEMORY)
     first = (3 * decay + 4 + FIRST_GUESS) / (4 * decay + 5)
     assert draft_length.acceptance == pytest.approx([first, (1 + first) / 4])
 
 
 def test_all_are_tried_again_after_ever_longer_waits() -> None:
-    draft_length, chosen = settled(DraftLength(3, 0.2, probe_every=3), [0.0, 0.5, 0.5]), []
-    for _ in range(24):
+    draft_length, chosen = settled(DraftLength(3, 0.2), [0.0, 0.5, 0.5]), []
+    waits = [PROBE_EVERY, 2 * PROBE_EVERY, LONGEST_WAIT, LONGEST_WAIT]
+    for _ in range(sum(waits) + len(waits)):
         k = draft_length.choose(4)
         chosen.append(k)
         draft_length.record(4, [0.0] * k, [4.0, 0.0, 0.0][:k], 1.0)
-    assert chosen == [0] * 3 + [3] + [0] * 6 + [3] + [0] * 12 + [3]
+    assert chosen == [k for wait in waits for k in [0] * wait + [3]] and waits == [128, 256, 512, 512]
 
 
 def test_none_are_tried_again_where_time_is_measured() -> None:
-    for cost, expected in ((None, [3, 3, 0, 3, 3, 3, 3, 0]), (0.1, [3] * 8)):
-        draft_length, chosen = DraftLength(3, cost, probe_every=2), []
+    steps = 3 * PROBE_EVERY + 2
+    once, twice = [3] * PROBE_EVERY, [3] * 2 * PROBE_EVERY
+    for cost, expected in ((None, [*once, 0, *twice, 0]), (0.1, [3] * steps)):
+        draft_length, chosen = DraftLength(3, cost), []
         for k in (0, 3) * MEASURED_STEPS:
             draft_length.record(4, [400.0] * k, [400.0] * k, 1.0)
-        for _ in range(8):
+        for _ in range(steps):
             k = draft_length.choose(4)
             chosen.append(k)
             draft_length.record(4, [4.0] * k, [4.0] * k, 1.0)
@@ -120,13 +126,13 @@ def test_draft_length_goes_on_where_it_was() -> None:
             draft_length.record(4, [(0.1, 1.9)[step % 7 == 0]] * k, [4.0] * k, 1.0)
         return chosen
 
-    whole = DraftLength(3, 0.2, memory=16, probe_every=4)
-    expected = go(whole, 21) + go(whole, 20)
-    first, second = (DraftLength(3, 0.2, memory=16, probe_every=4) for _ in range(2))
-    found = go(first, 21)
+    whole, before, after = DraftLength(3, 0.2), PROBE_EVERY + 21, 3 * PROBE_EVERY
+    expected = go(whole, before) + go(whole, after)
+    first, second = DraftLength(3, 0.2), DraftLength(3, 0.2)
+    found = go(first, before)
     state = first.state_dict()
     go(first, 5)  # the state is a copy
     second.load_state_dict(state)
-    assert found + go(second, 20) == expected
+    assert found + go(second, after) == expected
     assert second.acceptance == whole.acceptance
-    assert len(set(expected)) > 1
+    assert len(set(expected[:before])) > 1 and len(set(expected[before:])) > 1

@@ -17,14 +17,16 @@ from transformers import (
 )
 
 from rl_plugins.nn import PolyakTarget
-from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, ValueRecorder, completion_values, speculating
-from tests.speculative_models import (
+from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, completion_values, speculating
+
+from .helpers.speculative_models import (
     EOS,
     FAMILIES,
     NEW,
     PROMPTS,
     attach_random_heads,
     decode,
+    decode_with_values,
     make,
     padded,
     plain,
@@ -52,6 +54,7 @@ def some_are_accepted(output: SpeculativeOutput) -> bool:
 # Batches and options
 
 
+@pytest.mark.slow
 def test_batches_of_every_size_with_ragged_prompts(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     ends, accepted = set(), 0
@@ -131,6 +134,7 @@ def letters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
+@pytest.mark.slow
 def test_stopping_criteria_row_by_row(model: Any) -> None:
     inputs = padded([[3, 4, 5, 6], [7, 8, 9], [10, 11, 12], [4, 6], [5, 5, 6, 3, 2]])
     unstopped = decode(model, inputs)
@@ -153,8 +157,8 @@ def test_generate_refuses_stop_strings_of_custom_methods(model: Any) -> None:
 def test_several_samples_per_prompt(model: Any) -> None:
     inputs = padded(PROMPTS)
     torch.manual_seed(0)
-    output = decode(model, inputs, do_sample=True, num_return_sequences=3, temperature=1.5)
-    assert output.sequences.shape[0] == output.values.shape[0] == 15
+    output, values, _ = decode_with_values(model, inputs, do_sample=True, num_return_sequences=3, temperature=1.5)
+    assert output.sequences.shape[0] == values.shape[0] == 15
     assert torch.equal(output.sequences[:, :7], inputs["input_ids"].repeat_interleave(3, dim=0))
     assert len({tuple(row) for row in output.sequences.tolist()}) > 10
     torch.manual_seed(0)
@@ -162,6 +166,7 @@ def test_several_samples_per_prompt(model: Any) -> None:
     assert torch.equal(output.sequences, again.sequences)
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_alone_with_a_given_cost(model: Any) -> None:
     found = []
     for _ in range(2):
@@ -172,7 +177,7 @@ def test_samples_depend_on_the_seed_alone_with_a_given_cost(model: Any) -> None:
 
 
 def test_fewer_drafts_than_heads(model: Any) -> None:
-    output = decode(model, padded(PROMPTS), decoder=SpeculativeDecoder(2, adaptive=False))
+    output = decode(model, padded(PROMPTS), decoder=SpeculativeDecoder(2, draft_cost=0.0))
     assert torch.equal(output.sequences, plain(model, padded(PROMPTS)))
     assert output.statistics.reached[1] > 0 and output.statistics.reached[2] == 0
 
@@ -188,7 +193,7 @@ def test_the_last_position_of_a_model_is_in_reach() -> None:
 
 def test_listener_hears_the_length_after_every_step(model: Any) -> None:
     heard: list[int] = []
-    output = decode(model, padded(PROMPTS), decoder=SpeculativeDecoder(adaptive=False, listener=heard.append))
+    output = decode(model, padded(PROMPTS), decoder=SpeculativeDecoder(draft_cost=0.0, listener=heard.append))
     assert heard == sorted(heard) and heard[0] == 1
     assert heard[-1] == output.sequences.shape[1] - 7
 
@@ -198,91 +203,101 @@ def test_listener_hears_the_length_after_every_step(model: Any) -> None:
 EAGER_ONLY = ("bloom", "gemma2", "gpt_oss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "attention"),
     [(f, a) for f in FAMILIES for a in ("eager", "sdpa") if a == "eager" or f not in EAGER_ONLY],
 )
 def test_families_greedy_tokens_values_and_log_probs(family: str, attention: str) -> None:
     model, inputs = make(family, FAMILIES[family], attention), padded(PROMPTS)
-    output = decode(model, inputs)
+    output, values, _ = decode_with_values(model, inputs)
     assert torch.equal(output.sequences, plain(model, inputs))
     assert some_are_accepted(output)
-    check_values_and_log_probs(model, inputs, output)
+    check_values_and_log_probs(model, inputs, output, values)
 
 
 def check_values_and_log_probs(
-    model: Any, inputs: dict[str, Tensor], output: SpeculativeOutput, tolerance: float = 1e-5
+    model: Any, inputs: dict[str, Tensor], output: SpeculativeOutput, values: Tensor, tolerance: float = 1e-5
 ) -> None:
     """Compare with one plain forward pass of each row alone."""
     done = completions(output, inputs)
     prompts = [
         row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
-    for row, values in enumerate(completion_values(model, prompts, done)):
+    for row, alone in enumerate(completion_values(model, prompts, done)):
         length = len(done[row])
-        torch.testing.assert_close(output.values[row, :length], values, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(values[row, :length], alone, atol=tolerance, rtol=tolerance)
         with torch.no_grad():
             logits = model(torch.tensor([prompts[row] + done[row]]), use_cache=False).logits[0, -length - 1 : -1]
         expected = logits.float().log_softmax(dim=-1).gather(1, torch.tensor(done[row])[:, None])[:, 0]
         torch.testing.assert_close(output.log_probs[row, :length], expected, atol=2 * tolerance, rtol=tolerance)
         assert not output.log_probs[row, length:].any()
-        assert not output.values[row, length:].any()
+        assert not values[row, length:].any()
 
 
 def test_bfloat16() -> None:
     model, inputs = make("llama", {}, "sdpa").to(torch.bfloat16), padded(PROMPTS)
-    output = decode(model, inputs)
-    assert output.log_probs.dtype == output.values.dtype == torch.float32
+    output, values, _ = decode_with_values(model, inputs)
+    assert output.log_probs.dtype == values.dtype == torch.float32
     assert some_are_accepted(output)
-    check_values_and_log_probs(model, inputs, output, tolerance=0.1)
+    check_values_and_log_probs(model, inputs, output, values, tolerance=0.1)
 
 
 # Values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flush_every", [1, 3, 64])
 def test_values_of_rows_that_leave_the_batch(model: Any, flush_every: int) -> None:
     options = {"eos_token_id": [1, 3, 7], "pad_token_id": 0}
     target = PolyakTarget(model.mtp_heads)
     randomise_heads(target.heads, 0.05, seed=1)
-    decoder = SpeculativeDecoder(adaptive=False)
     inputs = padded([*PROMPTS, *[[2 + i, 15 - i, 3] for i in range(12)]])
-    output = decode(model, inputs, **options, decoder=decoder)
+    output, values, target_values = decode_with_values(model, inputs, **options)
     tails = output.sequences[:, 7:].tolist()
     stops = [next((i + 1 for i, t in enumerate(row) if t in options["eos_token_id"]), NEW) for row in tails]
     assert len(set(stops)) > 4 and NEW in stops
-    recorder = ValueRecorder(model.mtp_heads, target, flush_every=flush_every)
-    recorded = decode(model, inputs, **options, decoder=SpeculativeDecoder(adaptive=False, recorder=recorder))
-    torch.testing.assert_close(recorded.values, output.values, atol=1e-6, rtol=1e-6)
-    assert torch.equal(output.values, output.target_values)
+    _, online, slow = decode_with_values(model, inputs, target, flush_every, **options)
+    torch.testing.assert_close(online, values, atol=1e-6, rtol=1e-6)
+    assert torch.equal(values, target_values)
     rows = [row[mask.bool()].tolist() for row, mask in zip(*inputs.values(), strict=True)]
     done = [row[:stop] for row, stop in zip(tails, stops, strict=True)]
-    for found, heads in ((recorded.values, model.mtp_heads), (recorded.target_values, target)):
+    for found, heads in ((online, model.mtp_heads), (slow, target)):
         for row, (prompt, completion) in enumerate(zip(rows, done, strict=True)):
             hidden = model.model(torch.tensor([prompt + completion])).last_hidden_state[:, -len(completion) - 1 : -1]
             torch.testing.assert_close(found[row, : len(completion)], heads(hidden)[0], atol=1e-5, rtol=1e-5)
             assert not found[row, len(completion) :].any()
-    assert (recorded.values - recorded.target_values).abs().max() > 0.1
+    assert (online - slow).abs().max() > 0.1
 
 
-def test_a_recorder_starts_anew_with_every_call(model: Any) -> None:
-    decoder = SpeculativeDecoder(adaptive=False, recorder=ValueRecorder(model.mtp_heads))
-    decode(model, padded(PROMPTS), decoder=decoder)
+def test_a_recorder_holds_the_values_of_one_call(model: Any) -> None:
+    decoder = SpeculativeDecoder(draft_cost=0.0)
+    first, values, _ = decode_with_values(model, padded(PROMPTS), decoder=decoder)
+    assert decoder.recorder is None
+    decode(model, padded(PROMPTS[:2]), decoder=decoder)  # whose values nobody wants
+    check_values_and_log_probs(model, padded(PROMPTS), first, values)
     inputs = padded(PROMPTS[:2])
-    output = decode(model, inputs, decoder=decoder, max_new_tokens=5)
-    assert output.values.shape == (2, 5, 3)
-    check_values_and_log_probs(model, inputs, output)
+    output, values, _ = decode_with_values(model, inputs, decoder=decoder, max_new_tokens=5)
+    assert values.shape == (2, 5, 3)
+    check_values_and_log_probs(model, inputs, output, values)
 
 
-def test_values_can_be_left_out(model: Any) -> None:
-    output = decode(model, padded(PROMPTS), decoder=SpeculativeDecoder(adaptive=False, values=False))
-    assert output.values is None and output.target_values is None
-    assert torch.equal(output.sequences, plain(model, padded(PROMPTS)))
+def test_values_are_only_made_for_a_recorder(model: Any) -> None:
+    made: list[int] = []
+    handles = [head.value.register_forward_hook(lambda *args: made.append(1)) for head in model.mtp_heads]
+    output = decode(model, padded(PROMPTS))
+    assert not made
+    again, *_ = decode_with_values(model, padded(PROMPTS))
+    for handle in handles:
+        handle.remove()
+    assert made and torch.equal(output.sequences, plain(model, padded(PROMPTS)))
+    assert torch.equal(again.sequences, output.sequences)
 
 
 # Hosts
 
 
+@pytest.mark.slow
 def test_lora(tiny_model: Callable[..., Any]) -> None:
     model = attach_random_heads(tiny_model(seed=1, initializer_range=0.5, tie_word_embeddings=False), 3, 0.05)
     before = plain(model, padded(PROMPTS))
@@ -292,7 +307,7 @@ def test_lora(tiny_model: Callable[..., Any]) -> None:
     expected = plain(lora, inputs)
     assert not torch.equal(expected, before)
     assert torch.equal(decode(lora, inputs).sequences, expected)
-    decoder = SpeculativeDecoder(adaptive=False)
+    decoder = SpeculativeDecoder(draft_cost=0.0)
     with speculating(lora, decoder):
         assert torch.equal(lora.generate(**inputs, max_new_tokens=NEW, do_sample=False), expected)
     assert some_are_accepted(decoder.last)
@@ -316,9 +331,10 @@ def test_speculating_injects_and_restores(model: Any) -> None:
 
 def test_the_model_stays_as_it_was(model: Any) -> None:
     hooks, parameters = len(model.model._forward_hooks), [p.clone() for p in model.parameters()]
+    assert hooks == 1 and model.mtp_heads.observer is None
     for training in (True, False):
         model.train(training)
         decode(model, padded(PROMPTS))
         assert model.training is training
-    assert len(model.model._forward_hooks) == hooks
+    assert len(model.model._forward_hooks) == hooks and model.mtp_heads.observer is None
     assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))

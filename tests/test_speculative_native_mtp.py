@@ -11,7 +11,7 @@ from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.rollouts.speculative.decoding import Decoding
 from rl_plugins.rollouts.speculative.drafters import SequentialDrafter
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
 
 PROMPTS = [[7, 3, 9, 12, 5], [21], [4, 4, 30], [11, 2, 8, 6]]
 
@@ -39,6 +39,7 @@ def batch(prompts: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["ragged", "single"])
@@ -46,12 +47,13 @@ def test_greedy_is_stock_greedy(family: str, num_layers: int, prompts: list[list
     model = make(family, num_layers)
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(**batch(prompts), **options)
-    decoder = SpeculativeDecoder(adaptive=False)
+    decoder = SpeculativeDecoder(draft_cost=0.0)
     assert torch.equal(model.generate(**batch(prompts), **options, custom_generate=decoder), expected)
     assert decoder.last is not None and decoder.last.statistics is not None
     assert len(decoder.last.statistics.acceptance) == num_layers
 
 
+@pytest.mark.slow
 def test_drafts_are_those_of_a_pass_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first draft of every row and step: rejected tokens, padding and rows that left must not show in it."""
     model = make("glm4_moe", 2)
@@ -66,13 +68,13 @@ def test_drafts_are_those_of_a_pass_without_a_cache(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(SequentialDrafter, "propose", checked)
     settled: list[tuple[Tensor, Tensor]] = []
-    decoder = SpeculativeDecoder(adaptive=False)
+    decoder = SpeculativeDecoder(draft_cost=0.0)
     step = Decoding._step
 
-    def watched(self: Decoding, num_drafts: int, seen: list[Tensor]) -> None:
+    def watched(self: Decoding, num_drafts: int) -> None:
         if num_drafts:
-            settled.append((self.index.clone(), self.lengths.clone()))
-        step(self, num_drafts, seen)
+            settled.append((self.active.clone(), self.lengths.clone()))
+        step(self, num_drafts)
 
     monkeypatch.setattr(Decoding, "_step", watched)
     torch.manual_seed(0)

@@ -20,7 +20,8 @@ from rl_plugins.rollouts.speculative.drafters import Verified, make_drafter
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
 from rl_plugins.rollouts.speculative.verification import Drafts, verify
-from tests.speculative_models import FAMILIES, attach_random_heads, make, padded, processors_of
+
+from .helpers.speculative_models import FAMILIES, attach_random_heads, make, padded, processors_of
 
 # The cache
 
@@ -30,6 +31,12 @@ def test_kept_slots_by_hand() -> None:
     slots, after = kept_slots(mask)
     assert slots.tolist() == [[0, 2, 3], [4, 1, 2], [2, 3, 4]]
     assert after.tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+
+
+def test_kept_slots_of_the_drawing_in_decoding() -> None:
+    slots, after = kept_slots(torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]]))
+    assert slots.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 4, 5, 2, 3]]
+    assert after.tolist() == [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
 
 
 def test_kept_slots_of_a_full_mask_changes_nothing() -> None:
@@ -205,7 +212,7 @@ def test_greedy_verdict_by_hand() -> None:
         [1, 2],
         [1],
     ]
-    assert verdict.passing.tolist() == [[1, 1], [1, 0], [0, 1]]
+    assert verdict.acceptance_probs.tolist() == [[1, 1], [1, 0], [0, 1]]
     expected = 1.0 - torch.tensor([1.0, 0.0, 0.0, 0.0]).exp().sum().log()
     torch.testing.assert_close(verdict.log_probs[0], expected.expand(3))
 
@@ -266,6 +273,7 @@ class Passes:
             handle.remove()
 
 
+@pytest.mark.slow
 def test_hopeless_heads_cost_next_to_nothing(tiny_model: Callable[..., Any]) -> None:
     model = attach_random_heads(tiny_model(seed=1, initializer_range=0.5, tie_word_embeddings=False), 2, 100.0)
     inputs = {"input_ids": torch.randint(2, 16, (4, 5), generator=torch.Generator().manual_seed(0))}
@@ -303,7 +311,7 @@ def test_the_last_token_is_not_drafted(tiny_model: Callable[..., Any]) -> None:
                 max_new_tokens=new,
                 eos_token_id=None,
                 do_sample=False,
-                custom_generate=SpeculativeDecoder(adaptive=False),
+                custom_generate=SpeculativeDecoder(draft_cost=0.0),
             )
         assert passes.tokens[: len(expected)] == expected
 
@@ -313,7 +321,7 @@ def test_logits_are_made_for_the_drafts_alone(tiny_model: Callable[..., Any]) ->
     inputs = padded([[3, 4, 5, 6, 7, 8, 9], [7, 8], [4], [5, 5, 6]])
     with Passes(model) as passes:
         model.generate(
-            **inputs, max_new_tokens=12, do_sample=False, custom_generate=SpeculativeDecoder(adaptive=False)
+            **inputs, max_new_tokens=12, do_sample=False, custom_generate=SpeculativeDecoder(draft_cost=0.0)
         )
     assert passes.logits[0] == (4, 1, 16)  # the prompts
     assert all(rows <= 4 and positions <= 3 + 1 for rows, positions, _ in passes.logits)
@@ -321,6 +329,7 @@ def test_logits_are_made_for_the_drafts_alone(tiny_model: Callable[..., Any]) ->
     assert min(rows for rows, _, _ in passes.logits) < 4  # rows that have ended cost nothing
 
 
+@pytest.mark.slow
 def test_the_cache_does_not_fill_up_with_rejected_drafts(tiny_model: Callable[..., Any]) -> None:
     model = attach_random_heads(tiny_model(seed=1, initializer_range=0.5, tie_word_embeddings=False), 3, 0.3)
     inputs, new, slots = padded([[3, 4, 5, 6], [7, 8], [4], [5, 5, 6]] * 6), 60, []
@@ -329,7 +338,7 @@ def test_the_cache_does_not_fill_up_with_rejected_drafts(tiny_model: Callable[..
         slots.append(kwargs[cache_name()].get_seq_length())
 
     handle = model.model.register_forward_pre_hook(look, with_kwargs=True)
-    decoder = SpeculativeDecoder(adaptive=False)
+    decoder = SpeculativeDecoder(draft_cost=0.0)
     torch.manual_seed(0)
     model.generate(**inputs, max_new_tokens=new, do_sample=True, eos_token_id=None, custom_generate=decoder)
     handle.remove()

@@ -10,7 +10,8 @@ from transformers import DynamicCache, LogitsProcessorList, SynthIDTextWatermark
 
 from rl_plugins.nn.cache_name import cache_name
 from rl_plugins.rollouts import SpeculativeDecoder
-from tests.speculative_models import EXPERTS, PROMPTS, attach_random_heads, decode, make, padded
+
+from .helpers.speculative_models import EXPERTS, PROMPTS, attach_random_heads, decode, make, padded
 
 
 @pytest.fixture(scope="module")

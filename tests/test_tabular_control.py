@@ -29,8 +29,9 @@ from rl_plugins.tabular import (
     update_table,
     value_iteration,
 )
-from tests.test_tabular_mdp import random_mdp, random_policy, random_tables
-from tests.test_tabular_sampling import copies_of, corridor
+
+from .helpers.environments import copies_of, corridor
+from .helpers.random_mdps import random_mdp, random_policy, random_tables
 
 SEEDS = (0, 1, 2)
 TOLERANCE = 0.15  # action values reach up to 2
@@ -133,6 +134,7 @@ def explore(mdp: MDP, seed: int) -> ParallelMDP:
     return copies_of(mdp, 1000, seed, exploring_starts=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_on_policy_methods_learn_the_values_of_their_policy(name: str, seed: int) -> None:
@@ -146,6 +148,7 @@ def test_on_policy_methods_learn_the_values_of_their_policy(name: str, seed: int
     assert int(learned.updates[:-1].min()) >= 20 and int(learned.updates[-1].max()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_td_learns_the_values_of_its_policy(seed: int) -> None:
     for mdp in (short_mdp(seed), random_mdp(seed=seed, end=False, gamma=0.8)):
@@ -154,6 +157,7 @@ def test_td_learns_the_values_of_its_policy(seed: int) -> None:
         assert largest_error(learned.values, solve_values(mdp, policy)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.2, 1.0])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_q_learning_learns_the_optimum_whatever_acts(seed: int, epsilon: float) -> None:
@@ -239,6 +243,7 @@ def test_the_same_seed_gives_the_same_table() -> None:
     assert not torch.equal(runs[0].values, other.values)
 
 
+@pytest.mark.slow
 def test_a_constant_step_keeps_its_noise() -> None:
     """The error of decreasing steps goes on falling where that of a constant step has stopped."""
     mdp = short_mdp(0)

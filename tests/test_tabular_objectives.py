@@ -18,7 +18,8 @@ from rl_plugins.tabular import (
     stationary_distribution,
     value_iteration,
 )
-from tests.test_tabular_mdp import random_mdp, random_policy, random_tables
+
+from .helpers.random_mdps import random_mdp, random_policy, random_tables
 
 SEEDS = (0, 1, 2)
 
@@ -140,6 +141,7 @@ def test_gradients_against_finite_differences() -> None:
             assert exact[s, a].item() == pytest.approx(((up - down) / (2 * width)).item(), abs=1e-8)
 
 
+@pytest.mark.slow
 def test_ascent_reaches_the_optimum() -> None:
     mdp = random_mdp(seed=4)
     logits = torch.zeros(6, 3).double()

@@ -27,7 +27,8 @@ from rl_plugins.tabular import (
     truncated_policy_iteration,
     value_iteration,
 )
-from tests.test_tabular_mdp import random_mdp, random_policy
+
+from .helpers.random_mdps import random_mdp, random_policy
 
 SEEDS = (0, 1, 2)
 
@@ -202,6 +203,7 @@ def test_so_many_sweeps_are_made(seed: int, sweeps: int) -> None:
         torch.testing.assert_close(plan.values, bellman_optimality(mdp, values), atol=1e-12, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_many_sweeps_are_policy_iteration(seed: int) -> None:
     mdp = random_mdp(n_states=20, n_actions=5, seed=seed, gamma=0.95)
@@ -254,6 +256,7 @@ def test_frozen_lake_at_099(name: str, best: float) -> None:
         assert solve_values(mdp, plan.policy)[0].item() == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_64x64_lake_is_solved() -> None:
     """4,096 states: no table of S^2 entries is made on the way."""
     desc = ["".join("H" if (7 * i + 5 * j) % 23 == 0 else "F" for j in range(64)) for i in range(64)]

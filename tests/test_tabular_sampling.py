@@ -6,23 +6,9 @@ from torch import Tensor
 
 from rl_plugins.functional import discounted_returns, gae, lambda_returns, n_step_returns, td_errors
 from rl_plugins.tabular import MDP, ParallelMDP, Rollout, action_values, solve_values
-from tests.test_tabular_mdp import random_mdp, random_policy, random_tables
 
-
-def copies_of(mdp: MDP, copies: int, seed: int = 0, **options: object) -> ParallelMDP:
-    return ParallelMDP(mdp, copies, generator=torch.Generator().manual_seed(seed), **options)  # type: ignore[arg-type]
-
-
-def corridor(length: int, gamma: float = 1.0) -> MDP:
-    """States 0 .. length in a row; the only action steps on and pays the number of the state; the last is the end."""
-    transitions = torch.zeros(length + 1, 1, length + 1)
-    for state in range(length + 1):
-        transitions[state, 0, min(state + 1, length)] = 1.0
-    rewards = torch.arange(length + 1).double()
-    rewards[-1] = 0.0
-    start = torch.zeros(length + 1)
-    start[0] = 1.0
-    return MDP(transitions, rewards[:, None], gamma, start=start)
+from .helpers.environments import copies_of, corridor
+from .helpers.random_mdps import random_mdp, random_policy, random_tables
 
 
 def z_scores(samples: Tensor, groups: Tensor, expected: Tensor) -> Tensor:
@@ -135,6 +121,7 @@ def long_rows(seed: int, end: bool) -> tuple[MDP, Tensor, Rollout]:
     return mdp, solve_values(mdp, policy), copies_of(mdp, 4000, seed).rollout(policy, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_returns_of_exact_values_average_to_exact_values(seed: int, end: bool) -> None:

@@ -1,6 +1,7 @@
 """The exact oracle against hand-worked numbers, brute-force enumeration and Monte Carlo."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 
 import pytest
@@ -46,16 +47,25 @@ def probability(string: tuple[int, ...], start: int) -> float:
     """Chance of string[start:] after string[:start]."""
     chance = 1.0
     for t in range(start, len(string)):
-        prefix = torch.tensor(string[:t], dtype=torch.long)[None]
-        chance *= float(random_policy(prefix)[0, string[t]])
+        chance *= next_tokens(string[:t])[string[t]]
     return chance
+
+
+@cache
+def next_tokens(prefix: tuple[int, ...]) -> list[float]:
+    return random_policy(torch.tensor(prefix, dtype=torch.long)[None])[0].tolist()
+
+
+@cache
+def reward_of(string: tuple[int, ...]) -> float:
+    return float(random_reward(torch.tensor([string])))
 
 
 def brute_value(prefix: tuple[int, ...], eos: int | None, gamma: float) -> float:
     """V(prefix) as a sum over all finished strings of probability times discounted reward."""
     d = len(prefix)
     return sum(
-        probability(s, d) * gamma ** (len(s) - 1 - d) * float(random_reward(torch.tensor([s])))
+        probability(s, d) * gamma ** (len(s) - 1 - d) * reward_of(s)
         for s in finished_strings(eos)
         if len(s) > d and s[:d] == prefix
     )

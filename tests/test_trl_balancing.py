@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from rl_plugins.functional import selection_bias_update, switch_balance_loss
+from rl_plugins.functional import selection_bias_update
 from rl_plugins.moe import find_routers, load_selection_bias
-from rl_plugins.report.expert_load import LOAD_FILE_NAME, LoadHistory, read_loads
+from rl_plugins.moe.load_log import LOAD_FILE_NAME, ExpertLoadHistory, read_expert_load
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -32,9 +32,10 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
-from rl_plugins.trl.host import hide_critics_from_vllm, stream_biases_to_vllm
+from rl_plugins.trl.host import hide_attachments_from_vllm, stream_biases_to_vllm
 
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model, mean_switch_loss
+from .helpers.tiny import ON_CPU
 
 Make = Callable[..., Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -42,16 +43,11 @@ LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 PLAIN: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 NO_HOST_LOSS: dict[str, Any] = {"router_aux_loss_coef": 0.0}
 COMMON: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
+    **ON_CPU,
     "per_device_train_batch_size": 8,
     "max_steps": 3,
     "logging_steps": 1,
     "learning_rate": 1e-2,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 OFFLINE = {
     "trainer": (Trainer, TrainingArguments),
@@ -171,8 +167,8 @@ def logged(trainer: Any, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def loads(trainer: Any) -> LoadHistory:
-    return read_loads(Path(trainer.args.output_dir) / LOAD_FILE_NAME)
+def loads(trainer: Any) -> ExpertLoadHistory:
+    return read_expert_load(Path(trainer.args.output_dir) / LOAD_FILE_NAME)
 
 
 def replay(trainer: Any, rate: float, start: list[Tensor] | None = None) -> list[Tensor]:
@@ -213,12 +209,13 @@ def router_loss(model: Any, batch: dict[str, Any], *, sigmoid: bool = False) -> 
         handle.remove()
     logits, indices = zip(*seen, strict=True)
     scoring = "sigmoid" if sigmoid else "softmax"
-    return output, switch_balance_loss(logits, indices, batch["attention_mask"].flatten(), scoring=scoring)
+    return output, mean_switch_loss(logits, indices, batch["attention_mask"].flatten(), scoring=scoring)
 
 
 # Counting changes nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["trainer", "sft", "grpo", "dpo"])
 def test_rate_zero_leaves_the_run_as_it_was(make: Make, host: str) -> None:
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
@@ -233,6 +230,7 @@ def test_rate_zero_leaves_the_run_as_it_was(make: Make, host: str) -> None:
 # Loss-free
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "minimax_m2", "afmoe", "ernie4_5_moe"])
 def test_biases_are_those_that_the_counts_ask_for(make: Make, family: str) -> None:
     trainer = make("trainer", family, [MoEBalancingCallback(rate=0.01)], max_steps=4)
@@ -246,6 +244,7 @@ def test_biases_are_those_that_the_counts_ask_for(make: Make, family: str) -> No
     assert logged(trainer, "moe/bias_range")[-1] == pytest.approx(max(b.max() - b.min() for b in moved).item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["sft", "grpo", "dpo"])
 def test_biases_in_trl(make: Make, host: str) -> None:
     trainer = run(make(host, callbacks=[MoEBalancingCallback(rate=0.01)], **NO_HOST_LOSS))
@@ -253,6 +252,7 @@ def test_biases_in_trl(make: Make, host: str) -> None:
     assert_equal(biases(trainer.model), replay(trainer, 0.01))
 
 
+@pytest.mark.slow
 def test_rule_and_schedule_reach_the_biases(make: Make) -> None:
     callback = MoEBalancingCallback(rate=0.01, rule="proportional", start=0.25, stop=0.75)
     trainer = run(make("trainer", callbacks=[callback], max_steps=4))
@@ -267,6 +267,7 @@ def test_rule_and_schedule_reach_the_biases(make: Make) -> None:
     assert spans[0] == 0.0 < spans[1] and spans[2] == spans[3] > 0.0
 
 
+@pytest.mark.slow
 def test_a_biased_router_changes_what_is_learnt(make: Make) -> None:
     still = run(make("trainer", output_dir="still"))
     moving = run(make("trainer", callbacks=[MoEBalancingCallback(rate=0.1)]))
@@ -277,6 +278,7 @@ def test_a_biased_router_changes_what_is_learnt(make: Make) -> None:
 # Accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("host", ["trainer", "sft"])
 def test_accumulation_equals_one_batch(make: Make, host: str, family: str) -> None:
@@ -294,6 +296,7 @@ def test_accumulation_equals_one_batch(make: Make, host: str, family: str) -> No
         assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_biases_do_not_see_how_a_ragged_batch_is_split(make: Make) -> None:
     whole = run(make("trainer", callbacks=[MoEBalancingCallback(rate=0.01)], output_dir="whole", **PLAIN))
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
@@ -302,6 +305,7 @@ def test_biases_do_not_see_how_a_ragged_batch_is_split(make: Make) -> None:
     assert_equal(biases(parts.model), biases(whole.model))
 
 
+@pytest.mark.slow
 def test_a_short_last_window(make: Make) -> None:
     settings = {"rate": 0.01, "aux_loss_coef": 0.5, "aux_loss_type": "sequence"}
     data = token_rows(12, ragged=False)
@@ -320,6 +324,7 @@ def test_a_short_last_window(make: Make) -> None:
 # Auxiliary losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "micro"), [("mixtral", 1), ("deepseek_v3", 1), ("mixtral", 4)])
 def test_gradient_of_the_auxiliary_loss(make: Make, family: str, micro: int) -> None:
     data, coef = token_rows(8), 0.5
@@ -361,6 +366,7 @@ def test_gradient_of_the_auxiliary_loss(make: Make, family: str, micro: int) -> 
 # The router loss of TRL's config in our trainers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["sft", "grpo"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "granitemoe"])
 def test_stock_trl_cannot_compute_the_router_loss(make: Make, host: str, family: str) -> None:
@@ -375,11 +381,13 @@ def test_stock_trl_cannot_run_llama4(make: Make) -> None:
         run(make("sft", "llama4_top2", **NO_HOST_LOSS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "granitemoe"])
 def test_our_trainers_compute_the_router_loss(make: Make, family: str) -> None:
     assert_router_loss_is_trained(make, "mtp_sft", family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["variant", "critic", "ppo"])
 def test_our_online_trainers_compute_the_router_loss(make: Make, host: str) -> None:
     assert_router_loss_is_trained(make, host, "deepseek_v3")
@@ -409,6 +417,7 @@ def assert_router_loss_is_trained(make: Make, host: str, family: str) -> None:
     assert not (Path(trainer.args.output_dir) / LOAD_FILE_NAME).exists()
 
 
+@pytest.mark.slow
 def test_the_router_loss_joins_the_callback(make: Make) -> None:
     callback = MoEBalancingCallback(rate=0.01)
     trainer = run(make("mtp_sft", "deepseek_v3", [callback], router_aux_loss_coef=0.01))
@@ -419,6 +428,7 @@ def test_the_router_loss_joins_the_callback(make: Make) -> None:
         make("mtp_sft", "deepseek_v3", [both], router_aux_loss_coef=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("host", ["trainer", "sft", "mtp_sft", "grpo"])
 def test_the_hosts_own_loss_beside_ours(make: Make, host: str) -> None:
@@ -434,6 +444,7 @@ def test_the_hosts_own_loss_beside_ours(make: Make, host: str) -> None:
 # Our trainers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("host", OURS)
 def test_our_trainers_balance(make: Make, host: str, family: str) -> None:
@@ -452,6 +463,7 @@ def test_our_trainers_balance(make: Make, host: str, family: str) -> None:
 # What counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["sft", "grpo"])
 def test_only_real_tokens_of_loss_forwards_count(make: Make, host: str) -> None:
     # GRPO: generation, and the scoring of completions that are older than the policy, see the same tokens.
@@ -467,6 +479,7 @@ def test_only_real_tokens_of_loss_forwards_count(make: Make, host: str) -> None:
         assert logged(trainer, "num_tokens")[-1] == sum(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["trainer", "sft", "grpo"])
 def test_evaluation_does_not_count(make: Make, host: str, dataset: Dataset) -> None:
     held_out = {"trainer": token_rows(8), "sft": texts(8), "grpo": dataset.select(range(8))}[host]
@@ -506,6 +519,7 @@ class Tracker(TrainerCallback):
         self.seen.append(dict(logs))
 
 
+@pytest.mark.slow
 def test_metrics_are_means_since_the_last_log(make: Make) -> None:
     settings = {"rate": 0.01, "aux_loss_coef": 0.01, "z_loss_coef": 0.01}
     each = run(make("trainer", callbacks=[MoEBalancingCallback(**settings)], max_steps=6, output_dir="each"))
@@ -543,6 +557,7 @@ def test_metrics_by_hand(make: Make) -> None:
     assert logged(trainer, "moe/unused_experts") == [pytest.approx(sum(layer.count(0) for layer in counts) / 24)]
 
 
+@pytest.mark.slow
 def test_steps_after_the_last_log_are_in_the_load_file(make: Make) -> None:
     trainer = run(make("trainer", callbacks=[MoEBalancingCallback(rate=0.01)], max_steps=5, logging_steps=2))
     each = run(make("trainer", callbacks=[MoEBalancingCallback(rate=0.01)], max_steps=5, output_dir="each"))
@@ -551,6 +566,7 @@ def test_steps_after_the_last_log_are_in_the_load_file(make: Make) -> None:
     assert len(logged(trainer, "moe/max_violation")) == 2
 
 
+@pytest.mark.slow
 def test_add_to_reaches_trackers(make: Make) -> None:
     late, early = Tracker(), Tracker()
     run(make("sft", callbacks=[late, MoEBalancingCallback(rate=0.01)], output_dir="late", **NO_HOST_LOSS))
@@ -565,6 +581,7 @@ def test_add_to_reaches_trackers(make: Make) -> None:
     assert "moe/max_violation" in ours.seen[0]
 
 
+@pytest.mark.slow
 def test_a_tracker_in_front_is_reported(make: Make, recwarn: Any) -> None:
     callback = MoEBalancingCallback(rate=0.01)
 
@@ -583,6 +600,7 @@ def test_a_tracker_in_front_is_reported(make: Make, recwarn: Any) -> None:
     assert [type(c).__name__ for c in trainer.callback_handler.callbacks].count("MoEBalancingCallback") == 1
 
 
+@pytest.mark.slow
 def test_load_file_on_request(make: Make) -> None:
     trainer = run(make("trainer", callbacks=[MoEBalancingCallback(rate=0.01, record_load=False)]))
     assert not (Path(trainer.args.output_dir) / LOAD_FILE_NAME).exists()
@@ -597,6 +615,7 @@ def read_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_transformers_resumes_without_the_experts(make: Make, tmp_path: Path, family: str) -> None:
     # `save_pretrained` writes each expert apart, as in the original checkpoints, and `Trainer` reads such a file with
@@ -611,6 +630,7 @@ def test_transformers_resumes_without_the_experts(make: Make, tmp_path: Path, fa
     assert all(torch.equal(p, weights(saved)[name]) for name, p in again.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_our_trainers_resume_with_them(make: Make, tmp_path: Path, family: str) -> None:
     saved = run(make("mtp_sft", family, output_dir="saved", save_strategy="steps", save_steps=3, **NO_HOST_LOSS))
@@ -622,9 +642,10 @@ def test_our_trainers_resume_with_them(make: Make, tmp_path: Path, family: str) 
 def masters(trainer: Any) -> list[Tensor]:
     """Float32 biases of the trainer's callback."""
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, MoEBalancingCallback))
-    return list(callback.balancer.state_dict().values())
+    return list(callback.run.state_dict().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "family", "dtype", "restore"),
     [
@@ -671,6 +692,7 @@ def test_resumed_run_equals_one_in_one_go(
         assert any(not torch.equal(bias, bias.bfloat16().float()) for bias in masters(whole))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_still_connected_to_its_trainer(make: Make, tmp_path: Path) -> None:
     settings = {"rate": 0.01, "aux_loss_coef": 0.5, "aux_loss_type": "sequence"}
     options = {**PLAIN, "data": token_rows(12, ragged=False), "max_steps": -1, "num_train_epochs": 2}
@@ -688,6 +710,7 @@ def test_a_resumed_run_is_still_connected_to_its_trainer(make: Make, tmp_path: P
     assert "moe/max_violation" in tracker.seen[0]
 
 
+@pytest.mark.slow
 def test_resume_from_a_run_without_the_callback(make: Make, tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
     trained = make("trainer", "deepseek_v3", output_dir="first", max_steps=2, **saving)
@@ -701,6 +724,7 @@ def test_resume_from_a_run_without_the_callback(make: Make, tmp_path: Path) -> N
     assert (tmp_path / "run" / "checkpoint-4").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["experts", "routers"])
 def test_a_checkpoint_of_other_experts(make: Make, tmp_path: Path, change: str) -> None:
     options = {"save_strategy": "steps", "save_steps": 2}
@@ -718,6 +742,7 @@ def test_a_checkpoint_of_other_experts(make: Make, tmp_path: Path, change: str) 
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_training_twice_goes_on(make: Make) -> None:
     trainer = run(make("trainer", callbacks=[MoEBalancingCallback(rate=0.01)]))
     first = replay(trainer, 0.01)
@@ -727,6 +752,7 @@ def test_training_twice_goes_on(make: Make) -> None:
     assert_equal(biases(trainer.model), replay(trainer, 0.01, first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0.0, 0.5])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_the_best_model_has_its_biases(make: Make, family: str, start: float) -> None:
@@ -753,6 +779,7 @@ def test_the_best_model_has_its_biases(make: Make, family: str, start: float) ->
     assert_equal(masters(trainer), first)
 
 
+@pytest.mark.slow
 def test_the_best_adapter_has_its_biases(make: Make) -> None:
     saving = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -765,6 +792,7 @@ def test_the_best_adapter_has_its_biases(make: Make) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(logged(trainer, "eval_loss")[0], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_saved_beside_the_model(make: Make, tmp_path: Path) -> None:
     trainer = run(make("trainer", callbacks=[MoEBalancingCallback(rate=0.01)], save_strategy="steps", save_steps=3))
     with pytest.warns(UserWarning, match="load_selection_bias"):
@@ -778,6 +806,7 @@ def test_saved_beside_the_model(make: Make, tmp_path: Path) -> None:
 # LoRA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_lora(make: Make, tmp_path: Path, family: str) -> None:
     trainer = make(
@@ -826,13 +855,14 @@ def test_every_bias_reaches_vllm_once(family: str) -> None:
         assert all(bool((bias == value).all()) for bias in sent.values())
 
 
+@pytest.mark.slow
 def test_vllm_through_a_trainer(make: Make) -> None:
     trainer = make("grpo", "deepseek_v3", **NO_HOST_LOSS)
     trainer.vllm_generation = fake_vllm(trainer.model)
     callback = MoEBalancingCallback(rate=0.01).add_to(trainer)
     trainer.args.use_vllm = True
     callback.add_loss(0.01).add_to(trainer)
-    hide_critics_from_vllm(trainer.vllm_generation)
+    hide_attachments_from_vllm(trainer.vllm_generation)
     trainer.use_vllm = False  # generates with transformers
     run(trainer)
     sent = [(n, t) for n, t in trainer.vllm_generation._iter_named_params() if n.endswith("e_score_correction_bias")]
@@ -844,6 +874,7 @@ def test_vllm_through_a_trainer(make: Make) -> None:
     assert len(names) == len(set(names)) and not [name for name in names if "mtp_heads" in name]
 
 
+@pytest.mark.slow
 def test_vllm_that_would_route_otherwise(make: Make) -> None:
     trainer = make("grpo", **NO_HOST_LOSS)
     trainer.vllm_generation = fake_vllm(trainer.model)
@@ -911,6 +942,7 @@ def test_a_run_that_cannot_work_does_not_start(make: Make, settings: dict[str, A
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["trainer", "mtp_sft"])
 def test_two_callbacks(make: Make, host: str) -> None:
     two = [MoEBalancingCallback(rate=0.01), MoEBalancingCallback(rate=0.0, aux_loss_coef=0.01)]

@@ -2,7 +2,6 @@
 if it had not been killed."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_plugins.moe import load_selection_bias
-from rl_plugins.moe.files import SELECTION_BIAS_NAME
+from rl_plugins.nn.attachment import SELECTION_BIAS_NAME
 
-from . import moe_models
-from . import test_trl_critic_distributed as distributed
+from .helpers import distributed, moe_models
+from .helpers.distributed import assert_same_biases, gap, start_both
 
 pytestmark = pytest.mark.slow
 
@@ -141,12 +140,6 @@ class Workplace(distributed.Workplace):  # type: ignore[misc]
             return bool(file.metadata()[state] == "True")
 
 
-def start_both(place: distributed.Workplace, one: list[Run], two: list[Run]) -> None:
-    """Runs of one process beside those of two ranks, which wait for each other often enough."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(place.start, (one, two), (1, 2)))
-
-
 def make_rows(*, even: bool) -> dict[str, Tensor]:
     """Random tokens, padded on the right; `even`: as many in every row."""
     generator = torch.Generator().manual_seed(1)
@@ -212,25 +205,6 @@ def two(place: Workplace) -> Workplace:
     runs.append(place.run("mtp_zero3", trainer="mtp", balance=BIAS, **BACKENDS["zero3"]))
     start_both(place, [place.run(name, **options) for name, options in REFERENCES.items()], runs)
     return place
-
-
-def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Largest difference of two sets of tensors."""
-    assert a.keys() == b.keys() and a
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def assert_same_biases(place: Workplace, name: str) -> dict[str, Tensor]:
-    """Both ranks have the same masters, which moved, and route with them; returns them."""
-    place.log(name)
-    first, second = (place.tensors(name, "masters", rank) for rank in (0, 1))
-    assert first.keys() == second.keys() and first
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert all(bias.dtype == torch.float32 and bias.any() for bias in first.values())
-    for rank in (0, 1):
-        live = place.tensors(name, "live", rank)
-        assert all(torch.equal(live[key].view(-1), first[key].to(live[key].dtype)) for key in first)
-    return first
 
 
 def load_saved(directory: Path) -> PreTrainedModel | PeftModel:

@@ -1,6 +1,7 @@
 """`MTPCriticTrainer` on a tiny model: equal to the host where it should be, and numbers of its own."""
 
 import asyncio
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
@@ -20,12 +21,15 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rl_plugins.nn import MTPHeads, attach_mtp_heads, detach_mtp_heads, get_mtp_heads, load_mtp_heads
-from rl_plugins.rollouts.values import ValuePass, ValueRecorder
+from rl_plugins.nn import MTPHeads, attach_mtp_heads, load_mtp_heads
+from rl_plugins.rollouts.values import ValueRecord, WholeRows
 from rl_plugins.signals import sequence_means
+from rl_plugins.signals.critics import CriticSignal
+from rl_plugins.signals.options import OnlineValueOptions
 from rl_plugins.trl import MTPCriticTrainer
-from rl_plugins.trl.host import hide_critics_from_vllm, without_critics
-from rl_plugins.trl.phasic import PhasicSchedule
+from rl_plugins.trl.host import hide_attachments_from_vllm, without_attachments
+
+from .helpers.tiny import record_passes_only
 
 Make = Callable[..., MTPCriticTrainer]
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
@@ -99,18 +103,19 @@ def no_grad_values(trainer: MTPCriticTrainer, batch: dict[str, Any]) -> Tensor:
     """Values (B, T, K) of one full forward with today's weights."""
     heads = trainer.mtp_heads
     assert heads is not None
-    record = ValuePass(heads, None, batch["completion_ids"].shape[1])
-    with heads.tapped(record), torch.no_grad():
+    record, num_tokens = ValueRecord(heads), batch["completion_ids"].shape[1]
+    with heads.watching(WholeRows(record, num_tokens)), torch.no_grad():
         trainer.model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
         )
-    return record.finish(len(batch["prompt_ids"]))[0]
+    return record.finish(num_tokens)[0]
 
 
 # Off is the host
 
 
+@pytest.mark.slow
 def test_without_the_critic_it_is_stock_grpo(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, reward: Any, tmp_path: Path
 ) -> None:
@@ -135,6 +140,7 @@ def test_without_the_critic_it_is_stock_grpo(
 # Training
 
 
+@pytest.mark.slow
 def test_every_parameter_moves(make: Make) -> None:
     trainer = make(max_steps=4, head_learning_rate=1e-2)
     before = weights(trainer)
@@ -160,6 +166,7 @@ def test_every_parameter_moves(make: Make) -> None:
     assert logged(trainer, "mtp/token_loss/head_1")[0] == pytest.approx(math.log(16), abs=0.5)
 
 
+@pytest.mark.slow
 def test_the_target_follows_the_heads(make: Make) -> None:
     trainer = make(max_steps=1, target_tau=0.25)
     assert trainer.mtp_heads is not None
@@ -185,6 +192,7 @@ def test_head_learning_rate(make: Make, rate: float | None) -> None:
     assert len(groups) == (4 if rate is not None else 2)
 
 
+@pytest.mark.slow
 def test_values_come_from_generation_without_another_forward(
     make: Make, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,12 +212,13 @@ def test_values_come_from_generation_without_another_forward(
     assert batch["completion_mask"].all() and values.shape == (8, 6, 2) and values.std() > 0.1
     torch.testing.assert_close(batch["old_values"], values, atol=1e-5, rtol=1e-5)
     # Where generation cannot tell, one pass more fills in, with the same numbers.
-    monkeypatch.setattr(ValueRecorder, "finish", lambda self, num_tokens: None)
+    record_passes_only(monkeypatch)
     forwards, trainer = count(model=with_random_heads(tiny_model()), **still)
     assert forwards == 2 * (6 + 1 + 1)
     torch.testing.assert_close(trainer.last_rollout["old_values"], values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "passes"),
     [
@@ -236,8 +245,8 @@ def test_values_belong_to_their_tokens_however_they_are_generated(
         max_steps=1,
     )
     calls: list[Any] = []
-    own_pass = trainer._score
-    trainer._score = lambda batch: calls.append(batch) or own_pass(batch)
+    own_pass = trainer.log_probs
+    trainer.log_probs = lambda batch: calls.append(batch) or own_pass(batch)
     trainer.train()
     batch = trainer.last_rollout
     values, mask = no_grad_values(trainer, batch), batch["completion_mask"].bool()
@@ -245,6 +254,7 @@ def test_values_belong_to_their_tokens_however_they_are_generated(
     assert values[mask].std() > 0.1 and len(calls) == passes
 
 
+@pytest.mark.slow
 def test_values_belong_to_completions_that_a_subclass_has_changed(
     make: Make, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +274,7 @@ def test_values_belong_to_completions_that_a_subclass_has_changed(
     torch.testing.assert_close(batch["old_values"][mask], values[mask], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_type_takes_advantages_per_token(make: Make, loss_type: str) -> None:
     level = "sequence" if loss_type == "luspo" else "token"
@@ -289,6 +300,7 @@ def test_every_loss_type_takes_advantages_per_token(make: Make, loss_type: str) 
         assert torch.equal(of_rows, of_tokens)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_sum_of_its_parts(make: Make, tiny_model: Callable[..., Any]) -> None:
     options: dict[str, Any] = {"learning_rate": 0.0, "head_learning_rate": 0.0, "max_steps": 1}
 
@@ -307,6 +319,7 @@ def test_the_loss_is_the_sum_of_its_parts(make: Make, tiny_model: Callable[..., 
     assert loss(value_loss_coef=0.3, mtp_loss_coef=0.2) == pytest.approx(policy + 0.3 * value + 0.2 * token, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_accumulation_changes_nothing(make: Make, loss_type: str) -> None:
     def run(size: int, accumulation: int) -> tuple[list[float], dict[str, Tensor]]:
@@ -338,6 +351,7 @@ def test_accumulation_changes_nothing(make: Make, loss_type: str) -> None:
             torch.testing.assert_close(split[name], whole[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_several_iterations_on_one_generation(make: Make) -> None:
     trainer = make(num_iterations=2, steps_per_generation=2, max_steps=8, per_device_train_batch_size=4)
     trainer.train()
@@ -360,6 +374,7 @@ def test_value_loss_of_zero_logs_finite_gradients(make: Make) -> None:
     assert logged(trainer, "critic/grad_norm") == [0.0] and logged(trainer, "critic/grad_clamped") == [0.0]
 
 
+@pytest.mark.slow
 def test_evaluation(make: Make, dataset: Dataset) -> None:
     trainer = make(eval_dataset=dataset.select(range(8)), max_steps=1, per_device_eval_batch_size=8)
     trainer.train()
@@ -381,6 +396,7 @@ def test_evaluation_without_training(make: Make, dataset: Dataset) -> None:
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
+@pytest.mark.slow
 def test_completions_table(make: Make, tmp_path: Path) -> None:
     trainer = make(max_steps=2, log_completions=True, num_completions_to_print=0, head_learning_rate=1e-1)
     trainer.train()
@@ -398,6 +414,7 @@ def test_completions_table(make: Make, tmp_path: Path) -> None:
 # LoRA
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_heads_and_saves_both(
     make: Make, tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -411,17 +428,18 @@ def test_lora_trains_adapters_and_heads_and_saves_both(
     reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved")
     heads = load_mtp_heads(reloaded, tmp_path / "saved")
     again = {name: p for name, p in reloaded.named_parameters()}
-    assert get_mtp_heads(reloaded) is heads
+    assert MTPHeads.of(reloaded) is heads
     assert not changed(again, weights(trainer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("recorded", [True, False])
 def test_the_reference_pass_of_lora_does_not_disturb_the_values(
     make: Make, monkeypatch: pytest.MonkeyPatch, num_iterations: int, recorded: bool
 ) -> None:
     if not recorded:
-        monkeypatch.setattr(ValueRecorder, "finish", lambda self, num_tokens: None)
+        record_passes_only(monkeypatch)
     still = {"learning_rate": 0.0, "head_learning_rate": 0.0}
     trainer = make(peft_config=LORA, beta=0.1, max_steps=1, num_iterations=num_iterations, **still)
     assert trainer.mtp_heads is not None
@@ -443,6 +461,7 @@ def test_the_reference_pass_of_lora_does_not_disturb_the_values(
 # Warm-up, KL, phases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mtp_detach_trunk", [True, False])
 def test_warmup_leaves_the_trunk_bit_identical(make: Make, mtp_detach_trunk: bool) -> None:
     trainer = make(value_warmup_steps=2, max_steps=2, head_learning_rate=1e-2, mtp_detach_trunk=mtp_detach_trunk)
@@ -455,6 +474,7 @@ def test_warmup_leaves_the_trunk_bit_identical(make: Make, mtp_detach_trunk: boo
     assert "model.embed_tokens.weight" in changed(before, weights(trainer))
 
 
+@pytest.mark.slow
 def test_kl_in_the_reward(make: Make, tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
@@ -477,29 +497,13 @@ def test_kl_in_the_reward(make: Make, tiny_model: Callable[..., Any], tokenizer:
 
     assert loss(trainer, batch["ref_per_token_logps"]) == loss(trainer, batch["ref_per_token_logps"] - 1)
     assert trainer.beta == 0.5
-    trainer.args.kl_in_reward = False
+    assert trainer.critic is not None and isinstance(trainer.critic.values, OnlineValueOptions)
+    trainer.critic.values = dataclasses.replace(trainer.critic.values, kl_in_reward=False)
+    trainer.signal = CriticSignal(trainer.critic)
     assert loss(trainer, batch["ref_per_token_logps"]) != loss(trainer, batch["ref_per_token_logps"] - 1)
 
 
-def test_phasic_schedule() -> None:
-    schedule = PhasicSchedule(every=2, epochs=3, cycle=4)  # two slices, two iterations
-    for first in (0, 2):
-        for step in range(4):
-            assert not schedule.auxiliary and not schedule.starting
-            schedule.policy_step([{"n": first}, {"n": first + 1}] if step == 0 else None)
-    assert schedule.auxiliary and schedule.starting
-    seen = []
-    for step in range(12):
-        assert schedule.auxiliary and schedule.starting == (step == 0)
-        if step == 5:
-            other = PhasicSchedule(2, 3, 4)
-            other.load_state_dict(schedule.state_dict())
-            schedule = other
-        seen.append(schedule.next_slice()["n"])
-    assert seen == [0, 1, 2, 3] * 3
-    assert not schedule.auxiliary and schedule.stored == []
-
-
+@pytest.mark.slow
 def test_phasic_run(make: Make) -> None:
     trainer = make(phasic_every=2, phasic_epochs=2, max_steps=8, head_learning_rate=1e-2)
     snapshots: list[dict[str, Tensor]] = []
@@ -517,6 +521,7 @@ def test_phasic_run(make: Make) -> None:
         assert {"mtp_heads.heads.0.value.weight", "model.embed_tokens.weight"} <= changed(before, after)
 
 
+@pytest.mark.slow
 def test_phasic_kl_holds_the_policy(make: Make) -> None:
     def drift(coef: float) -> float:
         trainer = make(
@@ -531,6 +536,7 @@ def test_phasic_kl_holds_the_policy(make: Make) -> None:
 # Bad rewards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["whiten", "value", "none"])
 def test_unusable_rewards_are_skipped_and_counted(make: Make, scaling: str) -> None:
     def broken(completions: list[str], **kwargs: Any) -> list[float | None]:
@@ -547,6 +553,7 @@ def test_unusable_rewards_are_skipped_and_counted(make: Make, scaling: str) -> N
     assert batch["scores"][4:].tolist() == [0.0, 1.0, 0.5, 0.25] and batch["scores"][:4].isnan().all()
 
 
+@pytest.mark.slow
 def test_one_of_two_rewards_is_unusable(make: Make) -> None:
     def none_or_inf(completions: list[str], **kwargs: Any) -> list[float | None]:
         return [None, math.inf, math.nan, 1.0] + [0.0] * 4
@@ -562,6 +569,7 @@ def test_one_of_two_rewards_is_unusable(make: Make) -> None:
     assert math.isnan(scores[1]) and scores[:1] + scores[2:] == [0.5, 0.5, 2.5, 0.5, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_all_rewards_none(make: Make) -> None:
     trainer = make(reward_funcs=lambda completions, **kwargs: [None] * len(completions), max_steps=2)
     trainer.train()
@@ -569,6 +577,7 @@ def test_all_rewards_none(make: Make) -> None:
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_all_completions_truncated(make: Make) -> None:
     trainer = make(mask_truncated_completions=True, generation_kwargs=NO_END, max_steps=2)
     before = weights(trainer)
@@ -578,6 +587,7 @@ def test_all_completions_truncated(make: Make) -> None:
     assert not changed(before, weights(trainer))
 
 
+@pytest.mark.slow
 def test_some_completions_truncated(make: Make) -> None:
     trainer = make(
         mask_truncated_completions=True,
@@ -636,15 +646,16 @@ def test_a_failing_reward_function_is_named(make: Make, reward: Any, func: Any, 
 # What it starts from
 
 
+@pytest.mark.slow
 def test_heads_that_are_there_are_kept(make: Make, tiny_model: Callable[..., Any]) -> None:
     model = with_random_heads(tiny_model())
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     trainer = make(model=model, max_steps=1)
     assert trainer.mtp_heads is heads
-    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but num_mtp_heads is 3. Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
         make(model=model, num_mtp_heads=3)
     trainer.train()
-    detach_mtp_heads(model)
+    MTPHeads.detach(model)
 
 
 def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
@@ -654,6 +665,7 @@ def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], tmp_path: P
         make(mtp_heads_path=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_heads_of_the_last_one(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -668,7 +680,7 @@ def test_a_run_starts_from_the_heads_of_the_last_one(
     assert changed(weights(first), weights(other)).isdisjoint(same)
     target = dict(other.polyak_target.heads.named_parameters())
     assert all(torch.equal(target[n.removeprefix("mtp_heads.")], weights(other)[n]) for n in same)
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match="Ask for 2"):
         make(model=str(tmp_path / "first"), num_mtp_heads=1)
 
 
@@ -691,7 +703,7 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
     generation._dist = SimpleNamespace(is_fsdp=False, gather_params=gather)  # type: ignore[assignment]
     assert any("mtp_heads" in name for name, _ in generation._iter_named_params())
     gathered.clear()
-    hide_critics_from_vllm(generation)
+    hide_attachments_from_vllm(generation)
     sent = dict(generation._iter_named_params())
     stock = tiny_model()
     assert list(sent) == [name for name, _ in stock.named_parameters()]
@@ -702,13 +714,14 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
 
 def test_heads_are_known_by_a_whole_part_of_the_name() -> None:
     names = ["mtp_heads.heads.0.up.weight", "a.mtp_heads.b", "model.mtp_heads_like.weight", "lm_head.weight"]
-    kept = [name for name, _ in without_critics((name, torch.zeros(1)) for name in names)]
+    kept = [name for name, _ in without_attachments((name, torch.zeros(1)) for name in names)]
     assert kept == ["model.mtp_heads_like.weight", "lm_head.weight"]
 
 
 # Checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_steps", "options"),
     [
@@ -737,15 +750,16 @@ def test_resuming_is_as_if_nothing_had_happened(
     assert any(not torch.equal(t, through.mtp_heads.get_parameter(n)) for n, t in targets.items())  # type: ignore
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_targets_is_refused(make: Make, tmp_path: Path) -> None:
     trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
     checkpoint = tmp_path / "run" / "checkpoint-1"
-    assert {"mtp_heads.safetensors", "mtp_heads_config.json", "polyak_target.safetensors", "rollout_0.pt"} <= {
+    assert {"mtp_heads.safetensors", "mtp_heads_config.json", "rl_plugins.pt", "rollout_0.pt"} <= {
         p.name for p in checkpoint.iterdir()
     }
     for name, message in (
-        ("polyak_target.safetensors", "written by another trainer .* it has no polyak_target.safetensors"),
+        ("rl_plugins.pt", "written by another trainer .* it has no rl_plugins.pt"),
         ("mtp_heads.safetensors", "written by another trainer .* it has no mtp_heads.safetensors"),
         ("rollout_0.pt", "rollout_0.pt"),
     ):
@@ -756,6 +770,7 @@ def test_a_checkpoint_without_targets_is_refused(make: Make, tmp_path: Path) -> 
             make(max_steps=2).train(resume_from_checkpoint=str(broken))
 
 
+@pytest.mark.slow
 def test_the_best_model_comes_back_with_its_heads(make: Make, dataset: Dataset) -> None:
     def worse_and_worse(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
         return [float(-trainer_state.global_step)] * len(completions)

@@ -1,118 +1,17 @@
 """Two gloo ranks equal one process under DDP and ZeRO-1/2/3, and a killed run goes on as if it had not been killed."""
 
-import json
-import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.nn import load_mtp_heads
-from rl_plugins.nn.serialization import HEADS_WEIGHTS_NAME
+from rl_plugins.nn import MTPHeads, load_mtp_heads
+
+from .helpers.distributed import CHECKPOINT, GREEDY, ITERATIONS, MID_CYCLE, STEPS, Workplace, largest_gap, zero
 
 pytestmark = pytest.mark.slow
-
-STEPS, CHECKPOINT, KILL_AT = 6, 3, 4
-GREEDY = {"max_steps": 5, "generation_kwargs": {"do_sample": False}}
-ITERATIONS = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
-RESUMABLE = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": CHECKPOINT}
-MID_CYCLE = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
-
-Run = dict[str, Any]
-
-
-def zero(stage: int) -> dict[str, Any]:
-    """DeepSpeed config that shards even the tiny model's smallest parameter."""
-    return {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_gather_16bit_weights_on_model_save": True,
-            "stage3_param_persistence_threshold": 0,
-        },
-    }
-
-
-def fsdp(state_dict: str = "FULL") -> dict[str, Any]:
-    """Options for FSDP2, and how it writes checkpoints."""
-    config = {"version": 2, "reshard_after_forward": True, "state_dict_type": f"{state_dict}_STATE_DICT"}
-    return {"fsdp": True, "fsdp_config": config}
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class Workplace:
-    """Starts lists of runs of a worker and reads what they left."""
-
-    worker = Path(__file__).parent / "workers" / "critic_worker.py"
-    timeout = 300
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def run(self, name: str, model: str = "tied", batch: int = 8, **options: Any) -> Run:
-        """One run; what is not an option of the worker is one of the trainer."""
-        worker = {key: options.pop(key) for key in ("lora", "kill_at", "resume", "save") if key in options}
-        args = {"per_device_train_batch_size": batch, **options}
-        return {"out": str(self.root / name), "model": str(self.root / model), "args": args, **worker}
-
-    def resumed(self, name: str, batch: int, **options: Any) -> list[Run]:
-        """An uninterrupted run, one that is killed, and one that goes on from its checkpoint."""
-        checkpoint = str(self.root / f"{name}_killed" / f"checkpoint-{CHECKPOINT}")
-        options = {**RESUMABLE, **options, "batch": batch}
-        return [
-            self.run(f"{name}_whole", **options),
-            self.run(f"{name}_killed", **options, kill_at=KILL_AT),
-            self.run(f"{name}_resumed", **options, resume=checkpoint),
-        ]
-
-    def start(self, runs: list[Run], ranks: int) -> None:
-        """Run the worker; a failed run leaves an error file for `results`."""
-        file = self.root / f"runs_{ranks}.json"
-        file.write_text(json.dumps([{**run, "port": free_port()} for run in runs]))
-        env = os.environ | ({"RANKS": str(ranks)} if ranks > 1 else {})
-        done = subprocess.run(
-            [sys.executable, str(self.worker), str(file)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=self.timeout,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-
-    def log(self, name: str) -> dict[str, Any]:
-        """What a run logged; its error if it failed."""
-        out = self.root / name
-        errors = [path.read_text() for path in sorted(out.glob("error_*.txt"))]
-        assert not errors, "\n".join(errors)
-        return json.loads((out / "log.json").read_text())
-
-    def history(self, name: str) -> list[dict[str, float]]:
-        """Log entries of the optimizer steps, without times."""
-        entries = [entry for entry in self.log(name)["history"] if "loss" in entry]
-        return [{key: value for key, value in entry.items() if key != "step_time"} for entry in entries]
-
-    def tensors(self, name: str, what: str, rank: int = 0) -> dict[str, Tensor]:
-        """Trained heads or their targets."""
-        return load_file(self.root / name / f"{what}_{rank}.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -162,20 +61,6 @@ def two(one: Workplace) -> Workplace:
     ]
     one.start(runs, ranks=2)
     return one
-
-
-def largest_gap(a: list[dict[str, float]], b: list[dict[str, float]], prefix: str) -> float:
-    """Largest difference over steps and metrics that start with `prefix`."""
-    gaps = [0.0]
-    for mine, other in zip(a, b, strict=True):
-        names = {name for name in {*mine, *other} if name.startswith(prefix)}
-        for name in names:
-            # The host logs None where a metric is not defined at a step, and so does every backend.
-            assert (mine[name] is None) == (other[name] is None), name
-            if mine[name] is not None:
-                gaps.append(abs(mine[name] - other[name]))
-    assert all(map(math.isfinite, gaps))
-    return max(gaps)
 
 
 PAIRS = [
@@ -279,7 +164,7 @@ class TestSavedModel:
     def test_adapter(self, two: Workplace) -> None:
         two.log("zero3_lora")
         final = two.root / "zero3_lora" / "final"
-        heads, trained = load_file(final / HEADS_WEIGHTS_NAME), two.tensors("zero3_lora", "heads")
+        heads, trained = load_file(final / MTPHeads.mark), two.tensors("zero3_lora", "heads")
         assert all(torch.equal(heads[name], trained[name]) for name in trained)
         adapter = load_file(final / "adapter_model.safetensors")
         assert adapter and all("lora_" in name and value.numel() for name, value in adapter.items())

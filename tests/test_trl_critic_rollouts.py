@@ -42,6 +42,7 @@ def finite(trainer):
     return all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_tokens_of_the_environment_are_skipped(tmp_path, critic_args, tiny_model, tokenizer, dataset, reward):
     rollout_func = scripted(COMPLETIONS, HOLES)
     trainer = train(
@@ -64,6 +65,7 @@ def test_tokens_of_the_environment_are_skipped(tmp_path, critic_args, tiny_model
     assert finite(trainer)
 
 
+@pytest.mark.slow
 def test_empty_completions_are_skipped_and_counted(tmp_path, critic_args, tiny_model, tokenizer, dataset, reward):
     rollout_func = scripted([[3, 4, 1], [], [5, 1], []])
     trainer = train(tmp_path, critic_args, tiny_model, tokenizer, dataset, reward, rollout_func)
@@ -72,6 +74,7 @@ def test_empty_completions_are_skipped_and_counted(tmp_path, critic_args, tiny_m
     assert finite(trainer)
 
 
+@pytest.mark.slow
 def test_a_batch_without_any_real_token_changes_nothing(tmp_path, critic_args, tiny_model, tokenizer, dataset, reward):
     rollout_func = scripted([[3, 4], [5, 6]], env_mask=[[0, 0], [0, 0]])
     model = tiny_model()

@@ -23,6 +23,8 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
+from .helpers.tiny import ON_CPU
+
 TESTED = "1.16"
 """TRL whose fields are listed here."""
 
@@ -98,16 +100,11 @@ KEPT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"": (GRPOVariantConfig, {})}, {"sync_ref_model": True, "beta": 0.1}),
 ]
 QUICK = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
+    **ON_CPU,
     "per_device_train_batch_size": 8,
     "max_completion_length": 6,
     "logging_steps": 1,
     "learning_rate": 1e-2,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 
 
@@ -150,7 +147,7 @@ def test_a_loss_of_the_host_beside_another_is_told(tmp_path: Path) -> None:
     for config, own in CONFIGS.values():
         with pytest.warns(UserWarning, match="loss_type='cispo' has no effect: policy_loss='gmpo' takes its place"):
             args = config(str(tmp_path), use_cpu=True, bf16=False, policy_loss="gmpo", loss_type="cispo", **own)
-        assert (args.policy_loss, args.aggregation, args.loss_type) == ("gmpo", "sequence", "grpo")
+        assert (args.policy_loss, args.aggregation, args.loss_type) == ("gmpo", "sequence", "cispo")
 
 
 @pytest.fixture
@@ -204,6 +201,7 @@ def test_an_option_acts_on_our_loss_as_on_the_hosts(train: Any, options: dict[st
 # Fewer prompts than a generation batch takes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("kind", "prompts", "times"), [("critic", 4, 2), ("ppo", 3, 3), ("variant", 1, 4)])
 def test_few_prompts_are_repeated(
@@ -223,12 +221,14 @@ def test_few_prompts_are_repeated(
         assert min(counts) >= 8 // prompts - 1 and len(trainer.train_dataset) == times * prompts
 
 
+@pytest.mark.slow
 def test_few_prompts_without_a_number_of_steps(train: Any, dataset: Dataset) -> None:
     with pytest.warns(UserWarning, match="4 prompts"):
         trainer = train("critic", dataset.select(range(4)), max_steps=-1, num_train_epochs=2)
     assert trainer.state.global_step == 2 and trainer.state.epoch == 2
 
 
+@pytest.mark.slow
 def test_enough_prompts_stay_as_they_are(train: Any, dataset: Dataset) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The dataset has")
@@ -236,6 +236,7 @@ def test_enough_prompts_stay_as_they_are(train: Any, dataset: Dataset) -> None:
     assert len(trainer.train_dataset) == 8
 
 
+@pytest.mark.slow
 def test_few_prompts_to_evaluate_on(train: Any, dataset: Dataset) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "max_steps": 1}
     trainer = train("critic", None, dataset.select(range(3)), **options)

@@ -26,9 +26,11 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from rl_plugins.functional.alignment import completion_states, last_real
 from rl_plugins.nn import ValueModel
-from rl_plugins.signals import PolicyLoss, critic_targets, policy_loss, scale_advantages
+from rl_plugins.signals import HeadCritic, PolicyLoss, ValueModelCritic, critic_targets, policy_loss, scale_advantages
 from rl_plugins.trl import MTPCriticTrainer, PPOConfig, PPOTrainer
-from rl_plugins.trl.host import hide_critics_from_vllm
+from rl_plugins.trl.host import hide_attachments_from_vllm
+
+from .helpers.tiny import ON_CPU, change_values
 
 Make = Callable[..., PPOTrainer]
 Batch = dict[str, Any]
@@ -53,9 +55,7 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, rewar
         args = PPOConfig(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_completion_length": 6,
                 "max_steps": 2,
@@ -63,9 +63,6 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, rewar
                 "learning_rate": 1e-3,
                 "value_learning_rate": 1e-2,
                 "beta": 0.0,  # a reference model is loaded from a path
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **options,
             }
         )
@@ -159,6 +156,7 @@ def batch_in_training(trainer: PPOTrainer, steps: int) -> Batch:
 # Start
 
 
+@pytest.mark.slow
 def test_first_values_are_zero_and_everything_moves(make: Make) -> None:
     trainer = make(max_steps=4, num_iterations=1)
     assert trainer.value_model is not None
@@ -185,10 +183,13 @@ def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], reward: Any
     with pytest.raises(TypeError, match="Cannot make a value model from Linear"):
         make(value_model=torch.nn.Linear(2, 2))
     model = make().model
-    with pytest.raises(ValueError, match="has a value model already. Use get_value_model.policy. to reach it, or det"):
+    with pytest.raises(
+        ValueError, match="has `value_model` already. Use ValueModel.of.model. to reach it, or ValueModel.det"
+    ):
         make(model=model, value_model=tiny_model())
 
 
+@pytest.mark.slow
 def test_a_second_trainer_goes_on_with_the_value_model_of_the_first(make: Make) -> None:
     first = make(max_steps=1, output_dir="first")
     first.train()
@@ -200,6 +201,7 @@ def test_a_second_trainer_goes_on_with_the_value_model_of_the_first(make: Make) 
         assert torch.equal(w, weights[name]), name
 
 
+@pytest.mark.slow
 def test_value_model_path(make: Make, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     tiny_model(seed=8, num_hidden_layers=1, hidden_size=16).save_pretrained(tmp_path / "small")
     small = str(tmp_path / "small")
@@ -232,6 +234,7 @@ def test_dropout_is_off_in_both_networks(make: Make) -> None:
 # Rollout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "rollout_passes", "value_passes"),
     [
@@ -288,6 +291,7 @@ def gae_by_hand(rewards: Tensor, values: Tensor, length: int, gamma: float, lam:
     return out[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["whiten", "value", "none"])
 def test_advantages_and_returns(make: Make, path: str, critic: ValueModel, scaling: str) -> None:
     """Token rewards are the score at the end less the charge on each token; GAE and targets follow, by hand."""
@@ -331,6 +335,7 @@ def test_advantages_and_returns(make: Make, path: str, critic: ValueModel, scali
     assert logged(trainer, "kl")[0] == pytest.approx(0.0, abs=1e-6)  # policy and reference start equal
 
 
+@pytest.mark.slow
 def test_the_kl_is_in_the_reward_or_in_the_loss(make: Make, path: str) -> None:
     trainer = make(model=path, beta=0.5, max_steps=2, num_iterations=1)
     trainer.train()
@@ -342,11 +347,12 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(make: Make, path: str) -> None:
 
     ref_logps = batch["ref_per_token_logps"]
     assert loss(ref_logps) == loss(ref_logps - 1) and trainer.beta == 0.5
-    trainer.args.kl_in_reward = False
+    change_values(trainer, kl_in_reward=False)
     assert loss(ref_logps) != loss(ref_logps - 1)
     assert trainer.beta == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["whiten", "value", "none"])
 def test_unusable_rewards_are_skipped_and_counted(make: Make, scaling: str) -> None:
     def broken(completions: list[str], **kwargs: Any) -> list[float | None]:
@@ -363,6 +369,7 @@ def test_unusable_rewards_are_skipped_and_counted(make: Make, scaling: str) -> N
     assert batch["scores"][4:].tolist() == [0.0, 1.0, 0.5, 0.25] and batch["scores"][:4].isnan().all()
 
 
+@pytest.mark.slow
 def test_all_rewards_none(make: Make) -> None:
     trainer = make(reward_funcs=lambda completions, **kwargs: [None] * len(completions), max_steps=2)
     before = weights(trainer)
@@ -371,6 +378,7 @@ def test_all_rewards_none(make: Make) -> None:
     assert logged(trainer, "loss") == [0.0, 0.0] and not changed(before, weights(trainer))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 def test_empty_completions_and_holes_of_a_rollout_function(make: Make) -> None:
     completions, holes = [[3, 4, 5, 1], [], [5, 1], []], [[1, 0, 1, 1], [], [1, 1], []]
@@ -394,6 +402,7 @@ def test_empty_completions_and_holes_of_a_rollout_function(make: Make) -> None:
     assert not batch["advantages"][~batch["critic_mask"]].any()
 
 
+@pytest.mark.slow
 def test_several_completions_per_prompt(make: Make) -> None:
     trainer = make(num_generations=4, max_steps=1)
     trainer.train()
@@ -418,6 +427,7 @@ def clipped_losses(trainer: PPOTrainer, batch: Batch) -> tuple[Tensor, Tensor, T
     return -(surrogate * mask).sum() / count, (error * mask).sum() / count, (entropies * mask).sum() / count
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_clipped_sum(make: Make) -> None:
     trainer = make(
         max_steps=4, learning_rate=1e-2, value_learning_rate=6e-3, entropy_coef=0.01, value_loss_coef=0.3, gamma=0.9
@@ -448,19 +458,21 @@ def test_the_loss_is_the_clipped_sum(make: Make) -> None:
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_cross(make: Make) -> None:
     trainer = make(max_steps=2)
     batch = batch_in_training(trainer, steps=2)
     trainer.current_gradient_accumulation_steps = 1
-    trainer.args.value_loss_coef = 0.0
+    change_values(trainer, value_loss_coef=0.0)
     only_policy = gradients(trainer, trainer._compute_loss(trainer.model, dict(batch)))
     assert {n for n, g in only_policy.items() if g.any()} == {n for n in only_policy if not is_critic(n)}
-    trainer.args.value_loss_coef = 1.0
+    change_values(trainer, value_loss_coef=1.0)
     still = {**batch, "advantages": torch.zeros_like(batch["advantages"])}
     only_value = gradients(trainer, trainer._compute_loss(trainer.model, still))
     assert {n for n, g in only_value.items() if g.any()} == {n for n in only_value if is_critic(n)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_warmup_leaves_the_policy_bit_identical(make: Make, weight_decay: float) -> None:
     trainer = make(value_warmup_steps=3, max_steps=3, entropy_coef=0.1, weight_decay=weight_decay)
@@ -476,6 +488,7 @@ def test_warmup_leaves_the_policy_bit_identical(make: Make, weight_decay: float)
     assert decays == {0.0, weight_decay}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gspo_token", "dppo", "cispo", "vanilla"])
 def test_any_policy_loss(make: Make, name: str) -> None:
     trainer = make(policy_loss=name, max_steps=2, value_loss_coef=0.0, learning_rate=1e-2)
@@ -498,6 +511,7 @@ def test_any_policy_loss(make: Make, name: str) -> None:
         torch.testing.assert_close(ours[key], theirs[key], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(make: Make) -> None:
     def number_in_prompt(prompts: list[str], **kwargs: Any) -> list[float]:
         return [int(prompt.split("+")[0]) % 5 / 4 for prompt in prompts]
@@ -529,6 +543,7 @@ def test_accumulation_changes_nothing(make: Make) -> None:
             torch.testing.assert_close(split[name], whole[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(make: Make, tiny_model: Callable[..., Any]) -> None:
     def run(checkpointing: bool) -> tuple[list[float], list[float], dict[str, Tensor], int]:
         critic = ValueModel(tiny_model(seed=3).model)
@@ -549,6 +564,7 @@ def test_gradient_checkpointing_changes_nothing(make: Make, tiny_model: Callable
 # Epochs
 
 
+@pytest.mark.slow
 def test_epochs_use_every_completion_once_in_minibatches_of_their_own(make: Make) -> None:
     trainer = make(
         num_iterations=3,
@@ -603,6 +619,7 @@ def test_value_learning_rate(make: Make, rate: float | None) -> None:
 # Vanilla policy gradient
 
 
+@pytest.mark.slow
 def test_vpg_is_reinforce_with_a_learned_baseline(make: Make, critic: ValueModel) -> None:
     trainer = make(preset="vpg", advantage_scaling="none", value_model=critic, max_steps=1, gamma=0.9, **STILL)
     batch = batch_in_training(trainer, steps=1)
@@ -626,6 +643,7 @@ def test_vpg_is_reinforce_with_a_learned_baseline(make: Make, critic: ValueModel
         torch.testing.assert_close(ours[name], by_hand[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ppo_with_everything_off_is_vpg(make: Make, tiny_model: Callable[..., Any]) -> None:
     def gradient(**options: Any) -> dict[str, Tensor]:
         model = tiny_model(initializer_range=0.2)
@@ -647,6 +665,7 @@ def test_ppo_with_everything_off_is_vpg(make: Make, tiny_model: Callable[..., An
 # The sibling
 
 
+@pytest.mark.slow
 def test_ppo_and_the_mtp_critic_differ_only_in_where_values_come_from(
     make: Make,
     path: str,
@@ -669,14 +688,14 @@ def test_ppo_and_the_mtp_critic_differ_only_in_where_values_come_from(
         "generation_kwargs": {"do_sample": False},
     }
 
-    def made_up(self: Any, output: Batch) -> tuple[Tensor, Tensor]:
+    def made_up(self: Any, output: Batch, host: Any) -> tuple[Tensor, Tensor]:
         if "old_per_token_logps" not in output:
-            output["old_per_token_logps"] = self._score(output)
+            output["old_per_token_logps"] = host.log_probs(output)
         values = torch.sin(output["completion_ids"].cumsum(1).float()).unsqueeze(-1)
         return values, values
 
-    for trainer_class in (PPOTrainer, MTPCriticTrainer):
-        monkeypatch.setattr(trainer_class, "_recorded_values", made_up)
+    for critic_class in (ValueModelCritic, HeadCritic):
+        monkeypatch.setattr(critic_class, "recorded", made_up)
     ppo = make(model=path, **shared)
     args = critic_args(tmp_path / "mtp", num_mtp_heads=1, mtp_loss_coef=0.0, **shared)
     mtp = MTPCriticTrainer(path, reward, args, dataset, processing_class=tokenizer)
@@ -702,6 +721,7 @@ def test_ppo_and_the_mtp_critic_differ_only_in_where_values_come_from(
 # LoRA
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_value_model_and_saves_both(
     make: Make, tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -723,6 +743,7 @@ def test_lora_trains_adapters_and_value_model_and_saves_both(
         assert torch.equal(p, trainer.value_model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_vpg_with_lora_on_policy(make: Make) -> None:
     """TRL makes only the reference pass here: its log-probabilities are not the policy's."""
     trainer = make(peft_config=LORA, preset="vpg", beta=0.5, max_steps=2, learning_rate=3e-1)
@@ -749,6 +770,7 @@ def ranker(tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> st
     return str(tmp_path / "ranker")
 
 
+@pytest.mark.slow
 def test_a_reward_model_scores_and_starts_the_value_model(make: Make, ranker: str, tokenizer: Any) -> None:
     trainer = make(
         reward_funcs=ranker, value_model_path=ranker, max_steps=2, num_iterations=1, generation_kwargs=NO_END
@@ -768,6 +790,7 @@ def test_a_reward_model_scores_and_starts_the_value_model(make: Make, ranker: st
     assert {"value_model.trunk.embed_tokens.weight"} <= changed(before, weights(trainer))
 
 
+@pytest.mark.slow
 def test_one_object_may_judge_and_start_the_value_model(make: Make, ranker: str) -> None:
     judge = AutoModelForSequenceClassification.from_pretrained(ranker)
     before = {name: p.clone() for name, p in judge.named_parameters()}
@@ -781,6 +804,7 @@ def test_one_object_may_judge_and_start_the_value_model(make: Make, ranker: str)
 # Evaluation
 
 
+@pytest.mark.slow
 def test_evaluation(make: Make, dataset: Dataset) -> None:
     trainer = make(eval_dataset=dataset.select(range(8)), max_steps=1, per_device_eval_batch_size=8)
     trainer.train()
@@ -797,6 +821,7 @@ def test_evaluation(make: Make, dataset: Dataset) -> None:
     assert logged(trainer, "eval_critic/skipped_completions") == [0.0] and not trainer._metrics["eval"]
 
 
+@pytest.mark.slow
 def test_evaluation_in_the_middle_of_an_epoch_changes_nothing(make: Make, dataset: Dataset) -> None:
     def run(**options: Any) -> tuple[list[float], dict[str, Tensor]]:
         trainer = make(
@@ -835,7 +860,7 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
     generation._dist = SimpleNamespace(is_fsdp=False, gather_params=gather)
     assert any("value_model" in name for name, _ in generation._iter_named_params())
     gathered.clear()
-    hide_critics_from_vllm(generation)
+    hide_attachments_from_vllm(generation)
     sent = dict(generation._iter_named_params())
     stock = tiny_model()
     assert list(sent) == [name for name, _ in stock.named_parameters()]
@@ -846,6 +871,7 @@ def test_vllm_is_sent_the_stock_parameters_only(make: Make, tiny_model: Callable
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_value_model_of_the_last_one(make: Make, path: str, tmp_path: Path) -> None:
     first = make(model=path, max_steps=2)
     first.train()
@@ -863,6 +889,7 @@ def test_a_run_starts_from_the_value_model_of_the_last_one(make: Make, path: str
     assert "value_model.head.weight" in changed(weights(first), weights(fresh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_steps", "options"),
     [
@@ -898,6 +925,7 @@ def test_resuming_is_as_if_nothing_had_happened(
     assert any(is_critic(name) for name in changed(start, weights(resumed)))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_value_model_is_refused(make: Make, tmp_path: Path) -> None:
     trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -908,6 +936,7 @@ def test_a_checkpoint_without_value_model_is_refused(make: Make, tmp_path: Path)
         make(max_steps=2).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_the_best_model_comes_back_with_its_value_model(make: Make, dataset: Dataset) -> None:
     def worse_and_worse(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
         return [float(-trainer_state.global_step)] * len(completions)

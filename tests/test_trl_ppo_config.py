@@ -127,6 +127,8 @@ COMMAND_LINE = {
     "policy_loss": ("dppo", "dppo"),
     "policy_loss_kwargs": ('{"threshold":0.1}', {"threshold": 0.1}),
     "aggregation": ("constant", "constant"),
+    "overlong_shaping": ("True", True),
+    "overlong_cache": ("4", 4),
     "num_mtp_heads": ("3", 3),
     "mtp_inner_size": ("16", 16),
     "mtp_heads_path": ("heads", "heads"),
@@ -184,6 +186,7 @@ def test_every_field_has_help_and_is_documented() -> None:
     for f in dataclasses.fields(PPOConfig):
         if f.name in own_fields():
             assert f.metadata["help"], f.name
-            assert f"{f.name} (`" in docs, f.name
+            text = f.metadata["help"]
+            assert f"{f.name} (`" in docs or f"{f.name}: {text}" in docs, f.name
             if f.metadata.get("choices"):
                 assert f.default is None or f.default in f.metadata["choices"], f.name

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 
 from rl_plugins.nn import ValueModel
 
-from . import test_trl_critic_distributed as distributed
+from .helpers import distributed
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from rl_plugins.nn import ValueModel
 from rl_plugins.tabular import TokenMDP
 from rl_plugins.trl import PPOConfig, PPOTrainer
 
-from . import test_trl_critic_exact as exact
+from .helpers import exact_cases as exact
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rl_plugins.trl.replay import ReplayBuffer, trimmed
+from rl_plugins.signals.replay import ReplayBuffer, trimmed
 
 
 def group(name: int, rows: int = 2) -> dict[str, Any]:

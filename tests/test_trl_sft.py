@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
-from rl_plugins.nn import MTPHeads, attach_mtp_heads, get_mtp_heads, load_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads, load_mtp_heads
 from rl_plugins.trl import MTPCriticTrainer, MTPSFTConfig, MTPSFTTrainer
+
+from .helpers.tiny import ON_CPU
 
 Make = Callable[..., MTPSFTTrainer]
 Model = Callable[..., Any]
@@ -56,16 +58,11 @@ def make(tiny_model: Model, tokenizer: Any, tmp_path: Path) -> Make:
         args = config_class(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-2,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **options,
             }
         )
@@ -130,6 +127,7 @@ def slow_token_loss(logits: Tensor, labels: Tensor, ahead: int) -> Tensor:
 # Off is the host
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"mtp_loss_coef": 0.0}, {"mtp_loss_coef": 0.0, "gradient_accumulation_steps": 2}, {"max_grad_norm": 0.0}],
@@ -157,6 +155,7 @@ def test_the_trunk_learns_as_in_stock_sft(make: Make, options: dict[str, Any]) -
 # The loss, by hand
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("completion_only", [True, False])
 @pytest.mark.parametrize("detach", [True, False])
 def test_token_losses_equal_those_from_full_logits(
@@ -217,6 +216,7 @@ def slow_values(trainer: MTPSFTTrainer, batch: dict[str, Any], rewards: list[Any
     return total, returns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("estimator", "lam"), [("mc", 1.0), ("td", 0.0), ("gae", 0.5)])
 @pytest.mark.parametrize("completion_only", [True, False])
 def test_value_loss_equals_a_hand_computation(
@@ -240,6 +240,7 @@ def test_value_loss_equals_a_hand_computation(
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_examples_without_a_usable_reward_teach_tokens_only(make: Make) -> None:
     trainer = make(data=scored([math.nan] * 8), max_steps=2)
     before = weights(trainer)
@@ -252,6 +253,7 @@ def test_examples_without_a_usable_reward_teach_tokens_only(make: Make) -> None:
 # Learning
 
 
+@pytest.mark.slow
 def test_heads_learn_what_comes_next(make: Make) -> None:
     data = Dataset.from_dict({"input_ids": [[2 + (start + i) % 10 for i in range(15)] for start in range(8)]})
     trainer = make(data=data, max_steps=40, head_learning_rate=1e-2)
@@ -262,6 +264,7 @@ def test_heads_learn_what_comes_next(make: Make) -> None:
         assert sorted(losses[::8], reverse=True) == losses[::8]
 
 
+@pytest.mark.slow
 def test_value_heads_reach_a_constant_reward(make: Make) -> None:
     trainer = make(data=scored([0.7] * 8), max_steps=80, head_learning_rate=2e-2, value_loss_coef=1.0)
     trainer.train()
@@ -271,6 +274,7 @@ def test_value_heads_reach_a_constant_reward(make: Make) -> None:
     assert not logged(trainer, "critic/explained_variance")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze_trunk", [False, True])
 def test_value_heads_explain_a_reward_that_can_be_seen(make: Make, freeze_trunk: bool) -> None:
     signs = [i % 2 for i in range(8)]
@@ -296,6 +300,7 @@ def test_value_heads_explain_a_reward_that_can_be_seen(make: Make, freeze_trunk:
     assert bool(changed(before, trunk(trainer))) != freeze_trunk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_frozen_trunk_stays_bit_identical_while_the_heads_move(make: Make, checkpointing: bool) -> None:
     trainer = make(freeze_trunk=True, gradient_checkpointing=checkpointing, weight_decay=0.1, max_steps=3)
@@ -308,6 +313,7 @@ def test_a_frozen_trunk_stays_bit_identical_while_the_heads_move(make: Make, che
     assert all(p.requires_grad for p in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_a_frozen_trunk_leaves_adapters_alone_too(make: Make) -> None:
     trainer = make(freeze_trunk=True, peft_config=LORA)
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -335,6 +341,7 @@ def test_every_parameter_of_the_heads_is_in_the_graph(
     assert all(p.grad is not None for p in trainer.mtp_heads.parameters())
 
 
+@pytest.mark.slow
 def test_metrics(make: Make) -> None:
     trainer = make(data=scored([0.0, 1.0] * 4), max_steps=3)
     trainer.train()
@@ -370,6 +377,7 @@ def test_scored_examples_cannot_share_a_row(make: Make, options: dict[str, Any])
         make(data=data, eval_dataset=data, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"packing": True, "max_length": 24}, {"padding_free": True, "max_length": None}])
 def test_labels_do_not_cross_documents(make: Make, tiny_model: Model, options: dict[str, Any]) -> None:
     def run(**more: Any) -> MTPSFTTrainer:
@@ -387,6 +395,7 @@ def test_labels_do_not_cross_documents(make: Make, tiny_model: Model, options: d
     assert together.compute_loss(together.model, crossing).item() > logged(together, "loss")[0] + 1e-3
 
 
+@pytest.mark.slow
 def test_wrapped_packing_trains(make: Make) -> None:
     trainer = make(packing=True, packing_strategy="wrapped", max_length=16, per_device_train_batch_size=2)
     trainer.train()
@@ -396,6 +405,7 @@ def test_wrapped_packing_trains(make: Make) -> None:
 # Batches, evaluation, streams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rewards", [None, [0.0, 1.0, 0.5, math.nan, 1.0, 0.0, 2.0, -1.0]])
 def test_accumulation_changes_nothing(make: Make, rewards: list[float] | None) -> None:
     def run(size: int, accumulation: int) -> tuple[list[float], dict[str, Tensor]]:
@@ -421,6 +431,7 @@ def test_accumulation_changes_nothing(make: Make, rewards: list[float] | None) -
             torch.testing.assert_close(split[name], whole[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("completion_only", [True, False])
 def test_evaluation_is_the_same_loss(make: Make, tiny_model: Model, completion_only: bool) -> None:
     data = scored([0.0, 1.0] * 4)
@@ -458,6 +469,7 @@ def test_outputs_go_with_the_loss(make: Make, tiny_model: Model) -> None:
     assert seen[0].predictions.shape == (*batch["labels"].shape, 16)
 
 
+@pytest.mark.slow
 def test_rewards_of_a_stream_are_seen(make: Make) -> None:
     stream = scored([0.0, 1.0] * 4).to_iterable_dataset()
     from_stream, from_table = make(data=stream.map(lambda row: row)), make(data=scored([0.0, 1.0] * 4))
@@ -472,6 +484,7 @@ def test_rewards_of_a_stream_are_seen(make: Make) -> None:
 # Adapters, files, the next trainer
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_heads_and_saves_both(make: Make, tiny_model: Model, tmp_path: Path) -> None:
     trainer = make(data=scored([0.0, 1.0] * 4), peft_config=LORA, max_steps=4, head_learning_rate=1e-2)
     before = weights(trainer)
@@ -496,6 +509,7 @@ def critic(critic_args: Any, reward: Any, dataset: Dataset, tokenizer: Any, tmp_
     return factory
 
 
+@pytest.mark.slow
 def test_the_critic_starts_from_the_saved_heads(make: Make, critic: Callable[..., Any], tmp_path: Path) -> None:
     trainer = make(data=scored([0.0, 1.0] * 4), head_learning_rate=1e-2)
     trainer.train()
@@ -508,17 +522,18 @@ def test_the_critic_starts_from_the_saved_heads(make: Make, critic: Callable[...
     assert all(torch.equal(p, weights(trainer)[f"mtp_heads.{name}"]) for name, p in target.items())
     following.train()
     assert logged(following, "critic/value_mean")[0] != 0.0
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match="Ask for 2"):
         critic(str(tmp_path / "saved"), num_mtp_heads=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze_trunk", [False, True])
 def test_the_critic_starts_from_the_same_model(make: Make, critic: Callable[..., Any], freeze_trunk: bool) -> None:
     trainer = make(data=scored([0.0, 1.0] * 4), freeze_trunk=freeze_trunk, head_learning_rate=1e-2)
     trainer.train()
-    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but num_mtp_heads is 3. Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
         critic(trainer.model, num_mtp_heads=3)
-    heads, before = get_mtp_heads(trainer.model), weights(trainer)
+    heads, before = MTPHeads.of(trainer.model), weights(trainer)
     following = critic(trainer.model, max_steps=3)
     assert isinstance(heads, MTPHeads) and following.mtp_heads is heads
     assert not changed(before, weights(following))
@@ -527,6 +542,7 @@ def test_the_critic_starts_from_the_same_model(make: Make, critic: Callable[...,
     assert logged(following, "critic/value_mean")[0] != 0.0
 
 
+@pytest.mark.slow
 def test_resuming_is_as_if_nothing_had_happened(make: Make, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "data": scored([0.0, 1.0] * 4),

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rl_plugins.functional.alignment import completion_states
-from rl_plugins.nn import attach_mtp_heads, get_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
-from rl_plugins.rollouts.values import ValuePass, ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord, WholeRows
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -26,7 +26,9 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .speculative_models import randomise_heads
+from .helpers.speculative_cases import SMALL, UNSUITABLE, of_heads, of_values, spread, successors
+from .helpers.speculative_models import randomise_heads
+from .helpers.tiny import ON_CPU, record_passes_only
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 Make = Callable[..., Any]
@@ -44,11 +46,6 @@ GREEDY: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
 NOT_NUMBERS = ("step_time", "epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
-def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """In [0, 1), different for nearly any two completions."""
-    return [sum((k + 1) * (i + 3) ** 2 for k, i in enumerate(ids)) % 97 / 97 for ids in completion_ids]
-
-
 @pytest.fixture
 def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_path: Path) -> Make:
     """Factory: a trainer of some kind on a tiny model, speculative unless told otherwise; keywords go to configs."""
@@ -62,18 +59,13 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_p
         args = config_class(
             **{
                 "output_dir": str(tmp_path / output_dir),
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 "per_device_train_batch_size": 8,
                 "max_completion_length": 8,
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-3,
                 "head_learning_rate": 1e-2,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 "speculative": True,
                 **own,
                 **options,
@@ -103,14 +95,6 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def of_heads(name: str) -> bool:
-    return "mtp_heads" in name.split(".")
-
-
-def of_values(name: str) -> bool:
-    return of_heads(name) and "value" in name.split(".")
 
 
 def logged(trainer: Any, name: str) -> list[float]:
@@ -161,15 +145,16 @@ def note_statistics(trainer: Any) -> list[DraftStatistics]:
 
 def values_of(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Values (B, T, K) of heads and target heads, from one full forward with today's weights."""
-    record = ValuePass(trainer.mtp_heads, trainer.polyak_target, batch["completion_ids"].shape[1])
-    with trainer.mtp_heads.tapped(record), torch.no_grad():
+    record, num_tokens = ValueRecord(trainer.mtp_heads, trainer.polyak_target), batch["completion_ids"].shape[1]
+    with trainer.mtp_heads.watching(WholeRows(record, num_tokens)), torch.no_grad():
         trainer.model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
         )
-    return record.finish(len(batch["prompt_ids"]))
+    return record.finish(num_tokens)
 
 
+@pytest.mark.slow
 def test_recorded_values_are_those_of_a_pass_and_save_it(
     make: Make, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,8 +165,8 @@ def test_recorded_values_are_those_of_a_pass_and_save_it(
         with torch.no_grad():  # target heads of their own
             for p in trainer.polyak_target.heads.parameters():
                 p.mul_(0.7)
-        kept, recorded = [], trainer._recorded_values
-        trainer._recorded_values = lambda output: (kept.append(recorded(output)), kept[-1])[1]
+        kept, recorded = [], trainer.critic.recorded
+        trainer.critic.recorded = lambda *args: (kept.append(recorded(*args)), kept[-1])[1]
         forwards: list[int] = []
         trainer.model.model.register_forward_hook(lambda *_: forwards.append(1))
         trainer.train()
@@ -198,7 +183,7 @@ def test_recorded_values_are_those_of_a_pass_and_save_it(
     torch.testing.assert_close(values[mask], exact[mask], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(targets[mask], exact_targets[mask], atol=1e-5, rtol=1e-5)
     # Where nothing is recorded, one pass more gives the same numbers for the same completions.
-    monkeypatch.setattr(ValueRecorder, "finish", lambda self, num_tokens: None)
+    record_passes_only(monkeypatch)
     more, other, _ = run()
     assert more == forwards + 1
     assert torch.equal(other.last_rollout["completion_ids"], batch["completion_ids"])
@@ -262,11 +247,12 @@ def test_a_greedy_run_is_the_same(make: Make, tiny_model: Callable[..., Any], ki
 # Heads that draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_learn_to_draft_and_leave_values_alone(make: Make, kind: str) -> None:
     trainer = make(kind, max_steps=3, weight_decay=0.1)
     heads = trainer.draft_heads
-    assert get_mtp_heads(trainer.model) is heads and heads.config.num_heads == 2
+    assert MTPHeads.of(trainer.model) is heads and heads.config.num_heads == 2
     before = weights(trainer)
     trainer.train()
     moved = changed(before, weights(trainer))
@@ -293,6 +279,7 @@ def test_rate_of_heads_that_draft(make: Make, kind: str, rate: float | None) -> 
     assert not any(of_values(name) for name in trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_the_token_loss_reaches_the_trunk_only_if_asked(make: Make, kind: str) -> None:
     batch = rollout(make(kind))
@@ -304,6 +291,7 @@ def test_the_token_loss_reaches_the_trunk_only_if_asked(make: Make, kind: str) -
     assert torch.equal(detached[norm], plain[norm]) and not torch.allclose(whole[norm], plain[norm], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: Make) -> None:
     trainer = make("ppo", value_warmup_steps=2, max_steps=2, mtp_detach_trunk=False)
     before = weights(trainer)
@@ -313,6 +301,7 @@ def test_warming_up_the_value_model_teaches_the_heads_but_not_the_policy(make: M
     assert all(of_heads(name) or "value_model" in name.split(".") for name in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> None:
     """And take part in nothing, so that no engine waits for their gradients."""
@@ -324,6 +313,7 @@ def test_without_a_token_loss_heads_stay_as_they_are(make: Make, kind: str) -> N
     assert logged(trainer, "mtp/tokens_per_step") and not logged(trainer, "mtp/token_loss/head_1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_are_saved_beside_the_model_and_found_again(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, kind: str
@@ -338,15 +328,16 @@ def test_heads_are_saved_beside_the_model_and_found_again(
     other = make(kind, talkative(tiny_model, 5), mtp_heads_path=str(tmp_path / "first"))
     same = {name for name in weights(first) if of_heads(name)}
     assert same.isdisjoint(changed(weights(first), weights(other))) and len(same) == 12
-    with pytest.raises(ValueError, match="Set num_mtp_heads=2"):
+    with pytest.raises(ValueError, match="Ask for 2"):
         make(kind, str(tmp_path / "first"), num_mtp_heads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTING)
 def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable[..., Any], kind: str) -> None:
     """A critic's heads go on as drafters; their values are kept for the critic."""
     model = with_heads(talkative(tiny_model), num_heads=3)
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     values = {name: p.clone() for name, p in heads.named_parameters() if ".value." in name}  # type: ignore[union-attr]
     trainer = make(kind, model, num_mtp_heads=3)
     assert trainer.draft_heads is heads and trainer.decoder.draft_length.max_drafts == 3
@@ -362,6 +353,7 @@ def test_heads_that_a_model_comes_with_are_used(make: Make, tiny_model: Callable
 # Metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_acceptance_is_logged_as_it_was_counted(
     make: Make, tiny_model: Callable[..., Any], dataset: Dataset, kind: str
@@ -400,14 +392,6 @@ def test_tokens_are_counted_but_the_first_of_each_row(make: Make) -> None:
 
 
 # Acceptance while the policy learns
-
-
-def successors(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Share of tokens that are the successor of the one before them, in a cycle of four."""
-    return [
-        sum(b == 2 + (a - 1) % 4 for a, b in zip(ids, ids[1:], strict=False)) / (len(ids) - 1)
-        for ids in completion_ids
-    ]
 
 
 @pytest.mark.slow
@@ -491,6 +475,7 @@ def test_resuming_is_as_if_nothing_had_happened(
     assert resumed.decoder.state_dict() == through.decoder.state_dict()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drafts_as_many_tokens(make: Make, tmp_path: Path) -> None:
     """None here, after all drafts of many steps were rejected; one that forgot this comes to other completions."""
     options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -564,6 +549,7 @@ def test_the_token_loss_by_hand(make: Make, tiny_model: Callable[..., Any], kind
             assert metrics[f"mtp/token_loss/head_{k}"] == [pytest.approx(expected, rel=1e-4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic", "grpo"])
 def test_lora_with_heads_that_draft(make: Make, tmp_path: Path, kind: str) -> None:
     trainer = make(kind, peft_config=LORA, max_steps=3)
@@ -575,10 +561,11 @@ def test_lora_with_heads_that_draft(make: Make, tmp_path: Path, kind: str) -> No
     assert all(0.0 <= x <= 1.0 for x in logged(trainer, "mtp/acceptance/head_1"))
     trainer.save_model(str(tmp_path / "saved"))
     saved = load_file(tmp_path / "saved" / "mtp_heads.safetensors")
-    heads = get_mtp_heads(trainer.model)
+    heads = MTPHeads.of(trainer.model)
     assert heads is not None and all(torch.equal(saved[name], p) for name, p in heads.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rollout_function_generates_as_it_likes(make: Make, kind: str) -> None:
     """Its completions teach the heads like any others; there are no drafts to count."""
@@ -635,35 +622,6 @@ def test_settings_are_checked_before_work_starts(make: Make, options: dict[str, 
     for kind in KINDS:
         with pytest.raises(ValueError, match=message):
             make(kind, **options)
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 17,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-UNSUITABLE: dict[str, tuple[dict[str, Any], str]] = {
-    "falcon_mamba": ({"state_size": 4}, "speculative=False"),
-    "qwen3_next": (
-        {
-            "num_experts": 2,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-        },
-        "speculative=False",
-    ),
-    "gemma2": ({}, "caps its logits"),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,7 @@
 """`GRPOVariantTrainer` on a tiny model: advantages, sampling, tracker and replay by their numbers."""
 
 import copy
-import json
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,30 +20,28 @@ from rl_plugins.functional.advantages.tracked import forget_factor
 from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS
 from rl_plugins.functional.policy_losses.gvpo import gvpo
 from rl_plugins.functional.rewards import overlong_penalty
-from rl_plugins.rollouts import batch as batches_module
-from rl_plugins.signals.advantages import ADVANTAGES, GROUPLESS, group_advantages
+from rl_plugins.rollouts.batch import loss_mask
+from rl_plugins.signals import sampling as module
+from rl_plugins.signals.advantages import ADVANTAGES, advantages_of
+from rl_plugins.signals.presets import GRPO_PRESETS
+from rl_plugins.signals.signals import GroupSignal
 from rl_plugins.signals.value_tracker import prompt_key
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
-from rl_plugins.trl import sampling_trainer as module
-from rl_plugins.trl.presets import GRPO_PRESETS
+
+from .helpers.tiny import ON_CPU
 
 Make = Callable[..., GRPOVariantTrainer]
 Batch = dict[str, Any]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 NAN = math.nan
 QUICK: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
+    **ON_CPU,
     "per_device_train_batch_size": 8,
     "num_generations": 4,
     "max_completion_length": 6,
     "max_steps": 2,
     "logging_steps": 1,
     "learning_rate": 1e-3,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 # What the presets set only where the user has not.
 GENERATIONS = {name: {"num_generations": 1} for name in ("reinforce++", "spo")} | {"pass_at_k": {"num_generations": 8}}
@@ -186,7 +184,7 @@ def test_the_batch_has_the_functions_advantages(make: Make, name: str, reward: A
     trainer = make(reward_funcs=reward, advantage=name, advantage_kwargs=options, per_device_train_batch_size=16)
     batch = generate(trainer, rows=16)
     scores = torch.tensor([NAN if r is None or math.isinf(r) else r for r in reward(ids_of(batch))])
-    assert torch.equal(trainer._scores.nan_to_num(7.0), scores.nan_to_num(7.0))  # type: ignore[union-attr]
+    assert torch.equal(trainer._rewards[0].nan_to_num(7.0), scores.nan_to_num(7.0))  # type: ignore[union-attr]
     if reward is patchy:
         assert 0 < scores.isnan().sum() < 10
     mask = batch["completion_mask"].bool()
@@ -194,7 +192,7 @@ def test_the_batch_has_the_functions_advantages(make: Make, name: str, reward: A
         expected = lambda_trace(pure.group_normalized(scores, 4), mask, **options)
         assert expected.shape == mask.shape
     else:
-        expected = group_advantages(name, scores, 4, mask.sum(1), options=options)
+        expected = advantages_of(name, scores, 4, mask, options=options)
     equal(batch["advantages"], expected)
     assert batch["advantages"].dtype == torch.float32 and batch["advantages"].abs().max() > 0.1
     assert (batch["advantages"][scores.isnan()] == 0).all()
@@ -208,6 +206,7 @@ def partly(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     return [None if ids[0] in (2, 5, 8) else r for ids, r in zip(completion_ids, spread(completion_ids), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scale"),
     [("group_normalized", "group"), ("group_centered", "none"), ("group_centered_batch_scaled", "batch")],
@@ -222,6 +221,7 @@ def test_three_of_them_are_trls(make: Make, name: str, scale: str) -> None:
         assert theirs["advantages"].abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_nothing_set_is_trl_bit_by_bit(
     make: Make, tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -238,6 +238,7 @@ def test_nothing_set_is_trl_bit_by_bit(
         assert logged(ours, "loss") == logged(theirs, "loss") and len(logged(ours, "loss")) == 3
 
 
+@pytest.mark.slow
 def test_the_grpo_preset_trains_like_trl(make: Make) -> None:
     # Not Adam, whose first steps are the signs of gradients, of which some are 0 but for rounding.
     options = {"max_steps": 3, "beta": 0.1, "optim": "sgd", "learning_rate": 0.5}
@@ -274,7 +275,7 @@ def test_evaluation_with_another_number_of_completions(make: Make, name: str, si
     if name == "lambda_trace":
         expected = lambda_trace(pure.group_normalized(scores, size), mask, **options)
     else:
-        expected = group_advantages(name, scores, size, mask.sum(1), options=options)
+        expected = advantages_of(name, scores, size, mask, options=options)
     equal(batch["advantages"], expected)
     equal(
         torch.tensor(list(trainer._logs["advantages"])[-8:]),
@@ -282,6 +283,7 @@ def test_evaluation_with_another_number_of_completions(make: Make, name: str, si
     )
 
 
+@pytest.mark.slow
 def test_evaluation_changes_no_state(make: Make, dataset: Dataset) -> None:
     sampling = {"dynamic_sampling": True, "replay_buffer_size": 4, "reject_uniform": True}
     common = {"num_generations_eval": 2, "per_device_eval_batch_size": 8, "eval_dataset": dataset.select(range(8))}
@@ -297,10 +299,10 @@ def test_evaluation_changes_no_state(make: Make, dataset: Dataset) -> None:
 
     spo = make(advantage="value_tracker", advantage_kwargs={"forget": 0.9}, num_generations=1, **common)
     generate(spo)
-    pending = spo._tracked.unabsorbed
+    pending = spo.signal.tracked.unabsorbed
     spo.model.eval()
     assert math.isfinite(spo.evaluate()["eval_loss"])
-    assert spo._tracked.unabsorbed is pending and pending is not None
+    assert spo.signal.tracked.unabsorbed is pending and pending is not None
     assert spo.value_tracker is not None and len(spo.value_tracker) == 0
 
 
@@ -313,7 +315,7 @@ def test_kl_in_the_reward_by_hand(make: Make) -> None:
     perturb(trainer)
     batch = generate(trainer, rows=16)
     logps, ref, mask = batch["old_per_token_logps"], batch["ref_per_token_logps"], batch["completion_mask"]
-    equal(logps, trainer._score(batch))
+    equal(logps, trainer.log_probs(batch))
     scores = [NAN if r is None or math.isinf(r) else r for r in patchy(ids_of(batch))]
     returns = torch.full(mask.shape, NAN, dtype=torch.float64)
     kl: list[float] = []
@@ -355,7 +357,7 @@ def test_kl_in_the_reward_is_not_in_the_loss_too(make: Make) -> None:
     loss = trainer._compute_loss(trainer.model, {**batch, "advantages": torch.zeros_like(batch["advantages"])})
     assert loss.item() == 0.0 and trainer.beta == 0.3
     assert len(metrics(trainer)["kl"]) == count
-    trainer.args.kl_in_reward = False
+    trainer.signal = GroupSignal(dataclasses.replace(trainer.signal.options, kl_in_reward=False))
     assert trainer._compute_loss(trainer.model, {**batch, "advantages": batch["advantages"] * 0}).item() > 0.01
 
 
@@ -376,24 +378,24 @@ MIXED = {"steps_per_generation": 2, "gradient_accumulation_steps": 1}  # logps o
 
 def assert_aligned(trainer: GRPOVariantTrainer, batch: Batch, *, old: bool = True) -> None:
     """Log-probabilities belong to the tokens beside them: those of both models, computed again."""
-    real = trainer._loss_mask(batch).bool()
+    real = loss_mask(batch).bool()
     assert real.any() and not real.all()
     if old:
         torch.testing.assert_close(
-            batch["old_per_token_logps"][real], trainer._score(batch)[real], rtol=1e-4, atol=1e-5
+            batch["old_per_token_logps"][real], trainer.log_probs(batch)[real], rtol=1e-4, atol=1e-5
         )
     if "ref_per_token_logps" in batch:
         with torch.no_grad():
-            ref = trainer._logps(trainer.ref_model, batch)
+            ref = trainer._pass(trainer.ref_model, batch)[0]
         torch.testing.assert_close(batch["ref_per_token_logps"][real], ref[real], rtol=1e-4, atol=1e-5)
-        assert (ref - trainer._score(batch))[real].abs().max() > 0.1
+        assert (ref - trainer.log_probs(batch))[real].abs().max() > 0.1
 
 
 @pytest.fixture
 def joins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[set[tuple[int, int]]]]:
     """The widths of prompts and completions of what is joined."""
     seen: list[set[tuple[int, int]]] = []
-    join = batches_module.join_rows
+    join = module.join_rows
 
     def spy(batches: Any, pad: int) -> Batch:
         seen.append({(b["prompt_ids"].shape[1], b["completion_ids"].shape[1]) for b in batches})
@@ -434,6 +436,7 @@ def test_all_groups_become_informative(make: Make, joins: list[set[tuple[int, in
     assert len(table) == 16  # of the last generation batch
 
 
+@pytest.mark.slow
 def test_joined_batches_of_different_lengths_stay_aligned(make: Make, joins: list[set[tuple[int, int]]]) -> None:
     def by_length(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rewards = spread(completion_ids)
@@ -453,6 +456,7 @@ def test_joined_batches_of_different_lengths_stay_aligned(make: Make, joins: lis
     assert_aligned(trainer, batch)
 
 
+@pytest.mark.slow
 def test_draws_are_bounded_and_training_goes_on(make: Make) -> None:
     trainer = make(reward_funcs=constant, advantage="group_normalized", dynamic_sampling=True, max_draws=3)
     calls: list[int] = []
@@ -498,6 +502,7 @@ def test_as_many_are_drawn_as_the_rate_of_success_asks_for(make: Make) -> None:
     assert metrics(trainer)["sampling/draws"] == [float(len(calls))]
 
 
+@pytest.mark.slow
 def test_the_seed_decides(make: Make) -> None:
     def run(seed: int) -> tuple[list[str], list[float], dict[str, Tensor]]:
         trainer = make(reward_funcs=right_half, preset="dapo", seed=seed, max_steps=3)
@@ -575,7 +580,10 @@ def test_the_penalty_does_not_score_the_unscorable(make: Make, advantage: str | 
     task = torch.tensor([NAN if r is None or math.isinf(r) else r for r in patchy(ids_of(batch))])
     scores = task + overlong_penalty(batch["completion_mask"].sum(1), max_length=6, cache=6)
     assert 0 < scores.isnan().sum() < 10
-    equal(batch["advantages"], group_advantages(advantage or "group_centered", scores, 4, scores, options={}))
+    equal(
+        batch["advantages"],
+        advantages_of(advantage or "group_centered", scores, 4, torch.ones(len(scores), 1), options={}),
+    )
     assert (batch["advantages"][scores.isnan()] == 0).all()
 
 
@@ -590,8 +598,7 @@ def test_rejected_groups_are_out_of_everything(make: Make, advantage: str | None
     assert (batch["completion_mask"].sum(1) > 0).tolist() == kept.tolist()
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
     scores = torch.tensor(right_half(prompts_of(trainer, batch)[4:8], ids_of(batch)[4:8]))
-    lengths = torch.ones(4)
-    expected = group_advantages(advantage or "group_normalized", scores, 4, lengths, options={})
+    expected = advantages_of(advantage or "group_normalized", scores, 4, torch.ones(4, 1), options={})
     equal(batch["advantages"][kept], expected)
     assert (batch["advantages"][~kept] == 0).all() and expected.abs().max() > 0.1
     assert metrics(trainer)["sampling/informative_groups"] == [0.25]
@@ -619,6 +626,7 @@ def test_the_loss_over_tokens_is_that_of_the_kept_groups(
     assert whole.abs() > 1e-3
 
 
+@pytest.mark.slow
 def test_rejecting_all_groups_stops_nothing(make: Make) -> None:
     trainer = make(reward_funcs=constant, preset="reinforce_rej")
     before = weights(trainer)
@@ -630,6 +638,7 @@ def test_rejecting_all_groups_stops_nothing(make: Make) -> None:
 # Replay
 
 
+@pytest.mark.slow
 def test_empty_groups_are_replaced_with_stored_ones(make: Make) -> None:
     options = {"advantage": "group_normalized", "per_device_train_batch_size": 16, "beta": 0.1}
     trainer = make(reward_funcs=from_ten, replay_buffer_size=3, **options)
@@ -674,14 +683,14 @@ def test_replayed_completions_are_in_no_table(make: Make) -> None:
 def test_replayed_completions_keep_the_logps_of_their_time(make: Make) -> None:
     trainer = make(reward_funcs=from_ten, advantage="group_centered", replay_buffer_size=8)
     first = generate(trainer, first=10, rows=8)
-    then = trainer._score(first)
+    then = trainer.log_probs(first)
     perturb(trainer)
     second = generate(trainer, first=4, rows=8, seed=1)
     order = [ids_of(first).index(ids) for ids in ids_of(second)]
     real = second["completion_mask"].bool()
     width = second["completion_ids"].shape[1]
     torch.testing.assert_close(second["old_per_token_logps"][real], then[order][:, :width][real], rtol=1e-5, atol=1e-5)
-    moved = (second["old_per_token_logps"] - trainer._score(second))[real].abs()
+    moved = (second["old_per_token_logps"] - trainer.log_probs(second))[real].abs()
     assert moved.max() > 0.1
     trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(trainer.model, second)  # off-policy: the ratio is not 1
@@ -749,10 +758,10 @@ def test_forgetting_by_how_far_the_policy_has_moved(make: Make) -> None:
     options = {"half_life": 0.5, "low": 0.1, "high": 0.99}
     trainer = make(**spo_options(**options))
     first = generate(trainer)
-    rewards, then = spread(ids_of(first)), trainer._score(first)
+    rewards, then = spread(ids_of(first)), trainer.log_probs(first)
     torch.testing.assert_close(first["old_per_token_logps"], then)
     perturb(trainer, scale=0.05)
-    gap = (then - trainer._score(first)).abs() * first["completion_mask"]
+    gap = (then - trainer.log_probs(first)).abs() * first["completion_mask"]
     distance = gap.sum(1) / first["completion_mask"].sum(1)
     forget = forget_factor(distance, **options)
     assert (forget > 0.1).all() and (forget < 0.99).all() and forget.std() > 1e-3
@@ -820,39 +829,39 @@ def test_rewards_outside_the_unit_interval_say_so(make: Make, value: float, show
         generate(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{"forget": 0.9}, {"half_life": 0.5}], ids=["constant", "by_kl"])
 def test_the_tracker_is_in_checkpoints(make: Make, tmp_path: Path, kwargs: dict[str, Any]) -> None:
     options = {**spo_options(**kwargs), "save_strategy": "steps", "save_steps": 1}
     trainer = make(**options)
     trainer.train()
-    assert trainer.value_tracker is not None and trainer._tracked.unabsorbed is not None
+    assert trainer.value_tracker is not None and trainer.signal.tracked.unabsorbed is not None
     counts = trainer.value_tracker.counts
     assert len(counts) == 8  # of the first batch; the second is still to be absorbed
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    assert {
-        key: tuple(pair) for key, pair in json.loads((checkpoint / "value_tracker.json").read_text()).items()
-    } == counts
+    assert torch.load(checkpoint / "rl_plugins.pt", weights_only=True)["prompts"] == counts
     resumed = make(**options, output_dir="resumed")
     resumed.create_optimizer_and_scheduler(2)
     resumed._load_optimizer_and_scheduler(str(checkpoint))
-    assert resumed.value_tracker is not None and resumed._tracked.unabsorbed is not None
+    assert resumed.value_tracker is not None and resumed.signal.tracked.unabsorbed is not None
     assert (
         resumed.value_tracker.counts == counts
-        and resumed._tracked.unabsorbed["keys"] == trainer._tracked.unabsorbed["keys"]
+        and resumed.signal.tracked.unabsorbed["keys"] == trainer.signal.tracked.unabsorbed["keys"]
     )
-    assert torch.equal(resumed._tracked.unabsorbed["scores"], trainer._tracked.unabsorbed["scores"])
+    assert torch.equal(resumed.signal.tracked.unabsorbed["scores"], trainer.signal.tracked.unabsorbed["scores"])
     resumed.model.load_state_dict(trainer.model.state_dict())
     generate(trainer, first=40)
     generate(resumed, first=40)
     assert resumed.value_tracker.counts == trainer.value_tracker.counts and len(resumed.value_tracker) == 16
-    (checkpoint / "value_tracker.json").unlink()
-    with pytest.raises(FileNotFoundError, match="with other settings: it has no value_tracker.json"):
+    (checkpoint / "rl_plugins.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="with other settings: it has no rl_plugins.pt"):
         make(**options).train(resume_from_checkpoint=str(checkpoint))
 
 
 # GVPO
 
 
+@pytest.mark.slow
 def test_gvpo_sees_whole_groups(make: Make) -> None:
     trainer = make(preset="gvpo", num_iterations=2, steps_per_generation=4, gradient_accumulation_steps=4, max_steps=4)
     seen: list[tuple[float, float]] = []
@@ -864,7 +873,7 @@ def test_gvpo_sees_whole_groups(make: Make) -> None:
         scores = torch.tensor(spread(ids_of(inputs)))
         equal(inputs["advantages"], pure.group_centered(scores, 4))
         loss = compute(model, inputs)
-        logps, mask = trainer._score(inputs), inputs["completion_mask"]
+        logps, mask = trainer.log_probs(inputs), inputs["completion_mask"]
         old = inputs.get("old_per_token_logps", logps)
         per_token = gvpo(logps, old, scores, mask, groups=torch.arange(8) // 4)
         seen.append((loss.item(), ((per_token.sum(1) / mask.sum(1)).mean() / 4).item()))
@@ -903,6 +912,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_steps", [2, 4], ids=["mid_generation", "between"])
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_is_as_if_nothing_had_happened(make: Make, tmp_path: Path, name: str, save_steps: int) -> None:
@@ -934,6 +944,7 @@ def test_resuming_is_as_if_nothing_had_happened(make: Make, tmp_path: Path, name
 # Presets and models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRPO_PRESETS)
 def test_every_preset_trains(make: Make, name: str) -> None:
     trainer = make(preset=name, steps_per_generation=2, gradient_accumulation_steps=1)
@@ -948,9 +959,10 @@ def test_every_preset_trains(make: Make, name: str) -> None:
         all(math.isfinite(value) for value in logged(trainer, "grad_norm")) and max(logged(trainer, "grad_norm")) > 0
     )
     assert trainer.num_generations == GENERATIONS.get(name, {}).get("num_generations", 4)
-    assert trainer.num_generations > 1 or GRPO_PRESETS[name]["advantage"] in GROUPLESS
+    assert trainer.num_generations > 1 or not ADVANTAGES[GRPO_PRESETS[name]["advantage"]].compares_groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["dapo", "grpo", "spo"])
 def test_lora(make: Make, preset: str) -> None:
     trainer = make(preset=preset, peft_config=LORA)
@@ -961,6 +973,7 @@ def test_lora(make: Make, preset: str) -> None:
     assert all(map(math.isfinite, logged(trainer, "loss")))
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts(make: Make) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -988,6 +1001,7 @@ def test_args_of_another_class_are_refused(tiny_model: Callable[..., Any], token
         GRPOVariantTrainer(tiny_model(), spread, args, processing_class=tokenizer)
 
 
+@pytest.mark.slow
 def test_images_are_not_moved(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = GRPOTrainer._generate_and_score_completions
     monkeypatch.setattr(
@@ -999,6 +1013,7 @@ def test_images_are_not_moved(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
     assert "num_images" in generate(make(reject_uniform=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregation", "options"),
     [(name, {"beta": 0.1 if name == "sequence" else 0.0}) for name in AGGREGATIONS if name != "micro_batch"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from . import test_trl_critic_distributed as distributed
-from .test_trl_balancing_distributed import start_both
+from .helpers import distributed
+from .helpers.distributed import start_both
 
 pytestmark = pytest.mark.slow
 

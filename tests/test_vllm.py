@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from rl_plugins.nn import attach_mtp_heads, attach_native_mtp, save_mtp_heads
+from rl_plugins.nn import MTPHeads, attach_mtp_heads, attach_native_mtp
 from rl_plugins.rollouts import completion_values
 from rl_plugins.trl import (
     GRPOVariantConfig,
@@ -26,8 +26,8 @@ from rl_plugins.trl import (
     PPOTrainer,
 )
 
-from .conftest import DEVICE
-from .moe_models import make_moe_model
+from .helpers.moe_models import make_moe_model
+from .helpers.tiny import DEVICE
 
 pytestmark = [
     pytest.mark.vllm,
@@ -51,7 +51,7 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 @pytest.fixture(scope="module", autouse=True)
 def engine() -> Any:
     """The helpers; they import vllm."""
-    from . import vllm_engine
+    from .helpers import vllm_engine
 
     vllm_engine.prepare_engine(DTYPE)
     return vllm_engine
@@ -162,7 +162,7 @@ def test_values_are_those_of_a_pass_over_the_finished_completions(
     for p in heads.parameters():
         torch.nn.init.normal_(p, std=0.3)
     model.save_pretrained(tmp_path / "model")
-    save_mtp_heads(model, tmp_path / "model")
+    MTPHeads.of(model).save(tmp_path / "model")
     trainer = make(MTPCriticTrainer, MTPCriticConfig, model, num_mtp_heads=2, max_steps=2)
     assert trainer.mtp_heads.state_dict().keys() == heads.state_dict().keys()
     generate, checked = trainer._generate_and_score_completions, []
@@ -211,7 +211,7 @@ def test_several_turns_with_what_an_environment_says_between(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="two engines on one GPU")
 def test_two_ranks_with_an_engine_each(tiny_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
-    from . import vllm_engine
+    from .helpers import vllm_engine
 
     tiny_model(**vllm_engine.SIZES).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

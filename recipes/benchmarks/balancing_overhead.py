@@ -1,4 +1,4 @@
-"""What balancing costs: training steps of one MoE model with and without it, in turns.
+"""Measure the cost of balancing: training steps of one MoE model with and without it, in turns.
 
     python recipes/benchmarks/balancing_overhead.py --json outputs/balancing_overhead.json
 

@@ -34,7 +34,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from rl_plugins.classic import A2CModule, ClassicModule, DQNModule, PPOModule, TRPOModule
+from rl_plugins.classic import Agent
+from rl_plugins.classic.a2c import A2CSettings
+from rl_plugins.classic.dqn import DQNSettings
+from rl_plugins.classic.ppo import PPOSettings
+from rl_plugins.classic.trpo import TRPOSettings
 from rl_plugins.process_group import end_process_group
 
 CONFIGS = Path(__file__).parents[1] / "classic"
@@ -46,74 +50,74 @@ POINTS = 100  # of a learning curve
 SPEED_SHARE = 5  # --speed_only takes a fifth of the steps
 
 
-# Stable-Baselines3's agents, from ours.
+# Stable-Baselines3's agents, from our settings.
 
 
-def their_dqn(ours: DQNModule, **common: Any) -> BaseAlgorithm:
+def their_dqn(settings: DQNSettings, **common: Any) -> BaseAlgorithm:
     """Their target is copied by environment steps, ours by updates: here, both once per iteration."""
-    assert ours.target_period == ours.gradient_steps and not ours.double_q and ours.tau is None
+    assert settings.target_period == settings.gradient_steps and not settings.double_q and settings.tau is None
     return DQN(
-        learning_rate=ours.learning_rate,
-        buffer_size=ours.buffer_size,
-        learning_starts=ours.learning_starts,
-        batch_size=ours.batch_size,
-        train_freq=ours.rollout_steps,
-        gradient_steps=ours.gradient_steps,
-        target_update_interval=ours.rollout_steps,
-        exploration_fraction=ours.exploration_fraction,
-        exploration_initial_eps=ours.epsilon_start,
-        exploration_final_eps=ours.epsilon_end,
-        max_grad_norm=ours.max_grad_norm,
-        policy_kwargs={"net_arch": list(ours.hidden_sizes)},
+        learning_rate=settings.learning_rate,
+        buffer_size=settings.buffer_size,
+        learning_starts=settings.learning_starts,
+        batch_size=settings.batch_size,
+        train_freq=settings.rollout_steps,
+        gradient_steps=settings.gradient_steps,
+        target_update_interval=settings.rollout_steps,
+        exploration_fraction=settings.exploration_fraction,
+        exploration_initial_eps=settings.epsilon_start,
+        exploration_final_eps=settings.epsilon_end,
+        max_grad_norm=settings.max_grad_norm,
+        policy_kwargs={"net_arch": list(settings.hidden_sizes)},
         **common,
     )
 
 
-def their_a2c(ours: A2CModule, **common: Any) -> BaseAlgorithm:
+def their_a2c(settings: A2CSettings, **common: Any) -> BaseAlgorithm:
     return A2C(
-        learning_rate=ours.learning_rate,
-        n_steps=ours.rollout_steps,
-        gae_lambda=ours.gae_lambda,
-        ent_coef=ours.entropy_coef,
-        vf_coef=ours.value_coef,
-        max_grad_norm=ours.max_grad_norm,
-        normalize_advantage=ours.normalize_advantages,
-        policy_kwargs={"net_arch": list(ours.hidden_sizes)},
+        learning_rate=settings.learning_rate,
+        n_steps=settings.rollout_steps,
+        gae_lambda=settings.gae_lambda,
+        ent_coef=settings.entropy_coef,
+        vf_coef=settings.value_coef,
+        max_grad_norm=settings.max_grad_norm,
+        normalize_advantage=settings.normalize_advantages,
+        policy_kwargs={"net_arch": list(settings.hidden_sizes)},
         **common,
     )
 
 
-def their_ppo(ours: PPOModule, **common: Any) -> BaseAlgorithm:
+def their_ppo(settings: PPOSettings, **common: Any) -> BaseAlgorithm:
     return PPO(
-        learning_rate=ours.learning_rate,
-        n_steps=ours.rollout_steps,
-        batch_size=ours.batch_size,
-        n_epochs=ours.epochs,
-        gae_lambda=ours.gae_lambda,
-        clip_range=ours.clip_range,
-        ent_coef=ours.entropy_coef,
-        vf_coef=ours.value_coef,
-        max_grad_norm=ours.max_grad_norm,
-        normalize_advantage=ours.normalize_advantages,
-        policy_kwargs={"net_arch": list(ours.hidden_sizes)},
+        learning_rate=settings.learning_rate,
+        n_steps=settings.rollout_steps,
+        batch_size=settings.batch_size,
+        n_epochs=settings.epochs,
+        gae_lambda=settings.gae_lambda,
+        clip_range=settings.clip_range,
+        ent_coef=settings.entropy_coef,
+        vf_coef=settings.value_coef,
+        max_grad_norm=settings.max_grad_norm,
+        normalize_advantage=settings.normalize_advantages,
+        policy_kwargs={"net_arch": list(settings.hidden_sizes)},
         **common,
     )
 
 
-def their_trpo(ours: TRPOModule, **common: Any) -> BaseAlgorithm:
+def their_trpo(settings: TRPOSettings, **common: Any) -> BaseAlgorithm:
     return TRPO(
-        learning_rate=ours.learning_rate,
-        n_steps=ours.rollout_steps,
-        batch_size=ours.batch_size,
-        gae_lambda=ours.gae_lambda,
-        target_kl=ours.max_kl,
-        cg_max_steps=ours.cg_steps,
-        cg_damping=ours.cg_damping,
-        line_search_max_iter=ours.line_search_steps,
-        line_search_shrinking_factor=ours.line_search_shrink,
-        n_critic_updates=ours.critic_epochs,
-        normalize_advantage=ours.normalize_advantages,
-        policy_kwargs={"net_arch": list(ours.hidden_sizes)},
+        learning_rate=settings.learning_rate,
+        n_steps=settings.rollout_steps,
+        batch_size=settings.batch_size,
+        gae_lambda=settings.gae_lambda,
+        target_kl=settings.max_kl,
+        cg_max_steps=settings.cg_steps,
+        cg_damping=settings.cg_damping,
+        line_search_max_iter=settings.line_search_steps,
+        line_search_shrinking_factor=settings.line_search_shrink,
+        n_critic_updates=settings.critic_epochs,
+        normalize_advantage=settings.normalize_advantages,
+        policy_kwargs={"net_arch": list(settings.hidden_sizes)},
         **common,
     )
 
@@ -148,34 +152,32 @@ class Curve(Callback):
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: ClassicModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take a point."""
         runner, last = pl_module.runner, self.points[-1][0] if self.points else 0
-        if runner.returns and runner.steps - last >= pl_module.total_steps / POINTS:
+        if runner.returns and runner.steps - last >= pl_module.settings.total_steps / POINTS:
             self.points.append((runner.steps, round(float(np.mean(runner.returns)), 2)))
 
 
-def make_ours(agent: str, seed: int, steps: int | None = None) -> ClassicModule:
+def make_ours(agent: str, seed: int, steps: int | None = None) -> Agent:
     """The agent of a file in `recipes/classic/`."""
     config = yaml.safe_load((CONFIGS / f"{agent}.yaml").read_text())["model"]
     config["init_args"] |= {"env": ENV, "seed": seed}
     if steps is not None:
         config["init_args"]["total_steps"] = steps
     parser = ArgumentParser()
-    parser.add_subclass_arguments(ClassicModule, "model")
+    parser.add_subclass_arguments(Agent, "model")
     return parser.instantiate_classes(parser.parse_object({"model": config})).model
 
 
-def make_theirs(agent: str, ours: ClassicModule) -> BaseAlgorithm:
+def make_theirs(agent: str, ours: Agent) -> BaseAlgorithm:
     """Stable-Baselines3's agent with the settings of ours."""
-    envs = make_vec_env(ENV, n_envs=ours.num_envs, seed=ours.seed)
-    common = {"policy": "MlpPolicy", "env": envs, "gamma": ours.gamma, "seed": ours.seed, "device": "cpu"}
-    return THEIRS[agent](ours, **common)
+    envs = make_vec_env(ENV, n_envs=ours.settings.num_envs, seed=ours.seed)
+    common = {"policy": "MlpPolicy", "env": envs, "gamma": ours.settings.gamma, "seed": ours.seed, "device": "cpu"}
+    return THEIRS[agent](ours.settings, **common)
 
 
-def train_ours(module: ClassicModule, episodes: int) -> dict[str, Any]:
+def train_ours(module: Agent, episodes: int) -> dict[str, Any]:
     """Train, evaluate."""
     curve = Curve()
     trainer = Trainer(
@@ -213,9 +215,9 @@ def run_pair(agent: str, seed: int, steps: int | None, episodes: int) -> dict[st
     runs = {"ours": lambda: train_ours(ours, episodes)}
     if agent in THEIRS:
         theirs = make_theirs(agent, ours)
-        runs["theirs"] = lambda: train_theirs(theirs, ours.total_steps, episodes)
+        runs["theirs"] = lambda: train_theirs(theirs, ours.settings.total_steps, episodes)
     order = sorted(runs, reverse=bool(seed % 2))
-    return {"agent": agent, "seed": seed, "steps": ours.total_steps, **{side: runs[side]() for side in order}}
+    return {"agent": agent, "seed": seed, "steps": ours.settings.total_steps, **{side: runs[side]() for side in order}}
 
 
 # Reporting.
@@ -283,7 +285,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """What was missed."""
+    """Targets that were missed."""
     missed = []
     for row in rows:
         returns = row["ours_returns"]
@@ -360,7 +362,7 @@ def main() -> None:
                 continue
             steps = args.steps
             if args.speed_only and steps is None:
-                steps = make_ours(agent, seed).total_steps // SPEED_SHARE
+                steps = make_ours(agent, seed).settings.total_steps // SPEED_SHARE
             pair = run_pair(agent, seed, steps, 0 if args.speed_only else args.episodes)
             pairs.append(pair)
             print(table(summarise([pair])).splitlines()[-1], flush=True)

@@ -1,4 +1,4 @@
-"""How far the critic's policy gradient is from the exact one, by aggregation, discount and bootstrap.
+"""Measure how far the critic's policy gradient is from the exact one, by aggregation, discount and bootstrap.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/critic_bias.py
 
@@ -162,7 +162,7 @@ def of_aggregations(language: Language, sizes: tuple[int, ...] = SIZES) -> dict[
 
 
 def of_discounts(language: Language, gammas: tuple[float, ...] = GAMMAS) -> dict[str, float]:
-    """The same of the discount, with and without the factor `gamma^t` of the discounted objective."""
+    """Measure the bias of the discount, with and without the factor `gamma^t` of the discounted objective."""
     found = {}
     for gamma in gammas:
         advantages, exact = language.mdp(gamma).advantages(language.tokens), exact_gradient(language, gamma)
@@ -175,7 +175,7 @@ def of_discounts(language: Language, gammas: tuple[float, ...] = GAMMAS) -> dict
 
 
 def of_lookahead(language: Language, heads: tuple[int, ...] = (2, 4)) -> dict[str, float]:
-    """The same of the bootstrap from all heads, each with its exact forecast."""
+    """Measure the bias of the bootstrap from all heads, each with its exact forecast."""
     mdp, exact = language.mdp(), exact_gradient(language)
     rewards = terminal_rewards(language.rewards, language.mask)
     found = {}

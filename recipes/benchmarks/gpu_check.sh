@@ -106,9 +106,10 @@ step_speculative() {
     fi
 }
 
-without_compiling='import runpy, sys, deepspeed
+without_compiling='import os, runpy, sys, deepspeed
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")'
 
 step_zero() {

@@ -1,12 +1,12 @@
-"""Peak memory of PPO with a separate critic, of GRPO, and of the MTP critic, on one model and one batch.
+"""Peak memory of PPO with a separate critic, of GRPO and of the MTP critic, in runs of `measured_run.py`.
 
     python recipes/benchmarks/memory.py --json outputs/memory.json
 
-Every run is a fresh process that trains as in `overhead.py`: same model, optimizer, prompts and completions (their
-hashes are compared, and a difference is an error), no reference model in any of them. PPO's value model is a copy of
-the policy's trunk with a scalar head. Counted is the peak of resident memory (or of CUDA's allocations) above what
-the process held before the model was made: weights, gradients, optimizer states and activations, without Python and
-its libraries. Reported is the median over `--repeats` runs.
+Every run is a fresh process with the same model, optimizer, prompts and completions (their hashes are compared, and a
+difference is an error), and without a reference model. PPO's value model is a copy of the policy's trunk with a scalar
+head. Counted is the peak of resident memory (or of CUDA's allocations) above what the process held before the model
+was made: weights, gradients, optimizer states and activations, without Python and its libraries. Reported is the
+median over `--repeats` runs.
 
 Goals: the MTP critic at most 0.6 of PPO, and at most 1.05 of GRPO.
 """
@@ -15,11 +15,11 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from overhead import Settings, spawn
+from measured_run import Settings, add_settings, read_settings, spawn
 
 TRAINERS = ("grpo", "critic", "ppo")
 GOALS = {"ppo": 0.6, "grpo": 1.05}
@@ -40,7 +40,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any], parameters: dict[str, int]) -> None:
-    """What a person reads."""
+    """Format the results as a table for the terminal."""
     print(f"{'':8}{'parameters':>12}{'peak MiB':>10}")
     for name, peak in report["peak_mib"].items():
         print(f"{name:8}{parameters[name] / 1e6:11.1f}M{peak:10.0f}")
@@ -51,15 +51,11 @@ def print_table(report: dict[str, Any], parameters: dict[str, int]) -> None:
 def main() -> None:
     """Run all trainers in turns and compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = Settings(steps=1, hidden_size=640, layers=24)
-    for option in fields(Settings):
-        flag = f"--{option.name.replace('_', '-')}"
-        default = getattr(defaults, option.name)
-        parser.add_argument(flag, type=type(default), default=default, help=option.metadata["help"])
+    add_settings(parser, Settings(steps=1, hidden_size=640, layers=24))
     parser.add_argument("--repeats", type=int, default=3, help="runs per trainer")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
-    settings = Settings(**{option.name: getattr(args, option.name) for option in fields(Settings)})
+    settings = read_settings(args)
     runs = []
     for _ in range(args.repeats):
         for name in TRAINERS:

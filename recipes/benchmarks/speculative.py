@@ -1,4 +1,4 @@
-"""What drafting with the model's own heads brings: `generate` with and without `SpeculativeDecoder`.
+"""Measure drafting with the model's own heads: `generate` with and without `SpeculativeDecoder`.
 
     python recipes/benchmarks/speculative.py --json outputs/speculative.json
 
@@ -44,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from rl_plugins.nn import get_mtp_heads, load_mtp_heads
+from rl_plugins.nn import MTPHeads, load_mtp_heads
 from rl_plugins.process_group import end_process_group
 from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
@@ -196,7 +196,7 @@ def measure(
     decoder = SpeculativeDecoder()
     for repeat in range(args.repeats + 1):  # the first is not counted
         for name in list(speeds) if repeat % 2 == 0 else list(speeds)[::-1]:
-            decoder = SpeculativeDecoder(values=False) if name == "speculative" else decoder
+            decoder = SpeculativeDecoder() if name == "speculative" else decoder
             torch.manual_seed(repeat)
             extra = {"custom_generate": decoder} if name == "speculative" else {}
             elapsed, output = seconds(lambda extra=extra: model.generate(**inputs, **options, **extra), args.device)
@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=dtype).to(args.device).eval()
     load_mtp_heads(model, args.model_dir)
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     assert heads is not None
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir, padding_side="left")
     prompts = json.loads((args.model_dir / PROMPTS_NAME).read_text())
@@ -266,7 +266,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """What a person reads."""
+    """Format the results as a table for the terminal."""
     print(
         f"{'heads':9}{'batch':>6}{'generate':>10}{'speculative':>13}{'ratio':>7}{'range':>13}{'tokens/step':>13}",
         end="",

@@ -1,27 +1,31 @@
-"""Agents for Gymnasium environments, as LightningModules."""
+"""Agents for Gymnasium environments, as LightningModules.
+
+Each algorithm is one file that can be read alone, top to bottom: settings, networks, acting, loss, iteration. For that
+reason some lines stand in several of these files. `Agent` is their only base; what else they share are functions.
+"""
 
 from rl_plugins.extras import require
 
 require("lightning", "gymnasium")
 
-from rl_plugins.classic.a2c import A2CModule
-from rl_plugins.classic.agent import ClassicModule
-from rl_plugins.classic.dqn import DQNModule
-from rl_plugins.classic.off_policy_ac import OffPolicyACModule
-from rl_plugins.classic.ppo import PPOModule
-from rl_plugins.classic.qac import QACModule
-from rl_plugins.classic.reinforce import ReinforceModule
-from rl_plugins.classic.schedules import Linear
-from rl_plugins.classic.trpo import TRPOModule
+from rl_plugins.classic.a2c import A2CAgent
+from rl_plugins.classic.agent import Agent
+from rl_plugins.classic.agent_settings import Linear
+from rl_plugins.classic.dqn import DQNAgent
+from rl_plugins.classic.off_policy_ac import OffPolicyACAgent
+from rl_plugins.classic.ppo import PPOAgent
+from rl_plugins.classic.qac import QACAgent
+from rl_plugins.classic.reinforce import ReinforceAgent
+from rl_plugins.classic.trpo import TRPOAgent
 
 __all__ = [
-    "A2CModule",
-    "ClassicModule",
-    "DQNModule",
+    "A2CAgent",
+    "Agent",
+    "DQNAgent",
     "Linear",
-    "OffPolicyACModule",
-    "PPOModule",
-    "QACModule",
-    "ReinforceModule",
-    "TRPOModule",
+    "OffPolicyACAgent",
+    "PPOAgent",
+    "QACAgent",
+    "ReinforceAgent",
+    "TRPOAgent",
 ]

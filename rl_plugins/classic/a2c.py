@@ -1,82 +1,109 @@
 """Advantage actor-critic."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rl_plugins.classic.actor_critic import ActorCriticModule
+from rl_plugins.classic.actor_critic import gae_advantages
+from rl_plugins.classic.agent import Agent
+from rl_plugins.classic.agent_settings import PolicySettings, Schedule
 from rl_plugins.classic.environments import EnvSpec
-from rl_plugins.classic.rollouts import Rollout
-from rl_plugins.classic.schedules import Schedule
+from rl_plugins.classic.networks import Policy, make_normalizer, make_policy
+from rl_plugins.classic.rollouts import Rollout, collect, update_normalizer
 from rl_plugins.functional.masking import masked_whiten
 from rl_plugins.functional.policy_losses.clip import vanilla
+from rl_plugins.functional.returns import check_trace_decay
 from rl_plugins.functional.value_losses import squared_error
 
 
-class A2CModule(ActorCriticModule):
-    """A2C: one gradient step on short rollouts, the synchronous form of A3C (Mnih et al., arXiv 1602.01783).
+@dataclass(frozen=True, kw_only=True)
+class A2CSettings(PolicySettings):
+    """Settings of `A2CAgent`."""
 
-    `L = mean(-A ln pi(a | s) + value_coef (V(s) - R)^2 - entropy_coef H)`; at `gae_lambda = 1` the advantage is the
-    n-step return less the value, at 0 the TD error (Sutton and Barto 2018, section 13.5). For another loss,
-    override `loss`.
+    rollout_steps: int = 5
+    gae_lambda: float = 1.0
+    """Trace decay of the advantages in [0, 1]: 1 is the n-step return less the value, 0 is the TD error."""
+    value_coef: float = 0.5
+    """Weight of the critic's loss."""
+    learning_rate: Schedule = 7e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_trace_decay(self.gae_lambda, "gae_lambda")
+
+
+class A2CAgent(Agent):
+    """A2C takes one gradient step on each short rollout; it is A3C, made synchronous (Mnih et al., arXiv 1602.01783).
+
+    `L = mean(-A ln pi(a | s) + value_coef (V(s) - R)^2 - entropy_coef H)` with `R = A + V(s)`, both under
+    stop-gradient. At `gae_lambda = 1` the advantage `A` is the n-step return less the value, at 0 the TD error (Sutton
+    and Barto 2018, section 13.5). For another loss, override `loss`.
 
     Args:
         env: The id of a registered environment, or a callable that makes one.
-        num_envs: Environments that are stepped side by side.
-        rollout_steps: Steps of each environment in an iteration.
-        gae_lambda: Trace decay of the advantages in [0, 1].
-        value_coef: Weight of the critic's loss.
-        learning_rate: Of RMSprop, a number or a function of the share of training that remains.
-        settings: Those of `ActorCriticModule`, `PolicyGradientModule` and `ClassicModule`.
+        settings: The fields of `A2CSettings`.
 
     Raises:
+        TypeError: If a setting is unknown, or text where a number is needed.
         ValueError: If the spaces of the environment are not supported, or a setting is out of range.
     """
 
-    def __init__(
-        self,
-        env: EnvSpec,
-        *,
-        num_envs: int = 8,
-        rollout_steps: int = 5,
-        gae_lambda: float = 1.0,
-        value_coef: float = 0.5,
-        learning_rate: Schedule = 7e-4,
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            env,
-            num_envs=num_envs,
-            rollout_steps=rollout_steps,
-            gae_lambda=gae_lambda,
-            learning_rate=learning_rate,
-            **settings,
-        )
-        self.value_coef = value_coef
+    settings: A2CSettings
+
+    def __init__(self, env: EnvSpec, **settings: Any) -> None:
+        super().__init__(env, A2CSettings(**settings))
+        self.normalizer = make_normalizer(self.observation_size, normalize=self.settings.normalize_observations)
+        with self.seeded():
+            self.policy = self.build_policy()
+            self.critic = self.build_critic()
+
+    def build_policy(self) -> Policy:
+        """Make the policy; its first actions are close to uniform, or to a mean of 0."""
+        return make_policy(self.build_network(self.observation_size, self.action_size, gain=0.01), self.action_space)
+
+    def build_critic(self) -> nn.Module:
+        """Make the critic, from observations `(..., D)` to values `(..., 1)`."""
+        return self.build_network(self.observation_size, 1, gain=1.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """RMSprop, as in A3C."""
+        """Make RMSprop, as in A3C."""
         return torch.optim.RMSprop(self.parameters(), alpha=0.99, eps=1e-5)
 
+    def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
+        """Sample from the policy, or take its most likely actions."""
+        return self.policy.act(self.normalizer(observations), None if deterministic else self.generator)
+
+    def values(self, observations: Tensor) -> Tensor:
+        """Return `V(s) (...)` of observations `(..., D)` as the networks take them."""
+        return self.critic(observations).squeeze(-1)
+
     def loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a rollout, and what is logged of it."""
+        """Return the loss of a rollout, and what is logged of it."""
+        settings = self.settings
         observations = self.normalizer(rollout.observations)
         values = self.values(observations)  # (N, T + 1)
-        advantages = self.advantages(rollout, values.detach())
-        returns = advantages + values.detach()[:, :-1]
-        if self.normalize_advantages:
+        fixed = values.detach()
+        advantages = gae_advantages(self, rollout, fixed, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
+        returns = advantages + fixed[:, :-1]
+        if settings.normalize_advantages:
             advantages = masked_whiten(advantages, rollout.mask)
         distribution = self.policy(observations[:, :-1])
         policy_loss = vanilla(distribution.log_prob(rollout.actions), advantages).mean()
         value_loss = squared_error(values[:, :-1], returns).mean()
+        loss = policy_loss + settings.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-        return self.with_entropy_bonus(policy_loss + self.value_coef * value_loss, distribution, metrics)
+        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
+            metrics["entropy"] = distribution.entropy().mean()
+            loss = loss - settings.entropy_coef * metrics["entropy"]
+        return loss, metrics
 
-    def iterate(self) -> dict[str, Tensor | float]:
-        """Collect, then one gradient step."""
-        rollout = self.collect()
+    def iterate(self) -> Mapping[str, Tensor | float]:
+        """Collect, then take one gradient step."""
+        rollout = collect(self, self.settings.rollout_steps)
         loss, metrics = self.loss(rollout)
         self.optimize(loss, self.optimizer, list(self.parameters()))
-        self.update_normalizer(rollout)
-        return {name: value.detach() for name, value in metrics.items()}
+        update_normalizer(self.normalizer, rollout)
+        return metrics

@@ -1,9 +1,11 @@
-"""What all agents share: environments, evaluation, logs, checkpoints. An algorithm adds `act` and `iterate`."""
+"""The base of all agents: environments, evaluation, logs, checkpoints. An algorithm adds `act` and `iterate`."""
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, get_args
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +13,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from rl_plugins.classic.checkpoints import check_checkpoint
+from rl_plugins.checkpoints import check_same_shapes
+from rl_plugins.classic.agent_settings import AgentSettings, Linear, Schedule, value_at
 from rl_plugins.classic.environments import (
     EnvSpec,
     action_size,
@@ -25,13 +28,11 @@ from rl_plugins.classic.environments import (
     observation_size,
     to_tensor,
 )
-from rl_plugins.classic.iterations import Iterations
-from rl_plugins.classic.networks import evaluation_mode
+from rl_plugins.classic.networks import evaluation_mode, mlp
 from rl_plugins.classic.runner import Runner, Transition
-from rl_plugins.classic.schedules import Linear, Schedule, set_rate, value_at
-from rl_plugins.settings import check_number
 
 _STATE = "classic"
+_SPACES = ("observation space", "action space")
 _LOG_EVERY_ENV_STEPS = 2000
 _MAX_EVAL_ENVS = 16
 _MAX_EPISODE_STEPS = 10_000
@@ -48,23 +49,58 @@ class Evaluation(NamedTuple):
     """`(episodes,)`, bool: whether the agent's bound on steps ended the episode, rather than the environment."""
 
 
-class ClassicModule(LightningModule):
+class Iterations:
+    """The loader behind a training epoch. It exists for Lightning alone: an agent makes its own data.
+
+    Lightning trains over a loader, so this one yields the number of each iteration. Its length gives Lightning a
+    progress bar and keeps it from fetching ahead. Its state keeps Lightning from warning that a run which resumes in
+    the middle would see data twice.
+
+    Args:
+        length: Number of iterations.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.done = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        # A restored position holds for the epoch that was interrupted; the next one starts anew.
+        start, self.done = self.done % self.length, 0
+        for index in range(start, self.length):
+            self.done = index + 1
+            yield index
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of iterations handed out in this epoch."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after those that were handed out."""
+        self.done = state["done"]
+
+
+class Agent(LightningModule, ABC):
     """A reinforcement learning agent as a LightningModule, the base of all agents in this folder.
 
     One training step is one iteration of the algorithm: it collects from `num_envs` environments, then updates. An
     epoch is `total_steps` environment steps:
 
     ```python
-    Trainer(max_epochs=1).fit(PPOModule("CartPole-v1", total_steps=100_000))
+    Trainer(max_epochs=1).fit(PPOAgent("CartPole-v1", total_steps=100_000))
     ```
 
-    `Trainer(val_check_interval=n)` evaluates the deterministic policy every `n` iterations, `trainer.validate(module)`
+    `Trainer(val_check_interval=n)` evaluates the deterministic policy every `n` iterations, `trainer.validate(agent)`
     does it once. A checkpoint holds all that training needs, the environments included, so that a resumed run equals
     one that was never interrupted; resuming unpickles the environments, so resume from files that you trust only.
     Callables among the settings, `Linear` aside, are not stored: give them to `load_from_checkpoint` again.
 
-    A subclass builds its networks in `__init__` inside `with self.seeded():` and defines `act`, `steps_per_iteration`,
-    `iterate` and `configure_optimizers`; what else it has to remember goes into `training_state`.
+    An algorithm is one class that derives from this one. It builds its networks in `__init__` inside
+    `with self.seeded():` and defines `act`, `iterate` and `configure_optimizers`; what else it has to remember goes
+    into `training_state`.
 
     Logged are `time/env_steps`, `rollout/return_mean` and `rollout/length_mean` of the last 100 episodes, `train/...`
     as `iterate` returns it, and `eval/return_mean`, `eval/return_std`, `eval/length_mean`, `eval/cut_off_share`.
@@ -74,22 +110,10 @@ class ClassicModule(LightningModule):
 
     Args:
         env: The id of a registered environment, or a callable that makes one.
-        total_steps: Environment steps of an epoch, of all environments together.
-        num_envs: Environments that are stepped side by side.
-        gamma: Discount in [0, 1].
-        learning_rate: A number, or a function of the share of training that remains, such as `Linear(1e-3)`.
-        max_grad_norm: Bound of the norm of a gradient; None for no bound. (Trainer's own clipping is for automatic
-            optimization only.)
-        seed: Makes environments, exploration and initial weights reproducible, whatever was drawn before. By default
-            it is drawn from torch's global generator.
-        eval_episodes: Episodes of an evaluation.
-        max_episode_steps: Steps after which an episode is cut off, in training and evaluation, besides the
-            environment's own time limit. By default, evaluations of an environment without a time limit cut episodes
-            off after 10,000 steps, since a deterministic policy may never end one.
+        settings: The settings of the algorithm, which are the keyword arguments of its agent.
 
     Raises:
-        TypeError: If a setting is text where a number is needed.
-        ValueError: If the spaces of the environment are not supported, or a setting is out of range.
+        ValueError: If the spaces of the environment are not supported.
     """
 
     continuous: ClassVar[bool] = True
@@ -97,39 +121,21 @@ class ClassicModule(LightningModule):
     whole_episodes: ClassVar[bool] = False
     """Whether the algorithm waits for the ends of episodes, so that training needs a bound on their steps, too."""
 
-    def __init__(
-        self,
-        env: EnvSpec,
-        *,
-        total_steps: int = 100_000,
-        num_envs: int = 1,
-        gamma: float = 0.99,
-        learning_rate: Schedule = 1e-3,
-        max_grad_norm: float | None = 0.5,
-        seed: int | None = None,
-        eval_episodes: int = 10,
-        max_episode_steps: int | None = None,
-    ) -> None:
+    settings: AgentSettings
+
+    def __init__(self, env: EnvSpec, settings: AgentSettings) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self._check_numbers()
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
-        if total_steps < 1 or num_envs < 1 or eval_episodes < 1:
-            raise ValueError(
-                f"total_steps={total_steps}, num_envs={num_envs}, eval_episodes={eval_episodes}: give at least 1."
-            )
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps={max_episode_steps}: give at least 1 step, or None.")
+        self.settings = settings
+        # All settings, also those left at a default that may change; then what the constructors of subclasses take.
+        self.save_hyperparameters({field.name: getattr(settings, field.name) for field in fields(settings)})
+        self.save_hyperparameters(ignore="settings")
         # A checkpoint that torch.load's safe mode can read holds no callables.
         for name in [n for n, value in self.hparams.items() if callable(value) and not isinstance(value, Linear)]:
             del self.hparams[name]
         self.automatic_optimization = False
-        self.env, self.total_steps, self.num_envs, self.gamma = env, total_steps, num_envs, gamma
-        self.learning_rate, self.max_grad_norm, self.eval_episodes = learning_rate, max_grad_norm, eval_episodes
-        self.max_episode_steps = max_episode_steps
+        self.env = env
         self._warned_of_cuts = False
-        self.seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.seed = int(torch.randint(2**31, ())) if settings.seed is None else settings.seed
         self.generator = torch.Generator().manual_seed(self.seed)
         self._init_state = self.generator.get_state()
         self.iteration = 0
@@ -137,13 +143,6 @@ class ClassicModule(LightningModule):
         self._resumed: dict[str, Any] | None = None
         self._logged_steps = 0
         self._read_spaces()
-
-    def _check_numbers(self) -> None:
-        """Refuse text where the constructors of the agent and of its bases declare numbers."""
-        for constructor in (vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)):
-            for name, hint in getattr(constructor, "__annotations__", {}).items():
-                if isinstance(self.hparams.get(name), str) and {int, float} & {hint, *get_args(hint)}:
-                    check_number(name, self.hparams[name])
 
     def _read_spaces(self) -> None:
         envs = make_environments(self.env, 1)
@@ -157,12 +156,13 @@ class ClassicModule(LightningModule):
 
     def _step_limit(self, *, waits_for_ends: bool) -> int | None:
         """Steps after which an episode is cut off, besides the environment's own limit; None for no other limit."""
-        if self.max_episode_steps is None and waits_for_ends and not self._has_time_limit:
+        if self.settings.max_episode_steps is None and waits_for_ends and not self._has_time_limit:
             return _MAX_EPISODE_STEPS
-        return self.max_episode_steps
+        return self.settings.max_episode_steps
 
-    # What an algorithm defines.
+    # An algorithm defines these.
 
+    @abstractmethod
     def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
         """Choose actions; called without gradients.
 
@@ -173,29 +173,42 @@ class ClassicModule(LightningModule):
         Returns:
             Indices `(N,)` of Discrete actions, vectors `(N, A)` of a Box.
         """
-        raise NotImplementedError
+
+    @abstractmethod
+    def iterate(self) -> Mapping[str, Tensor | float]:
+        """Collect with `step_environments`, update with `optimize`; the result is logged as `train/...`."""
+
+    # An algorithm uses these.
+
+    def build_network(self, inputs: int, outputs: int, *, gain: float) -> nn.Module:
+        """Make a network from `(..., inputs)` to `(..., outputs)`; override it for another.
+
+        Args:
+            inputs: Numbers that go in.
+            outputs: Numbers that come out.
+            gain: Scale of the initial weights of the last layer.
+
+        Returns:
+            A perceptron with `hidden_sizes`. By then `self.settings` is there, and `self.hparams` has what else the
+            constructor of a subclass takes.
+        """
+        return mlp([inputs, *self.settings.hidden_sizes, outputs], output_gain=gain)
 
     @property
     def steps_per_iteration(self) -> int:
         """Environment steps of one training step, of all environments together."""
-        raise NotImplementedError
-
-    def iterate(self) -> dict[str, Tensor | float]:
-        """Collect with `step_environments`, update with `optimize`; what is returned is logged as `train/...`."""
-        raise NotImplementedError
-
-    # What an algorithm uses.
+        return self.settings.num_envs * self.settings.rollout_steps
 
     @property
     def runner(self) -> Runner:
-        """The training environments, from the start of fit on."""
+        """The training environments, which exist from the start of fit on."""
         assert self._runner is not None, "the environments are made when fit starts"
         return self._runner
 
     @property
     def remaining(self) -> float:
         """Share of the training that is left, from 1 down to 0."""
-        return max(0.0, 1.0 - self.runner.steps / self.total_steps)
+        return max(0.0, 1.0 - self.runner.steps / self.settings.total_steps)
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
@@ -216,13 +229,13 @@ class ClassicModule(LightningModule):
 
     @property
     def optimizer(self) -> LightningOptimizer:
-        """The only optimizer."""
+        """The optimizer of an agent that has one only."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer), "there are several: take them from self.optimizers()"
         return optimizer
 
     def optimize(self, loss: Tensor, optimizer: LightningOptimizer, parameters: list[torch.nn.Parameter]) -> None:
-        """One step on a loss, its gradient clipped to `max_grad_norm`.
+        """Take one step on a loss, with its gradient clipped to `max_grad_norm`.
 
         Args:
             loss: 0-d.
@@ -232,20 +245,20 @@ class ClassicModule(LightningModule):
         for parameter in parameters:  # what zero_grad does, less its records for the profiler
             parameter.grad = None
         self.manual_backward(loss)
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if self.settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         optimizer.step()
 
-    def set_learning_rates(self) -> None:
-        """Set all optimizers to `learning_rate` at the start of an iteration."""
-        for optimizer in self.trainer.optimizers:
-            set_rate(optimizer, value_at(self.learning_rate, self.remaining))
+    @property
+    def learning_rates(self) -> list[Schedule]:
+        """The learning rate of each optimizer."""
+        return [self.settings.learning_rate for _ in self.trainer.optimizers]
 
     # Training.
 
     def train_dataloader(self) -> Iterations:
-        """As many iterations as `total_steps` takes."""
-        return Iterations(math.ceil(self.total_steps / self.steps_per_iteration))
+        """Give Lightning as many iterations as `total_steps` takes."""
+        return Iterations(math.ceil(self.settings.total_steps / self.steps_per_iteration))
 
     def on_fit_start(self) -> None:
         """Make the environments, or go on from a checkpoint.
@@ -258,19 +271,25 @@ class ClassicModule(LightningModule):
                 f"world_size={self.trainer.world_size}: agents train in one process; raise num_envs instead."
             )
         limit = self._step_limit(waits_for_ends=self.whole_episodes)
-        self._runner = Runner(make_environments(self.env, self.num_envs, max_episode_steps=limit))
+        self._runner = Runner(make_environments(self.env, self.settings.num_envs, max_episode_steps=limit))
         self.generator.manual_seed(self.seed)
         self.iteration = self._logged_steps = 0
+        self.forget()
         if self._resumed is None:
             self.runner.reset(seed=self.seed)
         else:
             self.load_training_state(self._resumed)
             self._resumed = None
 
+    def forget(self) -> None:
+        """Forget what an earlier fit left; called when fit starts, before the state of a checkpoint is loaded."""
+
     def training_step(self, batch: int, batch_idx: int) -> None:
-        """One iteration."""
+        """Run one iteration, at the learning rates of its beginning."""
         self.iteration += 1
-        self.set_learning_rates()
+        for optimizer, rate in zip(self.trainer.optimizers, self.learning_rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = value_at(rate, self.remaining)
         metrics = self.iterate()
         if self._is_logging():
             self._log_iteration(metrics)
@@ -287,23 +306,24 @@ class ClassicModule(LightningModule):
             or self.trainer.is_last_batch
         )
 
-    def _log_iteration(self, metrics: dict[str, Tensor | float]) -> None:
+    def _log_iteration(self, metrics: Mapping[str, Tensor | float]) -> None:
         self._logged_steps = self.runner.steps
         self.log("time/env_steps", float(self.runner.steps), prog_bar=True)
         if self.runner.returns:
             self.log("rollout/return_mean", float(np.mean(self.runner.returns)), prog_bar=True)
             self.log("rollout/length_mean", float(np.mean(self.runner.lengths)))
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()})
+        detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in metrics.items()}
+        self.log_dict({f"train/{name}": value for name, value in detached.items()})
 
     # Evaluation.
 
     def val_dataloader(self) -> Iterations:
-        """One evaluation."""
+        """Give Lightning one evaluation."""
         return Iterations(1)
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Evaluate the deterministic policy, always from the same initial states."""
-        result = self.evaluate(self.eval_episodes)
+        result = self.evaluate(self.settings.eval_episodes)
         self.log("eval/return_mean", float(result.returns.mean()), prog_bar=True, batch_size=1)
         self.log("eval/return_std", float(result.returns.std()), batch_size=1)
         self.log("eval/length_mean", float(result.lengths.mean()), batch_size=1)
@@ -348,7 +368,7 @@ class ClassicModule(LightningModule):
         return result
 
     def _warn_of_cuts(self, result: Evaluation, limit: int | None) -> None:
-        if self.max_episode_steps is not None or self._warned_of_cuts or not result.cut_off.any():
+        if self.settings.max_episode_steps is not None or self._warned_of_cuts or not result.cut_off.any():
             return
         self._warned_of_cuts = True
         rank_zero_warn(
@@ -360,7 +380,7 @@ class ClassicModule(LightningModule):
     # Checkpoints.
 
     def training_state(self) -> dict[str, Any]:
-        """What a resumed run needs besides networks and optimizers: extend it with `super()`."""
+        """Return what a resumed run needs besides networks and optimizers: extend it with `super()`."""
         return {
             "seed": self.seed,
             "iteration": self.iteration,
@@ -398,5 +418,25 @@ class ClassicModule(LightningModule):
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if _STATE not in checkpoint:
             raise ValueError("The checkpoint is not of an agent of rl_plugins.classic.")
-        check_checkpoint(checkpoint, checkpoint[_STATE]["identity"], self, self._identity(), resuming=fitting)
+        theirs, ours = checkpoint[_STATE]["identity"], self._identity()
+        for key in ours if fitting else _SPACES:  # to act, only spaces and networks have to fit
+            if theirs[key] != ours[key]:
+                raise ValueError(
+                    f"The checkpoint's {key} is {theirs[key]}, here it is {ours[key]}: use the checkpoint's, or train "
+                    "without it."
+                )
+        check_same_shapes(
+            _shapes(checkpoint["state_dict"]),
+            _shapes(self.state_dict()),
+            type(self).__name__,
+            settings={
+                name: (value, self.hparams[name])
+                for name, value in checkpoint.get("hyper_parameters", {}).items()
+                if name in self.hparams and value != self.hparams[name]
+            },
+        )
         self._resumed = checkpoint[_STATE].get("training") if fitting else None
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,7 +1,8 @@
 """Deep Q-learning."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -9,95 +10,51 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rl_plugins.classic.agent import ClassicModule
+from rl_plugins.classic.agent import Agent
+from rl_plugins.classic.agent_settings import AgentSettings, Linear, Schedule
 from rl_plugins.classic.environments import EnvSpec, to_tensor
 from rl_plugins.classic.networks import evaluation_mode, mlp
 from rl_plugins.classic.replay import ReplayBuffer, Transitions
-from rl_plugins.classic.schedules import Linear, Schedule
 from rl_plugins.functional.action_values import double_q_targets, q_learning_targets
 from rl_plugins.functional.target_networks import periodic_update, polyak_update
 from rl_plugins.functional.value_losses import huber
 
 
-class DQNModule(ClassicModule):
-    """Learns `q(s, a)` from a replay buffer, towards a slow copy `q'` of the network, and acts greedily.
+@dataclass(frozen=True, kw_only=True)
+class DQNSettings(AgentSettings):
+    """Settings of `DQNAgent`; the defaults are those of Stable-Baselines3's zoo for CartPole-v1."""
 
-    `Y = r + gamma max_a q'(s', a)`, `L = huber(q(s, a), Y)` (Mnih et al., Nature 518, 2015, algorithm 1), or with
-    `double_q` `Y = r + gamma q'(s', argmax_a q(s', a))` (van Hasselt et al., arXiv 1509.06461, eq. 4).
+    num_envs: int = 1
+    rollout_steps: int = 256
+    gradient_steps: int = 128
+    """Updates of an iteration."""
+    batch_size: int = 64
+    """Transitions of an update."""
+    buffer_size: int = 100_000
+    """Transitions to remember."""
+    learning_starts: int = 1000
+    """Steps of all environments together before the first update; until then actions are random."""
+    double_q: bool = False
+    """Whether the online network chooses the action that the target network judges."""
+    target_period: int = 128
+    """Copy the network into the target every so many updates."""
+    tau: float | None = None
+    """If given, the target moves this share of the way after every update instead."""
+    epsilon_start: float = 1.0
+    """Share of random actions in the beginning."""
+    epsilon_end: float = 0.04
+    """Share of random actions after `exploration_fraction`."""
+    exploration_fraction: float = 0.16
+    """Share of the training in which the share of random actions falls, in a straight line."""
+    hidden_sizes: Sequence[int] = (256, 256)
+    total_steps: int = 50_000
+    learning_rate: Schedule = 2.3e-3
+    max_grad_norm: float | None = 10.0
 
-    An iteration is `rollout_steps` steps in each environment, then `gradient_steps` updates. The defaults are those
-    of Stable-Baselines3's zoo for CartPole-v1. For another network override `build_network`, for another exploration
-    `epsilon` or `act`, for another objective `targets` or `loss`.
-
-    Args:
-        env: The id of a registered environment, or a callable that makes one; its actions must be Discrete.
-        rollout_steps: Steps of each environment in an iteration.
-        gradient_steps: Updates of an iteration.
-        batch_size: Transitions of an update.
-        buffer_size: Transitions to remember.
-        learning_starts: Steps of all environments together before the first update; until then actions are random.
-        double_q: Whether the online network chooses the action that the target network judges.
-        target_period: Copy the network into the target every so many updates.
-        tau: If given, the target moves this share of the way after every update instead.
-        epsilon_start: Share of random actions in the beginning.
-        epsilon_end: Share of random actions after `exploration_fraction`.
-        exploration_fraction: Share of the training in which the share of random actions falls, in a straight line.
-        hidden_sizes: Widths of the hidden layers.
-        total_steps: Environment steps of an epoch, of all environments together.
-        learning_rate: Of Adam, a number or a function of the share of training that remains.
-        max_grad_norm: Bound of the norm of a gradient; None for no bound.
-        settings: Those of `ClassicModule`.
-
-    Raises:
-        ValueError: If the spaces of the environment are not supported, or a setting is out of range.
-    """
-
-    continuous = False
-
-    def __init__(
-        self,
-        env: EnvSpec,
-        *,
-        rollout_steps: int = 256,
-        gradient_steps: int = 128,
-        batch_size: int = 64,
-        buffer_size: int = 100_000,
-        learning_starts: int = 1000,
-        double_q: bool = False,
-        target_period: int = 128,
-        tau: float | None = None,
-        epsilon_start: float = 1.0,
-        epsilon_end: float = 0.04,
-        exploration_fraction: float = 0.16,
-        hidden_sizes: Sequence[int] = (256, 256),
-        total_steps: int = 50_000,
-        learning_rate: Schedule = 2.3e-3,
-        max_grad_norm: float | None = 10.0,
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            env, total_steps=total_steps, learning_rate=learning_rate, max_grad_norm=max_grad_norm, **settings
-        )
-        self.rollout_steps, self.gradient_steps, self.batch_size = rollout_steps, gradient_steps, batch_size
-        self.buffer_size, self.learning_starts = buffer_size, learning_starts
-        self.double_q, self.target_period, self.tau = double_q, target_period, tau
-        self.epsilon_start, self.epsilon_end = epsilon_start, epsilon_end
-        self.exploration_fraction, self.hidden_sizes = exploration_fraction, tuple(hidden_sizes)
-        self._check_settings()
-        with self.seeded():
-            self.network = self.build_network()
-        self.target = copy.deepcopy(self.network).requires_grad_(False)
-        self.updates = 0
-
-    def _check_settings(self) -> None:
-        counts = ("rollout_steps", "gradient_steps", "batch_size", "target_period")
-        shares = ("epsilon_start", "epsilon_end", "exploration_fraction")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a share in [0, 1].")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("gradient_steps", "batch_size", "target_period")
+        self.check_shares("epsilon_start", "epsilon_end", "exploration_fraction")
         if self.tau is not None and not 0 < self.tau <= 1:
             raise ValueError(f"tau={self.tau}: give a share in (0, 1], such as 0.005.")
         if self.learning_starts >= self.total_steps:
@@ -105,37 +62,65 @@ class DQNModule(ClassicModule):
                 f"learning_starts={self.learning_starts} with total_steps={self.total_steps}: nothing would be "
                 "learned, start earlier or train for longer."
             )
-        if self.buffer_size < self.steps_per_iteration:
+        if self.buffer_size < self.rollout_steps * self.num_envs:
             raise ValueError(
                 f"buffer_size={self.buffer_size} holds less than one iteration, rollout_steps * num_envs = "
-                f"{self.steps_per_iteration}: make it larger."
+                f"{self.rollout_steps * self.num_envs}: make it larger."
             )
 
-    def build_network(self) -> nn.Module:
-        """`q(s, .)`: from observations `(..., D)` to values `(..., A)`."""
-        return mlp([self.observation_size, *self.hidden_sizes, self.action_size], nn.ReLU)
+
+class DQNAgent(Agent):
+    """DQN learns `q(s, a)` from a replay buffer, towards a slow copy `q'` of the network, and acts greedily.
+
+    `Y = r + gamma max_a q'(s', a)`, `L = huber(q(s, a), Y)` (Mnih et al., Nature 518, 2015, algorithm 1), or with
+    `double_q` `Y = r + gamma q'(s', argmax_a q(s', a))` (van Hasselt et al., arXiv 1509.06461, eq. 4).
+
+    An iteration is `rollout_steps` steps in each environment, then `gradient_steps` updates. For another network
+    override `build_network`, for another exploration `epsilon` or `act`, for another objective `targets` or `loss`.
+
+    Args:
+        env: The id of a registered environment, or a callable that makes one; its actions must be Discrete.
+        settings: The fields of `DQNSettings`.
+
+    Raises:
+        TypeError: If a setting is unknown, or text where a number is needed.
+        ValueError: If the spaces of the environment are not supported, or a setting is out of range.
+    """
+
+    continuous = False
+    settings: DQNSettings
+    replay: ReplayBuffer
+    """The transitions of the past, which exist from the start of fit on."""
+
+    def __init__(self, env: EnvSpec, **settings: Any) -> None:
+        super().__init__(env, DQNSettings(**settings))
+        with self.seeded():
+            self.network = self.build_network(self.observation_size, self.action_size, gain=1.0)
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.updates = 0
+
+    def build_network(self, inputs: int, outputs: int, *, gain: float) -> nn.Module:
+        """Make `q(s, .)`, from observations `(..., D)` to values `(..., A)`; `gain` is not used."""
+        return mlp([inputs, *self.settings.hidden_sizes, outputs], nn.ReLU)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam; an iteration sets its learning rate."""
+        """Make Adam; an iteration sets its learning rate."""
         return torch.optim.Adam(self.network.parameters(), fused=True)
 
     # Acting.
 
     @property
-    def steps_per_iteration(self) -> int:
-        """Environment steps of one training step."""
-        return self.rollout_steps * self.num_envs
-
-    @property
     def epsilon(self) -> float:
         """Share of random actions now: 1 until `learning_starts`, then by the straight line from the start on."""
-        if self.runner.steps < self.learning_starts:
+        settings = self.settings
+        if self.runner.steps < settings.learning_starts:
             return 1.0
-        left = max(0.0, 1.0 - (1.0 - self.remaining) / self.exploration_fraction) if self.exploration_fraction else 0.0
-        return Linear(self.epsilon_start, self.epsilon_end)(left)
+        fraction = settings.exploration_fraction
+        left = max(0.0, 1.0 - (1.0 - self.remaining) / fraction) if fraction else 0.0
+        return Linear(settings.epsilon_start, settings.epsilon_end)(left)
 
     def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
-        """The best actions `(N,)` for observations `(N, D)`, unless `deterministic` each a random one now and then."""
+        """Take the best actions `(N,)` for observations `(N, D)`; unless `deterministic`, some of them at random."""
         if deterministic:
             return self.network(observations).argmax(-1)
         # Both are drawn at every step, so that the draws do not depend on what the network says.
@@ -147,11 +132,11 @@ class DQNModule(ClassicModule):
 
     # Learning.
 
-    def iterate(self) -> dict[str, Tensor | float]:
+    def iterate(self) -> Mapping[str, Tensor | float]:
         """Collect into the buffer, then update."""
         self.collect()
         metrics: dict[str, Tensor | float] = {"epsilon": self.epsilon}
-        if self.runner.steps > self.learning_starts:
+        if self.runner.steps > self.settings.learning_starts:
             metrics |= self.update()
         return metrics
 
@@ -160,7 +145,7 @@ class DQNModule(ClassicModule):
         """Step the environments, and store what happened."""
         rows = []
         with evaluation_mode(self):
-            for _ in range(self.rollout_steps):
+            for _ in range(self.settings.rollout_steps):
                 observations = self.runner.observations
                 actions = self.act(to_tensor(observations, self.device))
                 reached, rewards, terminated, _ = self.step_environments(actions)
@@ -169,10 +154,10 @@ class DQNModule(ClassicModule):
         self.replay.add(Transitions(*columns))
 
     def update(self) -> dict[str, Tensor | float]:
-        """`gradient_steps` updates; returns the loss and the values of the last one."""
+        """Make `gradient_steps` updates; return the loss and the values of the last one."""
         optimizer, parameters = self.optimizer, list(self.network.parameters())
-        for _ in range(self.gradient_steps):
-            batch = self.replay.sample(self.batch_size).to(self.device)
+        for _ in range(self.settings.gradient_steps):
+            batch = self.replay.sample(self.settings.batch_size).to(self.device)
             values = self.network(batch.observations).gather(1, batch.actions[:, None]).squeeze(1)  # (N,)
             loss = self.loss(values, self.targets(batch))
             self.optimize(loss, optimizer, parameters)
@@ -182,42 +167,42 @@ class DQNModule(ClassicModule):
 
     @torch.no_grad()
     def targets(self, batch: Transitions) -> Tensor:
-        """`Y (N,)`."""
+        """Return the targets `Y (N,)`."""
+        gamma = self.settings.gamma
         with evaluation_mode(self.target):
             next_q = self.target(batch.next_observations)  # (N, A)
-        if not self.double_q:
-            return q_learning_targets(batch.rewards, next_q, batch.terminated, gamma=self.gamma)
+        if not self.settings.double_q:
+            return q_learning_targets(batch.rewards, next_q, batch.terminated, gamma=gamma)
         with evaluation_mode(self.network):
             chosen = self.network(batch.next_observations)
-        return double_q_targets(batch.rewards, chosen, next_q, batch.terminated, gamma=self.gamma)
+        return double_q_targets(batch.rewards, chosen, next_q, batch.terminated, gamma=gamma)
 
     def loss(self, values: Tensor, targets: Tensor) -> Tensor:
-        """The loss, 0-d, of values `q(s, a) (N,)` with targets `(N,)`."""
+        """Return the loss, 0-d, of values `q(s, a) (N,)` with targets `(N,)`."""
         return huber(values, targets).mean()
 
     def update_target(self) -> None:
         """Move the target network after an update; running statistics, such as batch normalisation's, are copied."""
-        if self.tau is not None:
-            polyak_update(self.target.parameters(), self.network.parameters(), tau=self.tau)
+        if self.settings.tau is not None:
+            polyak_update(self.target.parameters(), self.network.parameters(), tau=self.settings.tau)
             polyak_update(self.target.buffers(), self.network.buffers(), tau=1.0)
         else:
             ours, theirs = (chain(net.parameters(), net.buffers()) for net in (self.target, self.network))
-            periodic_update(ours, theirs, step=self.updates, period=self.target_period)
+            periodic_update(ours, theirs, step=self.updates, period=self.settings.target_period)
 
-    # Checkpoints.
+    # Memory and checkpoints.
 
-    def on_fit_start(self) -> None:
-        """Make the buffer, and go on from a checkpoint."""
-        self.replay = ReplayBuffer(self.buffer_size, self.observation_size, seed=self.seed)
+    def forget(self) -> None:
+        """Begin with an empty buffer, and count updates from 0."""
+        self.replay = ReplayBuffer(self.settings.buffer_size, self.observation_size, seed=self.seed)
         self.updates = 0
-        super().on_fit_start()
 
     def training_state(self) -> dict[str, Any]:
-        """With the buffer."""
+        """Return the buffer and the number of updates, as well."""
         return {**super().training_state(), "replay": self.replay.state_dict(), "updates": self.updates}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """With the buffer."""
+        """Go on from a `training_state`."""
         super().load_training_state(state)
         self.replay.load_state_dict(state["replay"])
         self.updates = state["updates"]

@@ -69,12 +69,12 @@ def make_environments(
 
 
 def environment_name(env: gym.Env) -> str:
-    """The id under which an environment is registered, else the name of its class."""
+    """Return the id under which an environment is registered, else the name of its class."""
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
 def has_time_limit(env: gym.Env) -> bool:
-    """Whether a wrapper cuts off the episodes of an environment, as `gym.make` adds one to most."""
+    """Tell whether a wrapper cuts off the episodes of an environment, as `gym.make` adds one to most."""
     while isinstance(env, gym.Wrapper):
         if isinstance(env, TimeLimit):
             return True
@@ -106,24 +106,24 @@ def check_spaces(name: str, observation_space: gym.Space, action_space: gym.Spac
     if not continuous:
         raise ValueError(
             f"{name} has the action space {action_space}; this algorithm supports Discrete actions only. "
-            "Choose an agent for continuous actions, such as PPOModule."
+            "Choose an agent for continuous actions, such as PPOAgent."
         )
     if not np.issubdtype(action_space.dtype, np.floating):
         raise ValueError(f"{name} has the action space {action_space}; a Box of actions must hold floats.")
 
 
 def observation_size(space: gym.Space) -> int:
-    """Numbers in an observation, as the networks see it: the entries of a Box, the values of a Discrete."""
+    """Count the numbers in an observation as the networks see it: entries of a Box, values of a Discrete."""
     return int(space.n) if isinstance(space, Discrete) else int(np.prod(space.shape or ()))
 
 
 def action_size(space: gym.Space) -> int:
-    """Actions of a Discrete, dimensions of a Box."""
+    """Count the actions of a Discrete, or the dimensions of a Box."""
     return int(space.n) if isinstance(space, Discrete) else int(np.prod(space.shape or ()))
 
 
 def encode_observations(space: gym.Space, observations: Any) -> np.ndarray:
-    """Observations as float32 rows `(N, D)`: a Box flattened, a Discrete one-hot.
+    """Turn observations into float32 rows `(N, D)`: a Box is flattened, a Discrete one-hot.
 
     Args:
         space: The space of one observation.
@@ -138,7 +138,7 @@ def encode_observations(space: gym.Space, observations: Any) -> np.ndarray:
 
 
 def decode_actions(space: gym.Space, actions: Tensor) -> np.ndarray:
-    """Actions as the environment takes them: the first Discrete value is `start`, a Box is clipped to its bounds.
+    """Turn actions into those of the environment: Discrete values count from `start`, a Box is clipped to its bounds.
 
     Args:
         space: The space of one action.
@@ -155,5 +155,5 @@ def decode_actions(space: gym.Space, actions: Tensor) -> np.ndarray:
 
 
 def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device; on a CPU the two share memory."""
+    """Turn an array into a tensor on the device; on a CPU the two share memory."""
     return torch.from_numpy(array).to(device)

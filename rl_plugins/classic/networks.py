@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
+from gymnasium.spaces import Discrete, Space
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
+from rl_plugins.classic.environments import action_size
+
 
 def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Tanh, *, output_gain: float | None = None) -> nn.Module:
-    """A multi-layer perceptron, without an activation after the last layer.
+    """Make a multi-layer perceptron, without an activation after the last layer.
 
     Args:
         sizes: Widths from input to output, at least two.
@@ -38,9 +42,16 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Tanh, *, output_g
     return nn.Sequential(*layers)
 
 
+class HasModules(Protocol):
+    """Anything with submodules: a network, or an agent with all of its networks."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield the submodules, itself included."""
+
+
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, a module acts and judges as it is: dropout does nothing, and batch statistics neither count nor change.
+def evaluation_mode(module: HasModules) -> Iterator[None]:
+    """Let a module act and judge as it is: dropout does nothing, and batch statistics neither count nor change.
 
     Submodules that were in evaluation mode before stay in it afterwards.
 
@@ -61,7 +72,7 @@ class Policy(nn.Module):
     """A distribution over actions in each state, around a network of one's own."""
 
     def forward(self, observations: Tensor) -> Distribution:
-        """`pi(. | s)` for observations `(..., D)`."""
+        """Return `pi(. | s)` for observations `(..., D)`."""
         raise NotImplementedError
 
     def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -73,7 +84,7 @@ class Policy(nn.Module):
 
 
 class CategoricalPolicy(Policy):
-    """`pi(a | s) = softmax(logits(s))_a`, for Discrete actions.
+    """A policy that chooses among Discrete actions: `pi(a | s) = softmax(logits(s))_a`.
 
     Args:
         network: From observations `(..., D)` to logits `(..., A)`.
@@ -84,11 +95,11 @@ class CategoricalPolicy(Policy):
         self.network = network
 
     def forward(self, observations: Tensor) -> Categorical:
-        """`pi(. | s)`, over the indices of the actions."""
+        """Return `pi(. | s)`, over the indices of the actions."""
         return Categorical(logits=self.network(observations), validate_args=False)
 
     def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Indices `(N,)` for observations `(N, D)`."""
+        """Return indices `(N,)` for observations `(N, D)`."""
         logits = self.network(observations)
         if generator is not None:
             # argmax(ln p - ln E), with E exponential, is a sample of p: the Gumbel-max trick.
@@ -97,7 +108,9 @@ class CategoricalPolicy(Policy):
 
 
 class GaussianPolicy(Policy):
-    """`pi(a | s) = N(mean(s), sigma^2)`, diagonal, for Box actions; `ln sigma` is a parameter that no state changes.
+    """A policy that draws Box actions: `pi(a | s) = N(mean(s), sigma^2)`, diagonal.
+
+    `ln sigma` is a parameter of its own, the same in all states.
 
     Args:
         network: From observations `(..., D)` to means `(..., A)`.
@@ -111,16 +124,33 @@ class GaussianPolicy(Policy):
         self.log_std = nn.Parameter(torch.full((size,), float(log_std)))
 
     def forward(self, observations: Tensor) -> Independent:
-        """`pi(. | s)`, over action vectors."""
+        """Return `pi(. | s)`, over action vectors."""
         normal = Normal(self.network(observations), self.log_std.exp(), validate_args=False)
         return Independent(normal, 1, validate_args=False)
 
     def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Vectors `(N, A)` for observations `(N, D)`, not clipped to the bounds of the space."""
+        """Return vectors `(N, A)` for observations `(N, D)`, not clipped to the bounds of the space."""
         mean = self.network(observations)
         if generator is None:
             return mean
         return mean + self.log_std.exp() * torch.randn(mean.shape, generator=generator).to(mean)
+
+
+def make_policy(network: nn.Module, action_space: Space) -> Policy:
+    """Make the policy that fits a space of actions: categorical for Discrete, Gaussian for a Box.
+
+    Args:
+        network: From observations `(..., D)` to as many numbers as `action_size` counts in the space.
+        action_space: Discrete or Box.
+
+    Returns:
+        The policy.
+    """
+    return (
+        CategoricalPolicy(network)
+        if isinstance(action_space, Discrete)
+        else GaussianPolicy(network, action_size(action_space))
+    )
 
 
 class ObservationNorm(nn.Module):
@@ -145,7 +175,7 @@ class ObservationNorm(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Normalised observations, `(..., D)`."""
+        """Return normalised observations, `(..., D)`."""
         return ((observations - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-self.limit, self.limit)
 
     @torch.no_grad()
@@ -158,3 +188,16 @@ class ObservationNorm(nn.Module):
         self.mean += delta * share
         self.var += (batch.var(0, correction=0) - self.var) * share + delta**2 * share * (1 - share)
         self.count.copy_(total)
+
+
+def make_normalizer(size: int, *, normalize: bool) -> nn.Module:
+    """Make what stands before the networks of an agent: an `ObservationNorm`, or nothing.
+
+    Args:
+        size: `D`.
+        normalize: Whether observations are scaled.
+
+    Returns:
+        A module from `(..., D)` to `(..., D)`.
+    """
+    return ObservationNorm(size) if normalize else nn.Identity()

@@ -1,4 +1,4 @@
-"""Transitions of the past, drawn uniformly: what lets DQN learn from a sample more than once.
+"""A buffer of past transitions, drawn uniformly, so that DQN learns from each of them more than once.
 
 Legend: `N` transitions, `O` numbers of an observation.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Transitions(NamedTuple):
-    """`N` steps `(s, a, r, s', d)`, in no particular order.
+    """Steps `(s, a, r, s', d)`, `N` of them, in no particular order.
 
     Where an episode is cut by a time limit, `s'` is its real last observation and `d` is false: the state after it has
     a value, which targets bootstrap. `d` is true only where the environment ends the episode.
@@ -30,7 +30,7 @@ class Transitions(NamedTuple):
     terminated: Tensor
 
     def to(self, device: torch.device) -> "Transitions":
-        """The same on another device."""
+        """Copy the transitions to another device."""
         return Transitions(*(rows.to(device) for rows in self))
 
 
@@ -101,7 +101,7 @@ class ReplayBuffer:
         return Transitions(*(stored.index_select(0, rows) for stored in self.storage))
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint: the rows in use, how many there have been, and the generator."""
+        """Return the state for a checkpoint: the rows in use, how many there have been, and the generator."""
         return {
             # Cloned: a slice would be saved with the whole storage behind it.
             "rows": {name: rows[: len(self)].clone() for name, rows in self.storage._asdict().items()},
@@ -111,7 +111,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore [`state_dict`].
+        """Restore what `state_dict` returned.
 
         Raises:
             ValueError: the state is of a buffer of another capacity or with other observations.

@@ -14,7 +14,7 @@ from rl_plugins.classic.environments import encode_observations
 
 
 class Transition(NamedTuple):
-    """What a step led to, one row per environment."""
+    """The outcome of a step, one row per environment."""
 
     next_observations: np.ndarray
     """`(N, D)`: the states reached; where an episode ended, its real last observation, not that of the new one."""
@@ -34,9 +34,10 @@ class Runner:
         window: Number of the last episodes whose returns and lengths are kept.
     """
 
-    # Episodes that were collected as a whole count as a whole. In a rollout of whole episodes the last one of a row is
-    # longer than most: a long episode is more likely to be the one that is running when time is up. A window that cuts
-    # through a rollout would hold too many of them.
+    # The window holds groups of episodes, which leave as a whole. A rollout of whole episodes is one group, any other
+    # episode is a group of its own. In a rollout of whole episodes the last one of a row is longer than most: a long
+    # episode is more likely to be the one that is running when time is up. A window that cut through a rollout would
+    # hold too many of them. With a window of 100 and rollouts of 60 episodes, the last two rollouts stay.
 
     def __init__(self, envs: SyncVectorEnv, *, window: int = 100) -> None:
         self.envs = envs
@@ -95,10 +96,12 @@ class Runner:
         self._running_returns += rewards
         self._running_lengths += 1
         self.finished = []
+        # Where an episode ended, Gymnasium has reset already: `observations` holds the first state of the next one, in
+        # which to act, and "final_obs" the state that the step reached, which values and replay need.
         reached = self.observations
         if "final_obs" in infos:
             ends = np.flatnonzero(terminated | truncated)
-            reached = reached.copy()
+            reached = reached.copy()  # `self.observations` keeps the first states
             reached[ends] = encode_observations(self.space, [infos["final_obs"][end] for end in ends])
             self._finish(ends, counted)
         return Transition(reached, rewards, terminated, truncated)
@@ -116,11 +119,12 @@ class Runner:
         self._running_returns[ends] = 0
         self._running_lengths[ends] = 0
         kept = sum(len(group) for group in self._episodes)
+        # The oldest group goes once the others alone fill the window, so that there are never fewer than it holds.
         while self._episodes and kept - len(self._episodes[0]) >= self.window:
             kept -= len(self._episodes.popleft())
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, running episodes and, where they can be pickled, the environments as they stand."""
+        """Return counters, running episodes and, where they can be pickled, the environments as they stand."""
         return {
             "steps": self.steps,
             "returns": self.returns,
@@ -155,7 +159,7 @@ class Runner:
         if state["envs"] is None:
             self.reset(seed=fresh_seed)
             return
-        # The pickle itself is data to torch.load, whose safe mode admits tensors only.
+        # `_pickled` stored the bytes in a tensor, since torch.load's safe mode admits no pickle of a class.
         self.envs.envs = pickle.loads(state["envs"].numpy().tobytes())
         self.observations = state["observations"].numpy().copy()
         self._running_returns = state["running_returns"].numpy().copy()
@@ -167,7 +171,7 @@ class Runner:
 
 
 def _pickled(envs: SyncVectorEnv) -> torch.Tensor | None:
-    """The single environments as bytes; the vector around them may hold lambdas, which cannot be pickled."""
+    """Pickle the single environments into bytes; the vector around them may hold lambdas, which cannot be pickled."""
     try:
         data = pickle.dumps(envs.envs)
     except (pickle.PicklingError, TypeError, AttributeError) as error:

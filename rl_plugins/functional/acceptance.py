@@ -1,4 +1,8 @@
-"""Speculative sampling: which drafted tokens stay, and what takes the place of the first that does not."""
+"""Speculative sampling: which drafted tokens stay, and the token that takes the place of the first that does not.
+
+A draft model proposes tokens with probabilities `q`; the model itself has `p`. Leviathan et al., arXiv 2211.17192, and
+Chen et al., arXiv 2302.01318, keep some of the drafts such that the tokens have exactly the distribution `p`.
+"""
 
 import torch
 from torch import Tensor
@@ -7,8 +11,9 @@ from rl_plugins.functional.masking import upcast
 
 
 def acceptance_probs(target: Tensor, draft: Tensor) -> Tensor:
-    """Probability that a drafted token stays: `min(1, p(d) / q(d))` (Leviathan et al., arXiv 2211.17192, section 2.3;
-    Chen et al., arXiv 2302.01318, algorithm 2).
+    """Decide how likely a drafted token stays: `min(1, p(d) / q(d))`.
+
+    2211.17192, section 2.3; 2302.01318, algorithm 2.
 
     Args:
         target: `p(d)`, the model's probability of the drafted token, any shape.
@@ -21,10 +26,10 @@ def acceptance_probs(target: Tensor, draft: Tensor) -> Tensor:
 
 
 def count_accepted(accepted: Tensor) -> Tensor:
-    """Drafts before the first one that is rejected.
+    """Count the drafts before the first one that is rejected: those that a sequence keeps.
 
     Args:
-        accepted: Whether each draft passes its own test `(B, K)`, bool.
+        accepted: whether each draft passes its own test `(B, K)`, bool.
 
     Returns:
         `(B,)`, int64.
@@ -33,7 +38,9 @@ def count_accepted(accepted: Tensor) -> Tensor:
 
 
 def residual_probs(target: Tensor, draft: Tensor) -> Tensor:
-    r"""What to sample from after a rejection: `max(0, p - q) / sum max(0, p - q)` (2211.17192, section 2.3).
+    """Give the distribution to sample from after a rejection: `max(0, p - q) / sum max(0, p - q)`.
+
+    2211.17192, section 2.3.
 
     With acceptance by [`acceptance_probs`] the token that comes out has exactly the distribution `p`, whatever `q` is:
     `q min(1, p/q) + (1 - sum min(p, q)) max(0, p - q) / sum max(0, p - q) = min(p, q) + max(0, p - q) = p`.
@@ -52,11 +59,12 @@ def residual_probs(target: Tensor, draft: Tensor) -> Tensor:
 
 
 def expected_tokens(acceptance: Tensor) -> Tensor:
-    """Tokens per forward pass when `k` are drafted: `1 + sum_{j <= k} prod_{i <= j} a_i` (2211.17192, equation 1, for
-    rates that differ).
+    """Predict the tokens that a forward pass brings when `k` are drafted: `1 + sum_{j <= k} prod_{i <= j} a_i`.
+
+    2211.17192, equation 1, for rates that differ from place to place.
 
     Args:
-        acceptance: Probability `a_j` that draft `j` stays once it is reached `(K,)`.
+        acceptance: probability `a_j` that draft `j` stays once it is reached `(K,)`.
 
     Returns:
         `(K + 1,)` for `k = 0 .. K`.
@@ -66,7 +74,7 @@ def expected_tokens(acceptance: Tensor) -> Tensor:
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens at given places of the cumulative distribution: `min {v: sum_{w <= v} p_w > u sum_w p_w}`.
+    """Sample tokens from uniform random numbers: `min {v: sum_{w <= v} p_w > u sum_w p_w}`.
 
     On a CPU this is 5 to 40 times faster than `torch.multinomial`, which draws a number for every token.
 

@@ -1,41 +1,44 @@
 """Targets for action values, which differ in how they read the next state, and the one update towards them.
 
-Shapes: `N` transitions `(s, a, r, s')`, any number of leading dimensions; `A` actions. Where `terminated` is true
-there is no next state: the target is the reward alone, and whatever `next_q` holds there (NaN, inf) reaches neither a
-result nor a gradient. A time limit is no termination: leave it false, and give the values of the state that was cut
-off. Nothing is detached here: pass `next_q` from a target network, or under stop-gradient.
+Arguments that functions here share, and do not list again, for `N` transitions `(s, a, r, s')` of any number of
+    leading
+dimensions and `A` actions:
+    rewards: `r (N,)`.
+    next_q: `q(s', .) (N, A)`.
+    terminated: whether the episode ended in `s'`, bool `(N,)`. There is no next state then: the target is the reward
+        alone, and whatever `next_q` holds there (NaN, inf) reaches neither a result nor a gradient. A time limit is no
+        termination: leave it false, and give the values of the state that was cut off.
+    gamma: discount in `[0, 1]`.
+
+Targets are `(N,)`, float32 or wider. All raise `ValueError` where shapes do not fit or a number is out of range.
+Nothing is detached here: pass `next_q` from a target network, or under stop-gradient. Equation numbers without a paper
+are those of Sutton and Barto 2018.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_shape
 from rl_plugins.functional.masking import upcast
+from rl_plugins.functional.returns import check_discount
+
+ONE_EACH = "give one entry for each of the others'"
 
 
 def expected_sarsa_targets(
     rewards: Tensor, next_q: Tensor, next_policy: Tensor, terminated: Tensor, *, gamma: float
 ) -> Tensor:
-    """Average over the policy's next action: `Y = r + gamma sum_a pi(a|s') q(s', a)`.
+    """Judge a policy by all of its next actions, without the noise of one draw.
 
-    Sutton and Barto 2018, eq. 6.9. Actions of probability 0 do not count, whatever their value (-inf for an action
-    that is not allowed).
+    `Y = r + gamma sum_a pi(a|s') q(s', a)` (eq. 6.9). Actions of probability 0 do not count, whatever their value
+    (-inf for an action that is not allowed).
 
     Args:
-        rewards: `r (N,)`.
-        next_q: `q(s', .) (N, A)`.
         next_policy: `pi(.|s') (N, A)`.
-        terminated: whether the episode ended in `s'`, bool `(N,)`.
-        gamma: discount in `[0, 1]`.
-
-    Returns:
-        `(N,)`, float32 or wider.
-
-    Raises:
-        ValueError: `gamma` is out of range, or the shapes do not fit.
     """
     _check(rewards, next_q, terminated, gamma)
-    _check_same(next_policy, next_q, "next_policy")
+    check_shape("next_policy", next_policy, next_q.shape, ONE_EACH)
     # Entries are replaced before they are multiplied: 0 * NaN is NaN, in the value and in the gradient.
     counts = ~terminated.bool().unsqueeze(-1) & (next_policy != 0)
     policy, values = upcast(next_policy), upcast(next_q)
@@ -46,25 +49,15 @@ def expected_sarsa_targets(
 def sarsa_targets(
     rewards: Tensor, next_q: Tensor, next_actions: Tensor, terminated: Tensor, *, gamma: float
 ) -> Tensor:
-    """Follow the next action that was taken: `Y = r + gamma q(s', a')` (Sutton and Barto 2018, eq. 6.7).
+    """Judge a policy by the next action that it took: `Y = r + gamma q(s', a')` (eq. 6.7).
 
     Expected Sarsa with all probability on that action.
 
     Args:
-        rewards: `r (N,)`.
-        next_q: `q(s', .) (N, A)`.
-        next_actions: `a' (N,)`, long; ignored where `terminated`.
-        terminated: whether the episode ended in `s'`, bool `(N,)`.
-        gamma: discount in `[0, 1]`.
-
-    Returns:
-        `(N,)`, float32 or wider.
-
-    Raises:
-        ValueError: `gamma` is out of range, the shapes do not fit, or an action is not in `0 .. A - 1`.
+        next_actions: `a' (N,)`, long, in `0 .. A - 1`; ignored where `terminated`.
     """
     _check(rewards, next_q, terminated, gamma)
-    _check_same(next_actions, rewards, "next_actions")
+    check_shape("next_actions", next_actions, rewards.shape, ONE_EACH)
     actions = torch.where(terminated.bool(), 0, next_actions)
     if bool(((actions < 0) | (actions >= next_q.shape[-1])).any()):
         raise ValueError(f"next_actions must lie in 0 .. {next_q.shape[-1] - 1}, the columns of next_q.")
@@ -74,45 +67,24 @@ def sarsa_targets(
 def double_q_targets(
     rewards: Tensor, next_q_online: Tensor, next_q_target: Tensor, terminated: Tensor, *, gamma: float
 ) -> Tensor:
-    """One table chooses, the other one judges: `Y = r + gamma q'(s', argmax_a q(s', a))`.
+    """Let one table choose and another one judge, against overestimation: `Y = r + gamma q'(s', argmax_a q(s', a))`.
 
     Double Q-learning (van Hasselt et al., arXiv 1509.06461, eq. 4), which removes the upward bias of the maximum over
     noisy values: Sarsa whose next action is greedy in `q`, judged by `q'`.
 
     Args:
-        rewards: `r (N,)`.
         next_q_online: `q(s', .) (N, A)`, which chooses.
         next_q_target: `q'(s', .) (N, A)`, which judges.
-        terminated: whether the episode ended in `s'`, bool `(N,)`.
-        gamma: discount in `[0, 1]`.
-
-    Returns:
-        `(N,)`, float32 or wider.
-
-    Raises:
-        ValueError: `gamma` is out of range, or the shapes do not fit.
     """
     _check(rewards, next_q_online, terminated, gamma)
-    _check_same(next_q_target, next_q_online, "next_q_target")
+    check_shape("next_q_target", next_q_target, next_q_online.shape, ONE_EACH)
     return sarsa_targets(rewards, next_q_target, next_q_online.argmax(-1), terminated, gamma=gamma)
 
 
 def q_learning_targets(rewards: Tensor, next_q: Tensor, terminated: Tensor, *, gamma: float) -> Tensor:
-    """Assume the best next action: `Y = r + gamma max_a q(s', a)` (Sutton and Barto 2018, eq. 6.8).
+    """Judge the best policy, whichever one acts: `Y = r + gamma max_a q(s', a)` (eq. 6.8).
 
     Expected Sarsa of the greedy policy: one table both chooses and judges.
-
-    Args:
-        rewards: `r (N,)`.
-        next_q: `q(s', .) (N, A)`.
-        terminated: whether the episode ended in `s'`, bool `(N,)`.
-        gamma: discount in `[0, 1]`.
-
-    Returns:
-        `(N,)`, float32 or wider.
-
-    Raises:
-        ValueError: `gamma` is out of range, or the shapes do not fit.
     """
     return double_q_targets(rewards, next_q, next_q, terminated, gamma=gamma)
 
@@ -130,11 +102,8 @@ def stochastic_update(q: Tensor, targets: Tensor, alpha: float | Tensor) -> Tens
 
     Returns:
         The shape of `q`, float32 or wider.
-
-    Raises:
-        ValueError: the shapes do not fit, or a step size is out of range.
     """
-    _check_same(targets, q, "targets")
+    check_shape("targets", targets, q.shape, ONE_EACH)
     q, targets = upcast(q), upcast(targets)
     dtype = torch.promote_types(q.dtype, targets.dtype)
     step = torch.as_tensor(alpha, dtype=dtype, device=q.device)
@@ -146,17 +115,10 @@ def stochastic_update(q: Tensor, targets: Tensor, alpha: float | Tensor) -> Tens
 
 
 def _check(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
-    _check_same(terminated, rewards, "terminated")
+    check_discount(gamma)
+    check_shape("terminated", terminated, rewards.shape, ONE_EACH)
     if next_q.ndim != rewards.ndim + 1 or next_q.shape[:-1] != rewards.shape or not next_q.shape[-1]:
         raise ValueError(
             f"next_q {tuple(next_q.shape)} with rewards {tuple(rewards.shape)}: give the values of all actions in the "
             "next states, (N, A) with rewards (N,)."
         )
-
-
-def _check_same(x: Tensor, other: Tensor, name: str) -> None:
-    """Broadcasting `(N, 1)` against `(N,)` would mix up the transitions without a word."""
-    if x.shape != other.shape:
-        raise ValueError(f"{name} {tuple(x.shape)}: expected {tuple(other.shape)}, one entry for each of the others'.")

@@ -1,35 +1,44 @@
-"""Alignment of states, tokens and multi-token-prediction heads: the one place of index shifts."""
+"""Alignment of states, tokens and multi-token-prediction heads: the one place of index shifts.
+
+Arguments that functions here share, and do not list again:
+    mask: real tokens `(B, T)`; distances count real tokens only.
+    num_heads: `K`, at least 1.
+
+All raise `ValueError` where shapes do not fit or `num_heads` is out of range.
+"""
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_shape
 from rl_plugins.functional.masking import masked_mean
 
 
 def shift_real(x: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """At every real token, the entry of the `offset`-th following real token.
+    """Pair every token with one that follows or precedes it, counted in real tokens.
 
     With real positions `p_0 < p_1 < ...`: `shifted[p_i] = x[p_{i + offset}]`.
 
     Args:
         x: `(B, T, ...)`, any dtype, which is kept.
-        mask: `(B, T)`.
-        offset: how many real tokens ahead; negative looks back.
+        offset: number of real tokens to look ahead; negative looks back.
 
     Returns:
         `(shifted (B, T, ...), valid (B, T))`; 0 and False where there is no such token, or it is masked.
-
-    Raises:
-        ValueError: `x` does not begin with the shape of `mask`.
     """
     if mask.ndim != 2 or x.shape[:2] != mask.shape:
         raise ValueError(f"x {tuple(x.shape)} must be (B, T, ...) for a mask (B, T), not {tuple(mask.shape)}.")
     real, length, trailing = mask.bool(), mask.shape[1], (1,) * (x.ndim - 2)
+    # Write the real entries side by side into columns 1 .. count of T + 2, then read them `offset` columns further.
+    # Column 0 receives every masked token, as a 0, and column T + 1 nothing. A row with offset = 1:
+    #
+    #     x    = a b c d      mask = 1 0 1 1      count = 3
+    #     slot = 1 0 2 3      where each entry is written:  packed = 0 a c d 0 0
+    #     goal = 2 0 3 4      where each one reads:        shifted = c 0 d 0      valid = 1 0 1 0
+    #
+    # The integers are worked on in place because allocating them is most of the time this takes.
     rank = real.cumsum(1)
     count = rank[:, -1:].clone()
-    # Write the real entries side by side into columns 1 .. count, then read them `offset` columns further.
-    # The others are 0: column 0 receives every masked token, column T + 1 nothing. The integers are worked on
-    # in place because allocating them is most of the time this takes.
     slot = rank.mul_(real)
     goal = (slot + offset).clamp_(0, length + 1).mul_(real)
     entries = x.masked_fill(~real.reshape(real.shape + trailing), 0)
@@ -40,10 +49,7 @@ def shift_real(x: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tensor]:
 
 
 def last_real(mask: Tensor) -> Tensor:
-    """Mark the last real token of every row.
-
-    Args:
-        mask: `(B, T)`.
+    """Mark the last real token of every row, where a completion ends.
 
     Returns:
         `(B, T)` bool; all False in a row without real tokens.
@@ -53,36 +59,27 @@ def last_real(mask: Tensor) -> Tensor:
 
 
 def next_state_values(values: Tensor, mask: Tensor) -> Tensor:
-    """The value of the state after each token: `V(s_{t+1})`, and 0 after the last real token.
+    """Read off the value of the state after each token, for one-step targets: `V(s_{t+1})`, 0 after the last one.
 
     Args:
         values: `V(s_t) (B, T)`.
-        mask: `(B, T)`.
 
     Returns:
         `(B, T)`.
-
-    Raises:
-        ValueError: the shapes do not fit.
     """
     return shift_real(values, mask, 1)[0]
 
 
 def head_targets(targets: Tensor, mask: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Shift the targets of head 1 to all heads: head `k` at `t` regresses on the target at `t + k - 1`.
+    """Shift the value targets of head 1 to all heads: head `k` learns the return that begins `k - 1` tokens later.
 
     `Y_k[t] = Y[t + k - 1]`, counted in real tokens and masked past the end.
 
     Args:
         targets: targets of head 1 `(B, T)`.
-        mask: `(B, T)`.
-        num_heads: `K`.
 
     Returns:
         `(targets (B, T, K), target_mask (B, T, K) bool)`.
-
-    Raises:
-        ValueError: `num_heads` is below 1, or the shapes do not fit.
     """
     _check_heads(num_heads)
     shifted, valid = zip(*(shift_real(targets, mask, k) for k in range(num_heads)), strict=True)
@@ -90,20 +87,16 @@ def head_targets(targets: Tensor, mask: Tensor, num_heads: int) -> tuple[Tensor,
 
 
 def lookahead_values(values: Tensor, mask: Tensor, num_heads: int | None = None) -> Tensor:
-    """Average of the forecasts of `V(s_t)` that the heads made at `t` and before it.
+    """Average all heads' forecasts of `V(s_t)`, made at `t` and before it, into one value.
 
-    `mean_k v_k[t - k + 1]`, counted in real tokens, over those heads for which that token exists.
+    `mean_k v_k[t - k + 1]`, counted in real tokens, over those of the first `num_heads` heads (all by default) for
+    which that token exists.
 
     Args:
         values: `(B, T, K)`.
-        mask: `(B, T)`.
-        num_heads: use the first so many heads; all `K` by default.
 
     Returns:
         `(B, T)`, float32 or wider.
-
-    Raises:
-        ValueError: `num_heads` is not in `1..K`, or the shapes do not fit.
     """
     available = values.shape[-1]
     num_heads = available if num_heads is None else num_heads
@@ -115,21 +108,18 @@ def lookahead_values(values: Tensor, mask: Tensor, num_heads: int | None = None)
 
 
 def mtp_labels(labels: Tensor, num_heads: int, position_ids: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-    """Token labels of the heads: where the main head predicts token `p + 1`, head `k` takes `p + 1 + k`.
+    """Make the token labels of the heads: head `k` learns the token `k` places after the main head's.
 
-    `labels_k[p] = labels[p + 1 + k]` (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+    `labels_k[p] = labels[p + 1 + k]`, where the main head predicts token `p + 1` (DeepSeek-V3, arXiv 2412.19437,
+    section 2.2).
 
     Args:
         labels: `(B, L)`, aligned with the input tokens (not shifted).
-        num_heads: `K`.
         position_ids: `(B, L)` of packed rows; a label from another document is ignored.
         ignore_index: the label of positions without a target.
 
     Returns:
         `(B, L, K)`.
-
-    Raises:
-        ValueError: `num_heads` is below 1, or `position_ids` has another shape than `labels`.
     """
     _check_heads(num_heads)
     length = labels.shape[1]
@@ -138,27 +128,23 @@ def mtp_labels(labels: Tensor, num_heads: int, position_ids: Tensor | None = Non
     missing = (source >= length).expand(labels.shape[0], -1, -1)
     source = source.clamp(max=max(length - 1, 0))
     if position_ids is not None:
-        if position_ids.shape != labels.shape:
-            raise ValueError(f"position_ids {tuple(position_ids.shape)} must have labels' {tuple(labels.shape)}.")
+        check_shape("position_ids", position_ids, labels.shape, "give the position of each label")
         # Positions restart with every packed document, so within one they differ by exactly the distance.
         missing = missing | (position_ids[:, source] != position_ids[..., None] + ahead)
     return labels[:, source].masked_fill(missing, ignore_index)
 
 
 def completion_states(hidden: Tensor, num_tokens: int) -> Tensor:
-    """The states `s_0 .. s_{T-1}` that predict the completion: each token's predecessor.
+    """Cut out the states `s_0 .. s_{T-1}` in which a completion's tokens are chosen: each token's predecessor.
 
     `hidden[:, P-1 : P+T-1]`, counted from the right.
 
     Args:
-        hidden: `(B, P + T, ...)` over prompt and completion.
+        hidden: `(B, P + T, ...)` over prompt and completion; at least `T + 1` positions.
         num_tokens: `T`.
 
     Returns:
         `(B, T, ...)`.
-
-    Raises:
-        ValueError: there are fewer than `T + 1` positions.
     """
     if hidden.shape[1] < num_tokens + 1:
         raise ValueError(
@@ -169,27 +155,23 @@ def completion_states(hidden: Tensor, num_tokens: int) -> Tensor:
 
 
 def completion_labels(prompt_ids: Tensor, completion_ids: Tensor, mask: Tensor, num_heads: int) -> Tensor:
-    """Token labels of the heads along a completion: at `y_t`, head `k` takes `y_{t+k}`.
+    """Make the token labels of the heads along a completion: at `y_t`, head `k` learns `y_{t+k}`.
 
     Args:
-        prompt_ids: `(B, P)`.
+        prompt_ids: `(B, P)`, at least one token.
         completion_ids: `(B, T)`.
-        mask: real tokens of the completion `(B, T)`.
-        num_heads: `K`.
 
     Returns:
         `(B, T, K)`, -100 where there is no such token.
-
-    Raises:
-        ValueError: `num_heads` is below 1, or there is no prompt.
     """
     tokens = torch.cat([prompt_ids, completion_ids.masked_fill(~mask.bool(), -100)], dim=1)
     return completion_states(mtp_labels(tokens, num_heads), completion_ids.shape[1])
 
 
 def predicted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Which actions of a labelled row count: action `t` is token `t + 1`, chosen in the state of token `t`.
+    """Mark the actions of a labelled row that count in a loss.
 
+    Action `t` is token `t + 1`, chosen in the state of token `t`.
     Goes with `completion_states(hidden, L - 1)`, which takes the whole row after its first token for the completion.
 
     Args:

@@ -1,29 +1,28 @@
 """Log-probabilities and entropies of tokens from logits, and divergences between two policies from sampled tokens.
 
-Where a probability is 0, its logarithm counts as -1e6 in the divergences. The exponent of the k3 estimate is held at
-20 (see `ratios`). Values and gradients are finite then, and nothing else changes.
+Arguments that functions here share, and do not list again:
+    logits: `z (B, T, V)`, those that predict each token.
+    temperature: `tau` above 0, of the policy that samples.
+    logps, ref_logps, ...: log-probabilities of the same tokens under two policies `(B, T)`.
+
+Results are `(B, T)`, in nats, float32 or wider. All raise `ValueError` where shapes do not fit or `temperature` is not
+positive. Where a probability is 0, its logarithm counts as -1e6 in the divergences, and the exponent of the k3
+estimate is held at 20 (see `ratios`). Values and gradients are finite then, and nothing else changes.
 """
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_positive
 from rl_plugins.functional.masking import upcast
 from rl_plugins.functional.ratios import LOG_RATIO_LIMIT, finite_logps
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """`ln pi(y_t|s_t) = z_y / tau - ln sum_a exp(z_a / tau)`, the policy that samples at temperature `tau`.
+    """Score tokens under the policy that samples: `ln pi(y_t|s_t) = z_y / tau - ln sum_a exp(z_a / tau)`.
 
     Args:
-        logits: `z (B, T, V)`, those that predict each token.
         tokens: `y (B, T)`.
-        temperature: `tau`.
-
-    Returns:
-        `(B, T)`, float32 or wider.
-
-    Raises:
-        ValueError: `temperature` is not positive, or the shapes do not fit.
     """
     _check(logits, tokens.shape, temperature)
     # Row by row, so that only one row of (T, V) is ever held in float32 beside the logits.
@@ -32,17 +31,9 @@ def token_log_probs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0)
 
 
 def token_entropies(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """`H(pi(.|s_t)) = -sum_a pi ln pi` in nats, where `0 ln 0 = 0`: a logit of -inf forbids its token.
+    """Measure how undecided the policy is in each state: `H(pi(.|s_t)) = -sum_a pi ln pi`.
 
-    Args:
-        logits: `(B, T, V)`.
-        temperature: `tau`.
-
-    Returns:
-        `(B, T)`, float32 or wider.
-
-    Raises:
-        ValueError: `temperature` is not positive, or there are no three dimensions.
+    `0 ln 0 = 0`: a logit of -inf forbids its token.
     """
     _check(logits, logits.shape[:-1], temperature)
     rows = [_row_entropies(row, temperature) for row in logits]
@@ -61,39 +52,33 @@ def _row_entropies(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _check(logits: Tensor, shape: torch.Size, temperature: float) -> None:
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: give a positive number; greedy decoding has no distribution.")
+    check_positive("give a positive number; greedy decoding has no distribution", temperature=temperature)
     if logits.ndim != 3 or logits.shape[:-1] != shape:
         raise ValueError(f"logits {tuple(logits.shape)} must be (B, T, V) for tokens (B, T) = {tuple(shape)}.")
 
 
 def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Per-token estimate of `KL(pi || ref)` on tokens sampled from `pi`: `ln pi - ln ref`.
+    """Estimate `KL(pi || ref)` without bias on tokens sampled from `pi`: `ln pi - ln ref`, which may be negative.
 
-    Unbiased, may be negative (Schulman, "Approximating KL divergence", 2020, estimator k1).
+    Schulman, "Approximating KL divergence", 2020, estimator k1.
 
     Args:
-        logps: `(B, T)` log-probabilities under the policy that sampled.
-        ref_logps: `(B, T)` under the reference.
-
-    Returns:
-        `(B, T)`, in nats, float32 or wider.
+        logps: under `pi`, the policy that sampled.
+        ref_logps: under the reference.
     """
     return finite_logps(logps) - finite_logps(ref_logps)
 
 
 def kl_to_sampler(logps: Tensor, sampler_logps: Tensor) -> Tensor:
-    """Per-token estimate of `KL(sampler || pi)` on tokens of the sampler: `r - 1 - ln r`, `r = pi / sampler`.
+    """Hold a policy close to the one that sampled, by an estimate of `KL(sampler || pi)` on its tokens.
 
-    Non-negative, and its gradient is that of the divergence in expectation (Schulman, 2020, estimator k3, in the
-    direction that Phasic Policy Gradient holds the policy with, 2009.04416, equation 4).
+    `r - 1 - ln r`, `r = pi / sampler`: non-negative, and its gradient is that of the divergence in expectation
+    (Schulman, 2020, estimator k3, in the direction that Phasic Policy Gradient holds the policy with, 2009.04416,
+    equation 4). No gradient where `r` is above `e^20`.
 
     Args:
-        logps: `(B, T)` log-probabilities under the policy being trained.
-        sampler_logps: `(B, T)` under the policy to stay close to.
-
-    Returns:
-        `(B, T)`, in nats, float32 or wider; without a gradient where `r` is above `e^20`.
+        logps: under `pi`, the policy being trained.
+        sampler_logps: under the policy to stay close to.
     """
     # Bounded on one side: far below 0 the estimate is a straight line, whose slope pulls the policy back.
     log_ratio = kl_k1(logps, sampler_logps).clamp(max=LOG_RATIO_LIMIT)
@@ -101,15 +86,13 @@ def kl_to_sampler(logps: Tensor, sampler_logps: Tensor) -> Tensor:
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Per-token estimate of `KL(pi || ref)` on tokens sampled from `pi`: `r - 1 - ln r`, `r = ref / pi`.
+    """Estimate `KL(pi || ref)` on tokens of `pi` with little variance and never below 0, as in GRPO's loss.
 
-    Unbiased and non-negative (Schulman, 2020, estimator k3); the KL term of GRPO (2402.03300, equation 4).
+    `r - 1 - ln r`, `r = ref / pi` (Schulman, 2020, estimator k3; 2402.03300, equation 4); unbiased. No gradient where
+    `r` is above `e^20`.
 
     Args:
-        logps: `(B, T)` log-probabilities under the policy that sampled.
-        ref_logps: `(B, T)` under the reference.
-
-    Returns:
-        `(B, T)`, in nats, float32 or wider; without a gradient where `r` is above `e^20`.
+        logps: under `pi`, the policy that sampled.
+        ref_logps: under the reference.
     """
     return kl_to_sampler(ref_logps, logps)

@@ -1,9 +1,20 @@
-"""Sums and moments over the real tokens of a batch."""
+"""Sums and moments over the real tokens of a batch.
+
+Arguments that functions here share, and do not list again:
+    x: `(B, T, ...)`; masked entries may hold anything (NaN, inf).
+    mask: `(B, T)`, or any leading part of the shape of `x`; true for real entries.
+    dim: dimension to reduce; all of them by default.
+    reduce: sums a 1-D tensor of statistics across ranks; `None` where there is one rank.
+
+All raise `ValueError` where the shape of `mask` does not lead the shape of `x`.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from rl_plugins.functional.checks import check_shape
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a 1-D tensor of statistics across ranks; `None` in a signature means one rank."""
@@ -19,15 +30,8 @@ def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
 
     Apply it to what goes *into* a loss: a NaN zeroed only afterwards is still a NaN in the gradient.
 
-    Args:
-        x: `(B, T, ...)`.
-        mask: `(B, T)`, or any leading part of the shape of `x`.
-
     Returns:
-        `(B, T, ...)`, float32 or wider.
-
-    Raises:
-        ValueError: the shape of `mask` does not lead the shape of `x`.
+        The shape of `x`, float32 or wider.
     """
     return torch.where(_expand(mask, x), upcast(x), 0.0)
 
@@ -35,34 +39,18 @@ def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum over the real entries: `sum_i m_i x_i`.
 
-    Args:
-        x: `(B, T, ...)`.
-        mask: `(B, T)`, or any leading part of the shape of `x`.
-        dim: the dimension to sum over; all of them by default.
-
     Returns:
         0-d, or the shape of `x` without `dim`.
-
-    Raises:
-        ValueError: the shape of `mask` does not lead the shape of `x`.
     """
     real = zero_masked(x, mask)
     return real.sum() if dim is None else real.sum(dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over the real entries, 0 where there is none: `sum_i m_i x_i / max(sum_i m_i, 1)`.
-
-    Args:
-        x: `(B, T, ...)`.
-        mask: `(B, T)`, or any leading part of the shape of `x`.
-        dim: the dimension to average over; all of them by default.
+    """Average over the real entries, 0 where there is none: `sum_i m_i x_i / max(sum_i m_i, 1)`.
 
     Returns:
         0-d, or the shape of `x` without `dim`.
-
-    Raises:
-        ValueError: the shape of `mask` does not lead the shape of `x`.
     """
     real = _expand(mask, x)
     count = real.sum() if dim is None else real.sum(dim)
@@ -70,22 +58,14 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, population variance and count over the real entries of every rank.
+    """Take mean, population variance and count over the real entries of every rank.
 
     `mean = sum m x / sum m`, `var = sum m (x - mean)^2 / sum m`; all three are 0 where the mask is empty. The sums are
     taken in float64: equal numbers have a variance of exactly 0, and a small spread around a large mean keeps its
     digits.
 
-    Args:
-        x: `(B, T, ...)`.
-        mask: `(B, T)`, or any leading part of the shape of `x`.
-        reduce: sums a 1-D float64 tensor across ranks; called twice.
-
     Returns:
         `(mean, var, count)`, each 0-d and floating.
-
-    Raises:
-        ValueError: the shape of `mask` does not lead the shape of `x`.
     """
     mean, var, count = (m.to(upcast(x).dtype) for m in exact_moments(x, mask, reduce=reduce))
     return mean, var, count
@@ -111,23 +91,18 @@ def exact_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> t
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, reduce: Reduce | None = None
 ) -> Tensor:
-    """Scale the real entries to unit variance and, with `shift_mean`, zero mean.
+    """Scale the real entries to unit variance and, with `shift_mean`, zero mean, whatever the units of a batch are.
 
-    `(x - mean) / sqrt(var + eps)`, plus `mean` when not `shift_mean`. The differences are taken in float64, as in
-    `masked_moments`: equal entries become exactly 0, or stay what they are when not `shift_mean`.
+    `(x - mean) / sqrt(var + eps)`, plus `mean` when not `shift_mean`, as rewards are whitened where their sign
+    matters. The differences are taken in float64, as in `masked_moments`: equal entries become exactly 0, or stay as
+    they are when not `shift_mean`.
 
     Args:
-        x: `(B, T, ...)`.
-        mask: `(B, T)`, or any leading part of the shape of `x`.
         shift_mean: whether to leave the mean at 0.
         eps: added to the variance.
-        reduce: sums a 1-D float64 tensor across ranks.
 
     Returns:
         The shape of `x`, 0 outside the mask, float32 or wider.
-
-    Raises:
-        ValueError: the shape of `mask` does not lead the shape of `x`.
     """
     mean, var, _ = exact_moments(x, mask, reduce=reduce)
     # Without variance the difference is the rounding of the mean.
@@ -137,24 +112,18 @@ def masked_whiten(
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> Tensor:
-    """The share of the targets' variance that the predictions account for: `1 - Var(y - yhat) / Var(y)`.
+    """Tell how good predictions are, as a share of the targets' variance: `1 - Var(y - yhat) / Var(y)`.
+
+    1 is perfect, 0 is as good as the targets' mean, and below 0 is worse than that.
 
     Args:
         predictions: `yhat (B, T, ...)`.
         targets: `y`, the shape of `predictions`.
-        mask: `(B, T)`, or any leading part of their shape.
-        reduce: sums a 1-D tensor across ranks.
 
     Returns:
         0-d; NaN where the targets do not vary or the mask is empty.
-
-    Raises:
-        ValueError: the shapes do not fit.
     """
-    if predictions.shape != targets.shape:
-        raise ValueError(
-            f"predictions {tuple(predictions.shape)} and targets {tuple(targets.shape)} differ: align them."
-        )
+    check_shape("predictions", predictions, targets.shape, "align them with the targets")
     _, var, _ = exact_moments(targets, mask, reduce=reduce)
     residual_var = exact_moments(targets.double() - predictions.double(), mask, reduce=reduce)[1]
     share = torch.where(var > 0, 1 - residual_var / var, torch.nan)
@@ -177,10 +146,6 @@ def same_group(groups: Tensor, present: Tensor) -> Tensor:
     Args:
         groups: id of each row's prompt `(B,)`.
         present: rows that count `(B,)`, bool.
-
-    Raises:
-        ValueError: there is not one id per row.
     """
-    if groups.shape != present.shape:
-        raise ValueError(f"groups {tuple(groups.shape)}: give the prompt's id of each row, {tuple(present.shape)}.")
+    check_shape("groups", groups, present.shape, "give the prompt's id of each row")
     return (groups[:, None] == groups[None, :]) & present[:, None] & present[None, :]

@@ -1,6 +1,12 @@
 """The natural gradient: steps measured by how far they move a distribution, not its parameters.
 
-Dot products are sums of products, which stay in float32 under autocast; `@` would be taken in bfloat16.
+Arguments that functions here share, and do not list again:
+    parameters: `theta`, tensors with `n` entries in all.
+    product: `v -> A v` for a positive definite `A`, both `(n,)`.
+    steps: most steps of conjugate gradient, at least 1.
+
+Vectors are `(n,)`. All raise `ValueError` where shapes do not fit or a number is out of range. Dot products are sums
+of products, which stay in float32 under autocast; `@` would be taken in bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,28 +14,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_positive
 from rl_plugins.functional.masking import upcast
 
 
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], b: Tensor, *, steps: int = 10, tolerance: float = 1e-10
 ) -> Tensor:
-    """Solve `A x = b` for a positive definite `A` that is known by its products only (Hestenes and Stiefel 1952).
+    """Solve `A x = b` for a matrix that is too large to build and is known by its products only.
 
-    In exact arithmetic, `n` steps solve a system of size `n`; few steps give the best `x` in a Krylov space (Nocedal
-    and Wright 2006, algorithm 5.2).
+    Hestenes and Stiefel 1952. In exact arithmetic, `n` steps solve a system of size `n`; few steps give the best `x`
+    in a Krylov space (Nocedal and Wright 2006, algorithm 5.2).
 
     Args:
-        product: `v -> A v`, both `(n,)`.
         b: `(n,)`.
-        steps: most steps.
         tolerance: stop where `|b - A x|^2 <= tolerance |b|^2`.
-
-    Returns:
-        `(n,)`.
-
-    Raises:
-        ValueError: `steps` is below 1, or `b` is not a vector.
     """
     if steps < 1 or b.ndim != 1:
         raise ValueError(f"steps={steps}, b {tuple(b.shape)}: give at least 1 step and a vector.")
@@ -49,14 +48,13 @@ def conjugate_gradient(
 
 
 def hessian_product(gradient: Tensor, parameters: Sequence[Tensor], vector: Tensor, *, damping: float = 0.0) -> Tensor:
-    """`(H + damping I) v` with the Hessian `H` of a scalar `f`, which is not built: `H v = d(grad f . v)/dtheta`.
+    """Multiply a vector by a Hessian that is not built: `(H + damping I) v`, `H v = d(grad f . v)/dtheta`.
 
     Pearlmutter 1994. With `f = KL(pi_old || pi_theta)` at `theta = theta_old`, `H` is the Fisher information (Schulman
     et al., arXiv 1502.05477, appendix C).
 
     Args:
         gradient: `grad f (n,)`, from `flat_gradient(..., create_graph=True)`.
-        parameters: `theta`, with `n` entries in all.
         vector: `v (n,)`.
         damping: added to the diagonal.
 
@@ -69,16 +67,12 @@ def hessian_product(gradient: Tensor, parameters: Sequence[Tensor], vector: Tens
 def flat_gradient(
     scalar: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
 ) -> Tensor:
-    """The gradient with respect to all parameters as one vector.
+    """Take the gradient with respect to all parameters as one vector, 0 for those that `scalar` does not depend on.
 
     Args:
         scalar: 0-d.
-        parameters: `n` entries in all; the gradient is 0 for those that `scalar` does not depend on.
         create_graph: whether the gradient is to be differentiated again.
         retain_graph: whether the graph of `scalar` is needed again; by default as `create_graph`.
-
-    Returns:
-        `(n,)`.
     """
     gradients = torch.autograd.grad(
         scalar,
@@ -93,24 +87,19 @@ def flat_gradient(
 def trust_region_step(
     product: Callable[[Tensor], Tensor], gradient: Tensor, *, max_kl: float, steps: int = 10
 ) -> Tensor:
-    """The step of steepest ascent on the edge of the trust region `1/2 x^T H x <= max_kl`.
+    """Step as far up the gradient as a trust region allows: the best `x` with `1/2 x^T H x <= max_kl`.
 
-    `x = sqrt(2 max_kl / (s^T H s)) s` with `H s = gradient` (Schulman et al., arXiv 1502.05477, appendix C).
+    `x = sqrt(2 max_kl / (s^T H s)) s` with `H s = gradient` (Schulman et al., arXiv 1502.05477, appendix C); `product`
+    is that of `H`.
 
     Args:
-        product: `v -> H v`, both `(n,)`, positive definite.
         gradient: of the objective, `(n,)`.
-        max_kl: size of the region.
-        steps: most steps of conjugate gradient.
+        max_kl: size of the region, above 0.
 
     Returns:
         `(n,)`; 0 where the gradient is.
-
-    Raises:
-        ValueError: `max_kl` is not positive.
     """
-    if max_kl <= 0:
-        raise ValueError(f"max_kl={max_kl}: give a positive bound, such as 0.01.")
+    check_positive("give a positive bound, such as 0.01", max_kl=max_kl)
     direction = conjugate_gradient(product, gradient, steps=steps)
     curvature = _dot(direction, product(direction))
     return torch.where(curvature > 0, torch.sqrt(2 * max_kl / curvature.clamp(min=1e-30)), 0.0) * direction

@@ -1,14 +1,17 @@
-"""Probability ratios between the policy and the one that sampled, and what every policy loss does to its inputs.
+"""Probability ratios between the policy and the one that sampled, and the inputs of policy losses in one form.
 
 A token that the old policy did not choose (forced, filtered or replayed) may have any ratio: above `e^88` it is
 infinite in float32, and a clipped loss or an advantage of 0 then makes NaN of it, `0 * inf`. Hence log-ratios are
 clamped to `LOG_RATIO_LIMIT` on either side, as in verl. Inside the clamp nothing changes; a token outside it has the
 ratio at the edge, and no gradient through its ratio.
+
+Names: `ln pi` is `logps`, `ln pi_old` is `old_logps`. All raise `ValueError` where shapes do not fit.
 """
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_shape
 from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
 
 LEVELS = ("token", "sequence")
@@ -29,7 +32,7 @@ def finite_logps(logps: Tensor) -> Tensor:
 
 
 def log_ratios(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """Log of the probability ratio, clamped: `ln rho = clamp(ln pi - ln pi_old, -20, 20)`.
+    """Compare two policies on the same tokens: `ln rho = clamp(ln pi - ln pi_old, -20, 20)`.
 
     The exponential of any ratio and its gradient are finite then. -inf (a probability of 0) is a valid
     log-probability: the clamp's edge is its ratio, or 1 where both policies have it.
@@ -40,32 +43,13 @@ def log_ratios(logps: Tensor, old_logps: Tensor) -> Tensor:
 
     Returns:
         The shape of `logps`, float32 or wider; no gradient outside the clamp.
-
-    Raises:
-        ValueError: the shapes differ.
     """
-    if logps.shape != old_logps.shape:
-        raise ValueError(f"logps {tuple(logps.shape)} and old_logps {tuple(old_logps.shape)} differ.")
+    check_shape("old_logps", old_logps, logps.shape, "their shape must not differ from that of logps")
     return _clamp(finite_logps(logps) - finite_logps(old_logps))
 
 
 def _clamp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-
-
-def within_clamp(anchor: Tensor, logps: Tensor) -> Tensor:
-    """Raise the log-probabilities that a ratio `exp(logps - anchor)` starts from until the ratio is inside the clamp.
-
-    For arithmetic of a host that has no clamp of its own. Inside the clamp `anchor` stays what it is.
-
-    Args:
-        anchor: `ln pi_old (B, T)`.
-        logps: `ln pi (B, T)`, finite.
-
-    Returns:
-        `(B, T)`.
-    """
-    return torch.where(logps - anchor > LOG_RATIO_LIMIT, logps - LOG_RATIO_LIMIT, anchor)
 
 
 def policy_inputs(
@@ -82,12 +66,8 @@ def policy_inputs(
     Returns:
         `(log_ratio, logps, advantages, mask)`, all `(B, T)`: the `log_ratios`, which are clamped, finite `logps`, and
         the mask as bool.
-
-    Raises:
-        ValueError: the shapes do not fit.
     """
-    if logps.shape != old_logps.shape:
-        raise ValueError(f"logps {tuple(logps.shape)} and old_logps {tuple(old_logps.shape)} differ.")
+    check_shape("old_logps", old_logps, logps.shape, "their shape must not differ from that of logps")
     if advantages.shape not in (logps.shape, logps.shape[:1]):
         raise ValueError(
             f"advantages {tuple(advantages.shape)}: give one per sequence ({logps.shape[0]},) or per token "
@@ -100,7 +80,7 @@ def policy_inputs(
 
 
 def log_importance_weights(log_ratio: Tensor, mask: Tensor, level: str = "token") -> Tensor:
-    """Log importance weight of each token: its own, or the mean over its sequence.
+    """Weigh each token by its own ratio or by that of its sequence, in logarithms.
 
     `token`: `ln rho_t`. `sequence`: `1/|y| sum_t ln rho_t` for every real token, GSPO's length-normalised sequence
     ratio (Zheng et al., arXiv 2507.18071, eq. 7).
@@ -108,13 +88,10 @@ def log_importance_weights(log_ratio: Tensor, mask: Tensor, level: str = "token"
     Args:
         log_ratio: `(B, T)`, 0 at masked positions.
         mask: `(B, T)`, bool.
-        level: `token` or `sequence`.
+        level: one of [`LEVELS`].
 
     Returns:
         `(B, T)`, 0 at masked positions.
-
-    Raises:
-        ValueError: the level is unknown.
     """
     if level == "token":
         return log_ratio
@@ -123,17 +100,10 @@ def log_importance_weights(log_ratio: Tensor, mask: Tensor, level: str = "token"
     return zero_masked(masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio), mask)
 
 
-def check_widths(**bounds: float) -> None:
-    """Raise ValueError for the first bound that is negative."""
-    for name, value in bounds.items():
-        if value < 0:
-            raise ValueError(f"{name}={value}: give a width, not a negative number.")
-
-
 def clipped_objective(
     x: Tensor, advantages: Tensor, low: float | Tensor, high: float | Tensor, *, cap: float | None = None
 ) -> Tensor:
-    """PPO's pessimistic objective `min(min(x, cap) A, clip(x, low, high) A)`, to be maximised.
+    """Compute PPO's pessimistic objective, to be maximised: `min(min(x, cap) A, clip(x, low, high) A)`.
 
     Args:
         x: ratios or log-ratios `(B, T)`.
@@ -150,10 +120,3 @@ def clipped_objective(
     if cap is not None:
         x = x.clamp(max=cap)
     return torch.minimum(x * advantages, clipped * advantages)
-
-
-def check_shares(**shares: float) -> None:
-    """Raise ValueError for the first share outside `[0, 1]`."""
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value}: give a share in [0, 1].")

@@ -1,53 +1,47 @@
 """Targets for values and advantages: one reverse scan, and the special cases of it.
 
-In every function `next_values (B, T)` holds `V'(s_{t+1})`, the value of the state after `y_t`, from another
-network than `values` (the Polyak target). By default it is `V(s_{t+1})` from `values`, 0 after the last real
-token; an own tensor is used as it is there too, so that a truncated completion can be bootstrapped.
+Arguments that functions here share, and do not list again:
+    rewards: `r_t (B, T)`.
+    values: `V(s_t) (B, T)`.
+    mask: real tokens `(B, T)`.
+    gamma: discount in `[0, 1]`.
+    lam: trace decay in `[0, 1]`, a float, per sequence `(B,)` or `(B, 1)`, or per token `(B, T)`. A 0 where an episode
+        ends lets a row hold several (with `next_values` given).
+    next_values: `V'(s_{t+1}) (B, T)`, the value of the state after `y_t`, from another network than `values` (a Polyak
+        target). By default it is `V(s_{t+1})` from `values`, 0 after the last real token. A given tensor is used there
+        as it is, so that a truncated completion can be bootstrapped.
+
+Results are `(B, T)`, 0 at masked positions. All raise `ValueError` where shapes do not fit or a number is out of
+range. Equation numbers without a paper are those of Sutton and Barto 2018.
 """
 
 import torch
 from torch import Tensor
 
 from rl_plugins.functional.alignment import last_real, next_state_values, shift_real
+from rl_plugins.functional.checks import check_positive
 from rl_plugins.functional.masking import upcast, zero_masked
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Monte Carlo return: `G_t = sum_i gamma^i r_{t+i}` (Sutton and Barto 2018, eq. 3.8).
+    """Sum up the rewards that follow each token, a target without any bias: `G_t = sum_i gamma^i r_{t+i}` (eq. 3.8).
 
-    Args:
-        rewards: `(B, T)`.
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: `gamma` is out of range, or the shapes do not fit.
+    The Monte Carlo return varies most of all targets, since it holds all of the randomness up to the end.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     return _scan_real(_clean(rewards, mask), gamma, mask)
 
 
 def discount_factors(mask: Tensor, *, gamma: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Discount of each token seen from the start: `gamma^t`, `t` the number of real tokens before it.
+    """Weigh each token by the discount from the start: `gamma^t`, `t` the number of real tokens before it.
 
-    The gradient of the discounted objective, `E[sum_t gamma^t A_t grad ln pi(y_t|s_t)]`, has this factor (Sutton and
-    Barto 2018, section 13.3, box); most implementations leave it out.
+    The gradient of the discounted objective, `E[sum_t gamma^t A_t grad ln pi(y_t|s_t)]`, has this factor (section
+    13.3, box); most implementations leave it out.
 
     Args:
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-        dtype: of what the factors are multiplied with; they are float32 at least.
-
-    Returns:
-        `(B, T)`, 0 at masked positions.
-
-    Raises:
-        ValueError: `gamma` is out of range.
+        dtype: of the numbers that the factors are multiplied with; they are float32 at least.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     real = mask.bool().to(torch.promote_types(dtype, torch.float32))
     return zero_masked(gamma ** (real.cumsum(1) - real), mask)
 
@@ -55,42 +49,17 @@ def discount_factors(mask: Tensor, *, gamma: float, dtype: torch.dtype = torch.f
 def td_targets(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, next_values: Tensor | None = None
 ) -> Tensor:
-    """One-step target: `Y_t = r_t + gamma V'(s_{t+1})` (Sutton and Barto 2018, eq. 6.2).
-
-    Args:
-        rewards: `(B, T)`.
-        values: `V(s_t) (B, T)`.
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: `gamma` is out of range, or the shapes do not fit.
-    """
-    _check_gamma(gamma)
+    """Make one-step targets, which trust the value of the next state: `Y_t = r_t + gamma V'(s_{t+1})` (eq. 6.2)."""
+    check_discount(gamma)
     return _clean(rewards, mask) + gamma * _next_values(values, mask, next_values)
 
 
 def td_errors(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, next_values: Tensor | None = None
 ) -> Tensor:
-    """One-step error: `delta_t = r_t + gamma V'(s_{t+1}) - V(s_t)` (Sutton and Barto 2018, eq. 6.5).
+    """Measure by how much a step turned out better than expected.
 
-    Args:
-        rewards: `(B, T)`.
-        values: `V(s_t) (B, T)`.
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: `gamma` is out of range, or the shapes do not fit.
+    `delta_t = r_t + gamma V'(s_{t+1}) - V(s_t)` (eq. 6.5).
     """
     return td_targets(rewards, values, mask, gamma=gamma, next_values=next_values) - _clean(values, mask)
 
@@ -104,23 +73,12 @@ def n_step_returns(
     gamma: float = 1.0,
     next_values: Tensor | None = None,
 ) -> Tensor:
-    """n-step target: `sum_{i<n} gamma^i r_{t+i} + gamma^n V'(s_{t+n})` (Sutton and Barto 2018, eq. 7.1).
+    """Make targets between one step and the end: `sum_{i<n} gamma^i r_{t+i} + gamma^n V'(s_{t+n})` (eq. 7.1).
 
     Args:
-        rewards: `(B, T)`.
-        values: `V(s_t) (B, T)`.
-        mask: `(B, T)`.
-        n: rewards to sum before the bootstrap; where fewer are left, the return runs to the end.
-        gamma: discount in `[0, 1]`.
-        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: `n` is below 1, `gamma` is out of range, or the shapes do not fit.
+        n: rewards to sum before the bootstrap, at least 1; where fewer are left, the return runs to the end.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     if n < 1:
         raise ValueError(f"n={n}: give at least 1, which is td_targets.")
     following, last = _next_values(values, mask, next_values), last_real(mask)
@@ -139,26 +97,12 @@ def lambda_returns(
     lam: float | Tensor = 1.0,
     next_values: Tensor | None = None,
 ) -> Tensor:
-    """lambda-return: `G_t = r_t + gamma ((1 - lam) V'(s_{t+1}) + lam G_{t+1})`.
+    """Blend targets of all lengths, to trade bias for variance.
 
-    Sutton and Barto 2018, eq. 12.18.
-
-    Args:
-        rewards: `(B, T)`.
-        values: `V(s_t) (B, T)`.
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-        lam: trace decay in `[0, 1]`, a float, per sequence `(B,)` or `(B, 1)`, or per token `(B, T)`; 1 is Monte
-            Carlo, 0 is TD. A 0 where an episode ends lets a row hold several (with an own `next_values`).
-        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: `gamma` or `lam` is out of range, or the shapes do not fit.
+    `G_t = r_t + gamma ((1 - lam) V'(s_{t+1}) + lam G_{t+1})`, the lambda-return (eq. 12.18). `lam = 1` is Monte Carlo,
+    `lam = 0` is TD.
     """
-    _check_gamma(gamma)
+    check_discount(gamma)
     lam = _check_lam(lam, mask)
     following = _next_values(values, mask, next_values)
     # After the last token G and V' are the same number, so there the bootstrap has its whole weight.
@@ -175,22 +119,9 @@ def gae(
     lam: float | Tensor = 0.95,
     next_values: Tensor | None = None,
 ) -> Tensor:
-    """Generalised advantage: `A_t = sum_l (gamma lam)^l delta_{t+l}` (arXiv 1506.02438, eq. 16).
+    """Estimate advantages with as much bias or variance as `lam` allows: `A_t = sum_l (gamma lam)^l delta_{t+l}`.
 
-    Args:
-        rewards: `(B, T)`.
-        values: `V(s_t) (B, T)`.
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-        lam: trace decay in `[0, 1]`, a float, per sequence `(B,)` or `(B, 1)`, or per token `(B, T)`. A 0 where an
-            episode ends lets a row hold several (with an own `next_values`).
-        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: `gamma` or `lam` is out of range, or the shapes do not fit.
+    Generalised advantage estimation (arXiv 1506.02438, eq. 16): the lambda-return minus the value.
     """
     lam = _check_lam(lam, mask)
     return _scan_real(td_errors(rewards, values, mask, gamma=gamma, next_values=next_values), gamma * lam, mask)
@@ -208,7 +139,7 @@ def vtrace(
     clip_c: float = 1.0,
     next_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """V-trace: targets for `V` of a policy `pi`, and its advantages, from the steps of another policy, `beta`.
+    """Correct value targets and advantages of a policy `pi` for steps that another policy `beta` took (V-trace).
 
     `v_t = V(s_t) + rho_t delta_t + gamma c_t (v_{t+1} - V(s_{t+1}))`, with `rho_t = min(clip_rho, pi / beta)` and
     `c_t = lam min(clip_c, pi / beta)` (Espeholt et al., arXiv 1802.01561, eq. 1 and remarks 1 and 2), and
@@ -217,21 +148,12 @@ def vtrace(
     `delta_t`.
 
     Args:
-        rewards: `(B, T)`.
-        values: `V(s_t) (B, T)`.
         ratios: `pi(y_t|s_t) / beta(y_t|s_t) (B, T)`.
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-        lam: trace decay, as in `gae`.
-        clip_rho: largest weight of a TD error; it decides what the values converge to.
+        clip_rho: largest weight of a TD error, above 0; it decides the values that the targets converge to.
         clip_c: largest weight of the trace, at most 1; it decides how fast.
-        next_values: `V'(s_{t+1}) (B, T)`; from `values` by default.
 
     Returns:
         `(targets, advantages)`, both `(B, T)`.
-
-    Raises:
-        ValueError: a setting is out of range, or the shapes do not fit.
     """
     if clip_rho <= 0 or not 0 <= clip_c <= 1:
         raise ValueError(f"clip_rho={clip_rho}, clip_c={clip_c}: give a positive clip_rho, and clip_c in [0, 1].")
@@ -243,22 +165,18 @@ def vtrace(
 
 
 def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
-    """A trace as long as the completion: `lam = clamp(1 - 1 / (alpha l), 0, 1)` (VAPO, arXiv 2504.05118).
+    """Make traces as long as completions are: `lam = clamp(1 - 1 / (alpha l), 0, 1)` (VAPO, arXiv 2504.05118).
 
-    Its weights sum to `1 / (1 - lam) = alpha l`, a fixed share of the length.
+    The trace's weights sum to `1 / (1 - lam) = alpha l`, a fixed share of the length.
 
     Args:
-        lengths: real tokens of each completion `(B,)`.
-        alpha: that share.
+        lengths: `l`, real tokens of each completion `(B,)`.
+        alpha: that share, above 0.
 
     Returns:
         `(B,)`.
-
-    Raises:
-        ValueError: `alpha` is not positive.
     """
-    if alpha <= 0:
-        raise ValueError(f"alpha={alpha}: give a positive share of the length, such as 0.05.")
+    check_positive("give a positive share of the length, such as 0.05", alpha=alpha)
     return (1 - 1 / (alpha * upcast(lengths))).clamp(0, 1)
 
 
@@ -311,16 +229,34 @@ def _check_shape(x: Tensor, mask: Tensor) -> None:
         raise ValueError(f"expected (B, T) tensors, got {tuple(x.shape)} with a mask {tuple(mask.shape)}.")
 
 
-def _check_gamma(gamma: float) -> None:
+def check_discount(gamma: float) -> None:
+    """Refuse a discount outside [0, 1].
+
+    Raises:
+        ValueError: If it is.
+    """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
+
+
+def check_trace_decay(lam: float, name: str = "lam") -> None:
+    """Refuse a trace decay outside [0, 1].
+
+    Args:
+        lam: the decay.
+        name: under which the caller knows it.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"{name}={lam}: give a trace decay in [0, 1].")
 
 
 def _check_lam(lam: float | Tensor, mask: Tensor) -> float | Tensor:
     """`lam` as a float, `(B, 1)` or `(B, T)`."""
     if not isinstance(lam, Tensor):
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam={lam}: give a trace decay in [0, 1].")
+        check_trace_decay(lam)
         return lam
     if lam.shape not in ((mask.shape[0],), (mask.shape[0], 1), mask.shape):
         raise ValueError(

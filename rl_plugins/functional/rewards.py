@@ -1,9 +1,13 @@
-"""Rewards per token from what the host has: a score per completion and log-probabilities."""
+"""Rewards per token, from a score per completion and log-probabilities.
+
+All raise `ValueError` where shapes do not fit or a number is out of range.
+"""
 
 import torch
 from torch import Tensor
 
 from rl_plugins.functional.alignment import last_real
+from rl_plugins.functional.checks import check_shape
 from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.masking import upcast, zero_masked
 
@@ -17,12 +21,8 @@ def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         `(B, T)`; all 0 in a row without real tokens, whose score is lost.
-
-    Raises:
-        ValueError: `scores` is not `(B,)`.
     """
-    if scores.shape != mask.shape[:1]:
-        raise ValueError(f"scores {tuple(scores.shape)}: give one per completion, ({mask.shape[0]},).")
+    check_shape("scores", scores, mask.shape[:1], "give one per completion")
     return torch.where(last_real(mask), upcast(scores)[:, None], 0.0)
 
 
@@ -41,29 +41,23 @@ def kl_shaped_rewards(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: T
 
     Returns:
         `(B, T)`.
-
-    Raises:
-        ValueError: the shapes do not fit.
     """
     return zero_masked(rewards, mask) - beta * kl_k1(zero_masked(logps, mask), zero_masked(ref_logps, mask))
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
-    """Soft penalty on completions that come close to the limit: 0 up to `L_max - L_cache` tokens, then
-    `(L_max - L_cache - |y|) / L_cache`, down to -1 at `L_max` and beyond.
+    """Push completions away from the limit of their length by a soft penalty.
 
+    0 up to `L_max - L_cache` tokens, then `(L_max - L_cache - |y|) / L_cache`, down to -1 at `L_max` and beyond.
     DAPO's overlong reward shaping, Yu et al., arXiv 2503.14476, eq. 13 (there `L_max` = 20480, `L_cache` = 4096).
 
     Args:
         lengths: `|y| (B,)`, in tokens.
         max_length: `L_max`.
-        cache: `L_cache`, the length of the slope.
+        cache: `L_cache`, the length of the slope, in `(0, L_max]`.
 
     Returns:
         `(B,)`, in `[-1, 0]`, to be added to the score.
-
-    Raises:
-        ValueError: not `0 < cache <= max_length`.
     """
     if not 0 < cache <= max_length:
         raise ValueError(f"cache={cache}, max_length={max_length}: give 0 < cache <= max_length, in tokens.")

@@ -5,7 +5,7 @@ scores or groups of experts make the largest logits something else than the expe
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -84,64 +84,38 @@ def load_fractions(counts: Tensor, k: int) -> Tensor:
 
 
 def switch_balance_loss(
-    logits: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    mask: Tensor | None = None,
-    *,
-    pooled: bool = False,
-    scoring: Scoring = "softmax",
-    fractions: Sequence[Tensor] | None = None,
+    logits: Tensor, fractions: Tensor, mask: Tensor | None = None, *, scoring: Scoring = "softmax"
 ) -> Tensor:
-    """The balance loss of Switch Transformers: `E sum_i f_i P_i`, mean over the layers.
+    """The balance loss of Switch Transformers, of one layer: `E sum_i f_i P_i`.
 
-    `f_i = c_i / n` is the share of the `n` real tokens that went to expert `i`, a constant to the gradient, and
-    `P_i = 1/n sum_t p_i(x_t)` the mean probability of that expert (Fedus et al., arXiv 2101.03961, eq. 4 to 6). The
-    shares sum to `k`, as in transformers, so that its coefficients carry over: a balanced router has `k`.
+    `f_i` is the share of the tokens that went to expert `i`, a constant to the gradient, and
+    `P_i = 1/n sum_t p_i(x_t)` the mean probability of that expert over the `n` real tokens (Fedus et al., arXiv
+    2101.03961, eq. 4 to 6). The shares sum to `k`, as in transformers, so that its coefficients carry over: a balanced
+    router has `k`.
 
-    `pooled` averages `f` and `P` over the layers before it multiplies them, which is transformers'
-    `load_balancing_loss_func`. It asks too little: two layers that have collapsed onto opposite experts are balanced
-    on average (huggingface/transformers#31464). Hence each layer on its own by default.
-
-    `fractions` counted over more than these tokens, over the accumulation window or over all ranks, asks for balance
-    there instead of within each micro-batch, where it costs specialisation (Qiu et al., arXiv 2501.11873).
+    Where the shares come from decides what has to be balanced. Those of the same tokens,
+    `load_fractions(expert_counts(indices, E, mask), k)`, ask for balance within the micro-batch, which costs
+    specialisation; those of the accumulation window or of all ranks ask for it there (Qiu et al., arXiv 2501.11873).
+    With the mean of the shares over all layers, the mean of this loss over the layers is transformers'
+    `load_balancing_loss_func`. That one asks too little: two layers that have collapsed onto opposite experts are
+    balanced on average (huggingface/transformers#31464).
 
     Args:
-        logits: of each layer's router, `(N, E)`; masked tokens may hold anything.
-        indices: experts of each token in each layer, `(N, k)`; not read when `fractions` are given.
-        mask: real tokens `(N,)`, the same in all layers; `None` means all.
-        pooled: whether to average over the layers before the product.
-        scoring: the routers' own scores.
-        fractions: `f (E,)` of each layer, summing to `k`; by default those of `indices`.
+        logits: of the layer's router, `(N, E)`; masked tokens may hold anything.
+        fractions: `f (E,)`, summing to `k`.
+        mask: real tokens `(N,)`; `None` means all.
+        scoring: the router's own scores.
 
     Returns:
         0-d; 0 where no token is real.
 
     Raises:
-        ValueError: there is no layer, the lengths or shapes do not fit, or `pooled` layers differ in `E`.
+        ValueError: the shapes do not fit.
     """
-    shares = indices if fractions is None else fractions
-    if not logits or len(shares) != len(logits):
-        what = "indices" if fractions is None else "fractions"
-        raise ValueError(f"{len(logits)} logits and {len(shares)} {what}: give one of each per MoE layer.")
-    if pooled and len({x.shape[-1] for x in logits}) > 1:
-        raise ValueError("pooled=True averages over the layers, which must have equally many experts.")
-    device = logits[0].device
-    f, p = [], []
-    for layer_logits, layer_shares in zip(logits, shares, strict=True):
-        layer_p = _mean_probabilities(layer_logits, mask, scoring)
-        if fractions is None:
-            _check_routed(layer_logits, layer_shares)
-            counts = expert_counts(layer_shares, layer_logits.shape[-1], mask).to(layer_p.dtype)
-            layer_shares = load_fractions(counts, layer_shares.shape[-1])
-        elif layer_shares.shape != layer_p.shape:
-            raise ValueError(f"fractions {tuple(layer_shares.shape)}: give (E,), here {tuple(layer_p.shape)}.")
-        f.append(upcast(layer_shares.detach()).to(device))
-        p.append(layer_p.to(device))
-    if pooled:
-        f, p = [torch.stack(f).mean(0)], [torch.stack(p).mean(0)]
-    return torch.stack(
-        [len(layer_p) * (layer_f * layer_p).sum() for layer_f, layer_p in zip(f, p, strict=True)]
-    ).mean()
+    p = _mean_probabilities(logits, mask, scoring)
+    if fractions.shape != p.shape:
+        raise ValueError(f"fractions {tuple(fractions.shape)}: give (E,), here {tuple(p.shape)}.")
+    return len(p) * (upcast(fractions.detach()).to(p.device) * p).sum()
 
 
 def sequence_balance_loss(
@@ -235,7 +209,7 @@ def selection_bias_update(
 
     The bias chooses experts and weighs none. A constant added to all biases of a layer chooses the same experts, so
     the mean of `d` would only let the bias drift away from the scores, until half precision no longer resolves the
-    differences: it is taken out (as in pytorch/torchtitan#1506).
+    differences: it is taken out.
 
     Args:
         bias: `b (..., E)`: one layer, or several stacked.
@@ -267,8 +241,7 @@ def selection_bias_quantile(scores: Tensor, bias: Tensor, k: int, mask: Tensor |
 
     `b_j = -Q_{1 - k/E}(s_tj - a_t)` over the real tokens `t`. The threshold `a_t` is the `(k + 1)`-th largest of
     `s_t + b` with the bias in use: what must be exceeded to be chosen. One of two alternating steps that solve the
-    balanced assignment (Jianlin Su, MoE travelogue 6, kexue.fm/archives/11619; tried at scale at
-    openathena.ai/blog/quantile-balancing).
+    balanced assignment (Jianlin Su, kexue.fm/archives/11619).
 
     Args:
         scores: `s (N, E)` that the selection adds the bias to; masked tokens may hold anything.
@@ -298,7 +271,7 @@ def selection_bias_quantile(scores: Tensor, bias: Tensor, k: int, mask: Tensor |
 
 
 def max_violation(counts: Tensor) -> Tensor:
-    """How much more than its share the busiest expert has: `(max c - mean c) / mean c`.
+    """Measure how much more than its share the busiest expert has: `(max c - mean c) / mean c`.
 
     MaxVio of Wang et al., arXiv 2408.15664, eq. 4: 0 where balanced, `E / k - 1` where all tokens go to the
     same experts.

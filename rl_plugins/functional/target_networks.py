@@ -1,28 +1,31 @@
-"""Target networks: parameters that follow others. The only functions of this layer that write in place."""
+"""Target networks: parameters that follow others. The only functions of this layer that write in place.
+
+Arguments that functions here share, and do not list again:
+    target: `theta'`, tensors that are updated in place.
+    online: `theta`, as many tensors of the same shapes.
+
+All raise `ValueError` where tensors do not match or a number is out of range; nothing is written then.
+"""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_shares
+
 
 @torch.no_grad()
 def polyak_update(target: Iterable[Tensor], online: Iterable[Tensor], *, tau: float) -> None:
-    """Move the target a share `tau` of the way: `theta' <- tau theta + (1 - tau) theta'`.
+    """Let a target network trail the online one, a share `tau` of the way: `theta' <- tau theta + (1 - tau) theta'`.
 
     Lillicrap et al., arXiv 1509.02971, algorithm 1. The target keeps its dtype and device; use float32, since
     bfloat16 rounds away any step below 0.2 % of a weight.
 
     Args:
-        target: `theta'`, updated in place.
-        online: `theta`, as many tensors of the same shapes.
         tau: share in `[0, 1]`; 1 copies.
-
-    Raises:
-        ValueError: `tau` is out of range, or the tensors do not match; nothing is written then.
     """
-    if not 0 <= tau <= 1:
-        raise ValueError(f"tau={tau}: give a share in [0, 1], such as 0.005.")
+    check_shares(tau=tau)
     pairs = list(zip(target, online, strict=True))
     for old, new in pairs:
         # Also catches a parameter that ZeRO-3 has partitioned away: its local shape is (0,).
@@ -36,21 +39,16 @@ def polyak_update(target: Iterable[Tensor], online: Iterable[Tensor], *, tau: fl
 
 
 def periodic_update(target: Iterable[Tensor], online: Iterable[Tensor], *, step: int, period: int) -> bool:
-    """Copy the online parameters every `period` steps: `theta' <- theta if step mod period = 0`.
+    """Keep a target network still between copies: `theta' <- theta if step mod period = 0`.
 
     Mnih et al., Nature 518 (2015), algorithm 1.
 
     Args:
-        target: `theta'`, updated in place.
-        online: `theta`, as many tensors of the same shapes.
         step: the current step; 0 copies.
-        period: steps between copies.
+        period: steps between copies, at least 1.
 
     Returns:
         Whether it copied.
-
-    Raises:
-        ValueError: `period` is below 1, or the tensors do not match.
     """
     if period < 1:
         raise ValueError(f"period={period}: give at least 1 step.")

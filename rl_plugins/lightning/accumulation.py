@@ -144,6 +144,6 @@ class WindowMeans:
 
 
 def _extreme(name: str) -> Any:
-    """How the smallest or largest of something is combined; `None` for a mean."""
+    """Function that combines a smallest or largest number over micro-batches; `None` for a mean."""
     last = name.rpartition("/")[2]
     return torch.fmin if last.startswith("min_") else torch.fmax if last.startswith("max_") else None

@@ -1,4 +1,4 @@
-"""What our callbacks for Lightning share."""
+"""The check that our callbacks for Lightning share."""
 
 from typing import Any
 

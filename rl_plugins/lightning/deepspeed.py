@@ -40,13 +40,13 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         return torch.device("cpu", 0)
 
     def setup_environment(self) -> None:
-        """As every other strategy does it."""
+        """Set up precision and accelerator, without a compiled communication kernel."""
         # Compiled on first use, for a minute, and crashes where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
-        """As Lightning's, without choosing a CUDA device."""
+        """Set up the process group, without choosing a CUDA device."""
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()

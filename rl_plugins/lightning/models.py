@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rl_plugins.nn.attach import base_model_of
+from rl_plugins.checkpoints import check_same_shapes as check_same_shapes
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.sources import check_language_model, check_source, check_tokenizer
 
 
@@ -68,19 +69,3 @@ def is_model_folder(path: Any) -> bool:
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, whole where ZeRO-3 has partitioned it."""
     return {name: tuple(vars(p).get("ds_shape", p.shape)) for name, p in module.named_parameters()}
-
-
-def check_same_shapes(saved: Mapping[str, tuple[int, ...]], current: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Compare what a checkpoint holds with what it is loaded into.
-
-    Raises:
-        ValueError: With the first differences.
-    """
-    if dict(saved) == dict(current):
-        return
-    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    shown = "; ".join(f"{name}: {saved.get(name)} in the checkpoint, {current.get(name)} here" for name in names[:3])
-    raise ValueError(
-        f"The checkpoint was written by another architecture than this {what}: {len(names)} parameters differ "
-        f"({shown}). Build the module with the model and settings of the run that is resumed, or start a new run."
-    )

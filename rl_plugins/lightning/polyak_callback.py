@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rl_plugins.lightning.callbacks import LightningOnly
 from rl_plugins.lightning.models import find_language_model
-from rl_plugins.nn.attach import get_mtp_heads
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sharding import whole_module, whole_parameters
 from rl_plugins.nn.target_heads import PolyakTarget, check_polyak
@@ -21,7 +20,7 @@ class PolyakCallback(LightningOnly, Callback):
     Trainer(callbacks=[polyak]).fit(module)  # in training_step: polyak.target(hidden_states)
     ```
 
-    [`MTPSFTModule`] and [`MTPCriticModule`] bring one along; give the Trainer one of your own to set it otherwise.
+    [`MTPSFTModule`] and [`MTPCriticModule`] have target heads of their own; this is for a module of yours.
 
     Args:
         tau: Step towards the online heads after every optimizer step, above 0 and at most 1.
@@ -49,7 +48,7 @@ class PolyakCallback(LightningOnly, Callback):
 
     def _copy(self, pl_module: LightningModule) -> None:
         model = find_language_model(pl_module)
-        heads = None if model is None else get_mtp_heads(model)
+        heads = None if model is None else MTPHeads.of(model)
         if self.target is None and heads is not None:
             self._heads = heads
             with whole_parameters(list(heads.parameters())), whole_module(heads):
@@ -71,7 +70,7 @@ class PolyakCallback(LightningOnly, Callback):
         self._start(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for `trainer.validate`."""
+        """Put the copy on the device of a `trainer.validate` without a fit."""
         self._start(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,17 +96,3 @@ class PolyakCallback(LightningOnly, Callback):
         if self.target is not None and self._saved is not None:
             # DeepSpeed and FSDP restore after `on_fit_start`.
             self.target.load_state_dict(self._saved)
-
-
-def polyak_callback(trainer: Trainer, tau: float, period: int | None) -> list[Callback]:
-    """For a module's `configure_callbacks`: target heads, unless the Trainer has a [`PolyakCallback`] already."""
-    given = any(isinstance(callback, PolyakCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return [] if given else [PolyakCallback(tau, period)]
-
-
-def target_of(trainer: Trainer) -> PolyakTarget:
-    """The target heads of a trainer's [`PolyakCallback`]."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    (target,) = [callback.target for callback in callbacks if isinstance(callback, PolyakCallback)]
-    assert target is not None
-    return target

@@ -70,6 +70,7 @@ class RepeatSampler(DistributedSampler):
         dataset: Something with a length.
         batch_size: Indices of a run; what does not fill a last one is left out.
         repeats: How often each run is handed out.
+        auxiliary: `(n, m)`: every n-th run is handed out m times more.
         shuffle: Whether to draw a new order for every epoch.
         seed: Of the order.
         num_replicas: Number of ranks.
@@ -81,6 +82,7 @@ class RepeatSampler(DistributedSampler):
         dataset: Any,
         batch_size: int,
         repeats: int = 1,
+        auxiliary: tuple[int, int] = (1, 0),
         *,
         shuffle: bool = True,
         seed: int = 0,
@@ -88,7 +90,7 @@ class RepeatSampler(DistributedSampler):
         rank: int = 0,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=shuffle, seed=seed, drop_last=True)
-        self.batch_size, self.repeats = batch_size, repeats
+        self.batch_size, self.repeats, self.auxiliary = batch_size, repeats, auxiliary
         self.resumed = (0, 0)  # an epoch, and the batches of it that a resumed run has had
 
     @property
@@ -98,14 +100,25 @@ class RepeatSampler(DistributedSampler):
         return batches if epoch == self.epoch else 0
 
     def __len__(self) -> int:
-        return self.num_samples // self.batch_size * self.batch_size * self.repeats
+        runs, (every, extra) = self.num_samples // self.batch_size, self.auxiliary
+        return (runs * self.repeats + runs // every * extra) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         indices = list(super().__iter__())
         start, self.resumed = self.start, (0, 0)
         for batch in range(start, len(self) // self.batch_size):
-            first = batch // self.repeats * self.batch_size
+            first = self._run(batch) * self.batch_size
             yield from indices[first : first + self.batch_size]
+
+    def _run(self, batch: int) -> int:
+        """Number of the run that a batch is.
+
+        With repeats = 2 and auxiliary = (2, 3), batches 0 .. 7 are runs 0 0 1 1 1 1 1 2: the second run comes three
+        times more.
+        """
+        every, extra = self.auxiliary
+        cycle, place = divmod(batch, every * self.repeats + extra)
+        return cycle * every + min(place // self.repeats, every - 1)
 
 
 class PromptLoader(DataLoader):
@@ -198,6 +211,7 @@ class PromptDataModule(LightningDataModule):
             self.train_dataset,
             self.batch_size,
             getattr(module, "batch_repeats", 1),  # a module that only fine-tunes has no rollouts
+            getattr(module, "auxiliary_repeats", (1, 0)),
             shuffle=self.shuffle,
             seed=self.seed,
             num_replicas=ranks,

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from rl_plugins.process_group import sum_over_ranks as sum_over_ranks
+
 
 def world_size() -> int:
     """Number of ranks."""
@@ -14,15 +16,6 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this rank."""
     return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of a tensor over all ranks; the argument is left alone."""
-    if not distributed.is_initialized():
-        return x
-    total = x.detach().clone()
-    distributed.all_reduce(total)
-    return total
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -40,7 +33,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def own_rows(x: Tensor) -> Tensor:
-    """This rank's rows of what [`gather_rows`] gave."""
+    """Take the rows of this rank out of what [`gather_rows`] gave."""
     return x.chunk(world_size())[rank()]
 
 

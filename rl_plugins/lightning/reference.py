@@ -9,8 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from transformers import PreTrainedModel
 
-from rl_plugins.nn.attach import base_model_of, detach_mtp_heads, get_mtp_heads
-from rl_plugins.nn.value_model import detach_value_model, get_value_model
+from rl_plugins.nn.attachment import attachments_of
 
 
 class Reference:
@@ -28,11 +27,8 @@ class Reference:
         self.is_copy = isinstance(policy, PreTrainedModel)
         if self.is_copy:
             self.model = copy.deepcopy(policy).eval().requires_grad_(False)
-            base = base_model_of(self.model)
-            if get_mtp_heads(base) is not None:
-                detach_mtp_heads(base)
-            if get_value_model(base) is not None:
-                detach_value_model(base)
+            for attached in attachments_of(self.model):
+                attached.detach(self.model)
 
     @contextmanager
     def active(self, module: LightningModule) -> Iterator[None]:

@@ -31,7 +31,7 @@ class TokenValueReport(LightningOnly, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module that has no values to show."""
-        if not callable(getattr(pl_module, "recorded_values", None)):
+        if getattr(pl_module, "critic", None) is None or not hasattr(pl_module, "rollout"):
             raise ValueError(
                 f"TokenValueReport shows a critic's values, and {type(pl_module).__name__} has none. Use it with "
                 "MTPCriticModule or PPOModule."

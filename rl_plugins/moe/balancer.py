@@ -2,18 +2,18 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from rl_plugins.functional.masking import Reduce
 from rl_plugins.functional.routing import (
     expert_counts,
     load_entropy,
-    load_fractions,
     max_violation,
     router_probabilities,
     selection_bias_quantile,
@@ -21,23 +21,13 @@ from rl_plugins.functional.routing import (
 )
 from rl_plugins.moe.config import BalancingConfig
 from rl_plugins.moe.files import check_biases_fit, save_beside
-from rl_plugins.moe.losses import RouterLosses
+from rl_plugins.moe.losses import RouterLosses, RoutingCounts
 from rl_plugins.moe.routers import Router, find_routers
-from rl_plugins.moe.routing_pass import RoutingPass
-from rl_plugins.nn.attach import base_model_of, trunk_of
+from rl_plugins.nn.attachment import base_model_of, trunk_of
 from rl_plugins.nn.sharding import is_fsdp2, show_trained, whole_parameters
-
-Reduce = Callable[[Tensor], Tensor]
+from rl_plugins.process_group import sum_over_ranks
 
 ATTRIBUTE = "router_balancer"
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum over the default process group; `x` itself without one."""
-    if distributed.is_available() and distributed.is_initialized():
-        x = x.clone()
-        distributed.all_reduce(x)
-    return x
 
 
 def get_router_balancer(model: nn.Module) -> "RouterBalancer | None":
@@ -55,14 +45,22 @@ class RouterBalancer:
     router's logits on the way back, so it needs neither a loss from the model nor a particular checkpointing, and the
     forward stays as it was, bit for bit.
 
-    The host calls [`update`] after every optimizer step, and sets `loss_scale` to what it multiplies the loss of a
-    micro-batch by (1 / accumulation steps). Nothing here is a parameter or buffer: engines neither see nor save it.
+    Call [`update`] after every optimizer step, and tell [`scale_losses`] what the loss of a micro-batch is multiplied
+    by (1 / accumulation steps). Nothing here is a parameter or buffer: engines neither see nor save it.
 
     Args:
         model: Causal LM, or a PEFT model around one; before or after an engine has wrapped it.
-        config: What to do.
+        config: Settings.
         reduce: Sum of a tensor over ranks.
         extra_modules: More modules with routers, such as native MTP layers. Run those inside [`counting`].
+
+    Attributes:
+        routers: The routers of the model.
+        float32_biases: The bias (E,) of each router; zeros for a router without one. Updates are made to these, since
+            a bias that is stored in half precision would round most of them away.
+        last_counts: Tokens per expert (E,) of each router in the last optimizer step, over all ranks; empty before
+            the first.
+        driver: Whoever calls [`update`], for a driver that takes over.
 
     Raises:
         TypeError: If the model has no routers, or one that cannot be counted or biased.
@@ -81,28 +79,36 @@ class RouterBalancer:
         self.config = config or BalancingConfig()
         self.reduce = reduce
         self.routers = find_routers(model, extra_modules)
-        self.losses = RouterLosses(self.config, self.routers)
+        self.losses = RouterLosses(self.config, self.routers, reduce)
         self._model, self._trunk = model, trunk_of(base_model_of(model))
         if get_router_balancer(model) is not None:
             raise ValueError("This model is being balanced already; call detach() of its balancer first.")
+        # From here on the model changes: whatever can be refused has been.
         if self.config.rate > 0.0:
             self._add_biases()
         for router in self.routers:
             router.keep_float32()
         if any(router.has_bias for router in self.routers):
             save_beside(model)
-        self.masters = self._read_biases()
+        self.float32_biases = self._read_biases()
         self.last_counts: list[Tensor] = []
+        # Sums over the micro-batches since the last optimizer step, by router; a router that has not run is missing.
         self._counts: dict[int, Tensor] = {}
         self._targets: dict[int, Tensor] = {}
-        self._pass: RoutingPass | None = None
+        self._current: RoutingCounts | None = None  # while a training forward runs
         self._has_counted = False
-        self.is_active = True
-        self.host: Any = None  # whoever drives it, for a driver that takes over
+        self.is_active = True  # not so in a copy that came with a copied model
+        self.driver: Any = None
+        self._attach_hooks()
+
+    # Set-up
+
+    def _attach_hooks(self) -> None:
         trunk = self._trunk
         setattr(trunk, ATTRIBUTE, self)
         self._handles = [
             trunk.register_forward_pre_hook(self._on_trunk_start, with_kwargs=True),
+            # Also after a forward that failed, or the next forward outside training would count as a part of it.
             trunk.register_forward_hook(self._on_trunk_end, always_call=True),
             # Before an engine's hooks, which put other tensors in place of the outputs that the graph goes on from.
             *(
@@ -111,9 +117,8 @@ class RouterBalancer:
             ),
         ]
 
-    # Set-up
-
     def _add_biases(self) -> None:
+        # All are looked at before the first is changed, so that a refusal leaves the model as it was.
         for router in self.routers:
             if not router.has_bias:
                 router.check_can_add_bias()
@@ -122,7 +127,7 @@ class RouterBalancer:
             if router.injected is not None:
                 router.injected.keep_scores = self.config.rule == "quantile"
             elif self.config.rule == "quantile":
-                self.losses.scoring(router)
+                self.losses.scoring(router)  # raises where the scores cannot be told from the logits
             # `from_pretrained` makes every parameter trainable, also biases that their architecture freezes.
             router.stored_bias.requires_grad_(False)
 
@@ -141,23 +146,15 @@ class RouterBalancer:
         idle.is_active = False
         return idle
 
-    @property
-    def loss_scale(self) -> Tensor | float:
-        """What the host multiplies the loss of a micro-batch by."""
-        return self.losses.token_scale
-
-    @loss_scale.setter
-    def loss_scale(self, scale: float) -> None:
-        self.set_loss_scales(scale, scale)
-
-    def set_loss_scales(self, by_tokens: Tensor | float, by_rows: Tensor | float) -> None:
-        """Set [`loss_scale`] where micro-batches differ in size.
+    def scale_losses(self, by_tokens: Tensor | float, by_rows: Tensor | float | None = None) -> None:
+        """Weigh the auxiliary losses of the micro-batches that follow as the host weighs its own loss.
 
         Args:
             by_tokens: For losses that are means over tokens.
-            by_rows: For the loss per sequence, a mean over rows.
+            by_rows: For the loss per sequence, a mean over rows; as `by_tokens` if not given.
         """
-        self.losses.token_scale, self.losses.row_scale = by_tokens, by_rows
+        self.losses.token_scale = by_tokens
+        self.losses.row_scale = by_tokens if by_rows is None else by_rows
 
     # Forward
 
@@ -166,14 +163,16 @@ class RouterBalancer:
             return
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
+        # Soft prompts and images come as embeddings; their first two dimensions are those of tokens, too.
         tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
         mask = given.get("attention_mask")
+        # With a cache the mask covers tokens of earlier forwards, too, before those of this one.
         # Masks of other shapes (block-diagonal, per layer type) belong to packed rows, which have no padding.
         mask = mask[:, -tokens.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self._pass = RoutingPass(mask, (tokens.shape[0], tokens.shape[1]))
+        self._current = RoutingCounts(mask, (tokens.shape[0], tokens.shape[1]))
 
     def _on_trunk_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current, self._pass = self._pass, None
+        current, self._current = self._current, None
         # A forward that failed has no output: it counts nothing, and must not wait for other ranks.
         if current is not None and output is not None:
             self._finish(current)
@@ -185,33 +184,21 @@ class RouterBalancer:
         Args:
             mask: Real tokens (B, S) of what the routers see.
         """
-        self._pass = RoutingPass(mask, (mask.shape[0], mask.shape[1])) if torch.is_grad_enabled() else None
+        self._current = RoutingCounts(mask, (mask.shape[0], mask.shape[1])) if torch.is_grad_enabled() else None
         try:
             yield
-            if self._pass is not None:
-                self._finish(self._pass)
+            if self._current is not None:
+                self._finish(self._current)
         finally:
-            self._pass = None
+            self._current = None
 
-    def _finish(self, current: RoutingPass) -> None:
+    def _finish(self, current: RoutingCounts) -> None:
         for total, new in ((self._counts, current.counts), (self._targets, current.targets)):
             total.update({i: total[i] + x if i in total else x for i, x in new.items()})
-        if self.config.aux_loss_coef > 0.0 and current.counts:
-            current.fractions = self._fractions(current)
-        self.losses.finish(current)
-
-    def _fractions(self, current: RoutingPass) -> dict[int, Tensor]:
-        """Load f (E,) of each router that ran: its tokens over all tokens, so that it sums to k."""
-        counts = [current.counts[i] if self.config.batch == "local" else self._counts[i] for i in current.counts]
-        if self.config.batch == "global":
-            counts = list(self.reduce(torch.cat(counts)).split([len(c) for c in counts]))
-        shares = [load_fractions(c, self.routers[i].top_k) for i, c in zip(current.counts, counts, strict=True)]
-        if self.config.aux_loss_type == "pooled":
-            shares = [torch.stack(shares).mean(dim=0)] * len(shares)
-        return dict(zip(current.counts, shares, strict=True))
+        self.losses.finish(current, self._counts)
 
     def _on_router(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current = self._pass
+        current = self._current
         if not self.is_active:
             return
         if current is not None:
@@ -219,23 +206,27 @@ class RouterBalancer:
             self._count(i, current, logits.detach(), indices)
             self.losses.on_router(i, current, logits, indices)
         elif torch.is_grad_enabled():
+            # Outside every forward of the trunk, and with gradient: backward recomputes a checkpointed layer, whose
+            # tokens have been counted.
             self.losses.on_router_again(i, output)
 
     @torch.no_grad()
-    def _count(self, i: int, current: RoutingPass, logits: Tensor, indices: Tensor) -> None:
+    def _count(self, i: int, current: RoutingCounts, logits: Tensor, indices: Tensor) -> None:
         router = self.routers[i]
         mask = current.token_mask(len(indices), indices.device)
         counts = expert_counts(indices, router.num_experts, mask)
+        # A router that several layers share runs more than once in a forward.
         current.counts[i] = current.counts[i] + counts if i in current.counts else counts
         if self.config.rule == "quantile" and self.config.rate > 0.0:
             targets = selection_bias_quantile(
-                self._scores(router, logits), self.masters[i].to(indices.device), router.top_k, mask
+                self._scores(router, logits), self.float32_biases[i].to(indices.device), router.top_k, mask
             )
+            # Weighed by tokens, so that micro-batches of different sizes average rightly.
             weighted = targets * counts.sum()
             current.targets[i] = current.targets[i] + weighted if i in current.targets else weighted
 
     def _scores(self, router: Router, logits: Tensor) -> Tensor:
-        """What the router compares when it selects experts (N, E), without the bias."""
+        """Scores by which the router selects experts (N, E), without the bias."""
         if router.injected is not None:
             assert router.injected.scores is not None
             return router.injected.scores.float()
@@ -247,7 +238,7 @@ class RouterBalancer:
     def update(self, progress: float = 0.0) -> dict[str, Tensor]:
         """Call once after every optimizer step, on all ranks: one all-reduce of the counts, then the biases move.
 
-        The quantile rule and the values of losses are a second and a third, for what they add.
+        The quantile rule adds an all-reduce, and so do auxiliary losses, for their values.
 
         Args:
             progress: Share of the training that was over before this step, in [0, 1).
@@ -258,7 +249,8 @@ class RouterBalancer:
             between two experts of a layer), `moe/aux_loss` and `moe/z_loss` where they are on.
 
         Raises:
-            RuntimeError: At the first step, if no router has run, or the gradient of the loss has reached none.
+            RuntimeError: At the first step, if the model is in evaluation mode, no router has run, or the gradient of
+                the loss has reached none.
         """
         self._check_first_step()
         self.last_counts = self._reduced_counts()
@@ -266,22 +258,30 @@ class RouterBalancer:
         if rate > 0.0:
             self._move_biases(rate)
         elif self.config.rate > 0.0:
-            # An engine that took the parameters over after they were frozen may have put old values back.
+            # Before `start` and after `stop`. An engine that took the parameters over after they were frozen may have
+            # put old values back.
             self._write_biases()
         self._counts, self._targets = {}, {}
-        losses = self.losses.flush(self.reduce, self.last_counts[0].device)
+        losses = self.losses.flush(self.last_counts[0].device)
         return self._metrics() | {f"moe/{name}": value for name, value in losses.items()}
 
     def _check_first_step(self) -> None:
         if not (self._counts or self._has_counted):
+            name = type(self._trunk).__name__
+            if not self._trunk.training:
+                raise RuntimeError(
+                    f"{name} is in evaluation mode, as from_pretrained leaves it, and only training forwards are "
+                    "counted. Call model.train() where the model is loaded."
+                )
             raise RuntimeError(
-                f"No router of {type(self._trunk).__name__} ran in a training forward. Fused kernels bypass the "
-                "routers (load the model with use_kernels=False), and so does a forward that calls the layers alone."
+                f"No router of {name} ran in a training forward. Fused kernels bypass the routers (load the model "
+                "with use_kernels=False), and so does a forward that calls the layers alone."
             )
         self._has_counted = True
 
     def _reduced_counts(self) -> list[Tensor]:
-        device = next(iter(self._counts.values())).device if self._counts else self.masters[0].device
+        device = next(iter(self._counts.values())).device if self._counts else self.float32_biases[0].device
+        # Zeros for routers that have not run: every rank must bring as many numbers to the all-reduce.
         counts = [
             self._counts[i].to(device)
             if i in self._counts
@@ -293,22 +293,24 @@ class RouterBalancer:
     def _move_biases(self, rate: float) -> None:
         targets = None
         if self.config.rule == "quantile":
+            # The mean target of all tokens of all ranks, from sums that were weighed by tokens.
             device = self.last_counts[0].device
-            sums = [self._targets.get(i, torch.zeros_like(m)).to(device) for i, m in enumerate(self.masters)]
-            sums = list(self.reduce(torch.cat(sums)).split([len(m) for m in self.masters]))
+            sums = [self._targets.get(i, torch.zeros_like(m)).to(device) for i, m in enumerate(self.float32_biases)]
+            sums = list(self.reduce(torch.cat(sums)).split([len(m) for m in self.float32_biases]))
             targets = [x / c.sum().clamp(min=1) for x, c in zip(sums, self.last_counts, strict=True)]
+        # Layers with equally many experts move in one call: the update is a handful of small kernels for each.
         for num_experts in {router.num_experts for router in self.routers}:
             layers = [i for i, router in enumerate(self.routers) if router.num_experts == num_experts]
             counts = torch.stack([self.last_counts[i] for i in layers])
             moved = selection_bias_update(
-                torch.stack([self.masters[i].to(counts.device) for i in layers]),
+                torch.stack([self.float32_biases[i].to(counts.device) for i in layers]),
                 counts,
                 rate=rate,
                 rule=self.config.rule,
                 targets=None if targets is None else torch.stack([targets[i] for i in layers]),
             )
             for i, bias in zip(layers, moved.unbind(), strict=True):
-                self.masters[i] = bias
+                self.float32_biases[i] = bias
         self._write_biases()
 
     def _metrics(self) -> dict[str, Tensor]:
@@ -320,7 +322,7 @@ class RouterBalancer:
             "unused_experts": (torch.cat(self.last_counts) == 0).float().mean(),
         }
         if any(router.has_bias for router in self.routers):
-            metrics["bias_range"] = torch.stack([bias.max() - bias.min() for bias in self.masters]).max()
+            metrics["bias_range"] = torch.stack([bias.max() - bias.min() for bias in self.float32_biases]).max()
         return {f"moe/{name}": value for name, value in metrics.items()}
 
     # Biases and checkpoints
@@ -338,18 +340,18 @@ class RouterBalancer:
         others get its values with the sharding.
         """
         if not self._has_counted and is_fsdp2(self._model):
-            self.masters = self._read_biases()
+            self.float32_biases = self._read_biases()
 
     @torch.no_grad()
     def _write_biases(self) -> None:
         show_trained(self._model)
         with whole_parameters([router.stored_bias for router in self.routers], writing=True) as whole:
-            for router, master, live in zip(self.routers, self.masters, whole, strict=True):
-                router.set_bias(master, live)
+            for router, bias, live in zip(self.routers, self.float32_biases, whole, strict=True):
+                router.set_bias(bias, live)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The float32 biases by router, on the CPU."""
-        return {router.name: bias.cpu() for router, bias in zip(self.routers, self.masters, strict=True)}
+        return {router.name: bias.cpu() for router, bias in zip(self.routers, self.float32_biases, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with saved biases.
@@ -358,8 +360,11 @@ class RouterBalancer:
             ValueError: If they belong to other routers, or another number of experts; nothing is changed then.
         """
         check_biases_fit(state, self.routers, whose="the checkpoint")
-        self.masters = [state[router.name].to(bias) for router, bias in zip(self.routers, self.masters, strict=True)]
-        if any(bias.any() for bias in self.masters):
+        self.float32_biases = [
+            state[router.name].to(bias) for router, bias in zip(self.routers, self.float32_biases, strict=True)
+        ]
+        # With rate=0 none were added at the start, but a model that was trained with biases needs them.
+        if any(bias.any() for bias in self.float32_biases):
             self._add_biases()
             save_beside(self._model)
         if all(router.has_bias for router in self.routers):

@@ -1,4 +1,4 @@
-"""What a router balancer does, and when."""
+"""Settings of the balancing of experts."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -27,9 +27,10 @@ class BalancingConfig:
         aux_loss_type: `"layer"`: Switch (2101.03961, equation 4) for each layer. `"pooled"`: over all layers at once,
             as transformers computes it. `"sequence"`: DeepSeek-V3 (equation 17), per sequence.
         z_loss_coef: Coefficient of the router z-loss (2202.08906, equation 5), averaged over layers.
-        batch: What the load f of the auxiliary loss is counted over: this micro-batch of this rank, the micro-batches
-            since the last optimizer step, or those of all ranks (2501.11873).
-        scoring: How logits become affinities, where the router's code does not tell.
+        batch: Tokens over which the load f of the auxiliary loss is counted: this micro-batch of this rank
+            (`"local"`), the micro-batches since the last optimizer step (`"accumulated"`), or those of all ranks
+            (`"global"`, 2501.11873).
+        scoring: Whether routers score experts by softmax or sigmoid, where their code does not tell.
         count_only: Count and log the load, and balance nothing; goes with `rate=0` and no loss.
 
     Raises:
@@ -51,6 +52,7 @@ class BalancingConfig:
     def __post_init__(self) -> None:
         settle_numbers(self)
         for name in ("rate", "aux_loss_coef", "z_loss_coef"):
+            # Written so that NaN is refused, too.
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 (off) or more.")
         for name, choices in (("rule", BiasRule), ("aux_loss_type", AuxLossType), ("batch", BalanceBatch)):
@@ -65,6 +67,7 @@ class BalancingConfig:
             )
         if self.batch != "local" and self.aux_loss_type == "sequence":
             raise ValueError(f"batch={self.batch!r}: the loss per sequence is counted over one sequence; use 'local'.")
+        # Counting alone must be asked for: a forgotten coefficient would otherwise balance nothing without a word.
         if self.count_only == (self.rate > 0.0 or self.has_loss):
             raise ValueError(
                 "count_only=True balances nothing: set rate=0 and leave the losses at 0, or drop it."
@@ -75,12 +78,14 @@ class BalancingConfig:
 
     @property
     def has_loss(self) -> bool:
-        """Whether it adds to the gradient."""
+        """Whether an auxiliary loss adds to the gradient."""
         return self.aux_loss_coef > 0.0 or self.z_loss_coef > 0.0
 
     def rate_at(self, progress: float) -> float:
-        """Step of the bias after a share `progress` of the training; `stop=1.0` never stops it, however long the host
-        takes the training to be."""
+        """Step of the bias after a share `progress` of the training.
+
+        `stop=1.0` never stops the bias: a host may train for longer than it has announced.
+        """
         return self.rate if self.start <= progress and (progress < self.stop or self.stop == 1.0) else 0.0
 
     def check_schedule(self, num_steps: int) -> None:

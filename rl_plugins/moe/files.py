@@ -9,9 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rl_plugins.moe.routers import Router, find_routers
-from rl_plugins.nn.attach import base_model_of
-
-SELECTION_BIAS_NAME = "selection_bias.safetensors"
+from rl_plugins.nn.attachment import SELECTION_BIAS_NAME, base_model_of
 
 
 def save_selection_bias(model: nn.Module, directory: str | Path) -> Path | None:
@@ -27,12 +25,13 @@ def save_selection_bias(model: nn.Module, directory: str | Path) -> Path | None:
         checkpoint.
     """
     routers = [router for router in find_routers(model) if router.has_bias]
+    # One added or rounded bias makes all go into the file: `load_selection_bias` wants those of every router.
     if not any(router.injected is not None or router.is_rounded for router in routers):
         return None
-    added = {router.name: router.bias.detach().float().reshape(-1) for router in routers}
+    biases = {router.name: router.bias.detach().float().reshape(-1) for router in routers}
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: bias.cpu().contiguous() for name, bias in added.items()}, path / SELECTION_BIAS_NAME)
+    save_file({name: bias.cpu().contiguous() for name, bias in biases.items()}, path / SELECTION_BIAS_NAME)
     return path / SELECTION_BIAS_NAME
 
 
@@ -58,13 +57,13 @@ def load_selection_bias(model: nn.Module, directory: str | Path) -> None:
     routers = {router.name: router for router in find_routers(model)}
     check_biases_fit(biases, list(routers.values()), whose=str(path))
     for name, bias in biases.items():
-        routers[name].add_bias()
+        routers[name].add_bias()  # of an architecture's own nothing is added
         routers[name].set_bias(bias)
     save_beside(model)
 
 
 def check_biases_fit(biases: Mapping[str, Tensor], routers: list[Router], *, whose: str) -> None:
-    """Compare names and sizes.
+    """Check that biases belong to these routers, by names and numbers of experts.
 
     Raises:
         ValueError: Naming what differs.
@@ -86,13 +85,17 @@ def check_biases_fit(biases: Mapping[str, Tensor], routers: list[Router], *, who
 
 
 class _SaveBeside:
-    """`save_pretrained` of one model, followed by its added biases."""
+    """Wraps `save_pretrained` of one model so that it writes the added biases, too.
+
+    A class and not a closure: a copy of the model then carries a copy of the wrapper, which saves the copy.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.stock: Callable[..., Any] = model.save_pretrained
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
+        # First the model: a failure leaves no biases without one.
         result = self.stock(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and save_selection_bias(self.model, save_directory) is not None:
             added = any(router.injected is not None for router in find_routers(self.model))
@@ -108,6 +111,7 @@ class _SaveBeside:
 
 def save_beside(model: nn.Module) -> None:
     """Have `save_pretrained` write added biases too, whoever calls it; again does nothing."""
+    # Trainers save the PEFT model, users often the base model; by id, since both are one without PEFT.
     modules: dict[int, Any] = {id(module): module for module in (model, base_model_of(model))}
     for module in modules.values():
         if "save_pretrained" not in vars(module):

@@ -1,4 +1,4 @@
-"""A selection bias of an architecture's own that its router sees in float32, whatever the model is cast to."""
+"""Keeps a selection bias of an architecture's own in float32 for its router, whatever the model is cast to."""
 
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ class Float32Bias:
 
     @classmethod
     def of(cls, owner: nn.Module, name: str) -> "Float32Bias":
-        """The one of a bias, made where there is none."""
+        """The float32 tensor of a bias, made where there is none."""
         present = get_float32_bias(owner)
         if present is not None:
             return present
@@ -63,16 +63,21 @@ class Float32Bias:
 
     def show(self, owner: nn.Module) -> Tensor:
         """Have the owner's attribute be float32, and return it."""
+        # `nn.Module` finds parameters and buffers in `__getattr__`, which Python asks only where `vars(owner)` has no
+        # such name: an entry there hides them.
         live, hidden = stored(owner, self.name), self.name in vars(owner)
         if live.dtype == torch.float32:
             if hidden:
+                # The model has been cast back, from numbers that the first cast had rounded.
                 del vars(owner)[self.name]
                 self._write(live)
             elif self._is_whole(live):
                 self.value = live.detach().clone()  # a cast does not ask before it rounds
             return live
+        # Half precision, not hidden yet: where the value does not round to the live numbers, somebody has written
+        # others, and those count.
         if not hidden and self._is_whole(live) and not torch.equal(self.value.to(live), live):
-            self.value = live.detach().float()  # somebody wrote to it
+            self.value = live.detach().float()
         if self.value.device != live.device:
             self.value = self.value.to(live.device)
         vars(owner)[self.name] = self.value
@@ -101,12 +106,15 @@ class Float32Bias:
     def _is_whole(self, live: Tensor) -> bool:
         return not is_sharded(live) and live.shape == self.value.shape and not live.is_meta
 
+    # Checkpoints: state dicts hold the float32 tensor in place of its rounded copy.
+
     def _save(self, owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         live = stored(owner, self.name)
         if f"{prefix}{self.name}" in state and live.dtype != torch.float32 and self._is_whole(live):
             state[f"{prefix}{self.name}"] = self.show(owner)
 
     def _load(self, owner: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Before torch copies the same numbers into the module tree, and rounds them there.
         given = state.get(f"{prefix}{self.name}")
         if isinstance(given, Tensor) and given.shape == self.value.shape:
             self.value = given.detach().to(self.value.device, torch.float32).clone()

@@ -1,15 +1,54 @@
 """Auxiliary losses of the routers: their gradient joins that of the logits on the way back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.routing import Scoring, router_z_loss, sequence_balance_loss, switch_balance_loss
+from rl_plugins.functional.masking import Reduce
+from rl_plugins.functional.routing import (
+    Scoring,
+    load_fractions,
+    router_z_loss,
+    sequence_balance_loss,
+    switch_balance_loss,
+)
 from rl_plugins.moe.config import BalancingConfig
 from rl_plugins.moe.routers import Router
-from rl_plugins.moe.routing_pass import RoutingPass
+
+
+@dataclass
+class RoutingCounts:
+    """Tokens per expert of one training forward, kept until its gradient has passed every router.
+
+    Args:
+        mask: Real tokens (B, S), or `None` where all are real.
+        shape: (B, S).
+        counts: Tokens per expert (E,), by router.
+        targets: Biases (E,) that the quantile rule moves to, times tokens, by router.
+        fractions: Load f (E,) that the auxiliary loss refers to, by router; filled once the forward is over.
+        waiting: Routers whose logits have not been given the loss's gradient yet, with the experts that they chose
+            (N, k). Under reentrant checkpointing that is all of them until the forward is run again.
+    """
+
+    mask: Tensor | None
+    shape: tuple[int, int]
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    targets: dict[int, Tensor] = field(default_factory=dict)
+    fractions: dict[int, Tensor] = field(default_factory=dict)
+    waiting: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def token_mask(self, num_tokens: int, device: torch.device) -> Tensor | None:
+        """Mask of a router's tokens (N,); `None` where it sees other tokens than the trunk (image patches)."""
+        if self.mask is None or self.mask.numel() != num_tokens:
+            return None
+        return self.mask.reshape(-1).to(device)
+
+    def rows(self, num_tokens: int) -> tuple[int, int]:
+        """Sequences and tokens of each in a router's N tokens: (B, S), or (1, N) where it sees other tokens."""
+        return self.shape if num_tokens == self.shape[0] * self.shape[1] else (1, num_tokens)
 
 
 class RouterLosses:
@@ -22,16 +61,18 @@ class RouterLosses:
     Args:
         config: Coefficients.
         routers: Routers by number.
+        reduce: Sum of a tensor over ranks.
 
     Raises:
-        ValueError: If a router's code does not tell its scoring, or pooled layers differ in their experts.
+        ValueError: If the code of a router does not tell its scoring, or pooled layers differ in their experts.
     """
 
-    def __init__(self, config: BalancingConfig, routers: Sequence[Router]) -> None:
-        self.config, self.routers = config, routers
+    def __init__(self, config: BalancingConfig, routers: Sequence[Router], reduce: Reduce) -> None:
+        self.config, self.routers, self.reduce = config, routers, reduce
         self.token_scale: Tensor | float = 1.0
         self.row_scale: Tensor | float = 1.0
-        self._waiting: list[RoutingPass] = []
+        self._waiting: list[RoutingCounts] = []
+        # Name of a loss -> (sum of weight * value, sum of weights), since the last optimizer step.
         self._terms: dict[str, Tensor] = {}
         self._attached = self._arrived = False
         if config.aux_loss_coef > 0.0:
@@ -41,10 +82,10 @@ class RouterLosses:
             raise ValueError("aux_loss_type='pooled' needs layers with equal numbers of experts; use 'layer'.")
 
     def scoring(self, router: Router) -> Scoring:
-        """How a router's logits become affinities.
+        """Whether a router scores experts by softmax or sigmoid.
 
         Raises:
-            ValueError: If neither its code nor the config says.
+            ValueError: If neither the config nor the code of the router says.
         """
         scoring = self.config.scoring or router.scoring
         if scoring is None:
@@ -56,18 +97,51 @@ class RouterLosses:
 
     # Forward
 
-    def on_router(self, i: int, current: RoutingPass, logits: Tensor, indices: Tensor) -> None:
-        """A router has run in a training forward."""
+    def on_router(self, i: int, current: RoutingCounts, logits: Tensor, indices: Tensor) -> None:
+        """Attach the gradient of router `i`, which has run in a training forward, or put the router on the waiting
+        list."""
         if self.config.has_loss and not self._attach(i, current, logits, indices):
             current.waiting.append((i, indices))
 
-    def finish(self, current: RoutingPass) -> None:
-        """The forward is over; routers without gradient may run again for it."""
+    def finish(self, current: RoutingCounts, window: Mapping[int, Tensor]) -> None:
+        """End a forward: settle the load that its loss refers to, and wait for the routers that had no gradient.
+
+        Args:
+            current: The forward.
+            window: Tokens per expert since the last optimizer step, this forward included, by router.
+        """
+        # Not earlier: the gradient of the first router may refer to the load of the last.
+        if self.config.aux_loss_coef > 0.0 and current.counts:
+            current.fractions = self._fractions(current, window)
         if current.waiting:
             self._waiting.append(current)
 
+    def _fractions(self, current: RoutingCounts, window: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Load f (E,) of each router that ran: its tokens over all tokens, so that it sums to k."""
+        counts = [current.counts[i] if self.config.batch == "local" else window[i] for i in current.counts]
+        if self.config.batch == "global":
+            # All layers in one all-reduce.
+            counts = list(self.reduce(torch.cat(counts)).split([len(c) for c in counts]))
+        shares = [load_fractions(c, self.routers[i].top_k) for i, c in zip(current.counts, counts, strict=True)]
+        if self.config.aux_loss_type == "pooled":
+            # transformers' loss is E sum_i mean_l(f) mean_l(P). With the mean of f in every layer, the mean of the
+            # layers' losses is that product, and each layer still needs no other layer's logits.
+            shares = [torch.stack(shares).mean(dim=0)] * len(shares)
+        return dict(zip(current.counts, shares, strict=True))
+
     def on_router_again(self, i: int, output: object) -> None:
-        """A router has run outside any forward, as checkpointing makes it: once more for one that is waiting."""
+        """Attach the gradient of router `i`, which has run outside any forward, as checkpointing makes it."""
+        # Reentrant checkpointing runs a layer without gradient in the forward, and once more, with gradient, in the
+        # backward. Only the logits of the second run are part of the graph, and the second run does not say which
+        # forward it belongs to. Micro-batches A and B of a model with routers 0 to 2, both forwards before one
+        # backward:
+        #
+        #     after the forwards   A waits for routers 0, 1, 2     B waits for routers 0, 1, 2
+        #     layer of router 2 runs again                         A's or B's?
+        #
+        # Its tokens are those of the first run, so it chooses the experts that the first run chose: where they equal
+        # those that B's router 2 chose, B no longer waits for router 2, and the next run of router 2 can only be A's.
+        # With one forward waiting, the usual case, there is nothing to compare, and no wait for a GPU.
         waiting = [
             (current, j)
             for current in reversed(self._waiting)
@@ -75,9 +149,10 @@ class RouterLosses:
             if router == i
         ]
         if not waiting:
-            return
+            return  # the layer had its gradient in the forward (non-reentrant checkpointing), or there is no loss
         logits, indices = self.routers[i].read(output)
-        # Backward usually takes the newest forward first; which of several it is, the experts tell.
+        # The newest forward is asked first, since backward usually begins with it. It is also taken where no forward
+        # fits: a kernel that rounds differently in the second run may swap two experts with nearly equal scores.
         found = (p for p in waiting if len(waiting) == 1 or torch.equal(p[0].waiting[p[1]][1], indices))
         current, j = next(found, waiting[0])
         if self._attach(i, current, logits, indices):
@@ -85,14 +160,16 @@ class RouterLosses:
 
     # Backward
 
-    def _attach(self, i: int, current: RoutingPass, logits: Tensor, indices: Tensor) -> bool:
+    def _attach(self, i: int, current: RoutingCounts, logits: Tensor, indices: Tensor) -> bool:
         """Have the gradient added on the way back, if there will be one."""
         if logits.requires_grad:
+            # The hook keeps detached logits: with the graph behind them they would keep themselves alive.
             logits.register_hook(partial(self._add_gradient, i, current, logits.detach(), indices))
             self._attached = True
         return logits.requires_grad
 
-    def _add_gradient(self, i: int, current: RoutingPass, logits: Tensor, indices: Tensor, grad: Tensor) -> Tensor:
+    def _add_gradient(self, i: int, current: RoutingCounts, logits: Tensor, indices: Tensor, grad: Tensor) -> Tensor:
+        # Backward turns gradients off, and this layer's loss needs a small graph of its own, from a float32 leaf.
         with torch.enable_grad():
             leaf = logits.float().requires_grad_()
             terms = self._losses(i, current, leaf, indices)
@@ -109,7 +186,7 @@ class RouterLosses:
         return self.row_scale if per_row else self.token_scale
 
     def _losses(
-        self, i: int, current: RoutingPass, logits: Tensor, indices: Tensor
+        self, i: int, current: RoutingCounts, logits: Tensor, indices: Tensor
     ) -> dict[str, tuple[float, Tensor]]:
         """Coefficient and value of each loss of one layer, from its logits (N, E)."""
         terms = {}
@@ -120,11 +197,10 @@ class RouterLosses:
             terms["z_loss"] = (self.config.z_loss_coef, router_z_loss(logits, mask))
         return terms
 
-    def _balance_loss(self, i: int, current: RoutingPass, logits: Tensor, indices: Tensor) -> Tensor:
+    def _balance_loss(self, i: int, current: RoutingCounts, logits: Tensor, indices: Tensor) -> Tensor:
         mask, scoring = current.token_mask(len(logits), logits.device), self.scoring(self.routers[i])
         if self.config.aux_loss_type != "sequence":
-            fractions = [current.fractions[i].to(logits.device)]
-            return switch_balance_loss([logits], [indices], mask, scoring=scoring, fractions=fractions)
+            return switch_balance_loss(logits, current.fractions[i], mask, scoring=scoring)
         rows = current.rows(len(logits))
         return sequence_balance_loss(
             logits.view(*rows, -1),
@@ -135,13 +211,12 @@ class RouterLosses:
 
     # Optimizer step
 
-    def flush(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+    def flush(self, device: torch.device) -> dict[str, Tensor]:
         """Mean value of each loss over layers, micro-batches and ranks since the last call, 0-d.
 
         Micro-batches weigh as they do in the gradient.
 
         Args:
-            reduce: Sum of a tensor over ranks; called where a loss is on.
             device: Where to reduce.
 
         Raises:
@@ -154,9 +229,13 @@ class RouterLosses:
             )
         coefs = {"aux_loss": self.config.aux_loss_coef, "z_loss": self.config.z_loss_coef}
         names = [name for name, coef in coefs.items() if coef > 0.0]
+        # A rank whose routers had no gradient takes part in the all-reduce, or the others would wait for it.
         nothing = torch.zeros(2)
         sums = [self._terms.get(name, nothing).to(device) for name in names]
+        # Forwards that still wait were never differentiated; keeping them would take the next step's recomputations.
         self._terms, self._waiting = {}, []
         if not names:
             return {}
-        return {name: total / number for name, (total, number) in zip(names, reduce(torch.stack(sums)), strict=True)}
+        return {
+            name: total / number for name, (total, number) in zip(names, self.reduce(torch.stack(sums)), strict=True)
+        }

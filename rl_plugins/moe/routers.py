@@ -14,13 +14,11 @@ from rl_plugins.functional.routing import Scoring
 from rl_plugins.hooks import BALANCING, require_hooks
 from rl_plugins.moe.float32_bias import Float32Bias, get_float32_bias, stored
 from rl_plugins.moe.selection_bias import SelectionBias, get_selection_bias
-from rl_plugins.nn.attach import base_model_of
-from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
+from rl_plugins.nn.attachment import Attachment, base_model_of
 from rl_plugins.nn.sharding import whole_size
-from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE
 
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-"""What the architectures with a selection bias of their own call it."""
+"""Names of the selection bias in architectures that have one of their own."""
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 SELECTED_COUNTS = ("top_k", "num_experts_per_tok")
@@ -35,7 +33,7 @@ class Router:
         module: The router; its forward returns logits, weights and indices of the selected experts.
         num_experts: E.
         top_k: k, experts per token.
-        scoring: How logits become affinities; `None` where the code does not tell.
+        scoring: Whether the router scores experts by softmax or sigmoid; `None` if this cannot be read from its code.
         bias_owner: The module that holds a selection bias of the architecture's own; `None` without one.
         bias_key: Its dotted name in the model, which ends in its attribute there.
     """
@@ -55,7 +53,7 @@ class Router:
 
     @property
     def injected(self) -> SelectionBias | None:
-        """The bias that we added, if any."""
+        """The bias that was added to a router without one, or `None`."""
         return get_selection_bias(self.module)
 
     @property
@@ -77,7 +75,7 @@ class Router:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether the module tree holds a rounded copy of the bias only."""
+        """Whether the module tree holds only a rounded copy of the bias."""
         return self.has_bias and self.bias is not self.stored_bias
 
     @property
@@ -85,7 +83,7 @@ class Router:
         return self.bias_key.rpartition(".")[2]
 
     def keep_float32(self) -> None:
-        """Have the router see a float32 bias of its architecture's own whatever the model is cast to."""
+        """Keep a bias of the architecture's own in float32 for the router, whatever the model is cast to."""
         if self.bias_owner is not None:
             Float32Bias.of(self.bias_owner, self._bias_name)
 
@@ -97,7 +95,7 @@ class Router:
 
     @torch.no_grad()
     def set_bias(self, bias: Tensor, live: Tensor | None = None) -> None:
-        """Route with another bias, and write it into the module tree, too.
+        """Replace the bias that the router adds, and the copy of it in the module tree.
 
         Args:
             bias: (E,).
@@ -110,7 +108,7 @@ class Router:
             self.bias.copy_(bias)
 
     def check_can_add_bias(self) -> None:
-        """Look at the code of a router that has no selection bias.
+        """Check that a selection bias can be added to a router that has none.
 
         Raises:
             TypeError: If its forward does not select experts with `topk`.
@@ -144,6 +142,8 @@ class Router:
             case (Tensor() as scores, Tensor() as logits) if scores.shape == logits.shape:
                 # Zero for all experts but the selected ones.
                 return logits, scores.detach().topk(self.top_k, dim=-1).indices
+            # Sorted by expert: `counts[e]` slots go to expert e, and each says in `slots` which of the tokens' N k
+            # choices it is. Written back to there, the experts stand by token.
             case (Tensor() as slots, Tensor(), Tensor(), list() as counts, Tensor() as logits):
                 experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots.device)
                 return logits, torch.empty_like(slots).scatter_(0, slots, experts).view(-1, self.top_k)
@@ -173,9 +173,10 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
     routers: list[Router] = []
     for prefix, root in [("", base), *((f"extra.{i}.", module) for i, module in enumerate(extra_modules))]:
         # A value model beside the policy has a trunk of its own, whose experts are not the policy's.
-        foreign = {CRITIC_ATTRIBUTE, NATIVE_ATTRIBUTE}
+        foreign = Attachment.names()
         modules = {name: x for name, x in root.named_modules() if foreign.isdisjoint(name.split("."))}
         for name, module in _candidates(modules, recorded):
+            # The block around the router, past the module that PEFT has put between them.
             parent = modules[re.sub(r"\.modules_to_save\.[^.]+$", "", name).rpartition(".")[0]]
             routers.append(_describe(prefix + _without_peft(name), module, parent))
     if not routers:
@@ -192,6 +193,7 @@ def _recorded_classes(base: PreTrainedModel) -> tuple[type, ...]:
     for module in base.modules():
         if isinstance(module, PreTrainedModel):
             recorders = (module._can_record_outputs or {}).get("router_logits", ())
+            # One class, an `OutputRecorder` around a class, or a list of either.
             for recorder in recorders if isinstance(recorders, list | tuple) else [recorders]:
                 classes.append(recorder if isinstance(recorder, type) else recorder.target_class)
     return tuple(classes)
@@ -203,6 +205,7 @@ def _candidates(modules: dict[str, nn.Module], recorded: tuple[type, ...]) -> It
     names = [name for name, _ in found]
     found = [(name, module) for name, module in found if not any(x.startswith(f"{name}.") for x in names)]
     if not found:
+        # Architectures that record no router logits have routers all the same.
         found = [
             (name, module)
             for name, module in modules.items()
@@ -213,6 +216,8 @@ def _candidates(modules: dict[str, nn.Module], recorded: tuple[type, ...]) -> It
 
 
 def _is_idle(name: str, modules: dict[str, nn.Module]) -> bool:
+    # PEFT wraps `gate` into `gate.original_module`, which is frozen and idle, and one `gate.modules_to_save.<adapter>`
+    # for each adapter, of which the active ones run.
     path = name.split(".")
     if "modules_to_save" not in path:
         return "original_module" in path
@@ -244,16 +249,19 @@ def _integer(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 def _own_bias(path: str, module: nn.Module, parent: nn.Module, num_experts: int) -> tuple[nn.Module | None, str]:
     """Module and dotted name of the architecture's own selection bias."""
+    # In the router or a module inside it (deepseek_v3, ernie4_5_moe), or in the block around it (minimax_m2).
     inside = [(f"{path}.{name}" if name else path, child) for name, child in module.named_modules()]
     for prefix, owner in [*inside, (path.rpartition(".")[0], parent)]:
         for name in BIAS_NAMES:
             tensor = owner._parameters.get(name, owner._buffers.get(name))
+            # The size tells a bias of the experts from others of that name. ZeRO-3 leaves a part of a parameter only.
             if tensor is not None and whole_size(tensor) == num_experts:
                 return owner, f"{prefix}.{name}"
     return None, ""
 
 
 def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+    # Names of the compiled code, not of its source, which need not be there; decorators of transformers are unwrapped.
     return inspect.unwrap(type(module).forward).__code__.co_names
 
 

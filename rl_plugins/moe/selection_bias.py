@@ -17,22 +17,37 @@ _MASKED_FILL: tuple[Callable[..., Any], ...] = (torch.masked_fill, torch.Tensor.
 class _BiasedTopK(TorchFunctionMode):
     """Rewrites the `topk` by which a router selects experts: indices from scores plus bias, values from the scores.
 
-    Group-limited routers (DeepSeek-V2) first keep the groups with the largest score, then fill the others with zero:
-    groups are compared with the bias too, and experts of a dropped group stay out whatever their bias is.
+    Most routers, here mixtral's, select in one line; it becomes `(p + b).topk(k).indices` and `p` at those indices:
+
+    ```python
+    router_top_value, router_indices = torch.topk(router_probs, self.top_k, dim=-1)
+    ```
+
+    Group-limited routers (DeepSeek-V2) keep the groups of the best experts first:
+
+    ```python
+    group_scores = scores.view(-1, self.num_group, self.num_experts // self.num_group).max(dim=-1).values
+    scores = scores.masked_fill(~score_mask.bool(), 0.0)  # the groups that were not kept
+    topk_weights, topk_indices = torch.topk(scores, k=self.top_k, dim=-1, sorted=False)
+    ```
+
+    There `max` compares groups with the bias, too, and `masked_fill` tells which experts are out, whatever their bias.
     """
 
     def __init__(self, bias: Tensor, top_k: int) -> None:
         super().__init__()
         self.bias, self.top_k = bias, top_k
-        self.scores: Tensor | None = None
-        self._dropped: Tensor | None = None
+        self.scores: Tensor | None = None  # (N, E), once the router has selected
+        self._dropped: Tensor | None = None  # (N, E), experts of the groups that were not kept
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # torch turns the mode off in here, so that our own calls are not rewritten in turn.
         if func in _TOPK and self._selects(*args, **kwargs):
             return self._topk(*args, **kwargs)
+        # Scores by group, (N, groups, E / groups): no other maximum in a router has this shape.
         if func in _MAX and args[0].ndim == 3 and args[0].shape[1:].numel() == len(self.bias):
             grouped = args[0] + self.bias.view(args[0].shape[1:])
             return func(grouped, *args[1:], **kwargs)
@@ -41,14 +56,17 @@ class _BiasedTopK(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _selects(self, x: Tensor, k: int, dim: int = -1, **kwargs: Any) -> bool:
+        # Not the topk over groups, of which there are fewer than experts.
         return k == self.top_k and x.ndim == 2 and x.shape[-1] == len(self.bias) and dim in (-1, 1)
 
     def _topk(self, x: Tensor, k: int, dim: int = -1, **kwargs: Any) -> Any:
         self.scores = x.detach()
         biased = self.scores + self.bias
         if self._dropped is not None:
+            # The router has given them a score of zero, which with a large bias would win.
             biased = biased.masked_fill(self._dropped, -torch.inf)
         indices = biased.topk(k, dim=dim, **kwargs).indices
+        # From `x` and not from the detached scores: the weights of the experts carry the router's gradient.
         return torch.return_types.topk((x.gather(dim, indices), indices))
 
 
@@ -64,15 +82,17 @@ class SelectionBias:
         device = next((p.device for p in router.parameters()), None)
         self.bias = torch.zeros(num_experts, device=device)
         self.top_k = top_k
-        self.keep_scores = False
+        self.keep_scores = False  # the quantile rule reads them
         self.scores: Tensor | None = None
+        # Three forwards: `_forward` takes the place of the router's, and calls `_unbiased`, which is the method of its
+        # class, or what somebody has put in its place before us, as accelerate does to hook a module. `_replaced` is
+        # the latter, or None, and goes back when the bias is taken off.
         self._unbiased = router.forward
-        # accelerate, too, hooks a module by giving it a forward of its own.
         self._replaced = vars(router).get("forward")
 
     @classmethod
     def add_to(cls, router: nn.Module, num_experts: int, top_k: int) -> "SelectionBias":
-        """Route with a bias from now on; one that is there already is kept."""
+        """Give a router a bias of zero and route with it from now on; a bias that is there already is kept."""
         present = get_selection_bias(router)
         if present is not None:
             return present
@@ -82,16 +102,16 @@ class SelectionBias:
         return ours
 
     def remove_from(self, router: nn.Module) -> None:
-        """Route as before."""
+        """Take the bias off, and route as before it was added."""
         delattr(router, ATTRIBUTE)
-        del router.forward
+        del router.forward  # that of the class shows again
         if self._replaced is not None:
             router.forward = self._replaced
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         device = next((x.device for x in args if isinstance(x, Tensor)), self.bias.device)
         if self.bias.device != device:
-            self.bias = self.bias.to(device)
+            self.bias = self.bias.to(device)  # `model.to` does not see it, since it is no buffer
         mode = _BiasedTopK(self.bias, self.top_k)
         with mode:
             output = self._unbiased(*args, **kwargs)

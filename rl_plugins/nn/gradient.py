@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass
 class GradientStats:
-    """What `clamp_gradient` saw on the way back, as sums, so that ranks and micro-batches can be added up."""
+    """Norms and counts that `clamp_gradient` saw in the backward pass, as sums, so that ranks and micro-batches can be
+    added up."""
 
     norm_sum: list[Tensor] = field(default_factory=list)
     clamped: list[Tensor] = field(default_factory=list)

@@ -1,15 +1,30 @@
 """Multi-token-prediction heads that also output a value: the critic inside the policy."""
 
-from collections.abc import Iterator
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
+from rl_plugins.nn.attachment import Attachment, base_model_of, find_file
+from rl_plugins.nn.gradient import clamp_gradient
+from rl_plugins.nn.head_run import HeadRun
+from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.seeding import fixed_seed
-from rl_plugins.nn.trunk_tap import TrunkTap
+from rl_plugins.nn.token_loss import head_token_loss
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "mtp_heads_config.json"
+"""File of the heads' shape, beside their weights."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class MTPHead(nn.Module):
         return self.value(self(hidden))
 
 
-class MTPHeads(TrunkTap):
+class MTPHeads(Attachment):
     """K parallel heads on the trunk's hidden state: `[logits_k, v_k] = head_k(h_t)`.
 
     Head k reads `h_t` alone. Its logits predict `y_{t+k}` (Gloeckle et al., 2404.19737, section 2; the main head
@@ -96,6 +111,9 @@ class MTPHeads(TrunkTap):
         seed: Seed of the initial weights. Fixed, so that every rank starts from the same heads and the caller's
             random state is left alone.
     """
+
+    name = "mtp_heads"
+    mark = "mtp_heads.safetensors"
 
     def __init__(self, config: MTPHeadsConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -134,3 +152,213 @@ class MTPHeads(TrunkTap):
     def __iter__(self) -> Iterator[MTPHead]:
         """The heads in order, k = 1..K."""
         return (cast(MTPHead, head) for head in self.heads)
+
+    @contextmanager
+    def running(
+        self,
+        select: Callable[[Tensor], Tensor],
+        *,
+        lm_head: nn.Module | None = None,
+        labels: Tensor | None = None,
+        divisor: float = 1.0,
+        detach_tokens: bool = True,
+        value_grad_scale: float = 1.0,
+        value_grad_norm: Tensor | None = None,
+        target: Callable[[Tensor], Tensor] | None = None,
+        with_values: bool = True,
+    ) -> Iterator[HeadRun]:
+        """Run the heads in the next forward of the model inside the block: values, and the token loss where labels are
+        given. Only the first forward counts.
+
+        Args:
+            select: Picks the states from the trunk's hidden states, (B, S, D) -> (B, T, D).
+            lm_head: The model's output embedding, for the token loss.
+            labels: Token of each head (B, T, K), -100 where there is none; `None` skips the token loss.
+            divisor: See [`~rl_plugins.nn.logit_divisor`].
+            detach_tokens: Keep the token loss out of the trunk.
+            value_grad_scale: Scale of the value gradient into the trunk; 0 detaches it.
+            value_grad_norm: Per-token clamp of that gradient, in the units of the scaled loss.
+            target: Slow heads to run on the same states, where the bootstrap is not taken from a rollout.
+            with_values: Whether the values are computed; heads that only draft have no use for them.
+
+        Yields:
+            The results, empty until the forward has run.
+        """
+        run = HeadRun()
+
+        def observe(hidden: Tensor) -> tuple[Tensor | None, ...]:
+            if run.is_filled:
+                return ()
+            states = select(hidden)
+            if with_values:
+                tamed = clamp_gradient(states, max_norm=value_grad_norm, scale=value_grad_scale, stats=run.stats)
+                run.values = self(tamed)
+            if target is not None:
+                run.target_values = target(states)
+            if labels is not None and lm_head is not None:
+                run.token_losses, run.token_counts = head_token_loss(
+                    self, states.detach() if detach_tokens else states, labels, lm_head, temperature=divisor
+                )
+            return run.values, run.token_losses
+
+        with self.watching(observe):
+            yield run
+
+    # In a model
+
+    def _fit(self, base: PreTrainedModel) -> None:
+        lm_head = base.get_output_embeddings()
+        if lm_head is None:
+            raise ValueError(
+                f"{type(base).__name__} has no LM head. Load the model with AutoModelForCausalLM, not AutoModel."
+            )
+        hidden_size = base.config.get_text_config().hidden_size
+        if self.config.hidden_size != hidden_size:
+            raise ValueError(
+                f"These heads were made for hidden size {self.config.hidden_size}, but {type(base).__name__} has "
+                f"{hidden_size}. Attach new heads, or load the model that the heads were trained with."
+            )
+        super()._fit(base)
+        self.to(device=lm_head.weight.device)  # which a device map may have put elsewhere than the first layers
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        num_heads: int,
+        *,
+        inner_size: int | None = None,
+        path: str | Path | None = None,
+        seed: int = 0,
+    ) -> "MTPHeads":
+        """The MTP heads that a training starts from: those attached, those saved in `path`, or new ones.
+
+        Args:
+            model: Causal LM, or a PEFT model around one.
+            num_heads: K.
+            inner_size: Width of each new head's residual block; the trunk's hidden size by default.
+            path: Folder of saved heads.
+            seed: Of new heads.
+
+        Raises:
+            FileNotFoundError: If there are no heads in `path`.
+            ValueError: If the model comes with another number of heads, or with native MTP layers, or the saved heads
+                do not fit.
+        """
+        if NativeMTP.of(model) is not None:
+            raise ValueError(
+                "The model has native MTP layers, which would not be trained beside MTP heads, but would draft. "
+                "NativeMTP.detach(model) first, or train the native layers."
+            )
+        heads = cls.of(model)
+        if heads is None:
+            heads = attach_mtp_heads(model, num_heads, inner_size=inner_size, seed=seed)
+            if path is not None:
+                heads.load(path)
+                logger.info("Loaded MTP heads from %s.", path)
+        elif heads.config.num_heads != num_heads:
+            raise ValueError(
+                f"The model comes with {heads.config.num_heads} MTP heads, but {num_heads} are asked for. Ask for "
+                f"{heads.config.num_heads}, or MTPHeads.detach(model) to start with new ones."
+            )
+        return heads.requires_grad_(True)
+
+    # Files
+
+    def save(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+        """Write weights and shape of the heads into `directory`, two files beside `model.safetensors`; see
+        [`Attachment.save`]."""
+        path = super().save(directory, state_dict)
+        path.with_name(CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def saved_config(cls, directory: str | Path) -> MTPHeadsConfig:
+        """Shape of saved heads.
+
+        Raises:
+            FileNotFoundError: If `directory` holds none.
+        """
+        cls.check_saved(directory)
+        return MTPHeadsConfig(**json.loads((Path(directory) / CONFIG_NAME).read_text()))
+
+    def load(self, directory: str | Path) -> None:
+        """Read heads that [`save`] wrote into these.
+
+        Raises:
+            FileNotFoundError: If `directory` holds no heads.
+            ValueError: If they are of another number, width or hidden size.
+        """
+        config = self.saved_config(directory)
+        if config.hidden_size != self.config.hidden_size:
+            raise ValueError(
+                f"The heads in {directory} were trained for hidden size {config.hidden_size}, but this model has "
+                f"{self.config.hidden_size}. Load the model they belong to, or train new heads for this one."
+            )
+        if config != self.config:
+            raise ValueError(
+                f"The heads in {directory} are {config}, but the attached ones are {self.config}. Ask for "
+                f"{config.num_heads} heads with inner size {config.inner_size}, or MTPHeads.detach(model) before "
+                "loading."
+            )
+        super().load(directory)
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
+        """The folder of heads that were saved with a model, with both files fetched; see [`Attachment.find`]."""
+        folder = super().find(path, revision=revision)
+        if folder is not None:
+            find_file(path, CONFIG_NAME, revision=revision)
+        return folder
+
+
+def attach_mtp_heads(
+    model: nn.Module,
+    num_heads: int = 2,
+    *,
+    inner_size: int | None = None,
+    seed: int = 0,
+    heads: MTPHeads | None = None,
+) -> MTPHeads:
+    """Attach MTP value heads to a causal language model; see [`Attachment`] for what that means.
+
+    Args:
+        model: Causal LM, or a PEFT model around one.
+        num_heads: K, at least 1.
+        inner_size: Width of each head's residual block; the trunk's hidden size by default.
+        seed: Seed of the initial weights; equal on all ranks.
+        heads: Attach these instead of new ones (they must fit the trunk).
+
+    Returns:
+        The attached heads, in the model's dtype and on its device.
+
+    Raises:
+        TypeError: If `model` is not a transformers model.
+        ValueError: If K < 1, the model has no LM head, it has heads already, or `heads` do not fit the trunk.
+    """
+    if heads is None:
+        hidden_size = base_model_of(model).config.get_text_config().hidden_size
+        config = MTPHeadsConfig(num_heads, hidden_size, hidden_size if inner_size is None else inner_size)
+        heads = MTPHeads(config, seed=seed)
+    return heads.attach(model)
+
+
+def load_mtp_heads(model: nn.Module, directory: str | Path) -> MTPHeads:
+    """Load saved heads into a model, attaching them if the model has none.
+
+    Args:
+        model: Causal LM, with or without heads.
+        directory: Where the heads were saved.
+
+    Returns:
+        The heads of `model`.
+
+    Raises:
+        FileNotFoundError: If `directory` holds no heads.
+        ValueError: If the file's hidden size does not fit the model, or its K or width those of the attached heads.
+    """
+    heads = MTPHeads.of(model)
+    if heads is None:
+        heads = MTPHeads(MTPHeads.saved_config(directory)).attach(model)
+    heads.load(directory)
+    return heads

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.attachment import base_model_of
 
 WITH_LM_HEAD = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 OTHER_HEADS = ("MASKED_LM", "QUESTION_ANSWERING", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION")

@@ -11,7 +11,6 @@ from rl_plugins.functional.target_networks import periodic_update, polyak_update
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.settings import check_number
 
-TARGET_NAME = "polyak_target.safetensors"
 """File of the target heads in a checkpoint."""
 
 
@@ -64,7 +63,7 @@ class PolyakTarget(nn.Module):
         check_polyak(tau=tau, period=period)
         self.tau, self.period = tau, period
         # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
-        skip = {id(heads.trunk_hook): None, id(heads.tap): None}
+        skip = {id(heads._handles): (), id(heads.observer): None}
         self.heads = copy.deepcopy(heads, skip).float().requires_grad_(False)
 
     @torch.no_grad()

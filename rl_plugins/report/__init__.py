@@ -1,7 +1,6 @@
 """Pictures: learning curves, per-token value maps and the load of experts."""
 
 from rl_plugins.report.curves import DEFAULT_PANELS, Panel, plot_training_curves, select_panels, smooth
-from rl_plugins.report.expert_load import LOAD_FILE_NAME, LoadHistory, append_load, read_loads
 from rl_plugins.report.expert_plots import plot_expert_load, plot_max_violation
 from rl_plugins.report.grid_values import CLIFF_WALKING_ARROWS, FROZEN_LAKE_ARROWS, plot_grid_values
 from rl_plugins.report.token_values import TokenTrace, traces_from_rollout, write_token_values_html
@@ -10,16 +9,12 @@ __all__ = [
     "CLIFF_WALKING_ARROWS",
     "DEFAULT_PANELS",
     "FROZEN_LAKE_ARROWS",
-    "LOAD_FILE_NAME",
-    "LoadHistory",
     "Panel",
     "TokenTrace",
-    "append_load",
     "plot_expert_load",
     "plot_grid_values",
     "plot_max_violation",
     "plot_training_curves",
-    "read_loads",
     "select_panels",
     "smooth",
     "traces_from_rollout",

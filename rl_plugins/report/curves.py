@@ -35,7 +35,7 @@ MARK_STYLE: dict[str, Any] = {"color": "#555555", "linewidth": 1.0, "linestyle":
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows.
+    """The content of one panel.
 
     Args:
         title: Heading of the panel.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rl_plugins.functional import max_violation
 from rl_plugins.report.colors import DIVERGING_LIGHT
@@ -29,12 +30,16 @@ from rl_plugins.report.curves import (
     smooth,
     style_axes,
 )
-from rl_plugins.report.expert_load import FloatArray, IntArray, LoadHistory, relative_load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+
+    from rl_plugins.moe.load_log import ExpertLoadHistory
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 MAX_COLUMNS = 100
 # Loads beyond a quarter and four times the mean take the colours of the ends; no tokens at all has its own.
@@ -52,7 +57,7 @@ GREY = "#666666"
 
 
 def plot_expert_load(
-    history: LoadHistory, path: str | Path, *, title: str | None = None, max_layers: int = 12
+    history: ExpertLoadHistory, path: str | Path, *, title: str | None = None, max_layers: int = 12
 ) -> Path:
     """Write a map of every expert's load over the run, one panel per layer, as a PNG and return its path.
 
@@ -60,7 +65,7 @@ def plot_expert_load(
     token. Above a panel stands the layer's MaxVio in the first and in the last column.
 
     Args:
-        history: From `read_loads`.
+        history: From `read_expert_load`.
         path: File to write; missing folders are made.
         title: Heading above all panels.
         max_layers: Of more layers than this, evenly spaced ones are shown, and the heading says so.
@@ -71,7 +76,7 @@ def plot_expert_load(
     return save_png(expert_load_figure(history, title, max_layers), path)
 
 
-def expert_load_figure(history: LoadHistory, title: str | None, max_layers: int) -> Figure:
+def expert_load_figure(history: ExpertLoadHistory, title: str | None, max_layers: int) -> Figure:
     """The picture of `plot_expert_load`, not yet in a file."""
     shown = spaced(len(history.layers), max_layers)
     tokens = [history.tokens(history.layers[index]) for index in shown]
@@ -126,6 +131,12 @@ def step_columns(steps: Sequence[int], max_columns: int = MAX_COLUMNS) -> tuple[
 def column_sums(counts: IntArray, groups: Sequence[IntArray]) -> IntArray:
     """Tokens of each column: (S, E) -> (C, E)."""
     return np.stack([counts[group].sum(axis=0) for group in groups])
+
+
+def relative_load(counts: IntArray) -> FloatArray:
+    """Counts over their mean, `E n_e / sum(n)`, (..., E) -> (..., E); NaN where nothing was counted."""
+    mean = counts.mean(axis=-1, keepdims=True)
+    return np.divide(counts, mean, out=np.full(counts.shape, np.nan), where=mean > 0)
 
 
 def color_positions(counts: IntArray) -> FloatArray:
@@ -193,11 +204,15 @@ def _add_heading(figure: Figure, title: str | None, n_shown: int, n_layers: int)
     figure.supxlabel("MaxVio = busiest expert / mean − 1, first → last column", fontsize=7.5, color=GREY)
 
 
-# ------------------------------------------------------------------------------- picture of the violation
+# The picture of the violation
 
 
 def plot_max_violation(
-    histories: Mapping[str, LoadHistory], path: str | Path, *, title: str | None = None, goal: float | None = None
+    histories: Mapping[str, ExpertLoadHistory],
+    path: str | Path,
+    *,
+    title: str | None = None,
+    goal: float | None = None,
 ) -> Path:
     """Write how unbalanced the experts of several runs are over time, as a PNG, and return its path.
 
@@ -205,7 +220,7 @@ def plot_max_violation(
     before that). The band reaches from the best to the worst layer. The runs are named from worst to best end.
 
     Args:
-        histories: Name of the run -> `read_loads` of it.
+        histories: Name of the run -> `read_expert_load` of it.
         path: File to write; missing folders are made.
         title: Heading.
         goal: Height of a thin dashed line, such as the MaxVio below which no expert is a bottleneck.
@@ -216,7 +231,7 @@ def plot_max_violation(
     return save_png(max_violation_figure(histories, title, goal), path)
 
 
-def max_violation_figure(histories: Mapping[str, LoadHistory], title: str | None, goal: float | None) -> Figure:
+def max_violation_figure(histories: Mapping[str, ExpertLoadHistory], title: str | None, goal: float | None) -> Figure:
     """The picture of `plot_max_violation`, not yet in a file."""
     if not histories:
         raise ValueError("histories is empty: there is nothing to show")

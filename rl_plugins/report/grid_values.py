@@ -117,7 +117,7 @@ def greedy_signs(probabilities: Sequence[float], arrows: Sequence[str]) -> str:
 
 
 def decimals(values: Sequence[float]) -> int:
-    """How many decimals show three figures of the largest value, none of whole numbers: 0.415, -1.53, -13, 117."""
+    """Count the decimals that show three figures of the largest value: 0.415, -1.53, and none of whole numbers."""
     if all(abs(value - round(value)) < 1e-6 for value in values):
         return 0
     return min(max(2 - math.floor(math.log10(max(map(abs, values)))), 0), 3)

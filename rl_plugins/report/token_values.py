@@ -1,4 +1,4 @@
-"""What the critic thought of each token: one HTML file that opens anywhere, without a network.
+"""A page that shows the value and the TD error of each token: one HTML file that opens anywhere, without a network.
 
 `values[t] = V(s_t)` of head 1, before token `t` is chosen; `td_errors[t] = delta_t`, after it. Legend: `T`
 completion tokens.

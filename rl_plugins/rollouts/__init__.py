@@ -2,22 +2,25 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.completions import Completions, generate_completions
 from rl_plugins.rollouts.rewards import RewardModel, call_rewards
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics, SpeculativeOutput
-from rl_plugins.rollouts.values import ValuePass, ValueRecorder, completion_values
+from rl_plugins.rollouts.values import EachStep, ValueRecord, WholeRows, completion_values
 
 if TYPE_CHECKING:
     from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder, speculating
 
 __all__ = [
+    "Batch",
     "Completions",
     "DraftStatistics",
+    "EachStep",
     "RewardModel",
     "SpeculativeDecoder",
     "SpeculativeOutput",
-    "ValuePass",
-    "ValueRecorder",
+    "ValueRecord",
+    "WholeRows",
     "call_rewards",
     "completion_values",
     "generate_completions",

@@ -1,13 +1,54 @@
-"""Cutting and joining the batches of completions on their way from scoring to the loss; the names are TRL's."""
+"""Batches of completions on their way from scoring to the loss: their keys, and how they are cut and joined."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Batch = dict[str, Any]
+
+class Batch(TypedDict, total=False):
+    """Completions of one rank (B rows, P prompt tokens, T completion tokens), under TRL's names where TRL has them.
+
+    Not every batch has every key; vision-language models add what their processor makes of the images.
+    """
+
+    # The completions
+    prompt_ids: Tensor  # (B, P), padded on the left
+    prompt_mask: Tensor  # (B, P), 1 for real tokens
+    completion_ids: Tensor  # (B, T), padded on the right
+    completion_mask: Tensor  # (B, T), 1 for tokens that count, the end-of-text token included
+    tool_mask: Tensor  # (B, T), 0 for tokens of an environment, which the policy did not choose
+    # Log-probabilities of the completions' tokens
+    old_per_token_logps: Tensor  # (B, T), under the policy that sampled
+    ref_per_token_logps: Tensor  # (B, T), under the reference
+    sampling_per_token_logps: Tensor  # (B, T), of the engine that sampled, where that is another one
+    importance_sampling_ratio: Tensor  # (B, T) or (B, 1), the correction for that engine
+    held_logps: Tensor  # (B, T), of the policy that an auxiliary phase holds
+    # What they teach
+    scores: Tensor  # (B,), weighted sums of rewards, NaN where a completion cannot be scored
+    advantages: Tensor  # (B,) or (B, T)
+    returns: Tensor  # (B, T), targets of value head 1
+    old_values: Tensor  # (B, T, K), values when the completion was made
+    td_errors: Tensor  # (B, T)
+    critic_mask: Tensor  # (B, T), tokens that the values learn from
+    # Groups: completions of one prompt
+    groups: Tensor  # (B,), number of the prompt
+    informative: Tensor  # (B,), whether the rewards of the group differ
+    table_row: Tensor  # (B,), place in the host's table of completions, -1 for none
+    prompt_weights: Tensor  # (B,), under which every prompt counts alike
+    # Sums over the accumulation window
+    num_items_in_batch: Tensor  # 0-d, TRL: real tokens of the whole rollout, of all ranks
+    num_items: Tensor  # 0-d, Lightning: what the losses are divided by, as for the next ones
+    num_tokens: Tensor
+    row_weight: Tensor
+    micro_batch_weight: Tensor
+    router_weight: Tensor
+    # Images
+    num_images: list[int]
+    pixel_values: Tensor
+
 
 LEFT_PADDED = ("prompt_ids", "prompt_mask")
 TOKEN_IDS = ("prompt_ids", "completion_ids")
@@ -16,16 +57,23 @@ ONE_PADDED = ("tool_mask", "importance_sampling_ratio")
 
 
 def num_rows(batch: Batch) -> int:
-    """B of a batch."""
+    """Count the completions of a batch."""
     return len(batch["completion_ids"])
 
 
+def loss_mask(batch: Batch) -> Tensor:
+    """Mask (B, T) of the tokens that the policy chose, which it learns from."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+
 def select_rows(batch: Batch, index: Tensor) -> Batch:
-    """The rows `index` (n,) of a batch; what has no rows (token counts) is kept."""
-    return {
+    """Take the rows `index` (n,) of a batch; what has no rows (token counts) is kept."""
+    chosen = {
         key: value[index.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
         for key, value in batch.items()
     }
+    return cast(Batch, chosen)
 
 
 def _padded(x: Tensor, width: int, fill: int, *, left: bool) -> Tensor:
@@ -34,24 +82,25 @@ def _padded(x: Tensor, width: int, fill: int, *, left: bool) -> Tensor:
 
 
 def join_rows(batches: Sequence[Batch], pad_token_id: int) -> Batch:
-    """One batch of all rows, padded to the longest: prompts on the left, everything else on the right.
+    """Join all rows into one batch, padded to the longest: prompts on the left, everything else on the right.
 
-    What has no rows comes from the first batch.
+    Entries without rows come from the first batch.
     """
-    joined = dict(batches[0])
-    for key, first in batches[0].items():
+    parts_of: list[dict[str, Any]] = [dict(batch) for batch in batches]
+    joined = dict(parts_of[0])
+    for key, first in parts_of[0].items():
         if not isinstance(first, Tensor) or first.ndim == 0:
             continue
-        parts = [batch[key] for batch in batches]
+        parts = [part[key] for part in parts_of]
         if first.ndim == 2:
             width = max(part.shape[1] for part in parts)
             fill = pad_token_id if key in TOKEN_IDS else int(key in ONE_PADDED)
             parts = [_padded(part, width, fill, left=key in LEFT_PADDED) for part in parts]
         joined[key] = torch.cat(parts)
-    return joined
+    return cast(Batch, joined)
 
 
 def reordered(slices: Sequence[Batch], order: Tensor) -> list[Batch]:
-    """The rows of equally long slices of one batch, in a new order (B,), cut into as many slices."""
+    """Put the rows of equally long slices of one batch into a new order (B,), and cut them into as many slices."""
     whole = join_rows(slices, 0)  # slices of one batch are equally wide: nothing is padded
     return [select_rows(whole, part) for part in order.chunk(len(slices))]

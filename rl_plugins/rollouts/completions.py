@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from rl_plugins.nn.attach import base_model_of
+from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.sharding import gathers_in_forward
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def generate_completions(
     """Sample one completion of every prompt, in evaluation mode.
 
     Args:
-        model: Causal LM, or a PEFT model around one; taps on its heads see every decoding step.
+        model: Causal LM, or a PEFT model around one; observers of its heads see every decoding step.
         prompts: B token lists, each at least one token long.
         pad_token_id: Fills up.
         eos: Tokens that end a completion.
@@ -109,7 +109,8 @@ def generate_completions(
     base: Any = base_model_of(model)
     ids, mask = pad_left(prompts, pad_token_id, base.device)
     config = GenerationConfig(
-        # Not compiled, as in TRL: taps on the heads keep hidden states, whose memory a captured graph would use again.
+        # Not compiled, as in TRL: observers of the heads keep hidden states, whose memory a captured graph would use
+        # again.
         **{"do_sample": True, "top_k": 0, "top_p": 1.0, "disable_compile": True, **sampling},
         max_new_tokens=max_completion_length,
         pad_token_id=pad_token_id,

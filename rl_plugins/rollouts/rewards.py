@@ -38,7 +38,7 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
 
 
 def as_completions(tokenizer: Any, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]]) -> list[Any]:
-    """What reward functions see of completions: text, or one assistant message where prompts are conversations."""
+    """Present completions as reward functions expect them: text, or an assistant message where prompts are chats."""
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     if is_conversational(prompts[0]):
         return [[{"role": "assistant", "content": text}] for text in texts]
@@ -132,7 +132,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def as_rewards(name: str, rewards: Any, expected: int, moment: str = "") -> list[float]:
-    """What a reward function returned, as one number for each completion, NaN for None.
+    """Read the result of a reward function as one number for each completion, NaN for None.
 
     Args:
         name: Of the function.

@@ -1,7 +1,7 @@
-"""Values of the states of a completion: saved while it is generated, or from one pass afterwards."""
+"""Values of the states of completions: saved while they are generated, or from one pass afterwards."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,54 +10,135 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from rl_plugins.functional.alignment import completion_states
-from rl_plugins.nn.attach import base_model_of, get_mtp_heads
+from rl_plugins.nn.attachment import Attachment, base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sharding import whole_module
-from rl_plugins.nn.target_heads import PolyakTarget
+
+ToValues = Callable[[Tensor], Tensor]
+"""Values (B, S, K), float32, of states (B, S, ...)."""
 
 
-class ValueRecorder:
-    """Saves the values of all heads while a model generates, so the critic needs no forward of its own.
+class ValueRecord:
+    """Values of the states of completions, in the order in which states come.
 
-    The state `h_t` that predicts `y_t` is in reach when `y_t` is chosen. States wait until `flush_every` forward
-    passes share one run of the heads, which keeps the cost per token low without keeping all hidden states.
-
-    Inside [`following`] it listens to the model's own `generate`, and keeps account: each time a token is chosen, all
-    tokens before it must have gone through the model, each once, and all rows must still be there. Decoding methods
-    of which that is not true (beams, drafts that are verified several at a time) make the record unusable.
-    Speculative decoding, which settles several tokens in one pass, calls `record`.
+    Whoever generates calls [`add`] with hidden states, or has [`EachStep`] or [`WholeRows`] do so. States wait until
+    `flush_every` calls share one run of the module, which keeps the cost per token low without keeping all hidden
+    states.
 
     Args:
-        heads: Online heads.
-        target: Slow heads, recorded beside the online ones; `None` records the online values twice.
-        flush_every: Forward passes per run of the heads.
+        module: Makes values of states: MTP heads, any other [`~rl_plugins.nn.Attachment`] that does, or a function.
+        target: Slow copy of the module, run on the same states; `None` records the online values twice.
+        flush_every: Calls of `add` per run of the module.
+
+    Attributes:
+        complete: Whether no state was missed, as far as whoever feeds the record knows.
     """
 
-    def __init__(self, heads: MTPHeads, target: PolyakTarget | None = None, *, flush_every: int = 64) -> None:
-        self.heads, self.target, self.flush_every = heads, target, flush_every
+    def __init__(self, module: ToValues, target: ToValues | None = None, *, flush_every: int = 64) -> None:
+        self.module, self.target, self.flush_every = module, target, flush_every
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was recorded, for the next call of `generate`."""
+        """Forget what was recorded, for other completions."""
         self._states: list[Tensor] = []
         self._steps: list[Tensor] = []
         self._rows: Tensor | None = None
-        self._num_rows = 0
         self._chunks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.complete = True
+
+    def add(self, hidden: Tensor, steps: Tensor, rows: Tensor) -> None:
+        """Take states; this and [`finish`] are all that runs the module without gradient.
+
+        Args:
+            hidden: States (A, S, D).
+            steps: For which token t of its completion each is the state `h_t` (A, S); below 0 for none.
+            rows: Which rows of the batch they belong to (A,); the same tensor as in the last call, where those are
+                the same rows.
+        """
+        if rows is not self._rows:
+            self.flush()
+            self._rows = rows
+        self._states.append(hidden.detach())
+        self._steps.append(steps)
+        if len(self._states) == self.flush_every:
+            self.flush()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Run the module on the states that wait."""
+        if not self._states:
+            return
+        assert self._rows is not None
+        hidden, steps = torch.cat(self._states, dim=1), torch.cat(self._steps, dim=1)
+        self._states, self._steps = [], []
+        # The last flush is outside the model's forward.
+        whole = whole_module(self.module, hidden.dtype) if isinstance(self.module, nn.Module) else nullcontext()
+        with whole:
+            values = self.module(hidden)
+        self._chunks.append((values, values if self.target is None else self.target(hidden), steps, self._rows))
+
+    def finish(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
+        """Online and target values (B, num_tokens, K), zero where no state was recorded; `None` if states
+        were missed, or none came.
+
+        Args:
+            num_tokens: T, length of the padded completions. They may be padded further than what was generated, or
+                cut shorter than the steps that idle ranks ran.
+        """
+        self.flush()
+        if not self.complete or not any(bool((steps >= 0).any()) for _, _, steps, _ in self._chunks):
+            return None
+        first, num_rows = self._chunks[0][0], 1 + int(torch.cat([rows for *_, rows in self._chunks]).max())
+        both = first.new_zeros(2, num_rows, num_tokens + 1, first.shape[-1])
+        for online, target, steps, rows in self._chunks:
+            # What is no token of the completion goes into a column of its own.
+            column = torch.where((steps >= 0) & (steps < num_tokens), steps, num_tokens)
+            both[0, rows[:, None], column] = online
+            both[1, rows[:, None], column] = target
+        return both[0, :, :num_tokens], both[1, :, :num_tokens]
+
+
+class EachStep:
+    """Feeds a record from the forward passes of the model's own `generate`, so the critic needs no forward of its own.
+
+    The state `h_t` that predicts `y_t` is in reach when `y_t` is chosen. Inside [`following`] the observer keeps
+    account: each time a token is chosen, all tokens before it must have gone through the model, each once, and all
+    rows must still be there. Decoding methods of which that is not true (beams, drafts that are verified several at a
+    time) make the record unusable. Speculative decoding, which settles several tokens in one pass, feeds a record by
+    itself.
+
+    Args:
+        record: Takes the states.
+    """
+
+    def __init__(self, record: ValueRecord) -> None:
+        self.record = record
+        # The newest state waits for the next pass, since only afterwards is known whether a token was chosen from it.
+        self._newest: tuple[Tensor, int] | None = None
+        self._rows: Tensor | None = None
+        self._num_rows = 0
         self._passes: list[tuple[int, int]] = []  # rows and width of those since a token was last chosen
         self._prompt_length = self._length = self._cached = 0
         self._sequences: Tensor | None = None
-        self.usable = True
 
-    # The model's own `generate`
+    @property
+    def usable(self) -> bool:
+        """Whether the record has the state of every token so far."""
+        return self.record.complete
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
         """Record what the model's `generate` does inside the block, if it is that of transformers.
 
         Args:
-            model: Causal LM with the heads attached, or a PEFT model around one.
+            model: Causal LM with the record's module attached, or a PEFT model around one.
+
+        Raises:
+            TypeError: If the record's module is no attachment, whose forward passes could be watched.
         """
+        module = self.record.module
+        if not isinstance(module, Attachment):
+            raise TypeError(f"Steps of generate are seen through an Attachment, got {type(module).__name__}.")
         base: Any = base_model_of(model)
         if type(base).generate is not GenerationMixin.generate or "generate" in vars(base):
             # Passes of another `generate` may be anything. FSDP2 puts a wrapper there, too, and values then come from
@@ -66,7 +147,7 @@ class ValueRecorder:
             return
         base.generate = partial(self._generate, base.generate)
         try:
-            with self.heads.tapped(self):
+            with module.watching(self):
                 yield
         finally:
             del base.generate
@@ -75,12 +156,13 @@ class ValueRecorder:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         nested = self._length > 0  # drafts of the model's own first layers
         if nested or ids is None or len(args) > 3 or kwargs.get("custom_generate") is not None:
-            self.usable = False
+            self.record.complete = False
             return generate(*args, **kwargs)
         self._num_rows, self._prompt_length = ids.shape
         self._length = self._prompt_length
         criteria = [*(kwargs.pop("stopping_criteria", None) or []), _TokenChosen(self)]
         output = generate(*args, **kwargs, stopping_criteria=StoppingCriteriaList(criteria))
+        self._hand_over()
         self._passes = []
         self._sequences = output if isinstance(output, Tensor) else output.sequences
         return output
@@ -89,19 +171,23 @@ class ValueRecorder:
         """Take the hidden states (B, S, D) of one forward pass.
 
         Every pass leaves a state, also one after which no token is chosen: under ZeRO-3 all ranks run the heads at
-        once, and ranks that have ended go on with idle passes. A full store is emptied by the next pass, so that
+        once, and ranks that have ended go on with idle passes. A state is handed over by the next pass, so that
         something is left for the last run on every rank.
         """
         rows, width = hidden.shape[:2]
         self._passes.append((rows, width))
         if rows != self._num_rows:
             return
+        self._hand_over()
+        self._newest = hidden[:, -1:].detach(), -1
+
+    def _hand_over(self) -> None:
+        if self._newest is None:
+            return
+        (state, step), self._newest = self._newest, None
         if self._rows is None:
-            self._rows = torch.arange(rows, device=hidden.device)
-        if len(self._states) == self.flush_every:
-            self._flush()
-        self._states.append(hidden[:, -1:].detach())
-        self._steps.append(self._rows.new_full((rows, 1), -1))
+            self._rows = torch.arange(len(state), device=state.device)
+        self.record.add(state, self._rows.new_full((len(state), 1), step), self._rows)
 
     def _choose(self, rows: int, length: int) -> None:
         """Keep the state that the newest token was chosen from, if the account is right.
@@ -113,22 +199,23 @@ class ValueRecorder:
         passes, self._passes = self._passes, []
         widths = [width for _, width in passes]
         before = length - 1
-        self.usable &= rows == self._num_rows and all(found == rows for found, _ in passes)
-        self.usable &= before == self._length
+        right = rows == self._num_rows and all(found == rows for found, _ in passes) and before == self._length
         # With a cache all that is new, in one pass or in chunks; without one everything.
-        self.usable &= bool(widths) and (sum(widths) == before - self._cached or widths == [before])
+        right &= bool(widths) and (sum(widths) == before - self._cached or widths == [before])
+        self.record.complete &= right
         self._length, self._cached = length, before
         if self.usable:
-            self._steps[-1] = torch.full_like(self._steps[-1], before - self._prompt_length)
+            assert self._newest is not None
+            self._newest = self._newest[0], before - self._prompt_length
 
     def made(self, completion_ids: Tensor, mask: Tensor) -> bool:
-        """Whether these are the completions that the followed `generate` returned.
+        """Whether the record holds the values of these very completions, and of all their tokens.
 
         Args:
             completion_ids: Completions (B, T).
             mask: 1 for their real tokens (B, T).
         """
-        if self._sequences is None:
+        if self._sequences is None or not self.usable:
             return False
         ours = self._sequences[:, self._prompt_length :].to(completion_ids.device)
         width = min(ours.shape[1], completion_ids.shape[1])
@@ -136,91 +223,40 @@ class ValueRecorder:
             return False
         return bool(((ours[:, :width] == completion_ids[:, :width]) | (mask[:, :width] == 0)).all())
 
-    # States from anywhere
-
-    def record(self, hidden: Tensor, steps: Tensor, rows: Tensor) -> None:
-        """Take states from one forward pass.
-
-        Args:
-            hidden: States (A, S, D).
-            steps: For which token t of its completion each is the state `h_t` (A, S); below 0 for none.
-            rows: Which rows of the batch they belong to (A,); the first call has all rows.
-        """
-        if rows is not self._rows:
-            self._flush()
-            self._rows = rows
-        self._num_rows = max(self._num_rows, len(rows))
-        self._states.append(hidden.detach())
-        self._steps.append(steps)
-        if len(self._states) == self.flush_every:
-            self._flush()
-
-    @torch.no_grad()
-    def _flush(self) -> None:
-        if not self._states:
-            return
-        assert self._rows is not None
-        hidden, steps = torch.cat(self._states, dim=1), torch.cat(self._steps, dim=1)
-        self._states, self._steps = [], []
-        with whole_module(self.heads, hidden.dtype):  # the last flush is outside the model's forward
-            values = self.heads(hidden)
-        self._chunks.append((values, values if self.target is None else self.target(hidden), steps, self._rows))
-
-    def finish(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """Online and target values (B, num_tokens, K), zero where no state was recorded; `None` if steps are missing.
-
-        Args:
-            num_tokens: T, length of the padded completions. They may be padded further than what was generated, or
-                cut shorter than the steps that idle ranks ran.
-        """
-        self._flush()
-        if not self.usable or not any(bool((steps >= 0).any()) for _, _, steps, _ in self._chunks):
-            return None
-        first = self._chunks[0][0]
-        both = first.new_zeros(2, self._num_rows, num_tokens + 1, first.shape[-1])
-        for online, target, steps, rows in self._chunks:
-            # What is no token of the completion goes into a column of its own.
-            column = torch.where((steps >= 0) & (steps < num_tokens), steps, num_tokens)
-            both[0, rows[:, None], column] = online
-            both[1, rows[:, None], column] = target
-        return both[0, :, :num_tokens], both[1, :, :num_tokens]
-
 
 class _TokenChosen(StoppingCriteria):
-    """Stops nothing, and tells a recorder that a token has been chosen."""
+    """Stops nothing, and tells an observer that a token has been chosen."""
 
-    def __init__(self, recorder: ValueRecorder) -> None:
-        self.recorder = recorder
+    def __init__(self, observer: EachStep) -> None:
+        self.observer = observer
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.recorder._choose(*input_ids.shape)
+        self.observer._choose(*input_ids.shape)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class ValuePass:
-    """Tap that saves the values of whole sequences, chunk by chunk, from no-grad forwards of the model.
+class WholeRows:
+    """Feeds a record from forward passes over whole sequences, chunk by chunk of their rows.
+
+    Each chunk's values are computed inside its forward pass. Rows are counted in the order in which they come, so
+    the first rows of the record are those of the first pass.
 
     Args:
-        heads: Online heads.
-        target: Slow heads; `None` records the online values twice.
+        record: Takes the states. Where it watches a value model, whose observers receive values, its module adds the
+            last dimension to them: `ValueRecord(lambda values: values.unsqueeze(-1))`.
         num_tokens: T, completion length; the sequences hold prompt + completion.
     """
 
-    def __init__(self, heads: MTPHeads, target: PolyakTarget | None, num_tokens: int) -> None:
-        self.heads, self.target, self.num_tokens = heads, target, num_tokens
-        self._chunks: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, record: ValueRecord, num_tokens: int) -> None:
+        self.record, self.num_tokens, self._num_rows = record, num_tokens, 0
 
-    @torch.no_grad()
     def __call__(self, hidden: Tensor) -> None:
         """Take the completion's states from the hidden states (B, P+T, D) of one chunk of rows."""
         states = completion_states(hidden, self.num_tokens)
-        values = self.heads(states)
-        self._chunks.append((values, values if self.target is None else self.target(states)))
-
-    def finish(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Online and target values (num_rows, T, K) of the first `num_rows` rows seen."""
-        online, target = (torch.cat(part)[:num_rows] for part in zip(*self._chunks, strict=True))
-        return online, target
+        rows = torch.arange(self._num_rows, self._num_rows + len(states), device=states.device)
+        self._num_rows += len(states)
+        self.record.add(states, torch.arange(self.num_tokens, device=states.device).expand(len(states), -1), rows)
+        self.record.flush()
 
 
 @torch.no_grad()
@@ -240,14 +276,15 @@ def completion_values(
     Raises:
         ValueError: If the model has no heads or a prompt is empty.
     """
-    heads = get_mtp_heads(model)
+    heads = MTPHeads.of(model)
     if heads is None:
         raise ValueError("The model has no MTP heads; attach_mtp_heads(model) or load_mtp_heads(model, path) first.")
     values = []
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
-        record = ValuePass(heads, None, len(completion))
+        record = ValueRecord(heads)
         ids = torch.tensor([[*prompt, *completion]], device=base_model_of(model).device)
-        with heads.tapped(record):
+        with heads.watching(WholeRows(record, len(completion))):
             model(input_ids=ids, use_cache=False)
-        values.append(record.finish(1)[0][0].cpu())
+        recorded = record.finish(len(completion))
+        values.append(torch.zeros(0, heads.config.num_heads) if recorded is None else recorded[0][0].cpu())
     return values

@@ -1,10 +1,11 @@
-"""Training signals: what a scored batch of completions teaches; tensors in, losses and metrics out."""
+"""Training signals: what a scored batch of completions teaches, as advantages, critics, losses and metrics."""
 
 from rl_plugins.signals.advantages import (
     ADVANTAGES,
+    Advantage,
     advantage_options,
+    advantages_of,
     check_advantage,
-    group_advantages,
     penalised_returns,
 )
 from rl_plugins.signals.critic_targets import (
@@ -14,33 +15,88 @@ from rl_plugins.signals.critic_targets import (
     critic_signal,
     critic_targets,
     initial_values,
-    per_head_means,
     rollout_metrics,
     scale_advantages,
     sequence_means,
     value_loss,
     value_losses,
 )
-from rl_plugins.signals.online import completion_metrics, draft_metrics, online_loss, reward_metrics
-from rl_plugins.signals.policy import POLICY_LOSSES, PolicyLoss, clip_shares, policy_loss
+from rl_plugins.signals.critics import Critic, CriticSignal, HeadCritic, TrunkCritic, ValueModelCritic
+from rl_plugins.signals.host import Host
+from rl_plugins.signals.metrics import (
+    Metrics,
+    completion_metrics,
+    draft_metrics,
+    gradient_metrics,
+    head_metrics,
+    per_head_means,
+    reward_metrics,
+)
+from rl_plugins.signals.online import online_loss
+from rl_plugins.signals.options import (
+    DraftOptions,
+    HeadOptions,
+    LengthOptions,
+    OnlineValueOptions,
+    PhasicOptions,
+    PolicyOptions,
+    PPOValueOptions,
+    SamplingOptions,
+    SFTHeadOptions,
+    ValueHeadOptions,
+    ValueModelOptions,
+    ValueOptions,
+    VariantOptions,
+)
+from rl_plugins.signals.policy import POLICY_LOSSES, LossEntry, PolicyLoss, clip_shares, policy_loss
+from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS
+from rl_plugins.signals.signals import GroupSignal, Signal
 from rl_plugins.signals.value_tracker import ValueTracker, prompt_key
 
 __all__ = [
     "ADVANTAGES",
-    "ESTIMATORS",
-    "POLICY_LOSSES",
-    "SCALINGS",
+    "Advantage",
+    "Critic",
+    "CriticSignal",
     "CriticTargets",
+    "DraftOptions",
+    "ESTIMATORS",
+    "GRPO_PRESETS",
+    "GroupSignal",
+    "HeadCritic",
+    "HeadOptions",
+    "Host",
+    "LengthOptions",
+    "LossEntry",
+    "Metrics",
+    "OnlineValueOptions",
+    "POLICY_LOSSES",
+    "PPO_PRESETS",
+    "PPOValueOptions",
+    "PhasicOptions",
     "PolicyLoss",
+    "PolicyOptions",
+    "SCALINGS",
+    "SFTHeadOptions",
+    "SamplingOptions",
+    "Signal",
+    "TrunkCritic",
+    "ValueHeadOptions",
+    "ValueModelCritic",
+    "ValueModelOptions",
+    "ValueOptions",
     "ValueTracker",
+    "VariantOptions",
     "advantage_options",
+    "advantages_of",
     "check_advantage",
     "clip_shares",
     "completion_metrics",
-    "draft_metrics",
     "critic_signal",
     "critic_targets",
-    "group_advantages",
+    "draft_metrics",
+    "gradient_metrics",
+    "head_metrics",
     "initial_values",
     "online_loss",
     "penalised_returns",

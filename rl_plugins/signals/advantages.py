@@ -1,7 +1,10 @@
-"""Advantages of GRPO variants by name: scores of a batch in, one advantage per completion or token out."""
+"""Advantages of GRPO variants by name, in one table whose entries say what they need.
 
-import inspect
+A new advantage is a function in `functional/advantages/` and one line of `ADVANTAGES`.
+"""
+
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,10 +29,71 @@ from rl_plugins.functional.advantages.tracked import forget_factor, tracker_upda
 from rl_plugins.functional.masking import upcast
 from rl_plugins.functional.returns import discounted_returns
 from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
+from rl_plugins.settings import keyword_names
+
+GIVEN = ("mask", "reduce")
+"""Keyword arguments that come with a batch instead of from the settings."""
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """An advantage, and what the rest of the package has to know of it.
+
+    Exactly one of `of_scores`, `of_lengths`, `of_advantages` and `tracks_prompts` says how it is computed.
+
+    Attributes:
+        of_scores: `(scores (N,), group_size, **options) -> (N,)`, of all ranks, the completions of a prompt side by
+            side, NaN for one that cannot be scored.
+        of_lengths: As `of_scores`, with the real tokens of each completion (N,) as third argument.
+        of_advantages: `(advantages (B,), mask (B, T), **options) -> (B, T)`: spreads the advantage `source` over the
+            tokens of this rank's completions.
+        source: Name of the advantage that `of_advantages` spreads.
+        of_returns: `(returns (B, T), mask=, reduce=, **options) -> (B, T)`: the same advantage where the KL is charged
+            token by token.
+        tracks_prompts: Whether the success of every prompt is tracked from batch to batch, as the baseline of its next
+            completion ([`~rl_plugins.signals.value_tracker.TrackedAdvantages`]).
+        compares_groups: Whether it needs several completions of a prompt.
+        nonnegative: Whether it needs rewards of at least 0.
+        rescales: Whether it makes up for groups of equal rewards, whose advantages are zero.
+        check: Refuses options, given `(options, group_size)`.
+        shrink: Fits the options to a group that may be smaller than in training, given `(options, group_size)`.
+        scale_rewards: TRL's `scale_rewards` that says the same, if there is one.
+    """
+
+    of_scores: Callable[..., Tensor] | None = None
+    of_lengths: Callable[..., Tensor] | None = None
+    of_advantages: Callable[..., Tensor] | None = None
+    source: str = "group_normalized"
+    of_returns: Callable[..., Tensor] | None = None
+    tracks_prompts: bool = False
+    compares_groups: bool = True
+    nonnegative: bool = False
+    rescales: bool = False
+    check: Callable[[Mapping[str, Any], int], None] | None = None
+    shrink: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None
+    scale_rewards: str | None = None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether there is one advantage for each token."""
+        return self.of_advantages is not None
+
+    @property
+    def options(self) -> list[str]:
+        """Names of its options."""
+        if self.tracks_prompts:
+            return ["forget", *keyword_names(forget_factor)]
+        function = self.of_scores or self.of_lengths or self.of_advantages
+        assert function is not None
+        return [name for name in keyword_names(function) if name not in GIVEN]
 
 
 def _reward(scores: Tensor, group_size: int) -> Tensor:
     return upcast(scores).nan_to_num(0.0)
+
+
+def _batch_normalized(scores: Tensor, group_size: int, *, eps: float = 1e-8) -> Tensor:
+    return batch_normalized(scores, eps=eps)
 
 
 def _group_centered_rescaled(scores: Tensor, group_size: int) -> Tensor:
@@ -38,99 +102,20 @@ def _group_centered_rescaled(scores: Tensor, group_size: int) -> Tensor:
     return centered * gpg_scale(centered, groups)
 
 
-GROUP_ADVANTAGES: dict[str, Callable[..., Tensor]] = {
-    "reward": _reward,
-    "group_normalized": group_normalized,
-    "group_centered": group_centered,
-    "group_min_max": group_min_max,
-    "group_centered_rescaled": _group_centered_rescaled,
-    "leave_one_out": leave_one_out,
-    "max_likelihood": max_likelihood,
-    "length_weighted": length_weighted,
-    "group_centered_batch_normalized": group_centered_batch_normalized,
-    "group_centered_batch_scaled": group_centered_batch_scaled,
-    "pass_at_k": pass_at_k,
-    "kalman": kalman,
-}
-"""`(scores (N,), group_size, **options) -> (N,)`. `reward` is plain REINFORCE, without a baseline;
-`group_centered_rescaled` is GPG's, which makes up for the groups that teach nothing."""
-
-ADVANTAGES = (*GROUP_ADVANTAGES, "batch_normalized", "value_tracker", "lambda_trace")
-"""Every name. Of the last three, one needs no groups, one a tracker, and one the masks of the tokens."""
-
-GROUPLESS = ("reward", "batch_normalized", "value_tracker")
-"""Advantages that need only one completion per prompt."""
-
-_GIVEN = ("lengths", "mask", "reduce")
-
-
-def advantage_options(name: str) -> list[str]:
-    """Names of the options of an advantage.
-
-    Raises:
-        ValueError: If the advantage is unknown; the message lists the valid ones.
-    """
-    if name not in ADVANTAGES:
-        raise ValueError(f"Unknown advantage {name!r}; choose one of {', '.join(ADVANTAGES)}.")
-    if name == "value_tracker":
-        return ["forget", *_keywords(forget_factor)]
-    functions: dict[str, Callable[..., Tensor]] = {
-        **GROUP_ADVANTAGES,
-        "batch_normalized": batch_normalized,
-        "lambda_trace": lambda_trace,
-    }
-    return [key for key in _keywords(functions[name]) if key not in _GIVEN]
-
-
-def _keywords(function: Callable[..., Any]) -> list[str]:
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-
-
-@torch.no_grad()
-def penalised_returns(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: float) -> Tensor:
-    """REINFORCE++: what is left at each token of the score and the KL penalties.
-
-    `R_t = r - beta sum_{i>=t} (ln pi - ln pi_ref)(y_i|s_i)` (2501.03262).
-
-    Args:
-        scores: `r` (B,), NaN where the mask of the row is empty.
-        logps: `ln pi` of the policy that sampled (B, T).
-        ref_logps: Under the reference (B, T).
-        mask: Real tokens of completions with a score (B, T).
-        beta: Coefficient of the KL penalty.
-
-    Returns:
-        (B, T), 0 at masked positions.
-    """
-    rewards = terminal_rewards(scores.nan_to_num(0.0), mask)
-    return discounted_returns(kl_shaped_rewards(rewards, logps, ref_logps, mask, beta=beta), mask, gamma=1.0)
-
-
-def check_advantage(name: str, options: Mapping[str, Any], group_size: int) -> None:
-    """Try the options of an advantage on a group of zeros.
-
-    Raises:
-        ValueError: If the advantage or an option is unknown, or the advantage does not take these values.
-    """
-    unknown = sorted(set(options) - set(advantage_options(name)))
-    if unknown:
+def _check_k(options: Mapping[str, Any], group_size: int) -> None:
+    if not 1 <= int(options.get("k", 0)) < group_size:
         raise ValueError(
-            f"The advantage {name!r} has no option {', '.join(map(repr, unknown))}; it has "
-            f"{', '.join(advantage_options(name)) or 'none'}."
+            f"pass_at_k draws k of the num_generations={group_size} completions of a prompt, but k is "
+            f"{options.get('k')}. Set advantage_kwargs={{'k': ...}} to at least 1 and less than num_generations: "
+            "with all of them drawn every advantage is 0."
         )
-    zeros = torch.zeros(group_size)
-    try:
-        if name == "lambda_trace":
-            lambda_trace(zeros, torch.ones(group_size, 2), **options)
-        elif name == "value_tracker":
-            _check_tracker(dict(options))
-        else:
-            group_advantages(name, zeros, group_size, torch.ones(group_size), options=options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"advantage_kwargs={dict(options)} do not suit {name!r}: {error}") from error
 
 
-def _check_tracker(options: dict[str, Any]) -> None:
+def _shrink_k(options: Mapping[str, Any], group_size: int) -> Mapping[str, Any]:
+    return {**options, "k": min(options["k"], group_size)}
+
+
+def _check_tracker(options: Mapping[str, Any], group_size: int) -> None:
     if "forget" not in options:
         forget_factor(torch.zeros(1), **options)
         return
@@ -139,32 +124,122 @@ def _check_tracker(options: dict[str, Any]) -> None:
     tracker_update(torch.ones(1), torch.ones(1), torch.ones(1), float(options["forget"]))
 
 
-@torch.no_grad()
-def group_advantages(
-    name: str, scores: Tensor, group_size: int, lengths: Tensor, *, options: Mapping[str, Any]
-) -> Tensor:
-    """One advantage per completion of a batch.
+ADVANTAGES: dict[str, Advantage] = {
+    "reward": Advantage(_reward, compares_groups=False),  # plain REINFORCE, without a baseline
+    "group_normalized": Advantage(group_normalized),
+    "group_centered": Advantage(group_centered, scale_rewards="none"),
+    "group_min_max": Advantage(group_min_max),
+    "group_centered_rescaled": Advantage(_group_centered_rescaled, rescales=True),  # GPG's
+    "leave_one_out": Advantage(leave_one_out),
+    "max_likelihood": Advantage(max_likelihood, nonnegative=True),
+    "length_weighted": Advantage(of_lengths=length_weighted),
+    "group_centered_batch_normalized": Advantage(group_centered_batch_normalized),
+    "group_centered_batch_scaled": Advantage(group_centered_batch_scaled, scale_rewards="batch"),
+    # Evaluation may draw fewer completions than k.
+    "pass_at_k": Advantage(pass_at_k, check=_check_k, shrink=_shrink_k),
+    "kalman": Advantage(kalman),
+    "batch_normalized": Advantage(_batch_normalized, of_returns=batch_normalized, compares_groups=False),
+    "value_tracker": Advantage(tracks_prompts=True, compares_groups=False, nonnegative=True, check=_check_tracker),
+    "lambda_trace": Advantage(of_advantages=lambda_trace),
+}
+"""Every advantage by name."""
 
-    Args:
-        name: One of `GROUP_ADVANTAGES`, or `batch_normalized`.
-        scores: Of all ranks, those of a prompt side by side (N,); NaN for a completion that cannot be scored.
-        group_size: Completions per prompt.
-        lengths: Real tokens of each completion (N,).
-        options: Keyword arguments of the function.
 
-    Returns:
-        (N,), 0 where the score is NaN.
+def advantage_options(name: str) -> list[str]:
+    """List the options of an advantage.
 
     Raises:
-        ValueError: If the name is unknown or an option is wrong.
+        ValueError: If the advantage is unknown; the message lists the valid ones.
     """
-    if name == "batch_normalized":
-        return batch_normalized(scores, **options)
-    if name not in GROUP_ADVANTAGES:
-        raise ValueError(f"Unknown group advantage {name!r}; choose one of {', '.join(GROUP_ADVANTAGES)}.")
-    if name == "length_weighted":
-        return length_weighted(scores, group_size, lengths, **options)
-    if name == "pass_at_k":
-        # Evaluation may draw fewer completions than k.
-        options = {**options, "k": min(options["k"], group_size)}
-    return GROUP_ADVANTAGES[name](scores, group_size, **options)
+    if name not in ADVANTAGES:
+        raise ValueError(f"Unknown advantage {name!r}; choose one of {', '.join(ADVANTAGES)}.")
+    return ADVANTAGES[name].options
+
+
+def check_advantage(name: str, options: Mapping[str, Any], group_size: int) -> None:
+    """Refuse an advantage that cannot be computed, by trying it on a group of zeros.
+
+    Raises:
+        ValueError: If the advantage or an option is unknown, the advantage does not take these values, or it compares
+            completions of a prompt and there is only one.
+    """
+    unknown = sorted(set(options) - set(advantage_options(name)))
+    if unknown:
+        raise ValueError(
+            f"The advantage {name!r} has no option {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(advantage_options(name)) or 'none'}."
+        )
+    entry = ADVANTAGES[name]
+    if entry.compares_groups and group_size < 2:
+        raise ValueError(
+            f"advantage={name!r} compares the completions of a prompt, but num_generations is {group_size}. Set it to "
+            f"at least 2, or choose one of {', '.join(n for n, a in ADVANTAGES.items() if not a.compares_groups)}."
+        )
+    try:
+        if entry.check is not None:
+            entry.check(options, group_size)
+        if not entry.tracks_prompts:
+            zeros = torch.zeros(group_size)
+            advantages_of(name, zeros, group_size, torch.ones(group_size, 2), options=options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"advantage_kwargs={dict(options)} do not suit {name!r}: {error}") from error
+
+
+@torch.no_grad()
+def advantages_of(
+    name: str,
+    scores: Tensor,
+    group_size: int,
+    mask: Tensor,
+    *,
+    options: Mapping[str, Any],
+    gather: Callable[[Tensor], Tensor] = lambda x: x,
+    own: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """Compute the advantages of this rank's completions.
+
+    Args:
+        name: One of `ADVANTAGES` that does not track prompts.
+        scores: Of this rank's completions, those of a prompt side by side (B,); NaN for one that cannot be scored.
+        group_size: Completions per prompt.
+        mask: Real tokens (B, T).
+        options: Keyword arguments of the advantage.
+        gather: Joins the rows of all ranks.
+        own: Takes this rank's rows out of those.
+
+    Returns:
+        (B,), 0 where the score is NaN; (B, T) for an advantage per token.
+
+    Raises:
+        ValueError: If an option is wrong.
+    """
+    entry = ADVANTAGES[name]
+    if entry.of_advantages is not None:
+        whole = advantages_of(entry.source, scores, group_size, mask, options={}, gather=gather, own=own)
+        return entry.of_advantages(whole, mask, **options)
+    if entry.shrink is not None:
+        options = entry.shrink(options, group_size)
+    if entry.of_lengths is not None:
+        return own(entry.of_lengths(gather(scores), group_size, gather(mask.sum(dim=1)), **options))
+    assert entry.of_scores is not None
+    return own(entry.of_scores(gather(scores), group_size, **options))
+
+
+@torch.no_grad()
+def penalised_returns(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    """Charge the KL token by token, and sum up at each token what is left of it and the score (REINFORCE++).
+
+    `R_t = r - beta sum_{i>=t} (ln pi - ln pi_ref)(y_i|s_i)` (2501.03262).
+
+    Args:
+        scores: `r` (B,), NaN where the mask of the row is empty.
+        logps: `ln pi` of the policy that sampled (B, T).
+        ref_logps: `ln pi` of the reference (B, T).
+        mask: Real tokens of completions with a score (B, T).
+        beta: Coefficient of the KL penalty.
+
+    Returns:
+        (B, T), 0 at masked positions.
+    """
+    rewards = terminal_rewards(scores.nan_to_num(0.0), mask)
+    return discounted_returns(kl_shaped_rewards(rewards, logps, ref_logps, mask, beta=beta), mask, gamma=1.0)

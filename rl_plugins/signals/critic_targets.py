@@ -44,7 +44,7 @@ def value_losses(clip_range: float = 0.2, huber_delta: float = 1.0) -> dict[str,
 
 
 class CriticTargets(NamedTuple):
-    """What one batch of completions teaches, all (B, T).
+    """Advantages, regression targets and errors of one batch of completions, all (B, T).
 
     Attributes:
         advantages: For the policy, before scaling.
@@ -189,7 +189,8 @@ def value_loss(
     loss: ValueLoss,
     old_values: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value loss of all heads: head k at t regresses on the target of head 1 at t+k-1 (design, "Time index").
+    """Value loss of all heads: head k at t regresses on the target of head 1 at t+k-1, in the time index of
+    [`rl_plugins.functional`].
 
     `L_TD = 1 / (K N) sum_k sum_t l(v_k[t], sg(Y_{t+k-1}))`.
 
@@ -224,7 +225,7 @@ def rollout_metrics(
     *,
     reduce: Reduce | None = None,
 ) -> dict[str, Tensor]:
-    """How good the saved values were, before this batch is learnt from.
+    """Measure how good the saved values were, before this batch is learnt from.
 
     `critic/explained_variance` is `1 - Var(G - v) / Var(G)` against the observed return G, so 1 is a perfect forecast,
     0 is no better than a constant, and it cannot be gamed by bootstrapping. Per head k the return is that of `t+k-1`.
@@ -306,22 +307,3 @@ def critic_signal(
 def sequence_means(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens of each sequence, (B, T) -> (B,); 0 where there are none."""
     return masked_mean(x, mask, dim=1)
-
-
-def per_head_means(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Metrics of a loss per head: `<name>/head_k`, and `name` over all heads.
-
-    Args:
-        name: Of the loss.
-        sums: Summed losses of all ranks (K,).
-        counts: Numbers of targets of all ranks (K,).
-
-    Returns:
-        0-d tensors, 0 where there is no target.
-    """
-    sums, counts = upcast(sums), upcast(counts)
-    means = sums / counts.clamp(min=1.0)
-    return {
-        name: sums.sum() / counts.sum().clamp(min=1.0),
-        **{f"{name}/head_{k + 1}": mean for k, mean in enumerate(means)},
-    }

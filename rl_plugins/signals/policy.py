@@ -1,6 +1,5 @@
 """The policy's training signal: a loss per token by name, averaged, and how much of it was cut."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,32 +8,40 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.masking import Reduce, masked_mean, masked_moments, zero_masked
-from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS, aggregate
+from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS, aggregate, prompt_weights
 from rl_plugins.functional.policy_losses.clip import cispo, gmpo, gspo_token, ppo_clip, sapo, vanilla, vespo
 from rl_plugins.functional.policy_losses.covariance import clip_cov, kl_cov
 from rl_plugins.functional.policy_losses.future_kl import fipo
 from rl_plugins.functional.policy_losses.gvpo import gvpo
 from rl_plugins.functional.policy_losses.trust_region import bapo, cpgd, dppo
-from rl_plugins.settings import with_numbers
+from rl_plugins.rollouts.batch import Batch, loss_mask
+from rl_plugins.settings import keyword_names, with_numbers
+from rl_plugins.signals.host import Host
 
 PolicyFunction = Callable[..., Tensor]
 """`(logps, old_logps, advantages, mask, **options) -> loss per token`, all (B, T)."""
 
 
 class LossEntry(NamedTuple):
-    """What is known of a policy loss.
+    """Facts about a policy loss, by which everything else tells one from another.
 
     Attributes:
         function: Loss per token.
-        aggregation: How it is usually averaged.
+        aggregation: Usual way to average it.
         acts_on_policy: Whether the loss is all there while the policy is the one that sampled. Where it is not, its
             gradient at ratio 1 is that of `vanilla`, up to a positive factor: its clip, mask or weight begins with the
             second update on a rollout.
+        of_trl: Whether TRL has the loss under this name, with its own fields for the options.
+        around_sampler: Whether its trust region is around the engine that sampled, where that is another one.
+        fixed_level: Whether the level of its importance ratio is its own, whatever `importance_sampling_level` says.
     """
 
     function: PolicyFunction
     aggregation: str
     acts_on_policy: bool = False
+    of_trl: bool = False
+    around_sampler: bool = False
+    fixed_level: bool = False
 
 
 def _vanilla(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -43,20 +50,21 @@ def _vanilla(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor 
 
 # TRL's names for the clipped loss say how it is averaged; the others name the loss.
 POLICY_LOSSES: dict[str, LossEntry] = {
-    "grpo": LossEntry(ppo_clip, "sequence"),
-    "bnpo": LossEntry(ppo_clip, "micro_batch"),
-    "dr_grpo": LossEntry(ppo_clip, "constant"),
-    "dapo": LossEntry(ppo_clip, "token"),
-    "luspo": LossEntry(ppo_clip, "sequence_sum"),
-    "cispo": LossEntry(cispo, "token"),
-    "sapo": LossEntry(sapo, "sequence"),
-    "vespo": LossEntry(vespo, "token"),
+    "grpo": LossEntry(ppo_clip, "sequence", of_trl=True),
+    "bnpo": LossEntry(ppo_clip, "micro_batch", of_trl=True),
+    "dr_grpo": LossEntry(ppo_clip, "constant", of_trl=True),
+    "dapo": LossEntry(ppo_clip, "token", of_trl=True),
+    "luspo": LossEntry(ppo_clip, "sequence_sum", of_trl=True),
+    "cispo": LossEntry(cispo, "token", of_trl=True),
+    "sapo": LossEntry(sapo, "sequence", of_trl=True),
+    "vespo": LossEntry(vespo, "token", of_trl=True),
     "ppo_clip": LossEntry(ppo_clip, "token"),
     "vanilla": LossEntry(_vanilla, "token", acts_on_policy=True),
     "gpg": LossEntry(_vanilla, "token", acts_on_policy=True),
-    "gspo_token": LossEntry(gspo_token, "sequence"),
+    "gspo_token": LossEntry(gspo_token, "sequence", fixed_level=True),
     "gmpo": LossEntry(gmpo, "sequence"),
-    "dppo": LossEntry(dppo, "token"),
+    # The trust region of 2602.04879, section 5.2, is around the sampler.
+    "dppo": LossEntry(dppo, "token", around_sampler=True),
     "fipo": LossEntry(fipo, "token"),
     "bapo": LossEntry(bapo, "token"),
     "cpgd": LossEntry(cpgd, "token"),
@@ -64,15 +72,14 @@ POLICY_LOSSES: dict[str, LossEntry] = {
     "kl_cov": LossEntry(kl_cov, "token"),
     "gvpo": LossEntry(gvpo, "sequence"),
 }
-"""Loss per token, usual aggregation, and whether it acts on-policy, by name."""
+"""Loss per token, usual aggregation, and what else is known of it, by name."""
 
 BATCH_ARGUMENTS = ("groups", "sampler_weights", "reduce")
 """Keyword arguments of a loss that come with each batch instead of from the settings."""
 
 
 def _keywords(function: PolicyFunction) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+    return [name for name in keyword_names(function) if name != "generator"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,21 @@ class PolicyLoss:
         return [key for key in _keywords(POLICY_LOSSES[name].function) if key not in BATCH_ARGUMENTS]
 
     @property
+    def entry(self) -> LossEntry:
+        """Facts about the loss."""
+        return POLICY_LOSSES[self.name]
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether it compares the completions of a prompt, which must then stay in one micro-batch."""
+        return "groups" in self.batch_arguments
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether it takes the correction for another sampler itself, instead of being weighed by it."""
+        return "sampler_weights" in self.batch_arguments
+
+    @property
     def level(self) -> str:
         """Whose the importance ratio is: a token's, or the sequence's."""
         return str(self.options.get("level", "token"))
@@ -131,6 +153,23 @@ class PolicyLoss:
     def batch_arguments(self) -> list[str]:
         """Names of what it takes with every batch, beside the usual four tensors."""
         return [key for key in _keywords(POLICY_LOSSES[self.name].function) if key in BATCH_ARGUMENTS]
+
+    def mark(self, batch: Batch, host: Host) -> None:
+        """Put into a whole batch what the loss asks about groups, before the batch is shuffled and cut: `groups` (B,),
+        the number of each row's prompt, and `prompt_weights` (B,).
+
+        Args:
+            batch: Completions of this rank, those of a prompt side by side.
+            host: The trainer or module.
+        """
+        if not self.compares_groups and self.aggregation != "prompt":
+            return
+        lengths = host.gather_rows(loss_mask(batch).sum(dim=1))  # of all ranks, since a prompt may lie on two
+        if self.compares_groups:
+            numbers = torch.arange(len(lengths), device=lengths.device) // host.group_size
+            batch["groups"] = host.own_rows(numbers)
+        if self.aggregation == "prompt":
+            batch["prompt_weights"] = host.own_rows(prompt_weights(lengths, host.group_size))
 
     def per_token(
         self,
@@ -218,7 +257,7 @@ def averaged(
 
 
 def inert_message(loss: PolicyLoss, where: str, remedy: str) -> str | None:
-    """What to tell someone whose policy loss cannot act, since each rollout is learnt from in one update.
+    """Write the warning for someone whose policy loss cannot act, since each rollout is learnt from in one update.
 
     Args:
         loss: The policy loss.

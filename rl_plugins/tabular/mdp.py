@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.returns import check_discount
 from rl_plugins.tabular.toy_text import read_toy_text
 
 
@@ -42,8 +43,7 @@ class MDP:
     """
 
     def __init__(self, transitions: Tensor, rewards: Tensor, gamma: float, *, start: Tensor | None = None) -> None:
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma={gamma}: give a discount in [0, 1].")
+        check_discount(gamma)
         _check_shapes(transitions, rewards)
         transitions, rewards = transitions.detach().cpu(), rewards.detach().cpu()
         self.gamma = gamma

@@ -1,4 +1,4 @@
-"""What a policy is worth in one number, where it spends its time, and the exact gradients of both objectives.
+"""Worth of a policy in one number, where the policy spends its time, and the exact gradients of both objectives.
 
 Shapes: `S` states, `A` actions. Everything is dense linear algebra over the states, and differentiable in the policy.
 """
@@ -90,7 +90,7 @@ def average_reward(mdp: MDP, policy: Tensor) -> Tensor:
 
 
 def differential_values(mdp: MDP, policy: Tensor) -> Tensor:
-    """What it is worth to be in a state, beyond the average reward: `h(s) = E[sum_t (r_t - r_bar) | s_0 = s]`.
+    """Give the worth of being in each state, beyond the average reward: `h(s) = E[sum_t (r_t - r_bar) | s_0 = s]`.
 
     `h = r_pi - r_bar + P_pi h`, `sum_s d_pi(s) h(s) = 0` (Sutton and Barto 2018, section 10.3).
 

@@ -1,4 +1,4 @@
-"""What each method takes as the target of `q(s_t, a_t)`: the only difference between them.
+"""The target that each method takes for `q(s_t, a_t)`: the only difference between them.
 
 A target maps `(q, policy, rollout, gamma)` to targets `(B, T)`, of which those outside the rollout's mask are ignored.
 Shapes: `B` copies, `T` steps of a rollout, `S` states, `A` actions.

@@ -100,7 +100,7 @@ class TokenMDP:
         return advantages
 
     def forecast(self, tokens: Tensor, k: int, continuing: bool = True) -> Tensor:
-        """What head k knows about the future at best: the expected value k - 1 tokens ahead.
+        """Give the best forecast that head k can make: the expected value k - 1 tokens ahead.
 
             continuing:      E[ V(s_{t+k-1}) | s_t, s_{t+k-1} exists ]
             not continuing:  E[ V(s_{t+k-1}) | s_t ],  V = 0 where the string has ended
@@ -141,7 +141,7 @@ class TokenMDP:
         return tokens, self.completion_mask(tokens), rewards
 
     def to_mdp(self) -> tuple[MDP, Tensor]:
-        """The same process as a general MDP, with a state for every prefix and one for the end.
+        """Rewrite the process as a general MDP, with a state for every prefix and one for the end.
 
         Prefixes come depth by depth in the order of the tables, so the values are those of
         `torch.cat([*self.values[:-1], torch.zeros(1)])`.

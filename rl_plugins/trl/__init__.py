@@ -6,16 +6,11 @@ from rl_plugins.hooks import require_hooks
 require("trl", "trl")
 require_hooks("rl_plugins.trl")
 
-from rl_plugins.trl.callbacks import PolyakCallback
-from rl_plugins.trl.critic_config import MTPCriticConfig
-from rl_plugins.trl.critic_trainer import MTPCriticTrainer
-from rl_plugins.trl.moe_callback import MoEBalancingCallback
-from rl_plugins.trl.ppo_config import PPOConfig
-from rl_plugins.trl.ppo_trainer import PPOTrainer
-from rl_plugins.trl.sft_config import MTPSFTConfig
-from rl_plugins.trl.sft_trainer import MTPSFTTrainer
-from rl_plugins.trl.variant_config import GRPOVariantConfig
-from rl_plugins.trl.variant_trainer import GRPOVariantTrainer
+from rl_plugins.trl.balancing import MoEBalancingCallback
+from rl_plugins.trl.configs import GRPOVariantConfig, MTPCriticConfig, MTPSFTConfig, PPOConfig, RLConfig
+from rl_plugins.trl.sft import MTPSFTTrainer
+from rl_plugins.trl.trainer import RLTrainer
+from rl_plugins.trl.trainers import GRPOVariantTrainer, MTPCriticTrainer, PPOTrainer
 
 __all__ = [
     "GRPOVariantConfig",
@@ -27,5 +22,6 @@ __all__ = [
     "MoEBalancingCallback",
     "PPOConfig",
     "PPOTrainer",
-    "PolyakCallback",
+    "RLConfig",
+    "RLTrainer",
 ]

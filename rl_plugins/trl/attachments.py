@@ -1,132 +1,115 @@
-"""Modules of ours in the policy: trained by its engine, saved beside it."""
+"""Modules of ours in the policy of a TRL trainer: trained by its engine, saved beside it."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, is_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
-from transformers import PreTrainedModel
 
-from rl_plugins.nn.attach import HEADS_ATTRIBUTE
-from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.serialization import (
-    HEADS_WEIGHTS_NAME,
-    check_heads_folder,
-    find_mtp_heads,
-    load_mtp_heads,
-    prepare_mtp_heads,
-    save_mtp_heads,
-)
-from rl_plugins.trl.base import PluginTrainer
+from rl_plugins.nn.attachment import Attachment
 
 
-@dataclass(frozen=True)
-class Attachment:
-    """A submodule of the policy that is trained with it and kept out of its checkpoint: MTP heads, native MTP layers,
-    or a whole value model.
-
-    Args:
-        name: Of the submodule in the policy.
-        module: The submodule.
-        learning_rate: Its learning rate; `None` for the policy's.
-        save: Writes it: `save(model, directory, state_dict=...)`, from the whole model's `state_dict` where the host
-            gathered one.
-        load: Reads what `save` wrote: `load(model, directory)`.
-        file: One of those that `save` writes, by which a checkpoint is recognised; `None` where they are the model's.
-    """
-
-    name: str
-    module: nn.Module
-    learning_rate: float | None
-    save: Callable[..., Any]
-    load: Callable[..., Any]
-    file: str | None = None
-
-
-class AttachmentTrainer(PluginTrainer):
-    """Life cycle of attachments in a TRL trainer.
+class TrainedAttachments:
+    """Life cycle of attached modules in a trainer.
 
     They are attached after the host's `__init__`, so that PEFT and the fused LM head are in place, and before
     `accelerator.prepare`, so that they are optimised and sharded with the rest.
+
+    Args:
+        trainer: The trainer, whose `__init__` of the host has run.
     """
 
-    _attachments: tuple[Attachment, ...] = ()
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.modules: list[tuple[Attachment, float | None]] = []
 
-    def _attach(self, attachment: Attachment) -> None:
-        """Take care of a submodule from now on."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is not None and attachment.learning_rate is not None and "optimizer" in plugin.deepspeed_config:
+    def add(self, module: Attachment, learning_rate: float | None) -> None:
+        """Take care of a module from now on.
+
+        Args:
+            module: Attached to the policy.
+            learning_rate: Its learning rate; `None` for the policy's.
+
+        Raises:
+            ValueError: If the engine cannot train or save it.
+        """
+        trainer = self.trainer
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        if plugin is not None and learning_rate is not None and "optimizer" in plugin.deepspeed_config:
             raise ValueError(
                 "The DeepSpeed config declares its own optimizer, which cannot give the critic a learning rate of "
                 "its own. Remove its `optimizer` section, or set head_learning_rate (MTP heads) or "
                 "value_learning_rate (a value model) to None."
             )
-        if self.is_fsdp_enabled:
-            check_fsdp(self.accelerator.state.fsdp_plugin, adapters=is_peft_model(self.model))
-        if self.optimizer is not None:
+        if trainer.is_fsdp_enabled:
+            check_fsdp(trainer.accelerator.state.fsdp_plugin, adapters=is_peft_model(trainer.model))
+        if trainer.optimizer is not None:
             raise ValueError(
-                f"The optimizer that was given (optimizers=...) was made before the policy had its {attachment.name}, "
+                f"The optimizer that was given (optimizers=...) was made before the policy had its {module.name}, "
                 "which it would never train. Leave it out, and set `optim`, `optim_args` and the learning rates."
             )
-        self._attachments = (*self._attachments, attachment)
+        self.modules.append((module, learning_rate))
 
-    # Optimizer
+    @property
+    def names(self) -> set[str]:
+        """Names of the modules in the policy."""
+        return {module.name for module, _ in self.modules}
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the host's optimizer, then move the submodules into groups with their own learning rates."""
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        for attachment in self._attachments if fresh else ():
-            if attachment.learning_rate is not None:
-                _split_groups(optimizer, attachment.module, attachment.learning_rate)
-        return optimizer
+    @property
+    def _is_sharded(self) -> bool:
+        return self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
 
-    # Saving and loading
+    def split_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the modules' parameters into groups with learning rates of their own."""
+        for module, rate in self.modules:
+            if rate is not None:
+                _split_groups(optimizer, module, rate)
 
-    def _own_files(self) -> dict[str, bool]:
-        # DeepSpeed and FSDP have everything in the engine's own files.
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        files = [attachment.file for attachment in self._attachments]
-        return super()._own_files() | {file: not sharded for file in files if file is not None}
+    def files(self) -> dict[str, bool]:
+        """Files in a checkpoint by which the modules are recognised, and whether they have to be there: DeepSpeed and
+        FSDP have everything in files of their own."""
+        return {module.mark: not self._is_sharded for module, _ in self.modules if module.mark is not None}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # A copy, since save_pretrained deletes our keys from the dictionary that it is given.
-        super()._save(output_dir, state_dict=None if state_dict is None else dict(state_dict))
-        # An empty state dict is what the host passes when ZeRO-3 may not gather: the engine's checkpoint has them.
-        if self._attachments and self.args.should_save and state_dict != {}:
-            model = self.accelerator.unwrap_model(self.model)
-            for attachment in self._attachments:
-                attachment.save(model, os.fspath(output_dir or self.args.output_dir), state_dict=state_dict)
+    def save(self, directory: str | None, state_dict: dict[str, Tensor] | None) -> None:
+        """Write the modules beside the policy; `state_dict` holds whole weights, where an engine gathered them."""
+        # An empty one is what the host passes when ZeRO-3 may not gather: the engine's checkpoint has them.
+        if self.trainer.args.should_save and state_dict != {}:
+            for module, _ in self.modules:
+                module.save(os.fspath(directory or self.trainer.args.output_dir), state_dict=state_dict)
 
-    def _load_attachments(self, directory: str) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        for attachment in self._attachments:
-            attachment.load(model, directory)
+    def load(self, directory: str) -> None:
+        """Read what `save` wrote."""
+        for module, _ in self.modules:
+            module.load(Path(directory))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:
-            self._load_attachments(resume_from_checkpoint)
+    def load_checkpoint(self, directory: str) -> None:
+        """Read the modules of a checkpoint, unless FSDP has restored the whole model."""
+        if not self.trainer.is_fsdp_enabled:
+            self.load(directory)
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        # DeepSpeed and FSDP restore the whole model; elsewhere the host reads its own file only.
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            self._load_attachments(str(self.state.best_model_checkpoint))
+    def load_best(self, directory: str) -> None:
+        """Read the modules of the best checkpoint, unless an engine has restored the whole model."""
+        if not self._is_sharded:
+            self.load(directory)
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # They live in files of their own; the host would report them as missing from its own.
-        names, missing = {attachment.name for attachment in self._attachments}, load_result.missing_keys
-        missing[:] = [key for key in missing if names.isdisjoint(key.split("."))]
-        super()._issue_warnings_after_load(load_result)
+    def forgive(self, missing_keys: list[str]) -> None:
+        """Take the modules' keys off the list of those that the host misses in its own file."""
+        missing_keys[:] = [key for key in missing_keys if self.names.isdisjoint(key.split("."))]
+
+
+def parameters_without(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    """List the trained parameters of a model that belong to none of the named submodules."""
+    left_out = set(names)
+    named = model.named_parameters()
+    return [param for name, param in named if param.requires_grad and left_out.isdisjoint(name.split("."))]
 
 
 def check_fsdp(plugin: FullyShardedDataParallelPlugin, *, adapters: bool) -> None:
-    """See that FSDP can run and save attachments.
+    """Refuse FSDP where it cannot run or save attachments.
 
     Args:
         plugin: accelerate's settings.
@@ -149,7 +132,6 @@ def check_fsdp(plugin: FullyShardedDataParallelPlugin, *, adapters: bool) -> Non
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, module: nn.Module, learning_rate: float) -> None:
-    """Move the parameters of a module into groups with a learning rate of their own."""
     ours = {id(p) for p in module.parameters()}
     for group in list(optimizer.param_groups):
         mine = [p for p in group["params"] if id(p) in ours]
@@ -157,28 +139,3 @@ def _split_groups(optimizer: torch.optim.Optimizer, module: nn.Module, learning_
             group["params"] = [p for p in group["params"] if id(p) not in ours]
             optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-
-
-def find_saved_heads(model: Any, args: Any) -> str | None:
-    """Directory of saved heads that a run should start from: the one given, or the model's own."""
-    if args.mtp_heads_path is not None:
-        check_heads_folder(args.mtp_heads_path)
-        return args.mtp_heads_path
-    if not isinstance(model, str):
-        return None
-    return find_mtp_heads(model, revision=(args.model_init_kwargs or {}).get("revision"))
-
-
-def attach_heads(trainer: AttachmentTrainer, saved_heads: str | None) -> MTPHeads:
-    """Give a trainer's model the MTP heads that its options describe: those it has, saved ones, or new ones.
-
-    Raises:
-        ValueError: If those that there are do not fit the options.
-    """
-    args = trainer.args
-    heads = prepare_mtp_heads(
-        trainer.model, args.num_mtp_heads, inner_size=args.mtp_inner_size, path=saved_heads, seed=args.seed
-    )
-    rate = args.head_learning_rate
-    trainer._attach(Attachment(HEADS_ATTRIBUTE, heads, rate, save_mtp_heads, load_mtp_heads, HEADS_WEIGHTS_NAME))
-    return heads

@@ -22,24 +22,24 @@ class TrainerOnly:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; transformers does not ask for it."""
+        """Return no attributes; transformers does not ask for them."""
         return {}
 
 
-class PolyakCallback(TrainerOnly, TrainerCallback):
-    """Moves target heads after every optimizer step.
+class AfterStep(TrainerCallback):
+    """Calls something after every optimizer step, such as a critic whose slow copies follow.
 
     Under DeepSpeed the engine steps inside `backward`, so only the end of the step is after the update everywhere.
 
     Args:
-        update: Called with the number of optimizer steps done.
+        call: Given the number of optimizer steps done.
     """
 
-    def __init__(self, update: Callable[[int], None]) -> None:
-        self.update = update
+    def __init__(self, call: Callable[[int], None]) -> None:
+        self.call = call
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Called by the trainer after each optimizer step."""
-        self.update(state.global_step)
+        self.call(state.global_step)

@@ -1,33 +1,41 @@
 """Small things that TRL's trainers and ours need of each other: router losses, streams to vLLM."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from rl_plugins.hooks import VLLM, require_hooks
 from rl_plugins.moe.routers import Router
-from rl_plugins.nn.attach import HEADS_ATTRIBUTE, base_model_of
-from rl_plugins.nn.native_mtp import NATIVE_ATTRIBUTE
-from rl_plugins.nn.value_model import CRITIC_ATTRIBUTE
+from rl_plugins.nn.attachment import Attachment, base_model_of
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
 
 
-def without_critics(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Drop heads, native MTP layers and value model from a stream of named parameters; every parameter is still
-    consumed, since gathering it is collective."""
+def log_metrics(trainer: Any, metrics: Mapping[str, Tensor]) -> None:
+    """Append numbers of all ranks to those that TRL's trainers average until the next log."""
+    mode = "train" if trainer.model.training else "eval"
+    for name, value in metrics.items():
+        # Explained variance of a constant return is undefined; a hole says so without spoiling the mean.
+        if not value.isnan():
+            trainer._metrics[mode][name].append(value.item())
+
+
+def without_attachments(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Drop heads, native MTP layers, value model and the like from a stream of named parameters; every parameter is
+    still consumed, since gathering it is collective."""
+    names = Attachment.names()
     for name, tensor in stream:
-        if {HEADS_ATTRIBUTE, NATIVE_ATTRIBUTE, CRITIC_ATTRIBUTE}.isdisjoint(name.split(".")):
+        if names.isdisjoint(name.split(".")):
             yield name, tensor
 
 
-def hide_critics_from_vllm(generation: "VLLMGeneration") -> None:
-    """vLLM loads every parameter that TRL streams to it, and does not know ours."""
+def hide_attachments_from_vllm(generation: "VLLMGeneration") -> None:
+    """Keep attached modules out of what TRL streams to vLLM, which loads every parameter and does not know ours."""
     require_hooks(VLLM)
     stream = generation._iter_named_params
-    generation._iter_named_params = lambda: without_critics(stream())
+    generation._iter_named_params = lambda: without_attachments(stream())
 
 
 def own_router_loss(host: Any, model: nn.Module) -> float:

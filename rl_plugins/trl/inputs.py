@@ -7,7 +7,9 @@ import trl
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id
 
+from rl_plugins.nn.sources import check_language_model
 from rl_plugins.rollouts.rewards import (
     NOT_COLUMNS,
     REWARD_ARGUMENTS,
@@ -45,6 +47,27 @@ def settle_options(config: Any) -> None:
         raise ValueError("max_steps=0 would not stop the training at once, but leave it to num_train_epochs: give -1.")
     if config.max_steps < 0:
         check_above(0, num_train_epochs=config.num_train_epochs)
+
+
+def complete_args(args: Any, config_class: type, model: Any) -> Any:
+    """Give the trainer's `args`, or default ones that write beside the model's name, as TRL's trainers do.
+
+    Raises:
+        TypeError: If `args` is not of `config_class`, or `model` is none.
+        FileNotFoundError: If there is no model of that name.
+        ValueError: If the model cannot be trained as a causal language model.
+    """
+    init_kwargs = getattr(args, "model_init_kwargs", None)
+    check_language_model(model, init_kwargs if isinstance(init_kwargs, dict) else None)
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{name.split('/')[-1]}-{config_class.__name__.removesuffix('Config')}")
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"args must be of type {config_class.__name__}, got {type(args).__name__}. Give the options to "
+            f"{config_class.__name__}(...), which takes those of its host, too."
+        )
+    return args
 
 
 def check_inputs(given: Mapping[str, Any], args: Any) -> None:

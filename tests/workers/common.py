@@ -1,10 +1,9 @@
 """What workers share: a list of runs, each in a process of its own, on every rank.
 
 Every run is a fresh process, forked after the slow imports, so that a run may be killed and a list of runs costs
-little more than one. So are the ranks, where the environment asks for `RANKS` of them. A run that fails leaves
-`error_<rank>.txt` in its directory.
+little more than one. A run that fails leaves `error_<rank>.txt` in its directory.
 
-Import this module first: it sets the environment, and from here on there are as many processes as ranks.
+Import this module first: it sets the environment.
 """
 
 import gc
@@ -37,26 +36,9 @@ from transformers import TrainerCallback
 import rl_plugins.trl  # noqa: F401  (slow, and most workers import it)
 from rl_plugins.nn.sharding import whole_parameters
 
+torch._dynamo.config.disable = True  # the variable is read when torch is imported, which it may be already
+
 Run = dict[str, Any]
-CHILDREN: list[int] = []
-
-
-def become_ranks(world: int) -> None:
-    """Fork the other ranks, and set what a launcher sets."""
-    rank = 0
-    for other in range(1, world):
-        child = os.fork()
-        if not child:
-            rank = other
-            CHILDREN.clear()
-            break
-        CHILDREN.append(child)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in places.items()}}
-
-
-if "RANKS" in os.environ:
-    become_ranks(int(os.environ["RANKS"]))
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DEFAULTS = {
     "use_cpu": True,
@@ -176,5 +158,3 @@ def main(train: Callable[[Run], None], warm_up: Callable[[Run], Any]) -> None:
     gc.freeze()
     for run in runs:
         print(run["out"], "ended with status", in_child(run, train), flush=True)
-    for child in CHILDREN:
-        assert os.waitpid(child, 0)[1] == 0, "a rank died between two runs"

@@ -35,7 +35,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_plugins.nn.sharding import whole_parameters
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.rollouts.batch import loss_mask
+from rl_plugins.rollouts.values import ValueRecord
+from rl_plugins.signals import critics
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -50,11 +52,11 @@ from rl_plugins.trl import (
 TRL_DEFAULTS = {**DEFAULTS, "model_init_kwargs": {"dtype": "float32"}}
 ONLINE: dict[str, Any] = {"max_completion_length": 6}
 finished: list[bool] = []
-"""Of every finished recorder: whether it had the values of the whole completion."""
+"""Of every finished record, of `generate` or of a pass: whether it had the values of the whole completion."""
 
 
-class RecordingRecorder(ValueRecorder):
-    """A recorder that flushes more than once per completion, and remembers how it ended."""
+class NotingRecord(ValueRecord):
+    """A record that flushes more than once per completion, and remembers how it ended."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, flush_every=4)
@@ -105,7 +107,7 @@ class SteadyVariantTrainer(GRPOVariantTrainer):
         )
         texts = self.processing_class.batch_decode(prompts)
         note = {"prompts": texts, "rewards": self.reward_funcs[0](prompts=texts, completion_ids=ids)}
-        counts = {"items": int(batch["num_items_in_batch"]), "tokens": int(self._loss_mask(batch).sum())}
+        counts = {"items": int(batch["num_items_in_batch"]), "tokens": int(loss_mask(batch).sum())}
         self.batches.append({**note, **counts})
         return batch
 
@@ -143,9 +145,7 @@ def load(run: Run) -> Any:
 
 def train(run: Run) -> None:
     """One run, on this rank."""
-    import rl_plugins.trl.critic_trainer as critic_trainer
-
-    critic_trainer.ValueRecorder = RecordingRecorder
+    critics.ValueRecord = NotingRecord  # type: ignore[misc]
     start_engine(run)
     trainer_class, config_class, own_defaults = TRAINERS[run.get("trainer", "mtp")]
     model = load(run) if run.get("loaded") == "before" else run["model"]
@@ -176,7 +176,8 @@ def write_results(trainer: Any, out: Path) -> None:
         name, named = "policy", dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     else:
         name = "value_model" if isinstance(trainer, PPOTrainer) else "heads"
-        named = dict(trainer.critic_module.named_parameters())
+        native = trainer.native_mtp if isinstance(trainer, MTPSFTTrainer) else None
+        named = dict((trainer.critic.module if native is None else native).named_parameters())
     params = list(named.values())
     sharded = all(isinstance(p, DTensor) or (hasattr(p, "ds_id") and p.numel() == 0) for p in params)
     with whole_parameters(params) as whole:

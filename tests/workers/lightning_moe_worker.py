@@ -39,8 +39,9 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM
 
-from rl_plugins.lightning import MoEBalancingCallback, moe_callback
+from rl_plugins.lightning import MoEBalancingCallback
 from rl_plugins.lightning.deepspeed import CPUDeepSpeedStrategy
+from rl_plugins.moe import run as balancing_run
 
 Batch = dict[str, Tensor]
 TIMEOUT = timedelta(seconds=60)
@@ -51,12 +52,12 @@ writes: list[str] = []
 
 
 def noted_append(path: Path, *args: Any) -> None:
-    """As `append_load`."""
+    """As `append_expert_load`."""
     writes.append(path.name)
-    append_load(path, *args)
+    append_expert_load(path, *args)
 
 
-append_load, moe_callback.append_load = moe_callback.append_load, noted_append
+append_expert_load, balancing_run.append_expert_load = balancing_run.append_expert_load, noted_append
 
 
 class Module(LightningModule):
@@ -91,7 +92,7 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
-        self.balancer = self.balancing.balancer  # which lets go of it before this callback's turn
+        self.balancer = self.balancing.run.balancer  # which lets go of it before this callback's turn
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step > self.step:
@@ -101,7 +102,6 @@ class Watch(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         balancer = self.balancer
-        assert balancer is not None
         save_file(balancer.state_dict(), self.out / f"masters_{RANK}.safetensors")
         save_whole({router.name: router.bias for router in balancer.routers if router.has_bias}, self.out, "live")
         save_whole(dict(pl_module.named_parameters()), self.out, "weights")

@@ -232,7 +232,7 @@ def train_rank(run: Run) -> None:
     losses = note_calls(module, "training_step", lambda batch, loss: loss.item())
     rollouts = []
     if rewards:
-        rollouts = note_calls(module, "complete", lambda prompts, found: (list(prompts), found.token_lists()))
+        rollouts = note_calls(module, "_complete", lambda prompts, found: (list(prompts), found.token_lists()))
     torch.manual_seed(common.RANK)  # so that a rank that goes on with another's generator is found out
     rows = make_rows()
     held_out = rows[:4] if "val_check_interval" in run["args"] else None

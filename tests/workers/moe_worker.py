@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
-from rl_plugins.nn import bias_files
+from rl_plugins.moe import files
 from rl_plugins.trl import MoEBalancingCallback, MTPCriticConfig, MTPCriticTrainer
 
 # Not Adam, which hides the scale of gradients and makes steps of rounding errors; no clipping, which hides it too.
@@ -92,7 +92,7 @@ def make_trainer(run: Run, model: Any, args: Any, callbacks: list[Any]) -> Any:
 
 def train(run: Run) -> None:
     """One run, on this rank."""
-    bias_files.save_file = noted_save
+    files.save_file = noted_save
     start_engine(run)
     model = load(run) if run.get("loaded") == "before" else None
     config_class, defaults = CONFIGS[run.get("trainer", "plain")]
@@ -119,8 +119,8 @@ def write_results(trainer: Any, out: Path) -> None:
     # The trainer may have made the callback anew from a checkpoint.
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, MoEBalancingCallback):
-            balancer = callback.balancer
-            assert balancer is not None
+            assert callback.run is not None
+            balancer = callback.run.balancer
             save_file(balancer.state_dict(), out / f"masters_{RANK}.safetensors")
             save_whole({router.name: router.bias for router in balancer.routers if router.has_bias}, out, "live")
     save_whole(dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters()), out, "weights")

@@ -36,7 +36,7 @@ from rl_plugins.trl import (
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.vision_models import lessons, looks, vision_language
+from tests.helpers.vision_models import lessons, looks, vision_language
 
 # Completions of one length, so that two ranks, and one process in two micro-steps, weigh tokens alike.
 SAMPLING = {"max_completion_length": 4, "generation_kwargs": {"do_sample": False, "min_new_tokens": 4}}

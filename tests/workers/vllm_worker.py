@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from datasets import Dataset
 
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
-from tests import vllm_engine as engine
+from tests.helpers import vllm_engine as engine
 
 
 def reward(completion_ids: list[list[int]], **kwargs: object) -> list[float]:

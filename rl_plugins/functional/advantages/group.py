@@ -1,34 +1,32 @@
 """Advantages from groups of completions of one prompt: GRPO and its variants, without a critic.
 
-Every function takes `rewards (B,)`, one per completion; the completions of a prompt stand together, so that row
-`i` belongs to group `i // group_size`. A NaN reward marks a completion that could not be scored: it enters no
-statistic and its advantage is 0. `n` in the formulas counts the scorable rows of the group.
+Arguments that functions here share, and do not list again:
+    rewards: `r (B,)`, one per completion; the completions of a prompt stand together, so that row `i` belongs to group
+        `i // group_size`. A NaN reward marks a completion that could not be scored: it enters no statistic and its
+        advantage is 0.
+    group_size: completions per prompt.
+    eps: a small positive number, which keeps a divisor from being 0; added to a deviation or, where the equation says
+        so, to a variance or a mean.
+    reduce: sums a 1-D tensor across ranks; called twice.
 
-What is unaffected by a constant added to the rewards is computed from `r - min r`: equal rewards then give
+Results are `(B,)`, and 0 in groups with fewer than two scorable rows. `n` in the equations counts the scorable rows of
+the group. All raise `ValueError` where the rewards do not divide into groups or a number is out of range.
+
+Advantages that a constant added to the rewards leaves as they are come from `r - min r`: equal rewards then give
 advantages of exactly 0, where the mean of equal floats may be off by a unit in the last place.
 """
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_groups, check_positive, check_shape
 from rl_plugins.functional.masking import Reduce, masked_moments, masked_whiten, same_group, upcast, zero_masked
 
 
 def group_normalized(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
-    """GRPO: `A_i = (r_i - mean) / (std + eps)` over the group (arXiv 2402.03300).
+    """Compare a completion with the others of its prompt, in units of their spread.
 
-    `std` has Bessel's correction; it and `eps` are TRL's. The paper's text was not at hand for its own choice.
-
-    Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
-        eps: added to the deviation.
-
-    Returns:
-        `(B,)`; 0 in groups with fewer than two scorable rows.
-
-    Raises:
-        ValueError: the rewards do not divide into groups, or `eps` is not positive.
+    `A_i = (r_i - mean) / (std + eps)`. GRPO (arXiv 2402.03300). `std` has Bessel's correction.
     """
     _check_eps(eps)
     grouped, scorable = _grouped(rewards, group_size)
@@ -38,37 +36,23 @@ def group_normalized(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> 
 
 
 def group_centered(rewards: Tensor, group_size: int) -> Tensor:
-    """Dr. GRPO: `A_i = r_i - mean` over the group (arXiv 2503.20783; formula after TRL and verl).
+    """Compare a completion with the others of its prompt, and leave easy and hard prompts their weight.
 
-    Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
-
-    Returns:
-        `(B,)`; 0 in groups with fewer than two scorable rows.
-
-    Raises:
-        ValueError: the rewards do not divide into groups.
+    `A_i = r_i - mean`. Dr. GRPO (arXiv 2503.20783).
     """
     return _centered(*_grouped(rewards, group_size)).flatten()
 
 
 def group_min_max(rewards: Tensor, group_size: int) -> Tensor:
-    """Reinforce-Rej: `A_i = 2 (r_i - min r) / (max r - min r) - 1` over the group: its best is 1, its worst -1.
+    """Make the best completion of a prompt 1 and the worst -1, without a baseline.
 
-    The paper (arXiv 2504.11343, eq. 5) multiplies by a verifier's reward, which is 1 or -1, and leaves out groups of
-    equal rewards. What is left has both, so that this is that reward, and stays so for rewards of 0 and 1, or of any
-    other two values. It has no baseline: a group with few right answers pushes down more than it pushes up.
-
-    Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
+    `A_i = 2 (r_i - min r) / (max r - min r) - 1`. Reinforce-Rej (arXiv 2504.11343, eq. 5). The paper multiplies by a
+    verifier's reward, which is 1 or -1, and leaves out groups of equal rewards. The groups that remain have both
+    rewards, so that `A_i` is that reward, and stays so for rewards of 0 and 1, or of any other two values. Without a
+    baseline, a group with few right answers pushes down more than it pushes up.
 
     Returns:
         `(B,)`; 0 in groups of equal rewards.
-
-    Raises:
-        ValueError: the rewards do not divide into groups.
     """
     grouped, scorable = _grouped(rewards, group_size)
     shifted = _shifted(grouped, scorable)
@@ -78,17 +62,9 @@ def group_min_max(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
-    """RLOO: `A_i = r_i - mean_{j != i} r_j = (r_i - mean) n / (n - 1)` (arXiv 2402.14740; formula after verl).
+    """Compare a completion with the mean of the others alone, an unbiased baseline: `A_i = r_i - mean_{j != i} r_j`.
 
-    Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
-
-    Returns:
-        `(B,)`; 0 in groups with fewer than two scorable rows.
-
-    Raises:
-        ValueError: the rewards do not divide into groups.
+    RLOO (arXiv 2402.14740), computed as `(r_i - mean) n / (n - 1)`.
     """
     grouped, scorable = _grouped(rewards, group_size)
     count = _count(scorable)
@@ -96,21 +72,13 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def max_likelihood(rewards: Tensor, group_size: int, *, eps: float = 1e-6) -> Tensor:
-    """MaxRL: `A_i = (r_i - mean) / (mean + eps)` over the group (arXiv 2602.02710; formula after the authors' code).
+    """Weigh prompts by how seldom they succeed: `A_i = (r_i - mean) / (mean + eps)`.
 
-    For 0/1 rewards this weighs a prompt by the inverse of its success rate, as the gradient of `ln P(success)`
-    does.
-
-    Args:
-        rewards: `r (B,)`, none negative.
-        group_size: completions per prompt.
-        eps: added to the mean.
+    MaxRL (arXiv 2602.02710). For 0/1 rewards the weight of a prompt is the inverse of its success rate, as in the
+    gradient of `ln P(success)`. No reward may be negative.
 
     Returns:
         `(B,)`; 0 where the whole group has reward 0.
-
-    Raises:
-        ValueError: a reward is negative, the rewards do not divide into groups, or `eps` is not positive.
     """
     _check_eps(eps)
     grouped, scorable = _grouped(rewards, group_size)
@@ -121,24 +89,19 @@ def max_likelihood(rewards: Tensor, group_size: int, *, eps: float = 1e-6) -> Te
 
 
 def length_weighted(rewards: Tensor, group_size: int, lengths: Tensor) -> Tensor:
-    """OPO: `A_i = r_i - sum_j l_j r_j / sum_j l_j` over the group (arXiv 2505.23585; formula after verl).
+    """Subtract the baseline of least variance where long completions have large gradients.
 
-    The baseline of least variance when the squared norm of a completion's gradient grows as its length.
+    `A_i = r_i - sum_j l_j r_j / sum_j l_j`. OPO (arXiv 2505.23585). The baseline is optimal where the squared norm of
+    a completion's gradient grows as its length.
 
     Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
-        lengths: `l`, real tokens of each completion `(B,)`.
+        lengths: `l`, real tokens of each completion `(B,)`, 0 or more.
 
     Returns:
         `(B,)`; 0 in groups with fewer than two scorable rows, and where all of these are empty.
-
-    Raises:
-        ValueError: the rewards do not divide into groups, or there is not one length, 0 or more, per reward.
     """
     grouped, scorable = _grouped(rewards, group_size)
-    if lengths.shape != rewards.shape:
-        raise ValueError(f"lengths {tuple(lengths.shape)}: give the real tokens per reward, {tuple(rewards.shape)}.")
+    check_shape("lengths", lengths, rewards.shape, "give the real tokens per reward")
     if bool((lengths < 0).any()):
         raise ValueError("negative lengths: give the count of real tokens, mask.sum(1).")
     weights = zero_masked(lengths.to(grouped.dtype).reshape(grouped.shape), scorable)
@@ -151,22 +114,16 @@ def length_weighted(rewards: Tensor, group_size: int, lengths: Tensor) -> Tensor
 def batch_normalized(
     returns: Tensor, *, mask: Tensor | None = None, eps: float = 1e-8, reduce: Reduce | None = None
 ) -> Tensor:
-    """REINFORCE++: `A = (R - mean) / sqrt(var + eps)` over the whole batch (arXiv 2501.03262).
+    """Compare a completion with the whole batch, where there are no groups: `A = (R - mean) / sqrt(var + eps)`.
 
-    The paper's text was not at hand: population variance as in its authors' OpenRLHF (which floors the variance at
-    1e-8; verl takes the sample variance and adds 1e-8). Both whiten token-level returns.
+    REINFORCE++ (arXiv 2501.03262), with the population variance.
 
     Args:
         returns: `R`, one per completion `(B,)` or per token `(B, T)`; NaN is left out.
         mask: `(B,)` or `(B, T)`, or any leading part of the shape of `returns`; all entries by default.
-        eps: added to the variance.
-        reduce: sums a 1-D tensor across ranks; called twice.
 
     Returns:
         The shape of `returns`; 0 outside the mask, at NaN, and everywhere if the returns do not vary.
-
-    Raises:
-        ValueError: `eps` is not positive, or the shapes do not fit.
     """
     _check_eps(eps)
     if returns.ndim not in (1, 2):
@@ -181,23 +138,12 @@ def batch_normalized(
 def group_centered_batch_normalized(
     rewards: Tensor, group_size: int, *, eps: float = 1e-8, reduce: Reduce | None = None
 ) -> Tensor:
-    """REINFORCE++-baseline: `group_centered`, then `batch_normalized` (arXiv 2501.03262; after OpenRLHF and verl).
+    """Compare a completion with the others of its prompt, in units of the batch.
 
-    `A_i = c_i / sqrt(var_batch(c) + eps)` with `c_i = r_i - mean_group`, whose mean over the batch is 0 already.
-    Each completion counts once; OpenRLHF and verl whiten after copying `c` to the tokens, so that long completions
-    count more: for that, call `batch_normalized` on `(B, T)` copies of `c` with the completion mask.
-
-    Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
-        eps: added to the variance.
-        reduce: sums a 1-D tensor across ranks; called twice.
-
-    Returns:
-        `(B,)`; 0 in groups with fewer than two scorable rows.
-
-    Raises:
-        ValueError: the rewards do not divide into groups, or `eps` is not positive.
+    `A_i = c_i / sqrt(var_batch(c) + eps)`. REINFORCE++-baseline (arXiv 2501.03262): `group_centered`, then
+    `batch_normalized`. `c_i = r_i - mean_group`, whose mean over the batch is 0 already. Each completion counts once;
+    where long completions are to count more, call `batch_normalized` on `(B, T)` copies of `c` with the completion
+    mask.
     """
     _check_eps(eps)
     grouped, scorable = _grouped(rewards, group_size)
@@ -210,22 +156,10 @@ def group_centered_batch_normalized(
 def group_centered_batch_scaled(
     rewards: Tensor, group_size: int, *, eps: float = 1e-4, reduce: Reduce | None = None
 ) -> Tensor:
-    """Lite PPO: `A_i = (r_i - mean_group) / (std_batch(r) + eps)` (arXiv 2508.08221; formula after TRL).
+    """Compare a completion with the others of its prompt, in units of all rewards.
 
-    `std_batch` is the deviation, with Bessel's correction, of the rewards themselves, so it holds the spread
-    between prompts too.
-
-    Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
-        eps: added to the deviation.
-        reduce: sums a 1-D tensor across ranks; called twice.
-
-    Returns:
-        `(B,)`; 0 in groups with fewer than two scorable rows.
-
-    Raises:
-        ValueError: the rewards do not divide into groups, or `eps` is not positive.
+    `A_i = (r_i - mean_group) / (std_batch(r) + eps)`. Lite PPO (arXiv 2508.08221). `std_batch` is the deviation, with
+    Bessel's correction, of the rewards themselves, so it holds the spread between prompts too.
     """
     _check_eps(eps)
     grouped, scorable = _grouped(rewards, group_size)
@@ -235,47 +169,50 @@ def group_centered_batch_scaled(
 
 
 def pass_at_k(rewards: Tensor, group_size: int, *, k: int, normalize: bool = False, eps: float = 1e-6) -> Tensor:
-    """Pass@k training: `A_i = E[max of a k-subset of the group | i in it] - E[max of a k-subset]`.
+    """Reward what a completion adds to the best of `k` attempts (pass@k training).
+
+    `A_i = E[max of a k-subset of the group | i in it] - E[max of a k-subset]`.
 
     Exact for any real rewards, by order statistics. With the rewards sorted, `r_0 <= .. <= r_{n-1}`,
     `E[max] = sum_m r_m C(m, k-1) / C(n, k)` and
-    `E[max | i] = (r_i C(i, k-1) + sum_{m > i} r_m C(m-1, k-2)) / C(n-1, k-1)`.
-    For 0/1 rewards these are the analytical advantages of Chen et al. (arXiv 2508.10751, section 2.4, after the
-    authors' repository) before their division by `sigma = sqrt(E[max] (1 - E[max]))`; here `sigma` is the deviation
-    of the maximum over the k-subsets, which is the same for 0/1 rewards. `E[max | i]` is `n / k` times the
-    transformed reward of PKPO (arXiv 2505.15201, eq. 19, after a public transcription).
+    `E[max | i] = (r_i C(i, k-1) + sum_{m > i} r_m C(m-1, k-2)) / C(n-1, k-1)`. For 0/1 rewards these are the
+    analytical advantages of Chen et al. (arXiv 2508.10751, section 2.4) before their division by
+    `sigma = sqrt(E[max] (1 - E[max]))`; here `sigma` is the deviation of the maximum over the k-subsets, which is the
+    same for 0/1 rewards. `E[max | i]` is `n / k` times the transformed reward of PKPO (arXiv 2505.15201, eq. 19).
 
     `A_i = (1 - k / n) (E[max | i in it] - E[max | i not in it])`: unbiased but for the factor, and 0 at `k = n`.
     Take `k` well below the group size.
 
     Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
-        k: attempts of which the best counts; 1 is `group_centered`.
+        k: attempts of which the best counts, in `[1, group_size]`; 1 is `group_centered`.
         normalize: whether to divide by `sigma + eps`.
-        eps: added to `sigma`; the authors' code has 1e-6.
 
     Returns:
         `(B,)`; 0 in groups with fewer than `k` scorable rows, and where every k-subset has the same maximum.
-
-    Raises:
-        ValueError: `k` is not in `[1, group_size]`, the rewards do not divide into groups, or `eps` is not positive.
     """
     _check_eps(eps)
     grouped, scorable = _grouped(rewards, group_size)
     if not 1 <= k <= group_size:
         raise ValueError(f"k={k}: give 1 to group_size={group_size}; a k-subset is drawn from the group.")
-    # Binomials of unequal size cancel: double precision throughout, rounded once at the end.
+    # The rewards in order, r_0 <= .. <= r_{n-1}, unscorable ones behind them as 0. Binomials of unequal size cancel:
+    # double precision throughout, rounded once at the end.
     shifted = _shifted(grouped.double(), scorable)
     ordered, order = shifted.masked_fill(~scorable, torch.inf).sort(dim=1, stable=True)
     count, rank = _count(scorable).double(), torch.arange(group_size, device=rewards.device).double()
     ordered = torch.where(rank < count, ordered, 0.0)
+
+    # First sum, E[max] = sum_m r_m C(m, k-1) / C(n, k): r_m is the largest in the subsets of it and k-1 below it. For
+    # rewards 0 0 1 3 and k = 2 the shares are 0 1 2 3 of 6 subsets, and the mean is (0 + 0 + 2 + 9) / 6.
     p_max = torch.exp(_log_binomial(rank, k - 1) - _log_binomial(count, k))
     p_max = torch.where((rank < count) & (count >= k), p_max, 0.0)
     mean = (p_max * ordered).sum(1, keepdim=True)
 
+    # Of the C(n-1, k-1) subsets with row i, its own share, r_i C(i, k-1): it is the largest itself. For i = 2 above
+    # these are 2 of 3 subsets, 2 / 3 * 1.
     subsets = _log_binomial(count - 1, k - 1)
     own = ordered * torch.exp(_log_binomial(rank, k - 1) - subsets)
+    # And that of the rows above it, sum_{m > i} r_m C(m-1, k-2): m is the largest, i and k-2 others are below it. The
+    # reversed running sum adds up m >= i, less the term of i. For i = 2 it is 1 / 3 * 3, and so A_2 = 5/3 - 11/6.
     above = ordered * torch.exp(_log_binomial(rank - 1, k - 2) - subsets)
     above = above.flip(1).cumsum(1).flip(1) - above
     advantages = own + above - mean
@@ -298,9 +235,9 @@ def kalman(
     initial_var: float = 1.0,
     eps: float = 1e-8,
 ) -> Tensor:
-    """KRPO: a Kalman filter over the group gives baseline and scale (arXiv 2505.07527; after the authors' code).
+    """Filter the rewards of a prompt as noisy measurements of one baseline, which also tells their scale.
 
-    With `x_0`, `P_0` given, for the rewards of the group in their order:
+    KRPO (arXiv 2505.07527). With `x_0`, `P_0` given, for the rewards of the group in their order:
     `P' = P_{i-1} + Q`, `K = P' / (P' + R)`, `x_i = x_{i-1} + K (r_i - x_{i-1})`, `P_i = (1 - K) P'`, and
     `A_i = (r_i - x_i) / (sqrt(P_i) + eps)`: each reward is compared with the estimate that has just absorbed it.
 
@@ -308,20 +245,13 @@ def kalman(
     equal `initial_mean`. Unscorable rows are passed over, state and all.
 
     Args:
-        rewards: `r (B,)`.
-        group_size: completions per prompt.
-        process_var: `Q`, by how much the baseline may drift from row to row.
+        process_var: `Q`, by how much the baseline may drift from row to row; may be 0.
         measurement_var: `R`, the noise of a reward.
         initial_mean: `x_0`.
         initial_var: `P_0`.
-        eps: added to the deviation.
 
     Returns:
-        `(B,)`.
-
-    Raises:
-        ValueError: the rewards do not divide into groups, `process_var` is negative, or another variance or `eps`
-            is not positive.
+        `(B,)`; not 0 for a single scorable row.
     """
     _check_eps(eps)
     if process_var < 0 or measurement_var <= 0 or initial_var <= 0:
@@ -348,13 +278,7 @@ def kalman(
 
 def _grouped(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """The rewards as `(B / group_size, group_size)`, 0 where unscorable, and where they are scorable."""
-    if rewards.ndim != 1:
-        raise ValueError(f"rewards {tuple(rewards.shape)}: give one per completion, (B,).")
-    if group_size < 1 or len(rewards) % group_size:
-        raise ValueError(
-            f"group_size={group_size} with {len(rewards)} rewards: give the completions per prompt, which must "
-            "divide the batch; keep whole groups together."
-        )
+    check_groups("rewards", rewards, group_size)
     grouped = rewards.reshape(-1, group_size)
     scorable = ~grouped.isnan()
     return zero_masked(grouped, scorable), scorable
@@ -387,29 +311,24 @@ def _log_binomial(n: Tensor, k: int) -> Tensor:
 
 
 def _check_eps(eps: float) -> None:
-    if not eps > 0:
-        raise ValueError(f"eps={eps}: give a small positive number, it keeps a divisor from being 0.")
+    check_positive("give a small positive number, which keeps a divisor from being 0", eps=eps)
 
 
 def gpg_scale(advantages: Tensor, groups: Tensor, *, reduce: Reduce | None = None) -> Tensor:
-    """GPG's correction for groups without a signal: `alpha = B / (B - M)`, to multiply the advantages with.
+    """Make up for groups whose advantages are all equal, which only dilute the mean over a batch.
 
-    `M` rows sit in groups whose advantages are all equal, for one all 0, and would only dilute the mean over the batch
-    (Chu et al., arXiv 2504.02546; the factor is in the authors' README, its equation number was not verified). The
-    rest of GPG's loss is `vanilla` with advantages that are centred but not divided by their deviation.
-
-    Compute it where the advantages are computed: one factor for the whole batch, not one per micro-batch.
+    `alpha = B / (B - M)`. GPG's factor for the advantages (Chu et al., arXiv 2504.02546); `M` rows sit in such groups,
+    for one those whose advantages are all 0. The rest of GPG's loss is `vanilla` with advantages that are centred but
+    not divided by their deviation. Compute the factor where the advantages are computed: one for the whole batch, not
+    one per micro-batch.
 
     Args:
         advantages: `(B,)`, or the rewards themselves.
         groups: id of each row's prompt `(B,)`.
-        reduce: sums a 1-D tensor across ranks.
+        reduce: called once.
 
     Returns:
         0-d; `B` where no group has a signal.
-
-    Raises:
-        ValueError: the shapes do not fit.
     """
     if advantages.ndim != 1:
         raise ValueError(f"advantages {tuple(advantages.shape)}: give one per sequence.")
@@ -422,24 +341,18 @@ def gpg_scale(advantages: Tensor, groups: Tensor, *, reduce: Reduce | None = Non
 
 
 def informative_groups(rewards: Tensor, group_size: int, *, tolerance: float = 1e-6) -> Tensor:
-    """Groups whose rewards differ: `max r - min r > tolerance max(1, |r|)` over the scorable rows.
+    """Find the prompts worth training on, whose rewards differ: `max r - min r > tolerance max(1, |max r|)`.
 
     Where all rewards of a prompt are equal, every advantage that subtracts the group's mean is 0 (DAPO, Yu et al.,
     arXiv 2503.14476, eq. 11, keeps the prompts with `0 < number right < G`).
 
     Args:
-        rewards: those of a prompt side by side `(B,)`; NaN cannot be scored.
-        group_size: completions per prompt `G`.
         tolerance: rewards nearer than this are equal.
 
     Returns:
         `(B / G,)`, bool; False with fewer than two scorable rows.
-
-    Raises:
-        ValueError: the rewards do not divide into groups.
     """
-    if rewards.ndim != 1 or group_size < 1 or len(rewards) % group_size:
-        raise ValueError(f"rewards {tuple(rewards.shape)} do not divide into groups of {group_size}: give (B,).")
+    check_groups("rewards", rewards, group_size)
     groups = upcast(rewards).view(-1, group_size)
     highest = groups.nan_to_num(nan=-torch.inf).max(dim=1).values
     lowest = groups.nan_to_num(nan=torch.inf).min(dim=1).values

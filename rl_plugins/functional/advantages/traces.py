@@ -1,39 +1,39 @@
-"""Credit per token from an advantage per completion, without a critic."""
+"""Credit per token from an advantage per completion, by eligibility traces and without a critic.
+
+Arguments that functions here share, and do not list again:
+    mask: real tokens `(B, T)`; positions count real tokens from 0.
+    gamma: discount in `[0, 1]`.
+    lam: trace decay in `[0, 1]`; `gamma lam = 0` is plain GRPO.
+    style: "recent" lets a trace fade; "both" also keeps up the first tokens.
+
+All raise `ValueError` where shapes do not fit, a number is out of range or the style is unknown.
+"""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_shape
 from rl_plugins.functional.masking import upcast, zero_masked
+from rl_plugins.functional.returns import check_discount, check_trace_decay
 
 TraceStyle = Literal["recent", "both"]
 
 
 def trace_weights(mask: Tensor, *, gamma: float = 1.0, lam: float = 0.99, style: TraceStyle = "recent") -> Tensor:
-    """The weight that the eligibility traces of a completion leave on each token: `w_j = sum_{t >= j} tr(t, t - j)`.
+    """Tell how much each token is credited when traces are summed over the later tokens.
 
-    GRPO-lambda (arXiv 2510.00194) keeps the advantage of the completion and puts a trace into the ratio of token
-    `t`: `rho_t = exp(sum_l tr(t, l) (ln pi - ln pi_old)(y_{t-l}))`, with
-    `tr(t, l) = (gamma lam)^l` ("recent") or `max((gamma lam)^l, (gamma lam)^(t-l))` ("both", section 3.2, eq. 2 as
-    cited by an independent implementation). At `pi = pi_old` the gradient of `sum_t rho_t A` is
-    `sum_j w_j A grad ln pi(y_j)`: the weights are its on-policy equivalent, for use with any ratio. Off-policy the
-    two differ, as clipping there sees `rho_t`. The paper's text was not at hand; formulas after two independent
-    implementations and a published summary, which agree.
+    `w_j = sum_{t >= j} tr(t, t - j)`. GRPO-lambda (arXiv 2510.00194) keeps the advantage of the completion and puts a
+    trace into the ratio of token `t`: `rho_t = exp(sum_l tr(t, l) (ln pi - ln pi_old)(y_{t-l}))`, with
+    `tr(t, l) = (gamma lam)^l` ("recent") or `max((gamma lam)^l, (gamma lam)^(t-l))` ("both", section 3.2, eq. 2). At
+    `pi = pi_old` the gradient of `sum_t rho_t A` is `sum_j w_j A grad ln pi(y_j)`: the weights are its on-policy
+    equivalent, for use with any ratio. Off-policy the two differ, as clipping there sees `rho_t`.
 
-    Positions count the real tokens from 0. The first token of "both" keeps a full trace in every later one.
-
-    Args:
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-        lam: trace decay in `[0, 1]`; `gamma lam = 0` gives "recent" weights of 1, plain GRPO.
-        style: "recent" lets a trace fade; "both" also keeps up the first tokens.
+    The first token of "both" keeps a full trace in every later one.
 
     Returns:
         `(B, T)`: between 1 and the number of real tokens from `j` on; "recent" stays below `1 / (1 - gamma lam)`.
-
-    Raises:
-        ValueError: `mask` is not `(B, T)`, `gamma` or `lam` is out of range, or the style is unknown.
     """
     return _weights(mask, gamma, lam, style).to(upcast(mask).dtype)
 
@@ -42,8 +42,8 @@ def _weights(mask: Tensor, gamma: float, lam: float, style: str) -> Tensor:
     """`trace_weights` in float64."""
     if mask.ndim != 2:
         raise ValueError(f"mask {tuple(mask.shape)}: give the completion mask, (B, T).")
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise ValueError(f"gamma={gamma}, lam={lam}: give a discount and a trace decay in [0, 1].")
+    check_discount(gamma)
+    check_trace_decay(lam)
     if style not in ("recent", "both"):
         raise ValueError(f"style={style!r}: choose 'recent' or 'both'.")
     real = mask.bool()
@@ -68,29 +68,22 @@ def lambda_trace(
     style: TraceStyle = "recent",
     min_advantage: float | None = None,
 ) -> Tensor:
-    """GRPO-lambda: `A_{i,t} = w_{i,t} max(A_i, min_advantage)`, with the `trace_weights` `w` (arXiv 2510.00194).
+    """Credit early tokens of a completion more, which lie on the trace of every later one.
 
-    Earlier tokens carry more: they lie on the trace of every later token. `gamma lam = 0` is the advantage of the
-    completion on each of its tokens, `gamma lam = 1` that times the tokens left. Nothing divides by
-    the weights: gradients grow by up to `1 / (1 - gamma lam)`, and by more with "both".
+    `A_{i,t} = w_{i,t} max(A_i, min_advantage)`. GRPO-lambda (arXiv 2510.00194) with the `trace_weights` `w`.
+    `gamma lam = 0` is the advantage of the completion on each of its tokens, `gamma lam = 1` that times the tokens
+    left. Nothing divides by the weights: gradients grow by up to `1 / (1 - gamma lam)`, and by more with "both".
 
     Args:
         advantages: `A`, one per completion `(B,)`.
-        mask: `(B, T)`.
-        gamma: discount in `[0, 1]`.
-        lam: trace decay in `[0, 1]`; the paper settles on 0.99, by reviewers' accounts.
-        style: "recent" or "both".
-        min_advantage: floor of the advantage of a completion; by the same accounts the paper has -0.1, against
-            accumulated traces that push whole completions down.
+        min_advantage: floor of the advantage of a completion, against accumulated traces that push whole
+            completions down;
+            -0.1 in GRPO-lambda.
 
     Returns:
         `(B, T)`.
-
-    Raises:
-        ValueError: the shapes do not fit, `gamma` or `lam` is out of range, or the style is unknown.
     """
-    if advantages.shape != mask.shape[:1]:
-        raise ValueError(f"advantages {tuple(advantages.shape)}: give one per completion, ({mask.shape[0]},).")
+    check_shape("advantages", advantages, mask.shape[:1], "give one per completion")
     advantages = upcast(advantages)
     if min_advantage is not None:
         advantages = advantages.clamp(min=min_advantage)

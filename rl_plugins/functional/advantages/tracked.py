@@ -1,54 +1,49 @@
-"""A value per prompt from its own past rewards: the Beta tracker of SPO (arXiv 2509.13232), as pure formulas.
+"""A value per prompt from its own past rewards: the Beta tracker of SPO (arXiv 2509.13232).
 
 A prompt has pseudo-counts of success `alpha` and failure `beta`. The advantage of a new completion is
-`r - tracker_value(alpha, beta)`, from the counts before that completion is added; SPO then whitens it over the
-batch. The paper's text was not at hand: formulas and numbers after the authors' recipe in verl.
+`r - tracker_value(alpha, beta)`, from the counts before that completion is added; SPO then whitens it over the batch.
+
+Arguments that functions here share, and do not list again:
+    alpha: pseudo-count of success `(N,)`.
+    beta: pseudo-count of failure `(N,)`.
+
+All raise `ValueError` where shapes do not fit or a number is out of range.
 """
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_positive, check_shape
 from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
 from rl_plugins.functional.ratios import finite_logps
 
+PAIRS = "give one pair per prompt, beta with the shape of alpha"
+
 
 def tracker_value(alpha: Tensor, beta: Tensor) -> Tensor:
-    """The mean of `Beta(alpha, beta)`: `v = alpha / (alpha + beta)`.
-
-    Args:
-        alpha: pseudo-count of success `(N,)`.
-        beta: pseudo-count of failure `(N,)`.
+    """Forecast a prompt's reward by the mean of `Beta(alpha, beta)`: `v = alpha / (alpha + beta)`.
 
     Returns:
         `(N,)`.
-
-    Raises:
-        ValueError: the shapes differ.
     """
-    _check_counts(alpha, beta)
+    check_shape("beta", beta, alpha.shape, PAIRS)
     return upcast(alpha) / (upcast(alpha) + upcast(beta))
 
 
 def tracker_update(alpha: Tensor, beta: Tensor, rewards: Tensor, forget: float | Tensor) -> tuple[Tensor, Tensor]:
     """Add a reward to the counts and let the old ones fade: `alpha' = rho alpha + r`, `beta' = rho beta + 1 - r`.
 
-    The counts tend to the sum `1 / (1 - rho)`, the number of rewards the tracker remembers.
+    The counts tend to the sum `1 / (1 - rho)`, the number of rewards that the tracker remembers.
 
     Args:
-        alpha: pseudo-count of success `(N,)`.
-        beta: pseudo-count of failure `(N,)`.
         rewards: `r (N,)` in `[0, 1]`; NaN leaves the counts of its row as they are.
         forget: `rho` in `[0, 1]`, a float or per row `(N,)`; 1 remembers all.
 
     Returns:
         `alpha'` and `beta'`, each `(N,)`.
-
-    Raises:
-        ValueError: the shapes differ, or a reward or `forget` is out of range.
     """
-    _check_counts(alpha, beta)
-    if rewards.shape != alpha.shape:
-        raise ValueError(f"rewards {tuple(rewards.shape)}: give one per count, {tuple(alpha.shape)}.")
+    check_shape("beta", beta, alpha.shape, PAIRS)
+    check_shape("rewards", rewards, alpha.shape, "give one per count")
     scorable = ~rewards.isnan()
     if bool((scorable & ((rewards < 0) | (rewards > 1))).any()):
         raise ValueError("rewards outside [0, 1]: scale them, a Beta tracker counts successes.")
@@ -65,13 +60,13 @@ def tracker_update(alpha: Tensor, beta: Tensor, rewards: Tensor, forget: float |
 
 
 def policy_distance(logps_then: Tensor, logps_now: Tensor, mask: Tensor) -> Tensor:
-    """How far the policy has moved on an answer: `D = 1/|y| sum_t |ln pi_then(y_t) - ln pi_now(y_t)|`.
+    """Measure how far the policy has moved on an answer: `D = 1/|y| sum_t |ln pi_then(y_t) - ln pi_now(y_t)|`.
 
-    The stand-in for the divergence of the two policies that the authors' code takes.
+    `D` stands in for the divergence of the two policies in [`forget_factor`].
 
     Args:
         logps_then: log-probabilities of the answer's tokens when it was sampled `(N, T)`.
-        logps_now: under the policy of today `(N, T)`.
+        logps_now: log-probabilities under the policy of today `(N, T)`.
         mask: real tokens `(N, T)`.
 
     Returns:
@@ -81,46 +76,38 @@ def policy_distance(logps_then: Tensor, logps_now: Tensor, mask: Tensor) -> Tens
     return masked_mean((then - now).abs(), mask, dim=1)
 
 
-def forget_factor(kl: Tensor, *, half_life: float = 0.06, low: float = 0.875, high: float = 0.96) -> Tensor:
+def forget_factor(distance: Tensor, *, half_life: float = 0.06, low: float = 0.875, high: float = 0.96) -> Tensor:
     """Forget faster the further the policy has moved: `rho = clamp(2^(-D / half_life), low, high)`.
 
     Args:
-        kl: `D (N,)`, how far the policy is from the one that last answered the prompt. The authors take the mean
-            over the tokens of that answer of `|ln pi_then - ln pi_now|`.
-        half_life: the distance at which a count halves.
+        distance: `D (N,)`, the [`policy_distance`] since the prompt was last answered.
+        half_life: the distance at which a count halves, above 0.
         low: least `rho`; 0.875 remembers 8 rewards.
         high: greatest `rho`; 0.96 remembers 25.
 
     Returns:
         `(N,)`.
-
-    Raises:
-        ValueError: `half_life` is not positive, or not `0 <= low <= high <= 1`.
     """
-    if not half_life > 0:
-        raise ValueError(f"half_life={half_life}: give a positive distance, such as 0.06.")
+    check_positive("give a positive distance, such as 0.06", half_life=half_life)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"low={low}, high={high}: give 0 <= low <= high <= 1.")
-    return torch.exp2(-upcast(kl) / half_life).clamp(low, high)
+    return torch.exp2(-upcast(distance) / half_life).clamp(low, high)
 
 
 def initial_counts(values: Tensor, *, trials: int | Tensor = 8, min_forget: float = 0.875) -> tuple[Tensor, Tensor]:
-    """Counts from rewards sampled before training: `alpha = N_0 v'`, `beta = N_0 (1 - v')`.
+    """Start a tracker from rewards sampled before training: `alpha = N_0 v'`, `beta = N_0 (1 - v')`.
 
     `v' = (m v + 1/2) / (m + 1)` shrinks the mean `v` of `m` trials towards 1/2 (Jeffreys' prior), and
     `N_0 = 1 / (1 - min_forget)` are the counts at which a tracker that forgets fastest comes to rest. Without
     trials the counts are the prior, 1/2 each.
 
     Args:
-        values: `v (N,)` in `[0, 1]`; whatever it is (NaN too) where there are no trials.
+        values: `v (N,)` in `[0, 1]`; may be anything (NaN too) where there are no trials.
         trials: `m`, an int or per row `(N,)`.
         min_forget: the `low` of `forget_factor`, in `[0, 1)`.
 
     Returns:
         `alpha` and `beta`, each `(N,)`.
-
-    Raises:
-        ValueError: a value with trials is out of range, `trials` is negative, or `min_forget` is not in `[0, 1)`.
     """
     if not 0 <= min_forget < 1:
         raise ValueError(f"min_forget={min_forget}: give the least forgetting factor, in [0, 1).")
@@ -136,8 +123,3 @@ def initial_counts(values: Tensor, *, trials: int | Tensor = 8, min_forget: floa
     # Not where() of two numbers, which would be float32 whatever the values are.
     total = torch.ones_like(count).masked_fill(count > 0, 1 / (1 - min_forget))
     return total * (successes + 0.5) / (count + 1), total * (count - successes + 0.5) / (count + 1)
-
-
-def _check_counts(alpha: Tensor, beta: Tensor) -> None:
-    if alpha.shape != beta.shape:
-        raise ValueError(f"alpha {tuple(alpha.shape)} and beta {tuple(beta.shape)} differ: give one pair per prompt.")

@@ -1,15 +1,16 @@
-"""From a loss per token to the number that is minimised: what divides the sum decides which tokens count."""
+"""Aggregations: from a loss per token to the number that is minimised. Their divisor decides which tokens count."""
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_groups
 from rl_plugins.functional.masking import masked_mean, masked_sum, upcast
 
 AGGREGATIONS = ("token", "prompt", "sequence", "constant", "sequence_sum", "micro_batch")
 
 
 def prompt_weights(lengths: Tensor, group_size: int) -> Tensor:
-    """Weight of each completion under which every prompt counts alike: `w_i = (N / P) / sum_{j of its prompt} |y_j|`.
+    """Weigh completions such that every prompt counts alike: `w_i = (N / P) / sum_{j of its prompt} |y_j|`.
 
     `N` is the number of completions and `P` the number of prompts with a token. `1/N sum_i w_i sum_t l` is then
     `1/P sum_p (sum_{i in p} sum_t l) / (sum_{i in p} |y_i|)`. Compute the weights where the completions of a prompt
@@ -26,11 +27,7 @@ def prompt_weights(lengths: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: the lengths do not divide into groups.
     """
-    if lengths.ndim != 1 or group_size < 1 or len(lengths) % group_size:
-        raise ValueError(
-            f"group_size={group_size} with lengths {tuple(lengths.shape)}: give the real tokens of each completion, "
-            "(N,), and the completions per prompt, which must divide N."
-        )
+    check_groups("lengths", lengths, group_size)
     tokens = upcast(lengths).view(-1, group_size).sum(1)
     prompts = (tokens > 0).sum().clamp(min=1)
     weights = torch.where(tokens > 0, len(lengths) / (prompts * tokens.clamp(min=1)), 0.0)
@@ -46,7 +43,7 @@ def aggregate(
     max_length: int | None = None,
     row_weights: Tensor | None = None,
 ) -> Tensor:
-    """Reduce a loss per token over the real tokens of a batch.
+    """Reduce a loss per token to one number, by what is to weigh the same: tokens, sequences or prompts.
 
     - `token`: `sum_i sum_t l / num_items`: every token of the accumulation window weighs the same (TRL's `dapo`, and
       the code of DAPO). Sum the micro-batches; do not average them.
@@ -60,8 +57,7 @@ def aggregate(
     - `sequence_sum`: `1/B sum_i sum_t l`: a sequence weighs by its length (LUSPO, Liu et al., arXiv 2602.05261).
 
     Rows without tokens add 0 and count in `B`, as in TRL. Arguments that `how` does not use are ignored, so that a
-    caller may pass the same ones for every choice. The arithmetic is that of TRL 1.16, which the tests compare; TRL
-    has no `prompt`.
+    caller may pass the same ones for every choice.
 
     Args:
         token_loss: `l (B, T)`; masked positions may hold anything.

@@ -1,48 +1,23 @@
-"""Policy losses per token: reduce them with `aggregate`.
-
-Every loss takes `logps`, `old_logps` (except `vanilla`), `advantages` and `mask` and returns `(B, T)`, float32 or
-wider, 0 at masked positions. What stands there on input (NaN, inf) reaches neither a value nor a gradient.
-Advantages are one per sequence, `(B,)`, or one per token, `(B, T)`; `mask=None` means that all tokens are real.
-
-`rho_t = pi(y_t|s_t) / pi_old(y_t|s_t)`, with `ln rho_t` clamped to [-20, 20] (see `ratios`): every loss and its
-gradient are finite, whatever the ratio, and for log-probabilities of -inf. `sg` in an equation is its own
-stop-gradient and, beside the clamp, the only place where a gradient is cut: pass `old_logps` and `advantages`
-detached.
-"""
+"""Policy losses that clip or weigh the ratio by fixed bounds. Arguments and results: see the package's docstring."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_positive, check_shape, check_widths
 from rl_plugins.functional.masking import upcast, zero_masked
-from rl_plugins.functional.ratios import (
-    LOG_RATIO_LIMIT,
-    check_widths,
-    clipped_objective,
-    log_importance_weights,
-    policy_inputs,
-)
+from rl_plugins.functional.ratios import LOG_RATIO_LIMIT, clipped_objective, log_importance_weights, policy_inputs
 
 # VESPO: the limits of the authors' code, which TRL took over: no weight below 1e-8, no log weight beyond 20.
 _LOG_FLOOR = math.log(1e-8)
 
 
 def vanilla(logps: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Policy gradient: `-A_t ln pi(y_t|s_t)` (Sutton and Barto 2018, section 13.5).
+    """Follow the policy gradient without a ratio, for one update per batch: `-A_t ln pi(y_t|s_t)`.
 
-    The loss of GPG (Chu et al., arXiv 2504.02546) as well, once its advantages are multiplied by `gpg_scale`.
-
-    Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: the shapes do not fit.
+    Sutton and Barto 2018, section 13.5. The loss of GPG (Chu et al., arXiv 2504.02546) as well, once its advantages
+    are multiplied by `gpg_scale`.
     """
     _, logps, advantages, _ = policy_inputs(logps, logps.detach(), advantages, mask)
     return -advantages * logps
@@ -59,30 +34,21 @@ def ppo_clip(
     delta: float | None = None,
     level: str = "token",
 ) -> Tensor:
-    """PPO's clipped surrogate: `-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)`.
+    """Take several updates on a batch, none of which gains by leaving the clip.
 
-    Schulman et al., arXiv 1707.06347, eq. 7; with two bounds, DAPO, arXiv 2503.14476, eq. 10. The `sequence` level
-    replaces `rho_t` by the length-normalised ratio of the sequence: GSPO, Zheng et al., arXiv 2507.18071, eq. 5 and 7
-    (its widths: 3e-4 and 4e-4). GRPO, DAPO, Dr. GRPO and LUSPO share this term and differ in the aggregation.
+    `-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)`. PPO's surrogate, Schulman et al., arXiv 1707.06347, eq. 7;
+    with two bounds, DAPO, arXiv 2503.14476, eq. 10. The `sequence` level replaces `rho_t` by the length-normalised
+    ratio of the sequence: GSPO, Zheng et al., arXiv 2507.18071, eq. 5 and 7 (its widths: 3e-4 and 4e-4). GRPO, DAPO,
+    Dr. GRPO and LUSPO share this term and differ in the aggregation.
 
     Two-sided clipping puts `min(rho, delta)` in the first term, which bounds the loss of a negative advantage
-    (INTELLECT-2, arXiv 2505.07291; formula as in TRL, the paper's equation number was not verified).
+    (INTELLECT-2, arXiv 2505.07291).
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`.
         epsilon_low: room below ratio 1.
         epsilon_high: room above ratio 1.
         delta: cap on the ratio, above `1 + epsilon_high` to have a meaning of its own; `None` for no cap.
         level: `token` or `sequence`.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: a bound is negative, the level is unknown or the shapes do not fit.
     """
     check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta or 0.0)
     log_ratio, _, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
@@ -99,26 +65,16 @@ def gspo_token(
     epsilon_low: float = 3e-4,
     epsilon_high: float = 4e-4,
 ) -> Tensor:
-    """GSPO with the gradient of the single token: `-min(s_t A_t, clip(s_t, 1 - eps_low, 1 + eps_high) A_t)`.
+    """Clip by the ratio of the sequence, and still give each token its own advantage.
 
-    `s_t = sg[s] pi(y_t|s_t) / sg[pi(y_t|s_t)]`, `s = exp(1/|y| sum_t ln rho_t)` (Zheng et al., arXiv 2507.18071,
-    section 4.3; its equation numbers were not verified, the formula agrees with verl). Every token carries the value
-    of its sequence and pulls only on itself, which gives advantages per token a meaning. With one advantage per
-    sequence, values and gradient of the `sequence` aggregate are those of `ppo_clip(level="sequence")`.
+    GSPO-token: `-min(s_t A_t, clip(s_t, 1 - eps_low, 1 + eps_high) A_t)`, `s_t = sg[s] pi(y_t|s_t) / sg[pi(y_t|s_t)]`,
+    `s = exp(1/|y| sum_t ln rho_t)` (Zheng et al., arXiv 2507.18071, section 4.3). Every token carries the value of its
+    sequence and pulls only on itself, which gives advantages per token a meaning. With one advantage per sequence,
+    values and gradient of the `sequence` aggregate are those of `ppo_clip(level="sequence")`.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`.
         epsilon_low: room below ratio 1.
         epsilon_high: room above ratio 1.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: a bound is negative or the shapes do not fit.
     """
     check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     log_ratio, logps, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
@@ -136,29 +92,18 @@ def gmpo(
     epsilon_low: float = 0.4,
     epsilon_high: float = 0.4,
 ) -> Tensor:
-    """GMPO: the geometric mean of the clipped token ratios, `-A exp(1/|y| sum_t c_t)`, at every token.
+    """Damp outliers among the token ratios by their geometric mean: `-A exp(1/|y| sum_t c_t)`, at every token.
 
-    `c_t = min(ln rho_t, eps_high)` for `A > 0`, else `max(ln rho_t, -eps_low)` (Zhao et al., arXiv 2507.20673;
-    equation number not verified, formula and widths agree with the authors' code, verl and TRL). The widths live in
-    log space, a ratio between `e^-0.4` and `e^0.4`. The paper's own clip, on `rho^sgn(A)`, is the same for equal
-    widths; for unequal ones we follow verl and TRL, where `eps_low` bounds the ratio from below.
+    GMPO: `c_t = min(ln rho_t, eps_high)` for `A > 0`, else `max(ln rho_t, -eps_low)` (Zhao et al., arXiv 2507.20673).
+    The widths live in log space, a ratio between `e^-0.4` and `e^0.4`. The paper's own clip, on `rho^sgn(A)`, is the
+    same for equal widths; for unequal ones `eps_low` bounds the ratio from below, as in verl and TRL.
 
     The objective is the `sequence` aggregate. The paper has one advantage per sequence; our extension to `A_t` clips
     each token by the sign of its own advantage and weighs the sequence's one ratio by `A_t`.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`.
         epsilon_low: room below log ratio 0, used where `A <= 0`.
         epsilon_high: room above log ratio 0, used where `A > 0`.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: a bound is negative or the shapes do not fit.
     """
     check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     log_ratio, _, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
@@ -175,25 +120,15 @@ def cispo(
     epsilon_high: float = 5.0,
     level: str = "token",
 ) -> Tensor:
-    """CISPO: a capped importance weight in front of the policy gradient, `-sg(min(rho, eps_high)) A ln pi`.
+    """Cap the importance weight in front of the policy gradient, so that no token loses its gradient.
 
-    MiniMax, arXiv 2506.13585, writes a lower bound as well; the bare cap is TRL's form, which takes it from ScaleRL
-    (Khatri et al., arXiv 2510.13786; TRL sets 5.0 for it). Equation numbers were not verified. The cap is on the ratio
-    itself; other code, verl's among it, counts it from 1. No token loses its gradient.
+    `-sg(min(rho, eps_high)) A ln pi`. CISPO, MiniMax, arXiv 2506.13585, which writes a lower bound as well. The bare
+    cap is that of ScaleRL (Khatri et al., arXiv 2510.13786). The cap is on the ratio itself; other code, verl's among
+    it, counts it from 1.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`.
         epsilon_high: the largest weight.
         level: `token` or `sequence`.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: the cap is negative, the level is unknown or the shapes do not fit.
     """
     check_widths(epsilon_high=epsilon_high)
     log_ratio, logps, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
@@ -211,29 +146,18 @@ def sapo(
     temperature_neg: float = 1.05,
     level: str = "token",
 ) -> Tensor:
-    """SAPO: a soft gate instead of the clip, `-A (4 / tau) sigmoid(tau (rho - 1))`.
+    """Fade out tokens far from ratio 1 by a soft gate in place of the clip: `-A (4 / tau) sigmoid(tau (rho - 1))`.
 
-    `tau = tau_pos` for `A > 0`, else `tau_neg`, the larger one: its gate closes faster (Gao et al., arXiv 2511.20347;
-    equation number not verified, formula and temperatures agree with verl and TRL). At `rho = 1` the gradient is that
-    of `vanilla`, the value is `-2 A / tau`. The objective is the `sequence` aggregate.
+    SAPO: `tau = tau_pos` for `A > 0`, else `tau_neg`, the larger one: its gate closes faster (Gao et al., arXiv
+    2511.20347). At `rho = 1` the gradient is that of `vanilla`, the value is `-2 A / tau`. The objective is the
+    `sequence` aggregate.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`.
         temperature_pos: `tau` where the advantage is positive.
         temperature_neg: `tau` elsewhere.
         level: `token` or `sequence`.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: a temperature is not positive, the level is unknown or the shapes do not fit.
     """
-    if temperature_pos <= 0 or temperature_neg <= 0:
-        raise ValueError(f"temperature_pos={temperature_pos}, temperature_neg={temperature_neg}: give positive ones.")
+    check_positive(temperature_pos=temperature_pos, temperature_neg=temperature_neg)
     log_ratio, _, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
     ratio = torch.exp(log_importance_weights(log_ratio, mask, level))
     # Not where() of two numbers, which would be float32 whatever the advantages are.
@@ -254,28 +178,18 @@ def vespo(
     lambda_neg: float = 2.0,
     sampler_weights: Tensor | None = None,
 ) -> Tensor:
-    """VESPO: a Gamma-shaped weight of the whole sequence, `-sg(phi(W)) A ln pi`, `phi(W) = W^k exp(lambda (1 - W))`.
+    """Weigh whole sequences by a smooth function of their ratio, which forgets stale ones: `-sg(phi(W)) A ln pi`.
 
-    `W = prod_t rho_t`, times the sampler's correction, without length normalisation; `k`, `lambda` by the sign of
-    `A`, 0 counting as positive (Shen et al., arXiv 2602.10693; equation number not verified, formula, limits and
-    numbers agree with the authors' code and TRL). `phi(1) = 1`, and `phi` falls to 0 on both sides.
+    VESPO: `phi(W) = W^k exp(lambda (1 - W))`, `W = prod_t rho_t`, times the sampler's correction, without length
+    normalisation; `k`, `lambda` by the sign of `A`, 0 counting as positive (Shen et al., arXiv 2602.10693).
+    `phi(1) = 1`, and `phi` falls to 0 on both sides.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)`.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`.
         k_pos: power of `W` where `A >= 0`.
         lambda_pos: rate of decay in `W` where `A >= 0`.
         k_neg: power of `W` where `A < 0`.
         lambda_neg: rate of decay in `W` where `A < 0`.
         sampler_weights: `pi_old / pi_sampler (B, T)`, where the sampler is not `pi_old`; they enter `W`.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: a parameter is negative or the shapes do not fit.
     """
     check_widths(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)
     log_ratio, logps, advantages, mask = policy_inputs(logps, old_logps, advantages, mask)
@@ -291,8 +205,7 @@ def vespo(
 
 def _log_sampler_weight(weights: Tensor, mask: Tensor) -> Tensor:
     """Log of the product of the sampler's weights over each sequence, `(B, 1)`."""
-    if weights.shape != mask.shape:
-        raise ValueError(f"sampler_weights {tuple(weights.shape)}: give one per token {tuple(mask.shape)}.")
+    check_shape("sampler_weights", weights, mask.shape, "give one per token")
     log_weights = upcast(weights.detach()).log().clamp(_LOG_FLOOR, LOG_RATIO_LIMIT)
     return zero_masked(log_weights, mask).sum(1, keepdim=True)
 

@@ -1,20 +1,21 @@
-"""Policy losses per token that hold back the tokens which lower the entropy most: those of high covariance.
+"""Policy losses that hold back the tokens which lower the entropy most: those of high covariance.
 
 Cui et al., arXiv 2505.22617: to first order the entropy falls by the covariance of `ln pi` and the advantage, and a
-few tokens carry most of it. Average the losses with `aggregate`. Which tokens are chosen is data, not differentiated.
+few tokens carry most of it. Arguments: see the package's docstring.
 """
 
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_shares, check_widths
 from rl_plugins.functional.masking import upcast, zero_masked
-from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, policy_inputs
+from rl_plugins.functional.ratios import clipped_objective, policy_inputs
 
 
 def token_covariance(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Each token's part of the covariance: `(ln pi_t - mean ln pi) (A_t - mean A)`.
+    """Find the tokens that lower the entropy, by each one's part of the covariance.
 
-    The means are over the real tokens given: arXiv 2505.22617, eq. 10.
+    `(ln pi_t - mean ln pi) (A_t - mean A)`. The means are over the real tokens given: arXiv 2505.22617, eq. 10.
 
     Args:
         logps: `ln pi(y_t|s_t) (B, T)`.
@@ -23,9 +24,6 @@ def token_covariance(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         `(B, T)`, 0 at masked positions.
-
-    Raises:
-        ValueError: the shapes do not fit.
     """
     # In float64, where equal float32 numbers have their own value as their mean.
     real = [zero_masked(x.double(), mask) for x in (logps, advantages)]
@@ -47,20 +45,15 @@ def clip_cov(
     epsilon_high: float = 0.2,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Clip-Cov: `ppo_clip`, but 0 at a random few of the tokens whose covariance is high.
+    """Keep up the entropy by `ppo_clip` with a loss of 0 at a random few of the tokens whose covariance is high.
 
-    `floor(ratio N)` of the `N` real tokens are drawn from those with `token_covariance` in `[cov_low, cov_high]`;
-    all of these where they are fewer. `ratio = 0` is `ppo_clip`.
+    Clip-Cov: `floor(ratio N)` of the `N` real tokens are drawn from those with `token_covariance` in
+    `[cov_low, cov_high]`; all of these where they are fewer. Tokens that PPO clips already are not drawn. `ratio = 0`
+    is `ppo_clip`.
 
-    Cui et al., arXiv 2505.22617, eq. 10 to 12, with that paper's values. As in the authors' code
-    (PRIME-RL/Entropy-Mechanism-of-RL), tokens that PPO clips already are not drawn; unlike there, a batch of under
-    `1 / ratio` tokens loses none, where the code takes one. Eq. 12 has no PPO clip: the authors run with widths of 1.
+    Cui et al., arXiv 2505.22617, eq. 10 to 12, with that paper's values.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`; `None` means all.
         ratio: share of the real tokens to cut.
         cov_low: lowest covariance of a token that may be cut.
         cov_high: highest covariance of a token that may be cut.
@@ -70,9 +63,6 @@ def clip_cov(
 
     Returns:
         `(B, T)`, 0 at masked positions and at the tokens cut.
-
-    Raises:
-        ValueError: a number is out of range, or the shapes do not fit.
     """
     check_shares(ratio=ratio)
     check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
@@ -98,27 +88,17 @@ def kl_cov(
     ratio: float = 2e-4,
     kl_coef: float = 1.0,
 ) -> Tensor:
-    """KL-Cov: `-rho A`, plus `kl_coef |ln rho|` at the tokens of highest covariance.
+    """Keep up the entropy by `-rho A` with a penalty, `kl_coef |ln rho|`, at the tokens of highest covariance.
 
-    The penalty is on the first `floor(ratio N)` of the `N` real tokens by `token_covariance`. `ratio = 0` is the
-    surrogate without a clip.
+    KL-Cov: the penalty is on the first `floor(ratio N)` of the `N` real tokens by `token_covariance`. `ratio = 0` is
+    the surrogate without a clip.
 
     Cui et al., arXiv 2505.22617, eq. 10, 13 and 14, listing 1 for `|ln rho|` as the divergence. Ratios there: 2e-3
-    for 7B, 2e-4 for 32B. The authors' code takes at least one token.
+    for 7B, 2e-4 for 32B.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`; `None` means all.
         ratio: share of the real tokens to penalise, `k`.
         kl_coef: weight of the penalty, `beta`.
-
-    Returns:
-        `(B, T)`, 0 at masked positions.
-
-    Raises:
-        ValueError: a number is out of range, or the shapes do not fit.
     """
     check_shares(ratio=ratio)
     check_widths(kl_coef=kl_coef)

@@ -1,9 +1,10 @@
-"""FIPO: a policy loss whose advantages are weighted by where the rest of the sequence is going."""
+"""FIPO: a policy loss that weighs each token by where the rest of its sequence is going."""
 
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.ratios import check_widths, clipped_objective, policy_inputs
+from rl_plugins.functional.checks import check_positive, check_widths
+from rl_plugins.functional.ratios import clipped_objective, policy_inputs
 from rl_plugins.functional.returns import discounted_returns
 
 
@@ -21,24 +22,20 @@ def fipo(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.28,
 ) -> Tensor:
-    """FIPO: `-min(rho f A, clip(rho, 1 - eps_low, 1 + eps_high) f A)`, `f` the future weight of the token.
+    """Credit a token more where the policy has since made its future likelier.
 
+    FIPO: `-min(rho f A, clip(rho, 1 - eps_low, 1 + eps_high) f A)`,
     `f_t = clip(exp(F_t), 1 - weight_low, 1 + weight_high)`, `F_t = sum_{k>=t} gamma^(k-t) M_k ln rho_k`,
-    `gamma = 2^(-1 / half_life)`, `M_k = 1` where `rho_k <= max_ratio`. A token counts for more where the policy has
-    since made what follows it likelier. `f_t = 1` for a negative advantage with `rho_t > safe_ratio`.
+    `gamma = 2^(-1 / half_life)`, `M_k = 1` where `rho_k <= max_ratio`. `f_t = 1` for a negative advantage with
+    `rho_t > safe_ratio`. `f` is a constant in the gradient.
 
     Ma et al., arXiv 2603.19835, eq. 6 to 8 and the end of section 3.2, with the values of its 32B run; the 7B run
-    has `weight_low=0.2, safe_ratio=3`. `f` is a constant in the gradient, as in the authors' code; the equations do
-    not say so. That code has more than the paper: a dual clip, and it drops a sequence with two tokens beyond it.
+    has `weight_low=0.2, safe_ratio=3`.
 
     The distance `k - t` counts real tokens, as everywhere here; a token with `M_k = 0` is real. With zero widths of
-    the weight it is `ppo_clip`.
+    the weight it is `ppo_clip`. The other arguments: see the package's docstring.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`; `None` means all.
         half_life: tokens after which the future counts half, `tau`; infinite is no decay.
         weight_low: room of the weight below 1.
         weight_high: room of the weight above 1.
@@ -46,17 +43,9 @@ def fipo(
         safe_ratio: tokens with a larger ratio and a negative advantage are not weighted.
         epsilon_low: room of the ratio below 1.
         epsilon_high: room of the ratio above 1.
-
-    Returns:
-        `(B, T)`, 0 at masked positions.
-
-    Raises:
-        ValueError: a number is out of range, or the shapes do not fit.
     """
     check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high, weight_low=weight_low, weight_high=weight_high)
-    for name, value in (("half_life", half_life), ("max_ratio", max_ratio), ("safe_ratio", safe_ratio)):
-        if value <= 0:
-            raise ValueError(f"{name}={value}: give a positive number.")
+    check_positive(half_life=half_life, max_ratio=max_ratio, safe_ratio=safe_ratio)
     log_ratio, _, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
     ratio = log_ratio.exp()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_positive, check_shape
 from rl_plugins.functional.masking import same_group, upcast, zero_masked
 from rl_plugins.functional.ratios import policy_inputs
 
@@ -15,11 +16,10 @@ def gvpo(
     groups: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    """GVPO: half the squared gap between centred implicit and centred actual reward, at every token.
+    """Fit the reward that a policy implies to the actual one, both centred in the group: `1/2 e_i^2` at every token.
 
-    `1/2 e_i^2`, `e_i = (R_theta,i - mean R_theta) - (R_i - mean R)`, `R_theta,i = beta sum_t ln rho_t`, means over the
-    group (Zhang et al., arXiv 2504.19599; formula, the half and `beta = 0.1` from the authors' repository, equation
-    number not verified). Errors of a group sum to 0, hence the gradient of its sum:
+    GVPO: `e_i = (R_theta,i - mean R_theta) - (R_i - mean R)`, `R_theta,i = beta sum_t ln rho_t`, means over the group
+    (Zhang et al., arXiv 2504.19599). Errors of a group sum to 0, hence the gradient of its sum:
     `-beta sum_i [(R_i - mean R) - (R_theta,i - mean R_theta)] nabla ln pi(y_i)`.
 
     Each real token carries its sequence's whole term, so that the `sequence` aggregate is the mean over sequences;
@@ -27,26 +27,16 @@ def gvpo(
     times `k / (k - 1)` for groups of `k`: a constant of the learning rate.
 
     Nothing is gathered: groups must not be split over micro-batches or ranks, or each part is centred on its own.
-    Rows without tokens do not enter the means.
+    Rows without tokens do not enter the means. The other arguments: see the package's docstring.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy to stay close to.
+        old_logps: `(B, T)` under the policy to stay close to.
         advantages: `R (B,)`, rewards, centred or not, but not divided by their deviation.
-        mask: real tokens `(B, T)`.
         groups: id of each row's prompt `(B,)`.
-        beta: weight of the divergence from `pi_old` in the objective whose optimum this loss has.
-
-    Returns:
-        `(B, T)`.
-
-    Raises:
-        ValueError: `beta` is not positive or the shapes do not fit.
+        beta: weight of the divergence from `pi_old` in the objective whose optimum this loss has, above 0.
     """
-    if beta <= 0:
-        raise ValueError(f"beta={beta}: must be above 0, at 0 the loss does not depend on the policy.")
-    if advantages.shape != logps.shape[:1]:
-        raise ValueError(f"advantages {tuple(advantages.shape)}: give one reward per sequence, {logps.shape[0]}.")
+    check_positive("must be above 0, since at 0 the loss does not depend on the policy", beta=beta)
+    check_shape("advantages", advantages, logps.shape[:1], "give one reward per sequence")
     log_ratio, _, _, mask = policy_inputs(logps, old_logps, advantages, mask)
     present = mask.any(1)
     gap = zero_masked(beta * log_ratio.sum(1) - upcast(advantages), present)

@@ -1,7 +1,5 @@
-"""Policy losses per token that replace PPO's fixed clip of the ratio by another trust region.
-
-Average them with `aggregate`. Advantages and old log-probabilities come under stop-gradient; the masks and bounds
-that a loss derives from the data are constants in its gradient. Log-ratios are clamped to [-20, 20] (see `ratios`).
+"""Policy losses that replace PPO's fixed clip of the ratio by another trust region. Arguments: see the package's
+docstring.
 """
 
 import math
@@ -9,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from rl_plugins.functional.checks import check_positive, check_shares, check_widths
 from rl_plugins.functional.masking import Reduce, zero_masked
-from rl_plugins.functional.ratios import check_shares, check_widths, clipped_objective, finite_logps, policy_inputs
+from rl_plugins.functional.ratios import clipped_objective, finite_logps, policy_inputs
 
 DPPO_THRESHOLDS = {"tv": 0.15, "kl": 0.05}
 """The thresholds of the DPPO paper's stability runs (appendix C.1), by divergence."""
@@ -26,30 +25,20 @@ def dppo(
     threshold: float | None = None,
     max_ratio: float | None = None,
 ) -> Tensor:
-    """DPPO: `-M_t rho_t A_t`, the ratio unclipped, `M_t = 0` where the policy has left its trust region.
+    """Stop only the tokens that have left a trust region and would go further, and clip none: `-M_t rho_t A_t`.
 
-    `M_t = 0` where `D_t > threshold` and the update leads further away, `(rho_t - 1) A_t > 0`; 1 elsewhere. `D_t`
-    compares only "this token or another" under the two policies, a lower bound of the whole divergence:
-    `tv`: `|pi_old - pi|`; `kl`: `pi_old ln(pi_old / pi) + (1 - pi_old) ln((1 - pi_old) / (1 - pi))`.
+    DPPO: `M_t = 0` where `D_t > threshold` and the update leads further away, `(rho_t - 1) A_t > 0`; 1 elsewhere.
+    `D_t` compares only "this token or another" under the two policies, a lower bound of the whole divergence: `tv`:
+    `|pi_old - pi|`; `kl`: `pi_old ln(pi_old / pi) + (1 - pi_old) ln((1 - pi_old) / (1 - pi))`.
 
     Qi et al., arXiv 2602.04879, eq. 11 to 14 (mask: eq. 12). Thresholds there: kl 0.05; tv 0.15 in the stability
     runs, 0.2 at scale. The paper takes `old_logps` from the engine that sampled, not from a recomputation.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`; `None` means all.
         divergence: `tv` or `kl`.
         threshold: largest divergence that still learns outwards; by default 0.15 for `tv`, 0.05 for `kl`.
         max_ratio: `C`; above it the gradient is `-M_t C A_t grad ln pi`, the paper's eq. 23 (`C` is infinite in the
             stability runs, 5 at scale). `None` is no limit.
-
-    Returns:
-        `(B, T)`, 0 at masked positions.
-
-    Raises:
-        ValueError: the divergence is unknown, a number is out of range, or the shapes do not fit.
     """
     if divergence not in DPPO_THRESHOLDS:
         raise ValueError(f"Unknown divergence {divergence!r}; choose one of {', '.join(DPPO_THRESHOLDS)}.")
@@ -80,16 +69,13 @@ def bapo(
     weighted: bool = True,
     reduce: Reduce | None = None,
 ) -> Tensor:
-    """BAPO: `-min(rho A, clip(rho, c_low, c_high) A)` with the bounds that `bapo_bounds` finds for this batch.
+    """Widen the clip until positive tokens make up a share of the loss, against a flood of negative ones.
 
-    Xi et al., arXiv 2510.18927, eq. 8 and algorithm 1; the defaults are that paper's (section 5.1). With
-    `target_share = 0` it is `ppo_clip` at the narrowest bounds.
+    BAPO: `-min(rho A, clip(rho, c_low, c_high) A)` with the bounds that [`bapo_bounds`] finds for this batch (Xi et
+    al., arXiv 2510.18927, eq. 8 and algorithm 1; defaults of section 5.1). With `target_share = 0` it is `ppo_clip` at
+    the narrowest bounds.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`; `None` means all.
         target_share: share of the loss in `[0, 1]` that positive tokens must reach, `rho_0`.
         low_range: lower bound of the ratio, first and last value, `(a-, b-)`.
         high_range: upper bound of the ratio, first and last value, `(a+, b+)`.
@@ -97,12 +83,6 @@ def bapo(
         high_step: step of the upper bound.
         weighted: whether a token counts in the share by its probability; see `bapo_bounds`.
         reduce: sums a 1-D tensor across ranks, so that all of them clip alike.
-
-    Returns:
-        `(B, T)`, 0 at masked positions.
-
-    Raises:
-        ValueError: a number is out of range, or the shapes do not fit.
     """
     log_ratio, _, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
     ratio = log_ratio.exp()
@@ -125,38 +105,22 @@ def bapo_bounds(
     weighted: bool = True,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The clip bounds of BAPO: the first pair under which positive tokens are `target_share` of the loss.
+    """Find BAPO's clip bounds, to log them or to use them elsewhere.
 
-    The pairs are tried in one order: `c_high` rises from `a+` to `b+`, then `c_low` from `a-` to `b-`; where none
-    will do, the last is taken. The share is `P / (P + N)` with `P = sum_{A>0} pi_old min(rho, c_high) A` and
+    They are the first pair under which positive tokens are `target_share` of the loss. The pairs are tried in one
+    order: `c_high` rises from `a+` to `b+`, then `c_low` from `a-` to `b-`; where none will do, the last is taken. The
+    share is `P / (P + N)` with `P = sum_{A>0} pi_old min(rho, c_high) A` and
     `N = sum_{A<0} pi_old max(rho, c_low) |A|`, `pi_old` the probability that the sampler gave the token: Xi et al.,
-    arXiv 2510.18927, eq. 8 and algorithm 1. The bars of eq. 8 are taken around the tokens, so that the share stays in
-    `[0, 1]`.
-
-    The authors' code (WooooDyy/BAPO) differs: it has no `pi_old`, which `weighted=False` leaves out; it compares
-    `P / N`, and raises `c_low` first.
+    arXiv 2510.18927, eq. 8 and algorithm 1. `weighted=False` leaves `pi_old` out. The bars of eq. 8 are taken around
+    the tokens, so that the share stays in `[0, 1]`.
 
     A clipped negative token adds `c_low |A|` to `N`, so raising `c_low` never raises the share: once `c_high` has
     reached its end in vain, `c_low` goes all the way.
 
-    Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`; `None` means all.
-        target_share: share of the loss in `[0, 1]` that positive tokens must reach, `rho_0`.
-        low_range: lower bound of the ratio, first and last value, `(a-, b-)`.
-        high_range: upper bound of the ratio, first and last value, `(a+, b+)`.
-        low_step: step of the lower bound.
-        high_step: step of the upper bound.
-        weighted: whether a token counts in the share by its probability, `pi_old`.
-        reduce: sums a 1-D tensor across ranks.
+    The arguments are those of [`bapo`].
 
     Returns:
         `(c_low, c_high)`, each 0-d.
-
-    Raises:
-        ValueError: a number is out of range, or the shapes do not fit.
     """
     log_ratio, _, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
     shares = _weigh(advantages, zero_masked(old_logps, real), weighted)
@@ -174,30 +138,18 @@ def cpgd(
     drift_coef: float = 0.01,
     drift_clip: float = 2.0,
 ) -> Tensor:
-    """CPGD: clipped policy gradient without a ratio, plus a penalty on the drift from the old policy.
+    """Clip the policy gradient without a ratio in it, and charge for drift from the old policy.
 
-    `-min(l A, clip(l, ln(1 - eps_low), ln(1 + eps_high)) A) + alpha min(sg(rho) - 1, c) ln pi`, `l = ln rho`.
-    The last term has the gradient of `KL(pi_old || pi)`'s k3 estimate, its weight held below `c`.
-
-    Liu et al., arXiv 2505.12504, eq. 2 and what follows it, with one width there. The paper states no values; the
-    defaults are those of its code and scripts (ModalMinds/MM-EUREKA). Its tight-to-loose schedule of
-    widths along the sequence is left out.
+    CPGD: `-min(l A, clip(l, ln(1 - eps_low), ln(1 + eps_high)) A) + alpha min(sg(rho) - 1, c) ln pi`, `l = ln rho`.
+    The last term has the gradient of `KL(pi_old || pi)`'s k3 estimate, its weight held below `c`. Liu et al., arXiv
+    2505.12504, eq. 2 and the text that follows it, with one width there; without its tight-to-loose schedule of widths
+    along the sequence.
 
     Args:
-        logps: `ln pi(y_t|s_t) (B, T)`.
-        old_logps: `ln pi_old(y_t|s_t) (B, T)` of the policy that sampled.
-        advantages: `A (B,)` or `A_t (B, T)`.
-        mask: real tokens `(B, T)`; `None` means all.
         epsilon_low: room below ratio 1; from 1 on there is no lower bound.
         epsilon_high: room above ratio 1.
         drift_coef: weight of the drift, `alpha`.
         drift_clip: largest weight of one token's drift, `c`.
-
-    Returns:
-        `(B, T)`, 0 at masked positions.
-
-    Raises:
-        ValueError: a number is negative, or the shapes do not fit.
     """
     check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high, drift_coef=drift_coef, drift_clip=drift_clip)
     log_ratio, logps, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
@@ -228,7 +180,7 @@ def _truncated_ratio(log_ratio: Tensor, logps: Tensor, max_ratio: float | None) 
 
 @torch.no_grad()
 def _weigh(advantages: Tensor, old_logps: Tensor, weighted: bool) -> Tensor:
-    """What a token counts in BAPO's share, up to its clipped ratio."""
+    """Weight of each token in BAPO's share, but for its clipped ratio."""
     return advantages * old_logps.exp() if weighted else advantages
 
 
@@ -243,6 +195,19 @@ def _search_bounds(
     high_step: float,
     reduce: Reduce | None,
 ) -> tuple[Tensor, Tensor]:
+    """Find the first pair of bounds, in the order tried, under which positive tokens reach their share of the loss.
+
+    The pairs lie on a path in the plane of both bounds, with three upper and four lower ones:
+
+        c_high
+          b+   3 - 4 - 5 - 6      first up, at the lowest lower bound (1, 2, 3),
+               2                  then right, at the highest upper bound (4, 5, 6)
+          a+   1
+               a-          b-  c_low
+
+    The sum over positive tokens depends on `c_high` alone, and that over negative ones on `c_low` alone: one sum for
+    each of the 3 + 4 bounds tells the share of all 6 pairs.
+    """
     check_shares(target_share=target_share)
     if low_range[1] > 1 or high_range[0] < 1:
         raise ValueError(f"low_range={low_range}, high_range={high_range}: ratio 1 must stay between the bounds.")
@@ -259,24 +224,23 @@ def _search_bounds(
     sums = torch.stack(positive + negative)
     positives, negatives = _search_path(*(reduce(sums) if reduce else sums).split([len(highs), len(lows)]))
     reached = positives >= target_share * (positives + negatives)
-    reached[-1] = True
+    reached[-1] = True  # where no pair will do, the last one is taken
     first = reached.int().argmax()
     highs, lows = _search_path(highs, lows)
     return lows.take(first), highs.take(first)
 
 
 def _search_path(highs: Tensor, lows: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs in the order tried: every upper bound with the first lower one, then the last with the others."""
+    """Lay both bounds along the path: every upper one with the first lower one, then the last with the rest."""
     rest = len(lows) - 1
     return torch.cat([highs, highs[-1:].expand(rest)]), torch.cat([lows[:1].expand(len(highs)), lows[1:]])
 
 
 def _grid(name: str, ends: tuple[float, float], step: float) -> list[float]:
-    """`first, first + step, ..` up to `last`."""
+    """List the bounds to try: `first, first + step, ..` up to `last`."""
     first, last = ends
     if not 0 <= first <= last:
         raise ValueError(f"{name}_range={ends}: give the first bound and a last one that is not below it.")
-    if step <= 0:
-        raise ValueError(f"{name}_step={step}: give a positive step.")
+    check_positive("give a positive step", **{f"{name}_step": step})
     # 0.3 / 0.02 is 15 but for rounding.
     return [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)]

@@ -1,4 +1,4 @@
-"""A key-value cache whose tokens are taken back row by row."""
+"""A cache of keys and values from which each row of a batch takes back its own rejected tokens."""
 
 from typing import Any, cast
 
@@ -10,15 +10,16 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 from rl_plugins.nn.cache_name import cache_name
 
 SPARE_SLOTS = 64
-"""Slots that a buffer grows by at least: growing copies it."""
+"""Slots that a buffer grows by at least, since growing copies it."""
 
-TURN_OFF = "Generate without speculation: leave out custom_generate, or set speculative=False in the trainer."
+TURN_OFF = "Generate without speculation."
+"""Advice at the end of every message about a model or an option that cannot be decoded speculatively."""
 
 
 class RollbackLayer(DynamicLayer):
     """Keys and values of one attention layer, in a buffer with spare room: a forward pass appends without copying.
 
-    It keeps all tokens, also where the layer attends to a window of them; the mask is what limits those.
+    The buffer keeps all tokens, also where the layer attends to a window of them; there the mask leaves out the rest.
     """
 
     def __init__(self, is_sliding: bool = False) -> None:
@@ -29,7 +30,7 @@ class RollbackLayer(DynamicLayer):
         self.value_buffer: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append states (B, H, S, d); return all of them."""
+        """Append keys and values (B, H, S, d) of the newest tokens; returns those of all tokens."""
         start, self.length = self.length, self.length + key_states.shape[-2]
         self.key_buffer = _append(self.key_buffer, key_states, start)
         self.value_buffer = _append(self.value_buffer, value_states, start)
@@ -78,15 +79,15 @@ def _append(buffer: Tensor | None, states: Tensor, start: int) -> Tensor:
 
 
 class RollbackCache(Cache):
-    """The cache of a model's layers, with which rows accept different numbers of tokens.
+    """The cache of a model's layers, for rows that accept different numbers of tokens.
 
-    All rows append to the same slots; those that hold a rejected token are masked in that row. `trim` frees slots
-    that no row uses, `select` moves the rest together.
+    All rows append to the same slots, and a row whose token is rejected leaves its slot out by the attention mask.
+    `trim` frees slots that no row uses, `select` moves the slots in use together.
     """
 
     @property
     def is_windowed(self) -> bool:
-        """Whether some layers attend to a window of slots, in which masked ones would count."""
+        """Whether some layers attend to a window of slots, in which slots that a row does not use would count."""
         return any(self.is_sliding)
 
     def _attention_layers(self) -> list[RollbackLayer]:
@@ -104,15 +105,15 @@ class RollbackCache(Cache):
 
 
 def rollback_cache(cache: Any, layer_types: list[str] | None) -> RollbackCache:
-    """An empty cache that takes tokens back row by row, in place of the one that `generate` prepared.
+    """Make an empty cache that takes tokens back row by row, in place of the one that `generate` prepared.
 
     Args:
-        cache: What `generate` prepared for the model.
-        layer_types: Of the model's config, where it has them.
+        cache: Cache that `generate` prepared for the model.
+        layer_types: `layer_types` of the model's config, where it has them.
 
     Raises:
-        ValueError: If it is of a kind, or has layers of a kind, that cannot take tokens back row by row, or the caller
-            of `generate` passed it.
+        ValueError: If that cache or one of its layers is of a kind that cannot take tokens back row by row, or if it
+            holds tokens already, since the caller of `generate` passed it.
     """
     if not isinstance(cache, Cache):
         raise ValueError(
@@ -139,13 +140,16 @@ def rollback_cache(cache: Any, layer_types: list[str] | None) -> RollbackCache:
 
 
 def kept_slots(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """How to move the slots in use together, on the right, in order.
+    """Find the order in which the slots in use of every row stand together on the right.
+
+    A row `1 0 1 1 0` beside one with three slots in use gives the slots `0 2 3` and the mask `1 1 1`; a row
+    `0 1 1 0 0` gives `4 1 2` and `0 1 1`.
 
     Args:
-        mask: Slots in use (A, S).
+        mask: Slots in use (A, L).
 
     Returns:
-        Slots (A, L) and the mask after the move (A, L); L is the largest number in use in any row.
+        Slots (A, L') and the mask after the move (A, L'); L' is the largest number in use in any row.
     """
     width = int(mask.sum(1).max())
     # A stable sort by "in use" moves the free slots to the left and keeps the order of the others.

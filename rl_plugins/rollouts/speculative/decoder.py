@@ -1,4 +1,4 @@
-"""Speculative sampling in batches: heads draft, the model verifies, every row keeps what it accepts."""
+"""Decoding method for `generate` that samples speculatively: heads draft, the model verifies, in batches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
-from rl_plugins.nn.attach import base_model_of, get_mtp_heads, has_soft_prompt
-from rl_plugins.rollouts.speculative.cache import rollback_cache
+from rl_plugins.nn.attachment import base_model_of, has_soft_prompt
+from rl_plugins.rollouts.speculative.cache import TURN_OFF, rollback_cache
 from rl_plugins.rollouts.speculative.decoding import Decoding, check_positions
 from rl_plugins.rollouts.speculative.draft_length import DraftLength
 from rl_plugins.rollouts.speculative.draft_statistics import SpeculativeOutput
 from rl_plugins.rollouts.speculative.drafters import Drafter, make_drafter
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord
 
 
 class SpeculativeDecoder:
@@ -39,20 +39,21 @@ class SpeculativeDecoder:
     `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])`.
 
     Args:
-        num_draft_tokens: Most drafts per step; as many as there are heads by default.
-        draft_cost: What one more draft costs, in units of a step without drafts; `None` measures it. With a number
-            the same seed gives the same completions. See [`DraftLength`].
-        adaptive: Draft as many tokens as pay, down to none; otherwise always `num_draft_tokens`.
-        values: Whether to return the values of the model's MTP heads, if it has any.
-        recorder: Takes the state of every token, in place of one for the model's heads.
+        num_draft_tokens: Most drafts per step; as many as there are heads by default. Each step drafts as many as pay,
+            down to none.
+        draft_cost: Time that one more draft costs, in units of a step without drafts; `None` measures it. With a
+            number the same seed gives the same completions; 0 drafts `num_draft_tokens` in every step. See
+            [`DraftLength`].
         listener: Called with the number of tokens of the longest completion after each step.
 
     Attributes:
-        last: What the newest call returned.
+        recorder: A [`ValueRecord`] to which the next call gives the state of every new token; `None` for none. Each
+            call takes it off, so that a recorder holds the values of one batch.
+        last: Output of the newest call.
 
     Raises:
-        ValueError: If `num_draft_tokens` is below 1; when called, if it is more than there are heads, the model has no
-            heads, or its cache cannot take tokens back row by row.
+        ValueError: If `num_draft_tokens` is below 1 or `draft_cost` below 0; when called, if the model has no heads
+            or fewer than `num_draft_tokens`, or its cache cannot take tokens back row by row.
     """
 
     def __init__(
@@ -60,9 +61,6 @@ class SpeculativeDecoder:
         num_draft_tokens: int | None = None,
         *,
         draft_cost: float | None = None,
-        adaptive: bool = True,
-        values: bool = True,
-        recorder: ValueRecorder | None = None,
         listener: Callable[[int], None] | None = None,
     ) -> None:
         if num_draft_tokens is not None and num_draft_tokens < 1:
@@ -72,8 +70,8 @@ class SpeculativeDecoder:
             )
         if draft_cost is not None and draft_cost < 0.0:
             raise ValueError(f"draft_cost must be at least 0, got {draft_cost}.")
-        self.num_draft_tokens, self.draft_cost, self.adaptive = num_draft_tokens, draft_cost, adaptive
-        self.values, self.recorder, self.listener = values, recorder, listener
+        self.num_draft_tokens, self.draft_cost, self.listener = num_draft_tokens, draft_cost, listener
+        self.recorder: ValueRecord | None = None
         self.draft_length: DraftLength | None = None
         self.last: SpeculativeOutput | None = None
 
@@ -91,9 +89,7 @@ class SpeculativeDecoder:
         self._prepare(drafter)
         assert self.draft_length is not None
         _check_options(generation_config, model_kwargs)
-        recorder = self.recorder
-        if recorder is None and self.values and (heads := get_mtp_heads(model)) is not None:
-            recorder = ValueRecorder(heads)
+        recorder, self.recorder = self.recorder, None
         decoding = Decoding(
             model,
             drafter,
@@ -112,32 +108,33 @@ class SpeculativeDecoder:
         return self.last.sequences
 
     def check(self, model: nn.Module) -> None:
-        """See that a model can be decoded with these settings, before any work starts.
+        """Check that a model can be decoded with these settings, before any work starts.
 
         Raises:
-            ValueError: As when called.
+            ValueError: If it cannot, for the reasons that a call has.
         """
         base = base_model_of(model)
         if has_soft_prompt(model):
             raise ValueError(
                 "Speculative decoding does not know the places that PEFT's soft prompts take before the prompt. Train "
-                "a LoRA adapter instead, or set speculative=False."
+                f"a LoRA adapter instead. {TURN_OFF}"
             )
         self._prepare(make_drafter(model))
         check_positions(base)
         rollback_cache(DynamicCache(config=base.config), getattr(base.config.get_text_config(), "layer_types", None))
 
     def state_dict(self) -> dict[str, Any]:
-        """How well drafts have been received so far, so that a resumed run goes on as it would have."""
+        """Running acceptance rates, saved so that a resumed run drafts as many tokens as an uninterrupted one."""
         return {} if self.draft_length is None else self.draft_length.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave; the model has been checked before."""
+        """Go on from a state that `state_dict` gave; `check` has been called before."""
         if state:
             assert self.draft_length is not None
             self.draft_length.load_state_dict(state)
 
     def _prepare(self, drafter: Drafter) -> None:
+        """Make `draft_length` for this number of heads, or keep the one of the calls before."""
         limit = self.num_draft_tokens or drafter.max_drafts
         if limit > drafter.max_drafts:
             raise ValueError(
@@ -145,7 +142,7 @@ class SpeculativeDecoder:
                 f"Set num_draft_tokens to at most {drafter.max_drafts}, or train more heads."
             )
         if self.draft_length is None or self.draft_length.max_drafts != limit:
-            self.draft_length = DraftLength(limit, self.draft_cost, adaptive=self.adaptive)
+            self.draft_length = DraftLength(limit, self.draft_cost)
 
 
 def _check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
@@ -167,11 +164,11 @@ def _check_options(config: GenerationConfig, model_kwargs: dict[str, Any]) -> No
 
 @contextmanager
 def speculating(model: nn.Module, decoder: SpeculativeDecoder) -> Iterator[None]:
-    """Have every `generate` of a model inside the block decode speculatively, whoever calls it.
+    """Make every `generate` of a model inside the block decode speculatively, whoever calls it.
 
     Args:
         model: Causal LM, or a PEFT model around one.
-        decoder: Does it.
+        decoder: Decoding method that every call uses.
     """
     base: Any = base_model_of(model)
     outer = base.__dict__.get("generate")

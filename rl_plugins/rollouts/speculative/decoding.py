@@ -1,16 +1,44 @@
-"""The loop of speculative decoding: draft, verify, keep what each row accepts."""
+"""The loop of speculative decoding: draft, verify, keep what each row accepts.
+
+Words:
+    row: one prompt and its completion. Rows that are still in the batch are active; A counts them.
+    settled: tokens of a row that are final: its prompt, and what was chosen since.
+    pending: the newest settled token, the only one that has not gone through the model.
+    draft: a token that heads propose behind the pending one; k of them per row in one step.
+    pass: one forward of the model over pending token and drafts, `S = k + 1` tokens per row.
+    verdict: how many drafts a row accepts, and the token that the model chooses behind them, the next pending one.
+    slot: a place in the cache of keys and values. All rows append to the same slots; L counts them.
+    hole: a slot of a row that holds padding or a rejected draft, and that the slot mask leaves out.
+    trim: give up the newest slots, which are holes in all rows.
+    compact: move the slots in use of every row together, over its holes, and let rows go that have ended.
+
+One step of two rows with k = 3. Letters are tokens, `.` is padding, `#` a rejected draft:
+
+            slots in use   pending   drafts       accepted      the model's choice
+    row 0   a b c          d         e f g        e f           h
+    row 1   . . c          x         y z w        none          u
+
+    pass                   d e f g  and  x y z w  go into four new slots; their logits give the verdict
+    row 0   a b c d e f g             mask  1 1 1 1 1 1 0     pending h
+    row 1   . . c x # # #             mask  0 0 1 1 0 0 0     pending u
+    trim                   the last slot, which no row keeps: four new slots, of which the most that a row keeps is 3
+    row 0   a b c d e f               mask  1 1 1 1 1 1
+    row 1   . . c x # #               mask  0 0 1 1 0 0
+    compact                holes to the left; as soon as no row needs all slots, the leftmost are given up
+    row 0   a b c d e f               mask  1 1 1 1 1 1
+    row 1   . . # # c x               mask  0 0 0 0 1 1
+"""
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from transformers import GenerationConfig
 
-from rl_plugins.nn.attach import base_model_of, trunk_of
+from rl_plugins.nn.attachment import trunk_of
 from rl_plugins.nn.cache_name import cache_name
 from rl_plugins.nn.sharding import gathers_in_forward
 from rl_plugins.rollouts.speculative.cache import TURN_OFF, kept_slots, rollback_cache
@@ -20,24 +48,23 @@ from rl_plugins.rollouts.speculative.drafters import Drafter, Verified
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
 from rl_plugins.rollouts.speculative.verification import Drafts, Verdict, verify
-from rl_plugins.rollouts.values import ValueRecorder
+from rl_plugins.rollouts.values import ValueRecord
 
 SPARE_SHARE = 0.25
-"""Share of the cache's slots that not even the longest row needs, above which they are given up."""
+"""Share of the cache's slots that not even the longest row needs, above which the slots in use are moved together."""
 
 ENDED_SHARE = 0.25
-"""Share of the rows that have ended, from which on they leave the batch."""
-
+"""Share of the active rows that have ended, from which on they leave the batch."""
 
 POSITIONS_FROM_MASK = ("bloom",)
 """Models that take no positions, and count the tokens that the attention mask leaves."""
 
 
 def check_positions(model: Any) -> None:
-    """See that rejected tokens in a model's cache do not move those behind them.
+    """Check that the model takes explicit positions, so that rejected tokens in the cache do not shift later ones.
 
     Raises:
-        ValueError: If they do.
+        ValueError: If it counts the slots of its cache instead.
     """
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     if not takes_positions and model.config.model_type not in POSITIONS_FROM_MASK:
@@ -47,26 +74,38 @@ def check_positions(model: Any) -> None:
         )
 
 
-@contextmanager
-def trunk_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The trunk's last hidden states (B, S, D) of the newest forward pass, as the only entry of a list."""
-    newest: list[Tensor] = []
+class StepCounts(NamedTuple):
+    """Sums over the rows of one step that has drafts, on the host.
 
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        newest[:] = [output[0] if isinstance(output, tuple) else output.last_hidden_state]
+    Attributes:
+        num_unfinished: Rows that have not ended.
+        num_tokens: New tokens of all rows.
+        most_kept: Largest number of new slots that a row keeps.
+        least_kept: Smallest number of new slots that a row keeps.
+        reached: Rows that come to draft j with all before it accepted, and have not ended there (k).
+        accepted: Rows that accept draft j, too (k).
+        acceptance: Sum of the acceptance probabilities of draft j over the rows that reach it (k).
+    """
 
-    handle = trunk_of(base_model_of(model)).register_forward_hook(hook)
-    try:
-        yield newest
-    finally:
-        handle.remove()
+    num_unfinished: int
+    num_tokens: int
+    most_kept: int
+    least_kept: int
+    reached: list[float]
+    accepted: list[float]
+    acceptance: list[float]
+
+
+def _to_host(*parts: Tensor) -> list[list[float]]:
+    """Numbers of several tensors, in one transfer from the device: each transfer waits for all work there."""
+    packed = torch.cat([part.reshape(-1) for part in parts]).cpu()
+    return [part.tolist() for part in packed.split([part.numel() for part in parts])]
 
 
 class Decoding:
-    """One call of `generate`: a batch of prompts on its way to completions.
+    """One call of `generate`: a batch of prompts on its way to completions. The module's docstring has the words.
 
-    A is the number of rows that are still in the batch, S the tokens per row of a forward pass, L the slots of the
-    cache.
+    Shapes: B rows, of which A are active; P tokens of a prompt; S tokens per row of one pass; L slots of the cache.
 
     Args:
         model: The model.
@@ -74,9 +113,9 @@ class Decoding:
         draft_length: Says how many.
         input_ids: Prompts (B, P), padded on the left.
         processor: Logits processors.
-        stopping: When a row ends.
+        stopping: Says where a row ends.
         config: Options of `generate`.
-        recorder: Takes the state of every token.
+        recorder: Is given the state of every new token; `None` for none.
         model_kwargs: What `generate` prepared for the model's forward: attention mask, positions, cache.
 
     Raises:
@@ -93,7 +132,7 @@ class Decoding:
         processor: ScoreProcessor,
         stopping: Stopping,
         config: GenerationConfig,
-        recorder: ValueRecorder | None,
+        recorder: ValueRecord | None,
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.drafter, self.draft_length = model, drafter, draft_length
@@ -102,28 +141,29 @@ class Decoding:
         self.cache = rollback_cache(
             self.kwargs.pop(cache_name(), None), getattr(model.config.get_text_config(), "layer_types", None)
         )
+        check_positions(model)
         # Where every forward gathers from all ranks (ZeRO-3, FSDP2), all of them take the same steps.
         self.synced = distributed.is_initialized() and gathers_in_forward(model)
+        self._hidden: Tensor | None = None  # of the newest pass
+        self.statistics = DraftStatistics(num_drafts=drafter.max_drafts)
+
+        # All rows. Drafts are written behind the settled tokens before it is known which stay: hence spare columns.
         (batch, self.prompt_length), device = input_ids.shape, input_ids.device
-        spare = drafter.max_drafts + 1  # what is behind a rejected draft is written, too
-        new_tokens = max(stopping.max_length - self.prompt_length, 1)
-        self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, new_tokens + spare)], dim=1)
-        self.log_probs = torch.zeros(batch, new_tokens + spare, device=device)
-        self.lengths = torch.full((batch,), self.prompt_length, device=device)
+        columns = max(stopping.max_length - self.prompt_length, 1) + drafter.max_drafts + 1
+        self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, columns)], dim=1)
+        self.log_probs = torch.zeros(batch, columns, device=device)
+        self.lengths = torch.full((batch,), self.prompt_length, device=device)  # settled tokens
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.going = batch  # rows that have not ended: known here, so that asking does not wait for the device
-        mask = self.kwargs.pop("attention_mask", None)
-        self.has_holes = mask is not None
-        # Of the rows that are still in the batch: which they are (A,), and the slots of the cache in use (A, L).
-        self.index = torch.arange(batch, device=device)
-        self.mask = torch.ones_like(input_ids) if mask is None else mask.long()
-        check_positions(model)
+        self.num_unfinished = batch  # known on the host, so that asking does not wait for the device
         self.positions: Tensor | None = self.kwargs.pop("position_ids", None)
         if self.positions is not None:  # a caller may have passed one row for all
             self.positions = self.positions.expand(*self.positions.shape[:-2], batch, -1)
-        self.statistics = DraftStatistics(num_drafts=drafter.max_drafts)
-        if recorder is not None:
-            recorder.reset()
+
+        # Active rows: their indices (A,), and which slots of the cache they use (A, L).
+        self.active = torch.arange(batch, device=device)
+        mask = self.kwargs.pop("attention_mask", None)
+        self.mask = torch.ones_like(input_ids) if mask is None else mask.long()
+        self.has_holes = mask is not None
 
     @torch.no_grad()
     def run(self, listener: Callable[[int], None] | None = None) -> SpeculativeOutput:
@@ -132,16 +172,19 @@ class Decoding:
         Args:
             listener: Called with the number of tokens of the longest completion after each step.
         """
-        with trunk_states(self.model) as states:
-            self._prefill(states)
+        with self.drafter.attachment.watching(self._take_hidden):
+            self._prefill()
             while (num_drafts := self._plan(listener)) is not None:
-                self._step(num_drafts, states)
+                self._step(num_drafts)
         return self._output()
 
     # The model
 
-    def _forward(self, tokens: Tensor, positions: Tensor | None, **kwargs: Any) -> Tensor:
-        """Logits (A, S, V) of tokens (A, S) that follow what is in the cache; `mask` covers them already."""
+    def _take_hidden(self, hidden: Tensor) -> None:
+        self._hidden = hidden
+
+    def _forward(self, tokens: Tensor, positions: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Logits (A, S, V) and states (A, S, D) of tokens (A, S), which `mask` covers already."""
         inputs = self.model.prepare_inputs_for_generation(
             tokens,
             attention_mask=self.mask if self.has_holes else None,
@@ -149,166 +192,199 @@ class Decoding:
             **({} if positions is None else {"position_ids": positions}),
             **{**self.kwargs, **kwargs},
         )
-        return self.model(**inputs, return_dict=True).logits
-
-    def _prefill(self, states: list[Tensor]) -> None:
-        tokens = self.ids[:, : self.prompt_length]
-        logits = self._forward(tokens, self.positions, is_first_iteration=True)
-        if not states:
+        logits = self.model(**inputs, return_dict=True).logits
+        if self._hidden is None:
             raise ValueError(
                 f"{type(self.model).__name__} does not run its trunk ({type(trunk_of(self.model)).__name__}) as a "
                 f"whole, so its heads do not see hidden states. {TURN_OFF}"
             )
-        hidden = states[0]
-        self._settle(logits[:, -1:], hidden[:, -1:], self._drafts())
-        self.going = int((~self.ended).sum())
-        self._show(hidden, tokens, self.positions, self.mask.bool())
+        return logits, self._hidden
 
-    def _step(self, num_drafts: int, states: list[Tensor]) -> None:
-        """Draft, verify, and keep what each row accepts."""
+    def _prefill(self) -> None:
+        """Run the prompts, and choose the first token of every row."""
+        tokens = self.ids[:, : self.prompt_length]
+        logits, hidden = self._forward(tokens, self.positions, is_first_iteration=True)
+        self._settle(logits[:, -1:], hidden[:, -1:], self._new_drafts())
+        self.num_unfinished = int((~self.ended).sum())
+        self._inform_drafter(hidden, tokens, self.positions, self.mask.bool())
+
+    def _step(self, num_drafts: int) -> None:
+        """Draft, verify, and keep what each row accepts: the drawing at the top of this module."""
         started = time.perf_counter()
-        drafts = self._drafts()
+        slots = num_drafts + 1
+        # Draft. Rows leave only now, when the drafter has taken in all slots of the pass before.
+        drafts = self._new_drafts()
         if num_drafts:
             self.drafter.propose(num_drafts, drafts.choose)
-        self._tidy(drafts)
-        alive, lengths, slots = ~self._own(self.ended), self._own(self.lengths), num_drafts + 1
-        tokens, offset = self.ids[self.index, lengths - 1].unsqueeze(1), torch.arange(slots, device=self.ids.device)
+        self._compact(drafts)
+
+        # The tokens of the pass: pending ones, then drafts, which are written down for the logits processors.
+        offset = torch.arange(slots, device=self.ids.device)
+        unfinished, lengths = ~self._of_active_rows(self.ended), self._of_active_rows(self.lengths)
+        tokens = self.ids[self.active, lengths - 1].unsqueeze(1)
         if num_drafts:
             tokens = torch.cat([tokens, drafts.tokens], dim=1)
-            self.ids[self.index[:, None], lengths[:, None] + offset[:-1]] = drafts.tokens
+            self.ids[self.active[:, None], lengths[:, None] + offset[:-1]] = drafts.tokens
+
+        # Positions count settled tokens, not slots. Where a row ends before its drafts do, they stay within the
+        # positions that the model has.
         positions = None
         if self.positions is not None:
-            # Where a row ends before its drafts do, they stay within the positions that the model has.
             ahead = lengths[:, None] - self.prompt_length + offset
             limit = self.stopping.max_length - self.prompt_length - 1
-            positions = self._own(self.positions[..., -1:], dim=-2) + ahead.clamp(max=limit)
+            positions = self._of_active_rows(self.positions[..., -1:], dim=-2) + ahead.clamp(max=limit)
+
+        # One pass scores all of them; the verdict settles tokens.
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), slots)], dim=1)
         keep = {"logits_to_keep": slots} if "logits_to_keep" in self.kwargs else {}
-        logits = self._forward(tokens, positions, **keep)
-        verdict, new = self._settle(logits[:, -slots:], states[0], drafts)
-        # What of the pass goes on, in the rows that do.
-        most, least = self._record(verdict, new, alive, started)
-        valid = offset[:most] <= verdict.num_accepted[:, None]
+        logits, hidden = self._forward(tokens, positions, **keep)
+        verdict, num_new = self._settle(logits[:, -slots:], hidden, drafts)
+        most, least = self._count(verdict, num_new, unfinished, started)
+
+        # Slots that no row keeps are trimmed; where rows keep different numbers, holes remain.
+        kept = offset[:most] <= verdict.num_accepted[:, None]
         if most < slots:
             self.cache.trim(slots - most)
         if least < slots:
-            self.mask = torch.cat([self.mask[:, :-slots], valid.long()], dim=1)
+            self.mask = torch.cat([self.mask[:, :-slots], kept.long()], dim=1)
         self.has_holes |= least < most
         positions = positions if positions is None else positions[..., :most]
-        self._show(states[0][:, :most], tokens[:, :most], positions, valid)
+        self._inform_drafter(hidden[:, :most], tokens[:, :most], positions, kept)
 
     def _settle(self, logits: Tensor, hidden: Tensor, drafts: Drafts) -> tuple[Verdict, Tensor]:
-        """Write down the tokens that the logits (A, S, V) lead to; returns the verdict and how many are new (A,)."""
-        index, lengths = self.index, self._own(self.lengths)
-        alive, slots = ~self._own(self.ended), logits.shape[1]
-        columns = lengths[:, None] + torch.arange(slots, device=index.device)
-        scores = self.processor(logits.to(torch.float32, copy=True), self._own(self.ids), lengths, index)
-        verdict = verify(scores, drafts)
-        self.ids[index[:, None], columns] = verdict.tokens
-        self.log_probs[index[:, None], columns - self.prompt_length] = verdict.log_probs
-        new, ended = self.stopping.cut(self._own(self.ids), lengths, verdict.num_accepted + 1, slots)
-        new = new * alive
-        if self.recorder is not None:
-            real = torch.arange(slots, device=index.device) < new[:, None]
-            self.recorder.record(hidden, (columns - self.prompt_length).masked_fill(~real, -1), index)
-        # New tensors, since those of the step before may be these very ones.
-        self.lengths = self.lengths.index_put((index,), lengths + new)
-        self.ended = self.ended.index_put((index,), self._own(self.ended) | ended)
-        return verdict, new
+        """Choose tokens by the logits (A, S, V) and write them down; returns the verdict and how many are new (A,)."""
+        active, lengths = self.active, self._of_active_rows(self.lengths)
+        unfinished, slots = ~self._of_active_rows(self.ended), logits.shape[1]
+        columns = lengths[:, None] + torch.arange(slots, device=active.device)  # of `ids`, for the new tokens
 
-    def _show(self, hidden: Tensor, tokens: Tensor, positions: Tensor | None, valid: Tensor) -> None:
-        pending = self.ids[self.index, self._own(self.lengths) - 1]
+        # Judge the drafts, and write the verdict's tokens over them. Those behind the model's choice mean nothing:
+        # they are beyond the row's length, and the next step writes over them.
+        scores = self.processor(logits.to(torch.float32, copy=True), self._of_active_rows(self.ids), lengths, active)
+        verdict = verify(scores, drafts)
+        self.ids[active[:, None], columns] = verdict.tokens
+        self.log_probs[active[:, None], columns - self.prompt_length] = verdict.log_probs
+
+        # An accepted end-of-text token, or the largest length, cuts a row short; rows that ended before get nothing.
+        num_new, ended = self.stopping.cut(self._of_active_rows(self.ids), lengths, verdict.num_accepted + 1, slots)
+        num_new = num_new * unfinished
+
+        # State j of the pass is the one that new token j was chosen in.
+        if self.recorder is not None:
+            is_new = torch.arange(slots, device=active.device) < num_new[:, None]
+            self.recorder.add(hidden, (columns - self.prompt_length).masked_fill(~is_new, -1), active)
+
+        # New tensors, since while all rows are active those of the step before are these very ones.
+        self.lengths = self.lengths.index_put((active,), lengths + num_new)
+        self.ended = self.ended.index_put((active,), self._of_active_rows(self.ended) | ended)
+        return verdict, num_new
+
+    def _inform_drafter(self, hidden: Tensor, tokens: Tensor, positions: Tensor | None, valid: Tensor) -> None:
+        """Give the drafter the slots of a pass that were kept, and the tokens that are pending now."""
+        pending = self.ids[self.active, self._of_active_rows(self.lengths) - 1]
         self.drafter.observe(Verified(hidden, tokens, positions, valid, self.mask, pending))
 
     # How many drafts
 
-    def _drafts(self) -> Drafts:
-        ids, lengths = self._own(self.ids), self._own(self.lengths)
-        return Drafts(self.processor, ids, lengths, self.index, bool(self.config.do_sample))
+    def _new_drafts(self) -> Drafts:
+        ids, lengths = self._of_active_rows(self.ids), self._of_active_rows(self.lengths)
+        return Drafts(self.processor, ids, lengths, self.active, bool(self.config.do_sample))
 
-    def _own(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Entries of a tensor of the whole batch for the rows that are still in it; itself where all are."""
-        return x if len(self.index) == x.shape[dim] else x.index_select(dim, self.index)
+    def _of_active_rows(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Entries of a tensor of the whole batch for the active rows; the tensor itself where all rows are active."""
+        return x if len(self.active) == x.shape[dim] else x.index_select(dim, self.active)
 
     def _plan(self, listener: Callable[[int], None] | None) -> int | None:
-        """How many drafts the next step makes; `None` when all rows of all ranks have ended."""
+        """Number of drafts of the next step; `None` when all rows of all ranks have ended."""
         if listener is not None:
             listener(int(self.lengths.max()) - self.prompt_length)
-        num_drafts = self.draft_length.choose(len(self.index)) if self.going else 0
+        num_drafts = self.draft_length.choose(len(self.active)) if self.num_unfinished else 0
         if num_drafts:
-            # The last token of a row is never a draft's.
+            # The model itself chooses the last token of a row, so the shortest row bounds the drafts of all.
             shortest = int(self.lengths.masked_fill(self.ended, self.stopping.max_length).min())
             num_drafts = min(num_drafts, self.stopping.max_length - shortest - 1)
         if not self.synced:
-            return num_drafts if self.going else None
-        plan = torch.tensor([self.going, num_drafts], device=self.ids.device)
+            return num_drafts if self.num_unfinished else None
+        plan = torch.tensor([self.num_unfinished, num_drafts], device=self.ids.device)
         distributed.all_reduce(plan, op=distributed.ReduceOp.MAX)
-        going, num_drafts = plan.tolist()
-        return num_drafts if going else None
+        num_unfinished, num_drafts = plan.tolist()
+        return num_drafts if num_unfinished else None
 
-    def _record(self, verdict: Verdict, new: Tensor, alive: Tensor, started: float) -> tuple[int, int]:
+    def _count(self, verdict: Verdict, num_new: Tensor, unfinished: Tensor, started: float) -> tuple[int, int]:
         """Count what became of the drafts; returns the largest and the smallest number of slots that a row keeps."""
-        before, kept, slots = self.going, verdict.num_accepted + 1, verdict.tokens.shape[1]
-        sums = [(~self.ended).sum()]
-        if slots > 1:  # without drafts every row gets one token and keeps one slot
-            place = torch.arange(slots - 1, device=new.device)
-            reached = place < new[:, None]  # not those behind the end of a row
-            accepted = (place < verdict.num_accepted[:, None]) & reached
-            ends = (kept.masked_fill(~alive, 1).max(), kept.masked_fill(~alive, slots).min())
-            sums += [new.sum(), *ends, *reached.sum(0), *accepted.sum(0), *(verdict.passing * reached).sum(0)]
-        # One transfer from the device, which waits for the step: only now is its time known.
-        going, *numbers = torch.stack(sums).tolist()
-        seconds, self.going = time.perf_counter() - started, int(going)
-        tokens, most, least, *places = numbers or [before, 1, 1]
-        reached_sums, accepted_sums, passed_sums = (places[i * (slots - 1) : (i + 1) * (slots - 1)] for i in range(3))
-        self.statistics.add(before, int(tokens), reached_sums, accepted_sums)
-        self.draft_length.record(len(alive), passed_sums, reached_sums, seconds)
-        return int(most), int(least)
+        rows_before, num_drafts = self.num_unfinished, verdict.tokens.shape[1] - 1
+        counts = self._step_counts(verdict, num_new, unfinished, num_drafts)
+        # The transfer of the counts has waited for the step: only now is its time known.
+        seconds, self.num_unfinished = time.perf_counter() - started, counts.num_unfinished
+        self.statistics.add(rows_before, counts.num_tokens, counts.reached, counts.accepted)
+        self.draft_length.record(len(self.active), counts.acceptance, counts.reached, seconds)
+        return counts.most_kept, counts.least_kept
+
+    def _step_counts(self, verdict: Verdict, num_new: Tensor, unfinished: Tensor, num_drafts: int) -> StepCounts:
+        if not num_drafts:  # every row that has not ended gets one token, and every row keeps one slot
+            return StepCounts(int((~self.ended).sum()), self.num_unfinished, 1, 1, [], [], [])
+        # Draft j counts as reached where all before it stayed and none of them ended the row; as accepted where it
+        # stayed, too. With two drafts accepted of three and no end, num_new = 3: drafts 0, 1 and 2 were reached.
+        draft = torch.arange(num_drafts, device=num_new.device)
+        reached = draft < num_new[:, None]
+        accepted = (draft < verdict.num_accepted[:, None]) & reached
+        # Rows that have ended keep their slots for nothing, and so do not count in either bound.
+        kept = verdict.num_accepted + 1
+        most_kept = kept.masked_fill(~unfinished, 1).max()
+        least_kept = kept.masked_fill(~unfinished, num_drafts + 1).min()
+        single, reached_by, accepted_by, acceptance = _to_host(
+            torch.stack([(~self.ended).sum(), num_new.sum(), most_kept, least_kept]),
+            reached.sum(0),
+            accepted.sum(0),
+            (verdict.acceptance_probs * reached).sum(0),
+        )
+        num_unfinished, num_tokens, most, least = (int(number) for number in single)
+        return StepCounts(num_unfinished, num_tokens, most, least, reached_by, accepted_by, acceptance)
 
     # The batch
 
-    def _tidy(self, drafts: Drafts) -> None:
+    def _compact(self, drafts: Drafts) -> None:
         """Let rows go that have ended, and move the slots in use together, where either pays.
 
-        After the drafts of a step, since a drafter has then taken in all slots.
+        Args:
+            drafts: Of this step, which lose the same rows.
         """
-        num_ended = 0 if self.synced else len(self.index) - self.going
-        leaving = num_ended >= max(ENDED_SHARE * len(self.index), 1)
-        # Without drafts the drafter would run now, on this rank alone.
-        waiting = self.synced and not drafts.tokens.shape[1] and not self.cache.is_windowed
-        if waiting or not (leaving or self.has_holes):
+        # Ranks that take their steps together keep all rows: heads run when rows change, on all ranks or on none.
+        num_ended = 0 if self.synced else len(self.active) - self.num_unfinished
+        rows_leave = num_ended >= max(ENDED_SHARE * len(self.active), 1)
+        if not (rows_leave or self.has_holes):
             return
-        ended = self.ended[self.index]
-        slots = self.mask.shape[1]
-        spare = slots - int(self.mask.masked_fill(ended[:, None], 0).sum(1).max())
-        if leaving or spare > SPARE_SHARE * slots or self.cache.is_windowed:
-            rows = torch.nonzero(~ended).squeeze(1) if leaving else torch.arange(len(ended), device=ended.device)
-            chosen, self.mask = kept_slots(self.mask[rows])
-            self.has_holes = not bool(self.mask.all())
-            if leaving:  # else the same tensor: a recorder runs the heads when rows change, on all ranks or on none
-                self.index = self.index[rows]
-            self.cache.select(rows, chosen)
-            self.drafter.select(rows, chosen)
-            drafts.select(rows)
+        # In a step without drafts `drafter.select` would run the drafter's layers, on this rank alone. So ranks in
+        # step wait for one with drafts, unless layers attend to a window of slots, in which holes would count.
+        if self.synced and not drafts.tokens.shape[1] and not self.cache.is_windowed:
+            return
+
+        # Moving copies the cache. Unless rows leave or a window needs it, it has to free enough slots.
+        ended, slots = self.ended[self.active], self.mask.shape[1]
+        if not (rows_leave or self.cache.is_windowed):
+            longest = int(self.mask.masked_fill(ended[:, None], 0).sum(1).max())
+            if slots - longest <= SPARE_SHARE * slots:
+                return
+        rows = torch.nonzero(~ended).squeeze(1) if rows_leave else torch.arange(len(ended), device=ended.device)
+        chosen, self.mask = kept_slots(self.mask[rows])
+        self.has_holes = not bool(self.mask.all())
+        if rows_leave:  # else the same tensor: a recorder runs the heads when it is given another one
+            self.active = self.active[rows]
+        self.cache.select(rows, chosen)
+        self.drafter.select(rows, chosen)
+        drafts.select(rows)
 
     def _output(self) -> SpeculativeOutput:
+        """Completions and log-probabilities, padded behind the end of each row."""
         end = int(self.lengths.max())
-        column = torch.arange(end, device=self.ids.device)
-        behind = column >= self.lengths[:, None]
+        behind = torch.arange(end, device=self.ids.device) >= self.lengths[:, None]
         pad = self.config.pad_token_id
         if pad is None:  # as generate does it
             pad = 0 if self.stopping.eos is None else int(self.stopping.eos[0])
-        num_tokens = end - self.prompt_length
-        log_probs = self.log_probs[:, :num_tokens].masked_fill(behind[:, self.prompt_length :], 0.0)
+        log_probs = self.log_probs[:, : end - self.prompt_length].masked_fill(behind[:, self.prompt_length :], 0.0)
         if self.config.do_sample and not bool(log_probs.isfinite().all()):
             raise ValueError(
                 "There was no token to sample: the model's logits were NaN, or the logits processors left none."
             )
-        saved = None if self.recorder is None else self.recorder.finish(num_tokens)
         return SpeculativeOutput(
-            sequences=self.ids[:, :end].masked_fill(behind, pad),
-            log_probs=log_probs,
-            values=None if saved is None else saved[0],
-            target_values=None if saved is None else saved[1],
-            statistics=self.statistics,
+            sequences=self.ids[:, :end].masked_fill(behind, pad), log_probs=log_probs, statistics=self.statistics
         )

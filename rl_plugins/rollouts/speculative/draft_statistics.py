@@ -1,4 +1,4 @@
-"""What speculative decoding returns, and how well its drafts were received."""
+"""Output of speculative decoding, and the share of its drafts that was accepted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,17 @@ from transformers.utils import ModelOutput
 
 
 class DraftStatistics:
-    """What became of drafts.
+    """Counts how many drafts were reached and accepted at each place, and how many tokens they brought.
 
     Args:
         num_drafts: K.
 
     Attributes:
         steps: Forward passes of the model after the prompt's, counted for each row until it ended.
-        tokens: Tokens that they brought.
-        reached: How many drafts at each place had all before them accepted (K), without those behind the end of a row.
-        accepted: How many of those were accepted, too (K).
+        tokens: New tokens that these passes brought.
+        reached: Number of drafts at each place that had all before them accepted (K), without those behind the end of
+            a row.
+        accepted: Number of those that were accepted, too (K).
     """
 
     def __init__(self, num_drafts: int) -> None:
@@ -34,36 +35,32 @@ class DraftStatistics:
 
     @property
     def counts(self) -> list[float]:
-        """All of it as numbers to sum: steps, tokens, `reached`, `accepted` (2 + 2K)."""
+        """All counts as one list, so that ranks can sum them: steps, tokens, `reached`, `accepted` (2 + 2K)."""
         return [float(x) for x in (self.steps, self.tokens, *self.reached, *self.accepted)]
 
     @property
     def acceptance(self) -> list[float]:
-        """Share of the drafts at each place that were accepted, of those that were reached; NaN without any."""
+        """Share of the reached drafts at each place that were accepted (K); NaN where none was reached."""
         pairs = zip(self.accepted, self.reached, strict=True)
         return [good / all_ if all_ else float("nan") for good, all_ in pairs]
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens of a row per forward pass, from 1 without drafts to K + 1; NaN without any."""
+        """Tokens of a row per forward pass, from 1 without drafts to K + 1; NaN before the first pass."""
         return self.tokens / self.steps if self.steps else float("nan")
 
 
 @dataclass
 class SpeculativeOutput(ModelOutput):
-    """What speculative decoding returns.
+    """Tokens, log-probabilities and statistics of one call of `generate`.
 
     Attributes:
         sequences: Prompts and completions (B, P + T), padded behind the end of a row.
         log_probs: `ln p(y_t)` under the distribution that is sampled from, after all logits processors (B, T); with
             greedy decoding under the softmax of the processed scores. 0 behind the end.
-        values: Values of all heads in the state of every token (B, T, K), float32; `None` without MTP heads.
-        target_values: The same of slow copies of the heads.
-        statistics: Acceptance.
+        statistics: Counts of drafts and tokens.
     """
 
     sequences: Tensor | None = None
     log_probs: Tensor | None = None
-    values: Tensor | None = None
-    target_values: Tensor | None = None
     statistics: DraftStatistics | None = None

@@ -1,4 +1,4 @@
-"""transformers' logits processors on several positions of rows of different lengths."""
+"""Applies transformers' logits processors, which expect one position per row, to several positions per row."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ POINTWISE = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-"""Processors that look at the scores alone."""
+"""Processors that read the scores alone, and none of the tokens before."""
 
 ROW_BOUND = (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -79,7 +79,7 @@ class ScoreProcessor:
             scores: Logits (A, S, V), float32.
             ids: Tokens (A, W): prompt, completion, drafts.
             lengths: Number of tokens before the first position (A,); position j has j more.
-            rows: Which rows of the whole batch these are (A,).
+            rows: Indices of these rows in the whole batch (A,).
         """
         ends = lengths[:, None] + torch.arange(scores.shape[1], device=ids.device)
         for processor in self.processors:
@@ -92,7 +92,7 @@ class ScoreProcessor:
         return scores
 
     def drafts(self, scores: Tensor, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-        """The same for the scores (A, S, V) of drafts, all of them behind the same `lengths` tokens.
+        """Process scores (A, S, V) of drafts as if each followed the same `lengths` settled tokens.
 
         Drafts may have any distribution, so processors that depend on where exactly a token stands are left out.
         """
@@ -111,7 +111,7 @@ def _flat(processor: Any, prefixes: Any, scores: Tensor) -> Tensor:
 def _penalise(
     processor: RepetitionPenaltyLogitsProcessor, ids: Tensor, ends: Tensor, rows: Tensor, scores: Tensor
 ) -> Tensor:
-    """Repetition penalty on all positions at once, for the first `ends` (A, S) tokens of their rows."""
+    """Apply the repetition penalty to all positions at once, each for the first `ends` (A, S) tokens of its row."""
     column = torch.arange(ids.shape[1], device=ids.device)
     outside = column >= ends[..., None]  # (A, S, W)
     ignored = processor.prompt_ignore_length
@@ -125,7 +125,7 @@ def _penalise(
 
 
 def _by_length(processor: Any, ids: Tensor, ends: Tensor, scores: Tensor) -> Tensor:
-    """One call for all positions that have equally many tokens before them."""
+    """Call a processor once for all positions that have equally many tokens before them."""
     scores = scores.clone()
     for end in ends.unique().tolist():
         rows, positions = torch.nonzero(ends == end, as_tuple=True)

@@ -1,4 +1,4 @@
-"""transformers' stopping criteria on several new tokens of rows of different lengths."""
+"""Applies transformers' stopping criteria, which expect one new token per row, to several new tokens at once."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 
 class Stopping:
-    """Says behind which of its new tokens a row ends.
+    """Finds the new token behind which a row ends.
 
     Args:
         criteria: As `generate` prepared them. Those besides length and end-of-text tokens are called for every new
@@ -26,7 +26,7 @@ class Stopping:
         Args:
             ids: Tokens (A, W), the new ones included.
             lengths: Number of tokens before the new ones (A,).
-            count: Number of new tokens (A,), of which as many are kept as come before the end.
+            count: Number of new tokens (A,); those up to and including the one that ends the row are kept.
             num_new: Largest number of new tokens of any row.
 
         Returns:
@@ -45,6 +45,7 @@ class Stopping:
         return torch.where(ended, ends.int().argmax(dim=1) + 1, count), ended
 
     def _others(self, ids: Tensor, columns: Tensor) -> Tensor:
+        """Whether a criterion besides length and end-of-text tokens ends the row behind each new token (A, S)."""
         ends = torch.zeros_like(columns, dtype=torch.bool)
         for column in columns.unique().tolist():
             rows, places = torch.nonzero(columns == column, as_tuple=True)

@@ -1,4 +1,4 @@
-"""Drafts of one step, and the model's verdict on them."""
+"""Collects the drafts of one step, and decides which of them the model accepts."""
 
 from typing import NamedTuple
 
@@ -15,13 +15,13 @@ def draw(probs: Tensor) -> Tensor:
 
 
 class Drafts:
-    """Collects the tokens drafted in one step, and what they were drawn from.
+    """Collects the tokens drafted in one step, and the probabilities that they were drawn from.
 
     Args:
         processor: The logits processors.
         ids: Tokens of the rows (A, W).
-        lengths: How many of them are settled (A,).
-        rows: Which rows of the whole batch these are (A,).
+        lengths: Number of settled tokens of each row (A,).
+        rows: Indices of these rows in the whole batch (A,).
         do_sample: Whether to sample, or to take the most probable tokens.
     """
 
@@ -50,33 +50,37 @@ class Drafts:
 
     @property
     def tokens(self) -> Tensor:
-        """(A, k)."""
+        """Drafted tokens (A, k)."""
         return torch.cat(self._tokens, dim=1)
 
     @property
     def probs(self) -> Tensor:
-        """What they were drawn from (A, k, V)."""
+        """Probabilities that the drafted tokens were sampled from (A, k, V)."""
         return torch.cat(self._probs, dim=1)
 
 
 class Verdict(NamedTuple):
-    """What stays of the drafts.
+    """The drafts that each row accepts, and the token that the model chooses behind them.
 
     Attributes:
-        num_accepted: Drafts that stay (A,).
-        tokens: These, then the token that follows them (A, k + 1); what is behind it means nothing.
-        log_probs: Of `tokens`, under the softmax of the processed scores (A, k + 1).
-        passing: Probability of each draft to stay once it is reached (A, k).
+        num_accepted: Number of accepted drafts (A,).
+        tokens: Accepted drafts, then the model's choice (A, k + 1); entries behind it mean nothing.
+        log_probs: Log-probabilities of `tokens` under the softmax of the processed scores (A, k + 1).
+        acceptance_probs: Probability of each draft to be accepted once it is reached (A, k).
     """
 
     num_accepted: Tensor
     tokens: Tensor
     log_probs: Tensor
-    passing: Tensor
+    acceptance_probs: Tensor
 
 
 def verify(scores: Tensor, drafts: Drafts) -> Verdict:
     """Accept drafts, and choose the token that follows them.
+
+    Greedy decoding accepts a draft that is the most probable token, and chooses that token where it is not. Sampling
+    accepts draft d with probability `min(1, p(d) / q(d))`, and draws what follows from what is left of p
+    ([`~rl_plugins.functional.acceptance`]), which makes the tokens those of plain sampling in distribution.
 
     Args:
         scores: The model's processed scores at each draft and behind the last (A, k + 1, V).
@@ -87,20 +91,22 @@ def verify(scores: Tensor, drafts: Drafts) -> Verdict:
     log_probs = scores.log_softmax(dim=-1)
     if not drafts.do_sample:
         best = scores.argmax(dim=-1)
-        passing = (drafted == best[:, :k]).float()
-        count = count_accepted(drafted == best[:, :k])
-        follower = best[rows, count]
+        is_best = drafted == best[:, :k]
+        chances, count = is_best.float(), count_accepted(is_best)
+        choice = best[rows, count]
     elif k == 0:
-        passing, count = scores[:, :0, 0], rows.new_zeros(len(rows))
-        follower = draw(log_probs[:, 0].exp())
+        chances, count = scores[:, :0, 0], rows.new_zeros(len(rows))
+        choice = draw(log_probs[:, 0].exp())
     else:
-        proposal = drafts.probs
-        own = log_probs[:, :k].gather(2, drafted.unsqueeze(2)).squeeze(2)
-        passing = acceptance_probs(own.exp(), proposal.gather(2, drafted.unsqueeze(2)).squeeze(2))
-        count = count_accepted(torch.rand_like(passing) < passing)
-        # Only the place of the first rejection needs whole distributions.
+        proposal = drafts.probs  # q
+        p = log_probs[:, :k].gather(2, drafted.unsqueeze(2)).squeeze(2).exp()
+        q = proposal.gather(2, drafted.unsqueeze(2)).squeeze(2)
+        chances = acceptance_probs(p, q)
+        count = count_accepted(torch.rand_like(chances) < chances)
+        # Only the place of the first rejection needs whole distributions. Where all drafts are accepted there is none,
+        # and zeros for q leave p at the place behind the last draft.
         rejected = proposal[rows, count.clamp(max=k - 1)].masked_fill((count == k).unsqueeze(1), 0.0)
-        follower = draw(residual_probs(log_probs[rows, count].exp(), rejected))
+        choice = draw(residual_probs(log_probs[rows, count].exp(), rejected))
     tokens = torch.cat([drafted, drafted.new_zeros(len(rows), 1)], dim=1)
-    tokens[rows, count] = follower
-    return Verdict(count, tokens, log_probs.gather(2, tokens.unsqueeze(2)).squeeze(2), passing)
+    tokens[rows, count] = choice
+    return Verdict(count, tokens, log_probs.gather(2, tokens.unsqueeze(2)).squeeze(2), chances)

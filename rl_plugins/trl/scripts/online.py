@@ -33,7 +33,6 @@ from trl import (
 )
 from trl.scripts.grpo import GRPOScriptArguments
 
-from rl_plugins.cli import COMMANDS
 from rl_plugins.process_group import end_process_group
 from rl_plugins.trl import (
     GRPOVariantConfig,
@@ -52,22 +51,19 @@ TRAINERS: dict[str, tuple[type, type]] = {
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 
 
-def make_parser(command: str, subparsers: Any = None, prog: str | None = None) -> TrlParser:
-    """A parser of all arguments of a command, stand-alone or as one of another parser's commands.
+def make_parser(command: str, prog: str | None = None) -> TrlParser:
+    """Make the parser of all arguments of a command.
 
     Args:
         command: One of `TRAINERS`.
-        subparsers: What `add_subparsers` of a `TrlParser` returned.
-        prog: Name in the usage line of a stand-alone parser.
+        prog: Name in the usage line.
     """
     arguments = (GRPOScriptArguments, TRAINERS[command][0], ModelConfig, DatasetMixtureConfig)
-    if subparsers is None:
-        return TrlParser(arguments, prog=prog)
-    return subparsers.add_parser(command, help=COMMANDS[command], dataclass_types=arguments)
+    return TrlParser(arguments, prog=prog)
 
 
 def find_reward(name: str) -> Any:
-    """A reward function by TRL's name or by dotted path.
+    """Find a reward function by TRL's name or by dotted path.
 
     Raises:
         ValueError: If `name` is neither.
@@ -90,7 +86,7 @@ def find_reward(name: str) -> Any:
 
 
 def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
-    """The splits of the mixture or of the named dataset.
+    """Load the splits of the mixture or of the named dataset.
 
     Raises:
         ValueError: Unless exactly one of them is given.

@@ -1,0 +1,46 @@
+"""Checks of arguments that several modules of this layer share. All raise `ValueError`, with the numbers."""
+
+from torch import Tensor
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], give: str) -> None:
+    """Refuse a tensor of another shape, which broadcasting would pair with the wrong entries without a word.
+
+    Args:
+        name: of the argument.
+        x: the argument.
+        shape: that it must have.
+        give: the advice, which ends where the shape is named.
+    """
+    if x.shape != shape:
+        raise ValueError(f"{name} {tuple(x.shape)}: {give}, {tuple(shape)}.")
+
+
+def check_groups(name: str, x: Tensor, group_size: int) -> None:
+    """Refuse what cannot be split into groups of equal size: one entry per completion, a prompt's side by side."""
+    if x.ndim != 1 or group_size < 1 or len(x) % group_size:
+        raise ValueError(
+            f"{name} {tuple(x.shape)} do not divide into groups of {group_size}: give one per completion, (B,), and "
+            "the completions per prompt, which must divide B. Keep whole groups together."
+        )
+
+
+def check_positive(give: str = "give a positive number", **numbers: float) -> None:
+    """Refuse the first number that is not above 0."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value}: {give}.")
+
+
+def check_widths(**bounds: float) -> None:
+    """Refuse the first bound that is negative."""
+    for name, value in bounds.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}: give a width, not a negative number.")
+
+
+def check_shares(**shares: float) -> None:
+    """Refuse the first share outside `[0, 1]`."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: give a share in [0, 1].")

@@ -1,0 +1,295 @@
+"""Supervised fine-tuning with MTP value heads, in Lightning."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rl_plugins.functional.alignment import predicted_mask
+from rl_plugins.lightning.language import LanguageCallback, LanguageTraining, log_metrics, window_counts
+from rl_plugins.lightning.models import load_language_model, load_tokenizer
+from rl_plugins.lightning.prompts import Row, rows_of
+from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks
+from rl_plugins.nn.attachment import base_model_of
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.native_mtp import NativeMTP
+from rl_plugins.nn.sources import check_language_model
+from rl_plugins.nn.target_heads import PolyakTarget
+from rl_plugins.rollouts.rewards import is_conversational, prompt_tokens
+from rl_plugins.signals.checks import check_at_least, check_head_reach
+from rl_plugins.signals.critics import HeadCritic
+from rl_plugins.signals.metrics import Metrics
+from rl_plugins.signals.native_checks import check_native_settings, check_no_rewards
+from rl_plugins.signals.options import SFTHeadOptions, ValueOptions, split_options
+from rl_plugins.signals.supervised import HeadsAlong, NativeAlong
+
+
+class MTPSFTModule(LightningModule):
+    r"""Supervised fine-tuning that trains multi-token-prediction value heads along the way.
+
+    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)`. Where rows have a `reward` (a number, paid at
+    the last token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). With
+    `native_mtp=True`, L_MTP is the loss of the architecture's own MTP layers (DeepSeek-V3, 2412.19437), which
+    `generate(use_mtp=True)` of transformers drafts with after `save_pretrained`.
+
+    A batch is a list of rows with `prompt` and `completion` (text or messages), or with `text`; or a dictionary of
+    tensors `input_ids`, `attention_mask`, `labels` (B, L), and perhaps `reward` (B,), NaN for none.
+
+    ```python
+    from lightning.pytorch import Trainer
+    from rl_plugins.lightning import MTPSFTModule, PromptDataModule
+
+    module = MTPSFTModule("Qwen/Qwen3-0.6B")
+    Trainer(max_epochs=1).fit(module, PromptDataModule(demonstrations, batch_size=16))
+    ```
+
+    Args:
+        model: See [`RLModule`]. Heads attached to it, or saved beside its weights, are trained on.
+        tokenizer: See [`RLModule`].
+        heads: The heads.
+        values: Value targets and value loss.
+        max_length: Longest row in tokens; what is beyond is cut off.
+        completion_only: Leave the tokens of prompts out of the loss.
+        freeze_trunk: Train the heads only.
+        native_mtp: Train the architecture's own MTP layers (deepseek_v3, glm4_moe) instead of parallel heads: those
+            attached, those of the model's checkpoint, or `num_mtp_heads` new ones. They have no values.
+        learning_rate: See [`RLModule`], as for the next ones.
+        weight_decay: Of AdamW.
+        lr_scheduler_type: Name of a schedule.
+        warmup_steps: Optimizer steps of linear warm-up.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        model_init_kwargs: For loading a model by its name.
+        options: Fields of `heads` and `values`.
+
+    Raises:
+        TypeError: If the model is no transformers model, or there is no such setting.
+        ValueError: If the model has no LM head, its heads are others than the options say, or a setting is out of
+            range.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        *,
+        heads: SFTHeadOptions = SFTHeadOptions(),  # noqa: B008  # frozen
+        values: ValueOptions = ValueOptions(),  # noqa: B008
+        max_length: int = 1024,
+        completion_only: bool = True,
+        freeze_trunk: bool = False,
+        native_mtp: bool = False,
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.0,
+        lr_scheduler_type: str = "linear",
+        warmup_steps: int = 0,
+        gradient_checkpointing: bool = False,
+        model_init_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        made = split_options(options, heads=heads, values=values)
+        heads, values = made["heads"], made["values"]
+        if options:
+            raise TypeError(f"{type(self).__name__} has no argument {', '.join(options)}.")
+        self.language = LanguageTraining(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            lr_scheduler_type=lr_scheduler_type,
+            warmup_steps=warmup_steps,
+        )
+        check_at_least(2, max_length=max_length)
+        check_head_reach(heads.num_mtp_heads, max_length - 1, "max_length - 1")
+        self.max_length, self.completion_only = max_length, completion_only
+        check_language_model(model, model_init_kwargs)  # before heads are looked for beside it
+        self.along: HeadsAlong | NativeAlong
+        if native_mtp:
+            check_native_settings(heads.mtp_loss_coef, heads.mtp_heads_path)
+            self.along = NativeAlong(heads)
+        else:
+            self.along = HeadsAlong(HeadCritic(heads, values))
+            self.along.critic.prepare(model, model_init_kwargs)
+        self.model = load_language_model(model, model_init_kwargs)
+        self.tokenizer = load_tokenizer(tokenizer, model)
+        if gradient_checkpointing:
+            base_model_of(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        if freeze_trunk:
+            self.model.requires_grad_(False)
+        self.language.attached.append((self.along.attach(self.model), heads.head_learning_rate))
+
+    @property
+    def critic(self) -> HeadCritic | None:
+        """The heads with their values and targets; `None` for native layers."""
+        return self.along.critic if isinstance(self.along, HeadsAlong) else None
+
+    @property
+    def mtp_heads(self) -> MTPHeads | None:
+        """The heads, which are a submodule of the model; `None` for native layers."""
+        return None if self.critic is None else self.critic.training.heads
+
+    @property
+    def native_mtp(self) -> NativeMTP | None:
+        """The native layers, which are a submodule of the model; `None` for parallel heads."""
+        return self.along.native if isinstance(self.along, NativeAlong) else None
+
+    @property
+    def polyak_target(self) -> PolyakTarget | None:
+        """The slow heads; `None` for native layers, and before a Trainer has set the module up."""
+        return None if self.critic is None else self.critic.target
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring along what looks after the module while a Trainer runs it."""
+        return [LanguageCallback()]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the trainable parameters by learning rate and weight decay, for AdamW or an optimizer of your own."""
+        return self.language.parameter_groups(self)
+
+    def configure_optimizers(self) -> Any:
+        """Make AdamW with a schedule per optimizer step. Override it for an optimizer of your own."""
+        return self.language.configure_optimizers(self)
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """Sum a tensor over all ranks."""
+        return sum_over_ranks(x)
+
+    # Batches
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Tokens, mask and labels (B, L) of rows, padded on the right; `reward` (B,) where every row has one."""
+        hidden, tokens = self._tokens(rows)
+        width = min(max(map(len, tokens)), self.max_length)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for i, (start, row) in enumerate(zip(hidden, tokens, strict=True)):
+            length = min(len(row), width)
+            ids[i, :length], mask[i, :length] = torch.tensor(row[:length]), 1
+            labels[i, start:length] = ids[i, start:length]
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if all("reward" in row for row in rows):
+            rewards = [math.nan if row["reward"] is None else float(row["reward"]) for row in rows]
+            batch["reward"] = torch.tensor(rewards)
+        return {name: column.to(self.device) for name, column in batch.items()}
+
+    def _tokens(self, rows: Sequence[Row]) -> tuple[list[int], list[list[int]]]:
+        """Count the tokens of each row that are hidden from the loss, and all of its tokens."""
+        missing = [row for row in rows if "completion" not in row and "text" not in row]
+        if missing:
+            raise ValueError(f"A row needs `prompt` and `completion`, or `text`; one has {', '.join(missing[0])}.")
+        prompts = [row.get("prompt") or "" for row in rows]
+        completions = [row["completion"] if "completion" in row else row["text"] for row in rows]
+        if is_conversational(completions[0]):
+            chats = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+            tokens = self.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True)["input_ids"]
+        else:
+            end = self.tokenizer.eos_token
+            texts = [p + c.removesuffix(end) + end for p, c in zip(prompts, completions, strict=True)]
+            tokens = self.tokenizer(text=texts)["input_ids"]
+        if not self.completion_only or not any(prompts):
+            return [0] * len(rows), tokens
+        starts = prompt_tokens(self.tokenizer, prompts)
+        return [len(start) if prompt else 0 for start, prompt in zip(starts, prompts, strict=True)], tokens
+
+    def tensors(self, batch: Any) -> dict[str, Tensor]:
+        """Make tensors of a batch, whichever way the loader gives it."""
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            return dict(batch)
+        if isinstance(batch, Mapping):
+            return self.collate(rows_of({"prompt": [""] * len(next(iter(batch.values()))), **batch}))
+        return self.collate(batch)
+
+    # Loss
+
+    def _counts(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Tokens with a label, real tokens, and rows (3,)."""
+        labelled, real = predicted_mask(inputs["labels"]).sum(), inputs["attention_mask"].sum()
+        return torch.stack([labelled, real, real.new_tensor(len(inputs["labels"]))]).float().to(self.device)
+
+    def _num_items(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Tokens that the losses are averaged over: those of the accumulation window, per rank and micro-batch."""
+        own = self._counts(inputs)
+        items, real, rows = window_counts(self, own, lambda batch: self._counts(self.tensors(batch)))
+        self.language.router_weights = own[1] / real.clamp(min=1e-9), own[2] / rows
+        return items.clamp(min=1e-9)
+
+    def loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """The objective on one batch of tensors, and its metrics (0-d, of all ranks)."""
+        rewards, num_items = inputs.get("reward"), self._num_items(inputs)
+        if self.native_mtp is not None:
+            check_no_rewards(rewards is not None)
+        with self.along.learning(inputs, rewards, num_items) as run:
+            loss, metrics = self._own_loss(inputs, num_items)
+        term, learnt = self.along.loss(run, inputs, rewards, num_items, self)
+        metrics.add(learnt)
+        return loss + term, metrics
+
+    def _own_loss(self, inputs: Mapping[str, Tensor], num_items: Tensor) -> tuple[Tensor, Metrics]:
+        """The model's own token loss, in the one forward pass that the heads run in as well."""
+        mask = predicted_mask(inputs["labels"])
+        output = self.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["labels"],
+            num_items_in_batch=num_items,
+            use_cache=False,
+        )
+        accuracy = _accuracy(output.logits, inputs["labels"], mask)
+        total, tokens = sum_over_ranks(torch.stack([output.loss.detach() * num_items, mask.sum()]).float())
+        return output.loss, Metrics({"token_loss": total / tokens.clamp(min=1.0), "mean_token_accuracy": accuracy})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One objective on one batch."""
+        inputs = self.tensors(batch)
+        loss, metrics = self.loss(inputs)
+        self.language.log_step(self, loss, metrics, sum_over_ranks(predicted_mask(inputs["labels"]).sum()))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The objective without learning."""
+        loss, metrics = self.loss(self.tensors(batch))
+        log_metrics(self, {"loss": mean_over_ranks(loss), **metrics}, prefix="eval_", shown=("loss",))
+
+    # Checkpoints
+
+    def draft_state(self) -> dict[str, Any]:
+        """Return no state: fine-tuning drafts nothing."""
+        return {}
+
+    def load_draft_state(self, state: dict[str, Any]) -> None:
+        """Ignore the state: fine-tuning drafts nothing."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of every rank, what they share, and what tells one architecture from another."""
+        shared = {} if self.critic is None else self.critic.state_dict()
+        self.language.save_checkpoint(self, checkpoint, {}, shared)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and keep the ranks' state until training goes on.
+
+        Raises:
+            ValueError: If it was written by another module or architecture.
+        """
+        shared = self.language.load_checkpoint(self, checkpoint)
+        if self._trainer is not None and self.critic is not None and shared:
+            self.critic.load_state_dict(shared)
+
+    def on_train_start(self) -> None:
+        """Take over the state of a checkpoint."""
+        self.language.take_resumed(self)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model and tokenizer as transformers does, with everything of ours beside them: TRL and
+        `AutoModelForCausalLM.from_pretrained` read the folder. Call it on all ranks; rank 0 writes."""
+        self.language.save_pretrained(self, directory)
+
+
+@torch.no_grad()
+def _accuracy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Share of the tokens of all ranks that the model would have chosen."""
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) & mask
+    counts = sum_over_ranks(torch.stack([right.sum(), mask.sum()]).float())
+    return counts[0] / counts[1].clamp(min=1.0)

@@ -1,0 +1,116 @@
+"""MTP heads in training: which heads, how they run in a training forward, and their token loss."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from rl_plugins.functional.alignment import completion_labels, completion_states
+from rl_plugins.nn.attachment import base_model_of
+from rl_plugins.nn.head_run import HeadRun
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.token_loss import logit_divisor
+from rl_plugins.rollouts.batch import Batch, loss_mask
+from rl_plugins.signals.host import Ranks
+from rl_plugins.signals.metrics import Metrics, head_metrics
+from rl_plugins.signals.options import HeadOptions
+
+
+class HeadTraining:
+    """The heads of a policy while it is trained.
+
+    Args:
+        options: Which heads, and how they learn tokens.
+        temperature: Of sampling, at which log-probabilities are taken.
+        draft_only: Whether the heads only draft, so that their values stay as they are.
+    """
+
+    heads: MTPHeads
+
+    def __init__(self, options: HeadOptions, *, temperature: float = 1.0, draft_only: bool = False) -> None:
+        self.options, self.temperature, self.draft_only = options, temperature, draft_only
+        self.learning_rate = options.head_learning_rate
+        self._saved: str | None = None
+
+    def prepare(self, policy: Any, revision: str | None = None) -> None:
+        """Find saved heads, before the policy is loaded.
+
+        Args:
+            policy: As the user gave it; heads beside a path's weights are taken.
+            revision: Of a hub's repository.
+
+        Raises:
+            FileNotFoundError: If `mtp_heads_path` holds no heads.
+        """
+        given = self.options.mtp_heads_path
+        if given is not None:
+            MTPHeads.check_saved(given)
+        self._saved = given or (MTPHeads.find(policy, revision=revision) if isinstance(policy, str) else None)
+
+    def attach(self, model: nn.Module, *, seed: int = 0) -> MTPHeads:
+        """Give the policy heads, or go on with those that it has.
+
+        Raises:
+            ValueError: If the heads that there are do not fit the options.
+        """
+        options = self.options
+        self.heads = MTPHeads.prepare(
+            model, options.num_mtp_heads, inner_size=options.mtp_inner_size, path=self._saved, seed=seed
+        )
+        base = base_model_of(model)
+        self._lm_head: Any = base.get_output_embeddings
+        self._divisor = logit_divisor(base.config, self.temperature) if options.mtp_loss_coef else 1.0
+        if self.draft_only:
+            self.heads.draft_only()
+            if not options.mtp_loss_coef:
+                self.heads.requires_grad_(False)  # DDP would wait for their gradient
+        return self.heads
+
+    def running(
+        self, select: Callable[[Tensor], Tensor], labels: Tensor | None, *, alone: bool = False, **values: Any
+    ) -> AbstractContextManager[HeadRun]:
+        """Run the heads in the model's next forward.
+
+        Args:
+            select: Picks the states from the trunk's hidden states.
+            labels: Token of each head (B, T, K), -100 where there is none.
+            alone: Keep the gradient of the tokens out of the trunk, whatever the options say.
+            values: How the values run; see [`~rl_plugins.nn.MTPHeads.running`].
+        """
+        return self.heads.running(
+            select,
+            lm_head=self._lm_head(),
+            labels=labels if self.options.mtp_loss_coef else None,
+            divisor=self._divisor,
+            detach_tokens=alone or self.options.mtp_detach_trunk,
+            with_values=not self.draft_only,
+            **values,
+        )
+
+    def completions(self, batch: Batch) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+        """Pick the states of a batch of completions, and label them with the tokens of each head."""
+        num_tokens, labels = batch["completion_ids"].shape[1], None
+        if self.options.mtp_loss_coef:
+            num_heads = self.heads.config.num_heads
+            labels = completion_labels(batch["prompt_ids"], batch["completion_ids"], loss_mask(batch), num_heads)
+        return partial(completion_states, num_tokens=num_tokens), labels
+
+    def loss(self, run: HeadRun, num_items: Tensor, ranks: Ranks) -> tuple[Tensor | float, Metrics]:
+        """lambda_1 L_MTP of a run, `L_MTP = 1 / (K N) sum_k L_k`, and its metrics.
+
+        Args:
+            run: After the forward.
+            num_items: N, real tokens that the loss is averaged over.
+            ranks: Sums over ranks.
+        """
+        return token_term(run, self.options.mtp_loss_coef, num_items, ranks)
+
+
+def token_term(run: HeadRun, coef: float, num_items: Tensor, ranks: Ranks) -> tuple[Tensor | float, Metrics]:
+    """Weigh the token losses of heads or native layers; arguments as for [`HeadTraining.loss`]."""
+    if run.token_losses is None or run.token_counts is None:
+        return 0.0, Metrics()
+    metrics = head_metrics("mtp/token_loss", run.token_losses.detach(), run.token_counts, ranks.sum_over_ranks)
+    return coef * run.token_losses.sum() / (len(run.token_losses) * num_items), metrics

@@ -1,0 +1,597 @@
+"""Options by concept: one dataclass each, which TRL's configs inherit and Lightning's modules take as an argument.
+
+An option has one name, one default and one text, wherever it is given. A trainer that prefers another default says so
+in one line. Options check themselves when they are made; on their own they are frozen, inside a config they are fields
+like any other.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS
+from rl_plugins.nn.target_heads import check_polyak
+from rl_plugins.settings import settle_numbers, with_numbers
+from rl_plugins.signals.advantages import ADVANTAGES, check_advantage
+from rl_plugins.signals.checks import (
+    check_above,
+    check_at_least,
+    check_choice,
+    check_head_reach,
+    check_unit_interval,
+    check_whole,
+)
+from rl_plugins.signals.critic_targets import ESTIMATORS, SCALINGS, value_losses
+from rl_plugins.signals.policy import POLICY_LOSSES, PolicyLoss
+
+
+def option(default: Any, text: str, choices: Iterable[str] | None = None) -> Any:
+    """Declare a field with its text, which command lines, docstrings and documentation show."""
+    metadata: dict[str, Any] = {"help": text}
+    if choices is not None:
+        metadata["choices"] = [*choices]
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _default(kind: type, name: str) -> Any:
+    return next(f.default for f in fields(kind) if f.name == name)
+
+
+def with_default(kind: type, name: str, default: Any) -> Any:
+    """Declare a field of another dataclass of options anew, with another default."""
+    (found,) = [f for f in fields(kind) if f.name == name]
+    return option(default, found.metadata["help"], found.metadata.get("choices"))
+
+
+class Options:
+    """Base of the dataclasses below: numbers that arrive as text become numbers, `check` runs, and then all is frozen.
+
+    Raises:
+        TypeError: If an option is no number and should be one.
+        ValueError: If one is out of range; the message names it.
+    """
+
+    __slots__ = ("_settled",)  # no field, nor an attribute that command lines would take for one
+    _settled: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = [f"        {name}: {text}" for name, text in _texts(cls).items()]
+        if own and "Args:" not in (cls.__doc__ or ""):
+            cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Args:", *own, "    "])
+
+    def __post_init__(self) -> None:
+        settle_numbers(self)
+        self.check()
+        object.__setattr__(self, "_settled", True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_settled", False):
+            raise dataclasses.FrozenInstanceError(
+                f"{type(self).__name__} is frozen. Make another one: dataclasses.replace(options, {name}=...)."
+            )
+        object.__setattr__(self, name, value)
+
+    def check(self) -> None:
+        """Refuse what cannot work, before any work starts."""
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Take these options out of a config that has fields of the same names, and maybe others."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})  # type: ignore[arg-type]
+
+
+def _texts(cls: type) -> dict[str, str]:
+    """Texts of the fields that a class declares or inherits, by name."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for name in vars(base).get("__annotations__", {}):
+            declared = vars(base).get(name)
+            declared = vars(base).get("__dataclass_fields__", {}).get(name, declared)
+            if isinstance(declared, dataclasses.Field) and "help" in declared.metadata:
+                found[name] = declared.metadata["help"]
+    return found
+
+
+def split_options(given: dict[str, Any], **kinds: Options | None) -> dict[str, Any]:
+    """Sort options that were given one by one into dataclasses.
+
+    Args:
+        given: Options by name; those that belong to one of `kinds` are taken out.
+        kinds: A dataclass of options for each argument, to which the ones of its fields are applied.
+
+    Returns:
+        The dataclasses by argument.
+    """
+    made: dict[str, Any] = {}
+    for argument, options in kinds.items():
+        if options is None:
+            continue
+        names = {f.name for f in fields(options)}  # type: ignore[arg-type]
+        own = {name: given.pop(name) for name in names & given.keys()}
+        made[argument] = dataclasses.replace(options, **own) if own else options  # type: ignore[type-var]
+    return made
+
+
+@dataclass
+class HeadOptions(Options):
+    """Multi-token-prediction heads, and how they learn to predict tokens."""
+
+    num_mtp_heads: int = option(
+        2, "K, number of heads. Head k predicts token t+k, and a critic's the value of state t+k-1."
+    )
+    mtp_inner_size: int | None = option(
+        None, "Width of each head's residual block; the model's hidden size by default."
+    )
+    mtp_heads_path: str | None = option(
+        None,
+        "Folder of heads saved by an earlier run. By default, heads beside the model's weights are loaded if the "
+        "model is given by its path, and new ones are made otherwise.",
+    )
+    head_learning_rate: float | None = option(
+        1e-4, "Learning rate of the heads; None for the policy's. Fresh heads need more than the policy does."
+    )
+    mtp_loss_coef: float = option(0.1, "lambda_1, weight of the heads' token loss.")
+    mtp_detach_trunk: bool = option(True, "Whether to keep the heads' token loss out of the trunk.")
+
+    def check(self) -> None:
+        """Refuse heads that cannot be made or trained."""
+        check_at_least(1, num_mtp_heads=self.num_mtp_heads, mtp_inner_size=self.mtp_inner_size)
+        check_whole(num_mtp_heads=self.num_mtp_heads, mtp_inner_size=self.mtp_inner_size)
+        check_at_least(0, mtp_loss_coef=self.mtp_loss_coef, head_learning_rate=self.head_learning_rate)
+
+
+@dataclass
+class ValueHeadOptions(HeadOptions):
+    """Multi-token-prediction heads that also output values: their gradient into the trunk, and their slow copies."""
+
+    value_grad_scale: float = option(
+        1.0, "Factor on the value gradient that enters the trunk; 0 detaches the trunk from the critic."
+    )
+    value_grad_clip: float | None = option(
+        1.0,
+        "Largest norm of one token's value gradient into the trunk, in units of the unweighted squared error; None "
+        "does not clamp.",
+    )
+    target_tau: float = option(
+        0.05, "Step of the target heads towards the online heads after every optimizer step, above 0 and at most 1."
+    )
+    target_update_every: int | None = option(
+        None, "Copy the online heads every this many optimizer steps instead of averaging."
+    )
+    bootstrap_lookahead: bool = option(
+        False,
+        "Whether to bootstrap from the mean of all heads' forecasts of the next state instead of head 1's alone.",
+    )
+
+    def check(self) -> None:
+        """Refuse heads that cannot be made or trained, and targets that would not follow them."""
+        HeadOptions.check(self)
+        check_at_least(1, target_update_every=self.target_update_every)
+        check_polyak(target_tau=self.target_tau, target_update_every=self.target_update_every)
+        check_at_least(0, value_grad_scale=self.value_grad_scale, value_grad_clip=self.value_grad_clip)
+
+
+@dataclass
+class SFTHeadOptions(ValueHeadOptions):
+    """Multi-token-prediction heads in supervised fine-tuning, where their token loss weighs more (DeepSeek-V3 begins
+    with 0.3 and ends with 0.1)."""
+
+    mtp_loss_coef: float = with_default(ValueHeadOptions, "mtp_loss_coef", 0.3)
+
+
+@dataclass
+class ValueOptions(Options):
+    """Value targets and value losses."""
+
+    value_loss_coef: float = option(0.1, "lambda_2, weight of the value loss.")
+    value_loss_type: str = option("squared", "squared, clipped (PPO2) or huber.", value_losses())
+    value_clip_range: float = option(0.2, "Range around the old value for value_loss_type='clipped'.")
+    gamma: float = option(1.0, "Discount factor.")
+    advantage_estimator: str = option(
+        "gae", "gae, td (one-step temporal difference, both lambdas 0) or mc (Monte Carlo, both 1).", ESTIMATORS
+    )
+    lam_value: float = option(1.0, "Lambda of the value targets.")
+
+    def check(self) -> None:
+        """Refuse unknown names, and numbers out of range."""
+        check_choice("advantage_estimator", self.advantage_estimator, ESTIMATORS)
+        check_choice("value_loss_type", self.value_loss_type, value_losses())
+        check_unit_interval(gamma=self.gamma, lam_value=self.lam_value)
+        check_above(0, value_clip_range=self.value_clip_range)
+        check_at_least(0, value_loss_coef=self.value_loss_coef)
+
+
+@dataclass
+class OnlineValueOptions(ValueOptions):
+    """Values in online training: how they become advantages, and how the loss of the critic is weighed."""
+
+    lam_policy: float = option(0.95, "Lambda of the policy's advantages.")
+    length_adaptive_alpha: float | None = option(
+        None, "Replaces lam_policy by VAPO's 1 - 1 / (alpha * length); the paper uses 0.05."
+    )
+    discounted_objective: bool = option(
+        False,
+        "Whether the advantage of token t weighs gamma^t, as the gradient of the discounted return has it; most code "
+        "leaves it out, so that late tokens count as much as early ones.",
+    )
+    advantage_scaling: str = option(
+        "whiten",
+        "whiten over the batch, value (divide by the standard deviation that V(s_0) implies) or none.",
+        SCALINGS,
+    )
+    reward_range: list[float] = option([0.0, 1.0], "Smallest and largest reward, for advantage_scaling='value'.")
+    kl_in_reward: bool = option(
+        False, "Whether to subtract beta times the KL from the token rewards instead of adding it to the loss."
+    )
+    value_warmup_steps: int = option(0, "Optimizer steps in which only the critic learns.")
+
+    def check(self) -> None:
+        """Refuse unknown names, and numbers out of range."""
+        ValueOptions.check(self)
+        check_choice("advantage_scaling", self.advantage_scaling, SCALINGS)
+        check_unit_interval(lam_policy=self.lam_policy)
+        check_above(0, length_adaptive_alpha=self.length_adaptive_alpha)
+        if len(self.reward_range) != 2 or self.reward_range[0] >= self.reward_range[1]:
+            raise ValueError(f"reward_range must be [smallest, largest], got {self.reward_range}.")
+        check_at_least(0, value_warmup_steps=self.value_warmup_steps)
+
+    def check_online(self, beta: float, loss: PolicyLoss | None, instead: str) -> None:
+        """Refuse a KL in the rewards without a reference, and policy losses that compare completions as wholes.
+
+        Args:
+            beta: Coefficient of the KL. 0 takes the KL out of the rewards where it is there by default.
+            loss: The policy loss; `None` for the host's own.
+            instead: Class that takes such a loss by `preset`.
+
+        Raises:
+            ValueError: If one is asked for.
+        """
+        if self.kl_in_reward and beta == 0.0 and not _default(type(self), "kl_in_reward"):
+            raise ValueError("kl_in_reward=True subtracts beta * KL from the rewards, but beta is 0. Set beta > 0.")
+        if loss is not None and loss.compares_groups:
+            raise ValueError(
+                f"policy_loss={loss.name!r} compares the completions of a prompt as wholes; a critic's advantages are "
+                f"one per token. Choose another loss, or {instead}(preset={loss.name!r})."
+            )
+
+
+@dataclass
+class PPOValueOptions(OnlineValueOptions):
+    """Values in PPO: a clipped value loss, and the KL in the rewards."""
+
+    value_loss_type: str = with_default(OnlineValueOptions, "value_loss_type", "clipped")
+    kl_in_reward: bool = with_default(OnlineValueOptions, "kl_in_reward", True)
+
+
+@dataclass
+class ValueModelOptions(Options):
+    """A separate value model, the critic of PPO."""
+
+    value_model_path: str | None = option(
+        None,
+        "Folder or hub id of any model with the policy's tokenizer that the value model starts from. By default it "
+        "has the policy's architecture and starts from the policy's weights.",
+    )
+    value_model_init_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Keyword arguments for loading the value model, on top of the policy's model_init_kwargs (of which another "
+        "model shares dtype, attn_implementation and trust_remote_code).",
+    )
+    value_learning_rate: float | None = option(1e-5, "Learning rate of the value model; None uses learning_rate.")
+
+    def check(self) -> None:
+        """Refuse a negative learning rate."""
+        check_at_least(0, value_learning_rate=self.value_learning_rate)
+
+
+@dataclass
+class PolicyOptions(Options):
+    """The policy loss, by name, and how it is averaged."""
+
+    policy_loss: str | None = option(
+        None,
+        "Loss per token by name. None leaves it to TRL's loss_type; in Lightning it is dapo, and ppo_clip for PPO.",
+        POLICY_LOSSES,
+    )
+    policy_loss_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Options of the loss, as a dict or a JSON string, such as {'ratio': 0.0002} for clip_cov. Options that are "
+        "not given come from TRL's field of that meaning (epsilon, epsilon_high, delta, ...) where that is set, else "
+        "from the paper.",
+    )
+    aggregation: str | None = option(
+        None,
+        "How the loss is averaged: token (TRL's dapo), prompt (DAPO's equation, CISPO, ScaleRL), sequence (GRPO), "
+        "constant (Dr. GRPO), sequence_sum (LUSPO) or micro_batch (BNPO); as usual for the loss by default.",
+        AGGREGATIONS,
+    )
+
+    def check(self) -> None:
+        """Refuse unknown names and options."""
+        if not isinstance(self.policy_loss_kwargs or {}, dict):
+            raise ValueError(f"policy_loss_kwargs must be a dict or JSON of one, got {self.policy_loss_kwargs!r}.")
+        if self.policy_loss is not None:
+            check_choice("policy_loss", self.policy_loss, POLICY_LOSSES)
+            self.as_policy_loss()
+
+    def as_policy_loss(self, usual: str = "dapo", defaults: Mapping[str, Any] | None = None) -> PolicyLoss:
+        """The loss.
+
+        Args:
+            usual: Its name where none is given.
+            defaults: Options that others take precedence of.
+
+        Raises:
+            ValueError: If a name or an option is unknown.
+        """
+        name, given = self.policy_loss or usual, self.policy_loss_kwargs or {}
+        assert isinstance(given, dict)
+        return PolicyLoss(name, self.aggregation or "", {**(defaults or {}), **given})
+
+
+@dataclass
+class DraftOptions(Options):
+    """Speculative rollouts: MTP heads draft the completions, which the model then verifies several tokens at a time.
+
+    The distribution of the completions stays as it is without drafts.
+    """
+
+    speculative: bool = option(False, "Whether MTP heads draft the completions.")
+    num_draft_tokens: int | None = option(
+        None,
+        "Most tokens to draft per step; as many as there are heads by default. Fewer are drafted while that pays.",
+    )
+    draft_cost: float | None = option(
+        0.2,
+        "Cost of one more draft, in units of a step without drafts; from it follows how many drafts pay. None "
+        "measures it; the number of drafts, and with it which completions a seed gives, then depend on the clock.",
+    )
+
+    def check(self) -> None:
+        """Refuse numbers out of range."""
+        if self.speculative:
+            check_at_least(0, draft_cost=self.draft_cost)
+
+    def check_drafts(self, heads: HeadOptions, max_completion_length: int | None) -> None:
+        """Refuse heads that cannot draft as many tokens, or look beyond every completion.
+
+        Raises:
+            ValueError: If a number does not fit.
+        """
+        if not self.speculative:
+            return
+        check_head_reach(heads.num_mtp_heads, max_completion_length, "max_completion_length")
+        if self.num_draft_tokens is not None and not 1 <= self.num_draft_tokens <= heads.num_mtp_heads:
+            raise ValueError(
+                f"num_draft_tokens must be between 1 and num_mtp_heads={heads.num_mtp_heads}, since each head drafts "
+                f"one token; got {self.num_draft_tokens}. To draft nothing, set speculative=False."
+            )
+
+
+@dataclass
+class VariantOptions(Options):
+    """The advantage of a variant of GRPO, by name."""
+
+    advantage: str | None = option(
+        None,
+        "Advantage by name. None leaves it to TRL's scale_rewards; in Lightning it is group_normalized.",
+        ADVANTAGES,
+    )
+    advantage_kwargs: dict[str, Any] | str | None = option(
+        None, "Options of the advantage, as a dict or a JSON string, such as {'k': 4} for pass_at_k."
+    )
+    kl_in_reward: bool = option(
+        False,
+        "Whether to subtract beta times the KL from the reward of each token instead of adding it to the loss "
+        "(advantage='batch_normalized' only: REINFORCE++).",
+    )
+
+    def check(self) -> None:
+        """Refuse an unknown advantage, and options without one."""
+        if not isinstance(self.advantage_kwargs or {}, dict):
+            raise ValueError(f"advantage_kwargs must be a dict or JSON of one, got {self.advantage_kwargs!r}.")
+        if self.advantage is None and self.advantage_kwargs:
+            raise ValueError("advantage_kwargs are options of an advantage, but advantage is None. Name one.")
+        if self.advantage is not None:
+            check_choice("advantage", self.advantage, ADVANTAGES)
+
+    @property
+    def advantage_options(self) -> dict[str, Any]:
+        """Options of the advantage, numbers as numbers."""
+        given = self.advantage_kwargs or {}
+        assert isinstance(given, dict)
+        return with_numbers(given)
+
+    @property
+    def is_groupless(self) -> bool:
+        """Whether one completion per prompt will do."""
+        return self.advantage is not None and not ADVANTAGES[self.advantage].compares_groups
+
+    def check_variant(self, num_generations: int, beta: float, loss: PolicyLoss | None) -> None:
+        """Refuse an advantage that does not go with the number of completions, the KL or the policy loss.
+
+        Raises:
+            ValueError: If a combination cannot work.
+        """
+        if self.advantage is not None:
+            check_advantage(self.advantage, self.advantage_options, num_generations)
+        entry = None if self.advantage is None else ADVANTAGES[self.advantage]
+        if self.kl_in_reward and (entry is None or entry.of_returns is None or beta == 0.0):
+            ones = [repr(name) for name, known in ADVANTAGES.items() if known.of_returns is not None]
+            raise ValueError(
+                "kl_in_reward=True subtracts beta * KL from token rewards, which needs "
+                f"advantage={' or '.join(ones)} and beta > 0; they are {self.advantage!r} and {beta}."
+            )
+        per_token = self.kl_in_reward or (entry is not None and entry.per_token)
+        if loss is not None and loss.compares_groups and per_token:
+            ones = [f"advantage={name!r}" for name, known in ADVANTAGES.items() if known.per_token]
+            raise ValueError(
+                f"policy_loss={loss.name!r} compares whole completions: it takes one advantage for each, and "
+                f"{' or '.join([*ones, 'kl_in_reward=True'])} gives one for each token."
+            )
+
+
+@dataclass
+class LengthOptions(Options):
+    """DAPO's soft penalty on long completions (2503.14476, equation 13)."""
+
+    overlong_shaping: bool = option(
+        False, "Whether to add DAPO's soft penalty on completions near max_completion_length."
+    )
+    overlong_cache: int | None = option(
+        None,
+        "Tokens before the limit at which the penalty sets in; a fifth of max_completion_length by default.",
+    )
+
+    def penalised_tokens(self, max_completion_length: int) -> int:
+        """Tokens before the limit at which the penalty on length sets in."""
+        return max(1, max_completion_length // 5) if self.overlong_cache is None else self.overlong_cache
+
+    def check_length(self, max_completion_length: int) -> None:
+        """Refuse a penalty that would set in before the first token, or never.
+
+        Raises:
+            ValueError: If it would.
+        """
+        if self.overlong_shaping and not 0 < self.penalised_tokens(max_completion_length) <= max_completion_length:
+            raise ValueError(
+                f"overlong_cache must be between 1 and max_completion_length={max_completion_length}, got "
+                f"{self.overlong_cache}."
+            )
+
+
+@dataclass
+class SamplingOptions(LengthOptions):
+    """Groups of completions whose rewards are all equal: filled with others, left out, or replaced by earlier ones.
+
+    Where all completions of a prompt have the same reward, advantages that compare them are zero.
+    """
+
+    dynamic_sampling: bool = option(
+        False, "Whether to draw further prompts until every group of the batch has rewards that differ (DAPO)."
+    )
+    max_draws: int = option(
+        10,
+        "Largest number of further draws for one batch. Groups that are still missing then are counted in "
+        "sampling/unfilled_groups.",
+    )
+    reject_uniform: bool = option(
+        False,
+        "Whether to leave groups whose rewards are all equal out of the loss and of all batch statistics "
+        "(Reinforce-Rej).",
+    )
+    replay_buffer_size: int = option(
+        0, "Groups per process to keep and use again in place of groups whose rewards are all equal; 0 turns it off."
+    )
+    replay_max_age: int = option(8, "Optimizer steps after which a kept group is forgotten.")
+
+    def check(self) -> None:
+        """Refuse numbers out of range."""
+        check_at_least(1, max_draws=self.max_draws)
+        check_at_least(0, replay_buffer_size=self.replay_buffer_size, replay_max_age=self.replay_max_age)
+
+    @property
+    def samples(self) -> bool:
+        """Whether anything is done about groups of equal rewards."""
+        return self.dynamic_sampling or self.reject_uniform or self.replay_buffer_size > 0
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether completions leave the place in the batch that they were given."""
+        return self.dynamic_sampling or self.replay_buffer_size > 0
+
+    def check_signal(self, has_critic: bool) -> None:
+        """Refuse to sample by groups where a critic learns, whose values belong to the completions as they were drawn.
+
+        Raises:
+            ValueError: If both are asked for.
+        """
+        if has_critic and self.samples:
+            raise ValueError(
+                "dynamic_sampling, reject_uniform and replay_buffer_size are for advantages that compare the "
+                "completions of a prompt; a critic's advantages are there for every completion. Leave them out."
+            )
+
+    def check_sampling(
+        self, advantage: str | None, num_generations: int, max_completion_length: int, rows: int | None = None
+    ) -> None:
+        """Refuse sampling that does not go with the advantage, or with how completions are batched.
+
+        Args:
+            advantage: Its name; `None` for the host's own.
+            num_generations: Completions per prompt.
+            max_completion_length: Longest completion.
+            rows: Completions of a process in one rollout, where known.
+
+        Raises:
+            ValueError: If a combination cannot work.
+        """
+        entry = None if advantage is None else ADVANTAGES[advantage]
+        if entry is not None and entry.nonnegative and self.overlong_shaping:
+            raise ValueError(
+                f"advantage={advantage!r} needs rewards of at least 0, and the penalty of overlong_shaping=True "
+                "is negative. Set one or the other."
+            )
+        if entry is not None and entry.rescales and self.reject_uniform:
+            raise ValueError(
+                f"advantage={advantage!r} makes up for groups of equal rewards, and reject_uniform=True "
+                "takes them out: together they would correct twice. Set one or the other."
+            )
+        if self.samples and num_generations == 1:
+            raise ValueError(
+                "dynamic_sampling, reject_uniform and replay_buffer_size compare the completions of a prompt, but "
+                "num_generations is 1. Set it to at least 2."
+            )
+        if self.samples and entry is not None and entry.tracks_prompts:
+            raise ValueError(
+                f"advantage={advantage!r} needs no groups and counts every reward of a prompt, but dynamic_sampling, "
+                "reject_uniform and replay_buffer_size take some prompts out of the batch. Set one or the other."
+            )
+        if rows is not None and self.moves_rows and rows % num_generations:
+            raise ValueError(
+                f"dynamic_sampling and replay_buffer_size move whole groups, but num_generations={num_generations} "
+                f"does not divide the {rows} completions of a process."
+            )
+
+
+@dataclass
+class PhasicOptions(Options):
+    """Phasic Policy Gradient (2009.04416): phases of the policy, then phases of the values, which hold the policy.
+
+    It lets a critic inside the policy learn long on completions without moving the policy.
+    """
+
+    phasic_every: int = option(
+        0, "Run an auxiliary phase after every this many rollouts; 0 turns the phasic mode off."
+    )
+    phasic_epochs: int = option(1, "Passes over the stored completions in one auxiliary phase.")
+    phasic_kl_coef: float = option(1.0, "Weight of the KL term that holds the policy during an auxiliary phase.")
+
+    def check(self) -> None:
+        """Refuse numbers out of range."""
+        check_at_least(0, phasic_every=self.phasic_every, phasic_kl_coef=self.phasic_kl_coef)
+        if self.phasic_every:
+            check_at_least(1, phasic_epochs=self.phasic_epochs)
+
+    def check_cycles(self, steps_per_generation: int, num_iterations: int, accumulation: int) -> None:
+        """Refuse phases that end inside a rollout or an optimizer step: both phases are made of training steps.
+
+        Raises:
+            ValueError: If they do.
+        """
+        if not self.phasic_every:
+            return
+        cycle = steps_per_generation * num_iterations
+        policy_phase = self.phasic_every * cycle
+        auxiliary_phase = self.phasic_every * self.phasic_epochs * steps_per_generation
+        if auxiliary_phase % cycle or policy_phase % accumulation or auxiliary_phase % accumulation:
+            raise ValueError(
+                f"phasic_every={self.phasic_every} and phasic_epochs={self.phasic_epochs} do not fill whole cycles of "
+                f"steps_per_generation * num_iterations = {cycle} micro-steps and gradient_accumulation_steps = "
+                f"{accumulation}. Choose phasic_every * phasic_epochs as a multiple of num_iterations, and both "
+                "phases as multiples of the accumulation."
+            )

@@ -1,0 +1,208 @@
+"""Groups of completions whose rewards are all equal: their advantages are zero, so others may take their place."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rl_plugins.functional.advantages.group import informative_groups
+from rl_plugins.functional.rewards import overlong_penalty
+from rl_plugins.rollouts.batch import Batch, join_rows, loss_mask, num_rows, select_rows
+from rl_plugins.rollouts.rewards import list_reward_funcs, weighted_scores
+from rl_plugins.signals.host import Host
+from rl_plugins.signals.metrics import Metrics
+from rl_plugins.signals.options import LengthOptions, SamplingOptions
+from rl_plugins.signals.replay import ReplayBuffer
+
+OVERLONG_NAME = "overlong_penalty"
+"""Name of the penalty on length among the reward functions."""
+
+
+def with_overlong_penalty(reward_funcs: Any, options: LengthOptions, max_completion_length: int) -> list[Any]:
+    """List the reward functions and, last, DAPO's soft penalty on length, whose weight should be 1.
+
+    Args:
+        reward_funcs: Reward functions as the user gave them; none where environments give the rewards.
+        options: Where the penalty sets in.
+        max_completion_length: Longest completion in tokens.
+    """
+    cache = options.penalised_tokens(max_completion_length)
+
+    def penalty(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        lengths = torch.tensor([len(ids) for ids in completion_ids])
+        return overlong_penalty(lengths, max_length=max_completion_length, cache=cache).tolist()
+
+    penalty.__name__ = OVERLONG_NAME
+    return [*list_reward_funcs(reward_funcs), penalty]
+
+
+def weights_with_penalty(weights: list[float] | None, reward_funcs: Any) -> list[float] | None:
+    """Add the weight of the penalty to those of the reward functions, if there are as many as functions."""
+    complete = weights is not None and len(weights) == len(list_reward_funcs(reward_funcs))
+    return [*weights, 1.0] if weights is not None and complete else weights
+
+
+def score(rewards: Tensor, weights: Tensor | None, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum up rewards, and tell the task's from the penalty on length.
+
+    Whether the rewards of a group differ, or a completion can be scored at all, is for the task's rewards to say.
+
+    Args:
+        rewards: (N, F), NaN for none.
+        weights: (F,); ones by default.
+        names: Of the F functions.
+
+    Returns:
+        Scores (N,), scores without the penalty (N,), both NaN where a completion cannot be scored, and the rewards
+        (N, F), without a penalty there.
+    """
+    scores = weighted_scores(rewards, weights)
+    of_length = torch.tensor([name == OVERLONG_NAME for name in names], device=rewards.device)
+    if not of_length.any():
+        return scores, scores, rewards
+    task = weighted_scores(rewards[:, ~of_length], None if weights is None else weights.to(rewards)[~of_length])
+    task = task.masked_fill(scores.isnan(), torch.nan)
+    unscorable = task.isnan()
+    return (
+        scores.masked_fill(unscorable, torch.nan),
+        task,
+        rewards.masked_fill(unscorable[:, None] & of_length, torch.nan),
+    )
+
+
+def further_rows(count: int, length: int, *key: object) -> list[int]:
+    """Draw rows of a dataset of `length` rows; the same key gives the same rows, also in a resumed run."""
+    dice = random.Random(" ".join(map(str, key)))
+    return [dice.randrange(length) for _ in range(count)]
+
+
+class GroupSampling:
+    """Fills a batch with groups whose rewards differ: fresh ones (DAPO's dynamic sampling) and kept ones (replay).
+
+    Batches carry `scores` (B,), NaN for a completion that cannot be scored, `informative` (B,), whether the rewards of
+    the group differ, and perhaps `table_row` (B,), the place of a completion in the host's table, -1 for none.
+
+    Args:
+        options: Settings.
+        seed: Of the draws from the replay buffer; another one on every rank.
+    """
+
+    def __init__(self, options: SamplingOptions, *, seed: int = 0) -> None:
+        self.options = options
+        self.replay_buffer: ReplayBuffer | None = None
+        if options.replay_buffer_size:
+            self.replay_buffer = ReplayBuffer(options.replay_buffer_size, options.replay_max_age, seed)
+
+    def mark(self, batch: Batch, scores: Tensor, task_scores: Tensor, host: Host) -> None:
+        """Put `scores` and `informative` of this rank into a batch.
+
+        Args:
+            batch: Completions of this rank.
+            scores: Of all ranks (N,).
+            task_scores: Without the penalty on length (N,).
+            host: The trainer or module.
+        """
+        informative = informative_groups(task_scores, host.group_size).repeat_interleave(host.group_size)
+        batch["scores"], batch["informative"] = host.own_rows(scores), host.own_rows(informative)
+        if self.replay_buffer is not None and "old_per_token_logps" not in batch:
+            batch["old_per_token_logps"] = host.log_probs(batch)
+
+    def sample(
+        self, batch: Batch, draw: Callable[[int, int], Batch], pad_token_id: int, host: Host
+    ) -> tuple[Batch, Metrics]:
+        """Fill, replay and reject, as the options say.
+
+        Args:
+            batch: Marked completions of this rank.
+            draw: `(groups, number of the draw) -> marked completions` of as many further prompts.
+            pad_token_id: Fills up.
+            host: The trainer or module.
+
+        Returns:
+            A batch of the same size, and metrics.
+        """
+        size, group = num_rows(batch), host.group_size
+        first = batch["informative"].sum().float() / group
+        total = host.sum_over_ranks(first.new_full((1,), size / group))[0]
+        metrics = Metrics({"sampling/informative_groups": host.sum_over_ranks(first.view(1))[0] / total})
+        if self.options.dynamic_sampling:
+            batch, draws = self._fill_with_fresh(batch, draw, pad_token_id, host)
+            metrics["sampling/draws"] = torch.tensor(float(draws))
+        if self.replay_buffer is not None:
+            batch, used = self._fill_with_replayed(batch, self.replay_buffer, pad_token_id, host)
+            metrics["sampling/replayed_groups"] = host.sum_over_ranks(first.new_full((1,), float(used)))[0]
+        missing = (~batch["informative"]).sum().float() / group
+        metrics["sampling/unfilled_groups"] = host.sum_over_ranks(missing.view(1))[0]
+        if self.options.reject_uniform:
+            reject = ~batch["informative"]
+            batch["scores"] = batch["scores"].masked_fill(reject, torch.nan)
+            if "advantages" in batch:  # of the host
+                batch["advantages"] = batch["advantages"].masked_fill(reject, 0.0)
+            batch["completion_mask"] = batch["completion_mask"].masked_fill(reject.unsqueeze(1), 0)
+        batch["num_items_in_batch"] = host.sum_over_ranks(loss_mask(batch).sum().view(1))[0]
+        return batch, metrics
+
+    def _fill_with_fresh(
+        self, batch: Batch, draw: Callable[[int, int], Batch], pad_token_id: int, host: Host
+    ) -> tuple[Batch, int]:
+        """Draw further prompts until every group is informative, or `max_draws` is reached.
+
+        Every rank fills its own slots; all draw together, as often and as much as the one that lacks most needs.
+        """
+        size, group = num_rows(batch), host.group_size
+        slots = size // group
+        pool, drawn, found = batch, slots, int(batch["informative"].sum()) // group
+        draws = 0
+        while draws < self.options.max_draws:
+            lacking = int(host.gather_rows(torch.tensor([slots - found], device=host.device)).max())
+            if lacking <= 0:
+                break
+            totals = torch.tensor([found, drawn], device=host.device, dtype=torch.float32)
+            all_found, all_drawn = host.sum_over_ranks(totals).tolist()
+            # With a share found / drawn of informative groups, that many further prompts should do.
+            count = min(slots, math.ceil(lacking * all_drawn / max(all_found, 1.0)))
+            fresh = draw(count, draws)
+            pool = join_rows([pool, fresh], pad_token_id)
+            drawn, found, draws = drawn + count, found + int(fresh["informative"].sum()) // group, draws + 1
+        # Informative groups first, each kind in the order it was drawn.
+        order = torch.argsort((~pool["informative"]).int(), stable=True)
+        return select_rows(pool, order[:size]), draws
+
+    def _fill_with_replayed(
+        self, batch: Batch, buffer: ReplayBuffer, pad_token_id: int, host: Host
+    ) -> tuple[Batch, int]:
+        """Put groups of earlier batches in place of uninformative ones, and keep this batch's informative ones."""
+        group, step = host.group_size, host.step
+        informative = batch["informative"].view(-1, group)[:, 0]
+        empty = (~informative).nonzero().flatten().tolist()
+        replayed = buffer.draw(len(empty), step)
+        for g in informative.nonzero().flatten().tolist():
+            rows = select_rows(batch, torch.arange(g * group, (g + 1) * group))
+            spread = rows["scores"][~rows["scores"].isnan()].std().item()
+            if "table_row" in rows:
+                rows["table_row"] = torch.full_like(rows["table_row"], -1)
+            buffer.add(rows, spread, step)
+        if not replayed:
+            return batch, 0
+        pool = join_rows([batch, *replayed], pad_token_id)
+        order = torch.arange(num_rows(batch)).view(-1, group)
+        for i, g in enumerate(empty[: len(replayed)]):
+            order[g] = num_rows(batch) + torch.arange(i * group, (i + 1) * group)
+        return select_rows(pool, order.flatten()), len(replayed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of this rank for a checkpoint."""
+        return {} if self.replay_buffer is None else self.replay_buffer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore [`state_dict`]."""
+        if self.replay_buffer is not None and state:
+            self.replay_buffer.load_state_dict(state)
+
+
+def without_marks(batch: Batch) -> Batch:
+    """Take out what only sampling reads, before a batch is cut into slices."""
+    return cast(Batch, {key: value for key, value in batch.items() if key not in ("informative", "table_row")})

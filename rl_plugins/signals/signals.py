@@ -1,0 +1,231 @@
+"""Training signals: what a scored batch of completions teaches the policy."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rl_plugins.functional.advantages.tracked import policy_distance
+from rl_plugins.functional.log_probs import kl_k1
+from rl_plugins.functional.masking import masked_moments
+from rl_plugins.nn.head_run import HeadRun
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.rollouts.batch import Batch, loss_mask
+from rl_plugins.signals.advantages import ADVANTAGES, advantages_of, penalised_returns
+from rl_plugins.signals.heads import HeadTraining
+from rl_plugins.signals.host import Host
+from rl_plugins.signals.metrics import Metrics
+from rl_plugins.signals.options import DraftOptions, HeadOptions, VariantOptions
+from rl_plugins.signals.value_tracker import TrackedAdvantages, ValueTracker, prompt_key
+
+if TYPE_CHECKING:
+    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder
+    from rl_plugins.signals.critics import Critic
+
+
+class Signal(ABC):
+    """Where the advantages of a batch come from, and what else is learnt from it."""
+
+    critic: "Critic | None" = None
+    """The critic that is trained along, if there is one."""
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL is subtracted from the rewards instead of added to the loss."""
+        return False
+
+    def before_rollout(self, host: Host) -> Metrics:
+        """Take in what the policy has learnt from the last training batch."""
+        return Metrics()
+
+    @abstractmethod
+    def advantages(self, batch: Batch, scores: Tensor, prompts: Sequence[Any], host: Host) -> Metrics:
+        """Put `advantages` (B,) or (B, T) into a batch just generated, and whatever else the loss needs.
+
+        Args:
+            batch: Prompts, completions, and log-probabilities where the host has computed them.
+            scores: One number per completion (B,), NaN where it cannot be scored.
+            prompts: The prompts as the data has them, text or messages.
+            host: The trainer or module.
+
+        Returns:
+            Metrics of all ranks.
+        """
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps in which the policy stays as it is."""
+        return 0
+
+    def warming_up(self, host: Host) -> bool:
+        """Whether the policy stays as it is for now."""
+        return host.training and host.step < self.warmup_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint that is the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore [`state_dict`]."""
+
+    def rank_state(self) -> dict[str, Any]:
+        """State for a checkpoint that every rank has its own of."""
+        return {}
+
+    def load_rank_state(self, state: Mapping[str, Any]) -> None:
+        """Restore [`rank_state`]."""
+
+
+class GroupSignal(Signal):
+    """Advantages from rewards alone: of groups of completions, of whole batches, or of tracked prompts.
+
+    Args:
+        options: The advantage, by name; without a name the advantages stay as the host made them.
+    """
+
+    def __init__(self, options: VariantOptions) -> None:
+        self.options = options
+        tracks = options.advantage is not None and ADVANTAGES[options.advantage].tracks_prompts
+        self.tracked = TrackedAdvantages(options.advantage_options) if tracks else None
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL is subtracted from the rewards instead of added to the loss."""
+        return self.options.kl_in_reward
+
+    @property
+    def value_tracker(self) -> ValueTracker | None:
+        """Success of every prompt so far; `None` where the advantage does not track it."""
+        return None if self.tracked is None else self.tracked.tracker
+
+    def before_rollout(self, host: Host) -> Metrics:
+        """Count the rewards of the last training batch, now that the policy has learnt from it."""
+        if self.tracked is None or not host.training:
+            return Metrics()
+        return Metrics(self.tracked.absorb(lambda rows: self._distances(rows, host)))
+
+    def _distances(self, rows: Batch, host: Host) -> Tensor:
+        """Measure how far the policy has moved on completions of all ranks (N,)."""
+        distance = policy_distance(rows["old_per_token_logps"], host.log_probs(rows), loss_mask(rows))
+        return host.gather_rows(distance)
+
+    def advantages(self, batch: Batch, scores: Tensor, prompts: Sequence[Any], host: Host) -> Metrics:
+        """Put one advantage per completion or token into a batch."""
+        name, metrics = self.options.advantage, Metrics()
+        if name is None:
+            return metrics
+        mask = loss_mask(batch).bool()
+        if self.tracked is not None:
+            advantages, metrics = self._of_prompts(self.tracked, batch, scores, prompts, host)
+        elif self.kl_in_reward:
+            advantages, metrics = self._of_returns(name, batch, scores, mask, host)
+        else:
+            advantages = advantages_of(
+                name,
+                scores,
+                host.group_size,
+                mask,
+                options=self.options.advantage_options,
+                gather=host.gather_rows,
+                own=host.own_rows,
+            )
+        # Scores may be wider than float32, in which the losses expect advantages.
+        batch["advantages"] = advantages.to(torch.float32)
+        return metrics
+
+    def _of_returns(self, name: str, batch: Batch, scores: Tensor, mask: Tensor, host: Host) -> tuple[Tensor, Metrics]:
+        """Advantages of what is left of score and KL penalties at each token."""
+        if "old_per_token_logps" not in batch:
+            batch["old_per_token_logps"] = host.log_probs(batch)
+        logps, ref_logps = batch["old_per_token_logps"], batch["ref_per_token_logps"]
+        mask = mask & ~scores.isnan().unsqueeze(1)
+        kl = masked_moments(kl_k1(logps, ref_logps), mask, reduce=host.sum_over_ranks)[0]
+        returns = penalised_returns(scores, logps, ref_logps, mask, beta=host.beta)
+        function = ADVANTAGES[name].of_returns
+        assert function is not None
+        return function(returns, mask=mask, reduce=host.sum_over_ranks, **self.options.advantage_options), Metrics(
+            {"kl": kl}
+        )
+
+    def _of_prompts(
+        self, tracked: TrackedAdvantages, batch: Batch, scores: Tensor, prompts: Sequence[Any], host: Host
+    ) -> tuple[Tensor, Metrics]:
+        """Advantages over the tracked success of each prompt, which takes these scores in before the next rollout."""
+        keys, every = host.gather_objects([prompt_key(prompt) for prompt in prompts]), host.gather_rows(scores)
+        advantages, metrics = tracked.advantages(keys, every)
+        if host.training:
+            rows: Batch | None = None
+            if tracked.needs_rows:
+                if "old_per_token_logps" not in batch:
+                    batch["old_per_token_logps"] = host.log_probs(batch)
+                rows = batch.copy()
+            tracked.remember(keys, every, rows)
+        return host.own_rows(advantages), Metrics(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts of the tracked prompts."""
+        return {} if self.tracked is None else {"prompts": self.tracked.tracker.counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the counts."""
+        if self.tracked is not None:
+            self.tracked.tracker.counts = {key: (a, b) for key, (a, b) in state["prompts"].items()}
+
+    def rank_state(self) -> dict[str, Any]:
+        """The batch that the tracker takes in next."""
+        return {} if self.tracked is None else {"unabsorbed": self.tracked.unabsorbed}
+
+    def load_rank_state(self, state: Mapping[str, Any]) -> None:
+        """Restore that batch."""
+        if self.tracked is not None:
+            self.tracked.unabsorbed = state["unabsorbed"]
+
+
+class DraftHeads:
+    """MTP heads that only draft completions, kept sharp by their token loss on every rollout.
+
+    Args:
+        options: Which heads, and how they learn.
+        temperature: Of sampling.
+    """
+
+    def __init__(self, options: HeadOptions, *, temperature: float = 1.0) -> None:
+        self.training = HeadTraining(options, temperature=temperature, draft_only=True)
+        self.learning_rate = options.head_learning_rate
+
+    @property
+    def learns(self) -> bool:
+        """Whether the heads have a loss."""
+        return bool(self.training.options.mtp_loss_coef)
+
+    def prepare(self, policy: Any, revision: str | None = None) -> None:
+        """Find saved heads, before the policy is loaded."""
+        self.training.prepare(policy, revision)
+
+    def attach(self, model: nn.Module, *, seed: int = 0) -> MTPHeads:
+        """Give the policy heads, or go on with those that it has."""
+        return self.training.attach(model, seed=seed)
+
+    def learning(self, batch: Batch, *, alone: bool) -> AbstractContextManager[HeadRun]:
+        """Run the heads in the policy's forward; `alone` keeps their gradient out of the trunk."""
+        select, labels = self.training.completions(batch)
+        return self.training.running(select, labels, alone=alone)
+
+    def loss(self, run: HeadRun, num_items: Tensor, host: Host) -> tuple[Tensor | float, Metrics]:
+        """lambda_1 L_MTP of a run, and its metrics."""
+        return self.training.loss(run, num_items, host)
+
+
+def make_decoder(options: DraftOptions) -> "SpeculativeDecoder | None":
+    """Make the decoder of a training run; `None` without speculation.
+
+    Its choices depend on the run's seed alone, unless `draft_cost` is `None`.
+    """
+    if not options.speculative:
+        return None
+    from rl_plugins.rollouts.speculative.decoder import SpeculativeDecoder  # see rl_plugins.rollouts
+
+    return SpeculativeDecoder(options.num_draft_tokens, draft_cost=options.draft_cost)

@@ -1,0 +1,135 @@
+"""Heads and native layers that learn along with supervised fine-tuning, from the same forward pass."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from rl_plugins.functional.alignment import completion_states, mtp_labels, predicted_mask
+from rl_plugins.functional.rewards import terminal_rewards
+from rl_plugins.nn.attachment import Attachment, base_model_of
+from rl_plugins.nn.head_run import HeadRun
+from rl_plugins.nn.native_mtp import NativeMTP
+from rl_plugins.nn.token_loss import logit_divisor
+from rl_plugins.signals.critic_targets import critic_targets, rollout_metrics
+from rl_plugins.signals.critics import HeadCritic
+from rl_plugins.signals.heads import token_term
+from rl_plugins.signals.host import Ranks
+from rl_plugins.signals.metrics import Metrics
+from rl_plugins.signals.options import HeadOptions
+
+Inputs = Mapping[str, Any]
+"""Tensors of a batch: `input_ids`, `labels` (B, L), and perhaps `attention_mask` and `position_ids` (B, L)."""
+
+
+class HeadsAlong:
+    """MTP heads that learn from demonstrations, and values from demonstrations with a reward.
+
+    `lambda_1 L_MTP (+ lambda_2 L_TD)`: every row is taken for one completion of its first token.
+
+    Args:
+        critic: The heads with their values and targets.
+    """
+
+    def __init__(self, critic: HeadCritic) -> None:
+        self.critic = critic
+
+    def attach(self, model: nn.Module, *, seed: int = 0) -> Attachment:
+        """Give the model heads, or go on with those that it has."""
+        return self.critic.attach(model, seed=seed)
+
+    def learning(self, inputs: Inputs, rewards: Tensor | None, num_items: Tensor) -> AbstractContextManager[HeadRun]:
+        """Run the heads in the model's next forward.
+
+        Args:
+            inputs: The batch.
+            rewards: Rewards of the rows (B,), NaN for none; `None` where the batch has none.
+            num_items: Labels that the losses are averaged over.
+        """
+        options, labels = self.critic.options, None
+        select = partial(completion_states, num_tokens=inputs["labels"].shape[1] - 1)
+        if options.mtp_loss_coef:
+            labels = select(mtp_labels(inputs["labels"], options.num_mtp_heads, inputs.get("position_ids")))
+        target = None if rewards is None else self.critic.target
+        return self.critic.running(select, labels, num_items, target=target)
+
+    def loss(
+        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
+    ) -> tuple[Tensor, Metrics]:
+        """Losses of the heads in a run, and their metrics."""
+        tokens, metrics = self.critic.training.loss(run, num_items, ranks)
+        values, value_metrics = self._value_term(run, inputs, rewards, num_items, ranks)
+        metrics.add(value_metrics)
+        return tokens + values, metrics
+
+    def _value_term(
+        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
+    ) -> tuple[Tensor, Metrics]:
+        """lambda_2 L_TD on scored rows; the state that predicts token p+1 acts where that token has a label."""
+        values, options = run.values, self.critic.values
+        assert values is not None
+        if rewards is None:
+            return 0.0 * values.sum(), Metrics()  # keeps the value weights in the graph, which DDP counts on
+        old_values = values.detach()
+        target_values = old_values if run.target_values is None else run.target_values
+        mask = predicted_mask(inputs["labels"]) & rewards.isfinite().unsqueeze(1)
+        targets = critic_targets(
+            terminal_rewards(rewards.nan_to_num(0.0, 0.0, 0.0), mask),
+            old_values,
+            target_values,
+            mask,
+            estimator=options.advantage_estimator,
+            gamma=options.gamma,
+            lam_value=options.lam_value,
+            lookahead=self.critic.lookahead,
+        )
+        metrics = Metrics(
+            rollout_metrics(targets, old_values, target_values, mask, reduce=ranks.sum_over_ranks),
+            ranks.sum_over_ranks(mask.sum().float()),
+        )
+        term, value_metrics = self.critic.value_term(values, targets.returns, mask, num_items, old_values, ranks)
+        metrics.add(value_metrics)
+        return term, metrics
+
+
+class NativeAlong:
+    """Native MTP layers that learn from demonstrations: `lambda_1 L_MTP` (DeepSeek-V3, 2412.19437).
+
+    Args:
+        options: How many layers, and the weight of their loss.
+    """
+
+    native: NativeMTP
+
+    def __init__(self, options: HeadOptions) -> None:
+        self.options = options
+
+    def attach(self, model: nn.Module, *, seed: int = 0) -> Attachment:
+        """Give the model native layers, or go on with those that it or its checkpoint has."""
+        self.native = NativeMTP.prepare(model, self.options.num_mtp_heads, seed=seed)
+        base = base_model_of(model)
+        self._lm_head: Any = base.get_output_embeddings
+        self._divisor = logit_divisor(base.config)
+        return self.native
+
+    def learning(self, inputs: Inputs, rewards: Tensor | None, num_items: Tensor) -> AbstractContextManager[HeadRun]:
+        """Run the layers in the model's next forward; arguments as for [`HeadsAlong`], without rewards."""
+        return self.native.running(
+            self._lm_head(),
+            inputs["input_ids"],
+            inputs["labels"],
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+            divisor=self._divisor,
+            detach_trunk=self.options.mtp_detach_trunk,
+        )
+
+    def loss(
+        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
+    ) -> tuple[Tensor, Metrics]:
+        """The layers' loss in a run, and its metrics."""
+        term, metrics = token_term(run, self.options.mtp_loss_coef, num_items, ranks)
+        assert isinstance(term, Tensor)
+        return term, metrics

@@ -1,0 +1,298 @@
+"""SFT's trainer with MTP value heads."""
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.data_utils import get_dataset_column_names
+
+from rl_plugins.functional.alignment import predicted_mask
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.native_mtp import NativeMTP
+from rl_plugins.nn.sharding import announce_loss
+from rl_plugins.nn.sources import check_trainable_dtype
+from rl_plugins.nn.target_heads import PolyakTarget
+from rl_plugins.signals.critics import HeadCritic
+from rl_plugins.signals.metrics import gradient_metrics
+from rl_plugins.signals.native_checks import check_no_rewards
+from rl_plugins.signals.options import SFTHeadOptions, ValueOptions
+from rl_plugins.signals.supervised import HeadsAlong, NativeAlong
+from rl_plugins.trl.attachments import TrainedAttachments, parameters_without
+from rl_plugins.trl.callbacks import AfterStep
+from rl_plugins.trl.checkpoints import STATE_NAME, RenamedWeights, check_start, checkpoint_folder
+from rl_plugins.trl.configs import MTPSFTConfig
+from rl_plugins.trl.host import log_metrics
+from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
+from rl_plugins.trl.router_loss import connect_balancing
+
+REWARD_COLUMN = "reward"
+
+
+class RewardCollator:
+    """Adds the rewards of scored examples to the batch of another collator.
+
+    Args:
+        collator: Makes the batch of tokens.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate, and stack the `reward` column (B,) where every example has one; `None` becomes NaN."""
+        batch = self.collator(examples)
+        if all(REWARD_COLUMN in example for example in examples):
+            rewards = [example[REWARD_COLUMN] for example in examples]
+            batch[REWARD_COLUMN] = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float32)
+        return batch
+
+
+def with_head_options(args: Any) -> Any:
+    """Complete `TrainingArguments` or an `SFTConfig` to an `MTPSFTConfig`, as the host's trainer completes the former;
+    anything else stays as it is."""
+    if not isinstance(args, TrainingArguments) or isinstance(args, MTPSFTConfig):
+        return args
+    options = args.to_dict()
+    options |= {name: getattr(args, name) for name in options if name.endswith("_token")}  # which to_dict hides
+    known = {field.name for field in fields(MTPSFTConfig) if field.init}
+    return MTPSFTConfig(**options) if known >= options.keys() else args
+
+
+class MTPSFTTrainer(SFTTrainer):
+    r"""
+    Supervised fine-tuning that trains multi-token-prediction value heads along the way.
+
+    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)`. Gives heads to a model that has none, with
+    the trunk trained or frozen. Where the dataset has a column `reward` (a number per example, paid at its last
+    token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). Examples whose
+    reward is `None`, NaN or infinite teach no values.
+
+    With `native_mtp=True`, L_MTP is the loss of the architecture's own MTP layers (DeepSeek-V3, 2412.19437), which
+    `generate(use_mtp=True)` of transformers drafts with after `save_model`.
+
+    Takes the arguments of [`~trl.SFTTrainer`], with an [`MTPSFTConfig`] for `args`; an [`~trl.SFTConfig`] or
+    [`~transformers.TrainingArguments`] is completed with the defaults of the heads.
+
+    Raises:
+        TypeError: If `args` is none of these.
+        ValueError: If the model has no LM head, its heads do not fit the config, scored examples are packed or meet
+            native layers, or a frozen trunk leaves nothing to train.
+    """
+
+    _tag_names = ["trl", "mtp-sft"]
+    _name = "MTPSFT"
+    _paper = {
+        "title": "Better & Faster Large Language Models via Multi-token Prediction",
+        "id": "2404.19737",
+        "citation": textwrap.dedent("""\
+            @inproceedings{gloeckle2024better,
+                title     = {{Better \\& Faster Large Language Models via Multi-token Prediction}},
+                author    = {Fabian Gloeckle and Badr Youbi Idrissi and Baptiste Rozi{\\`e}re and others},
+                year      = 2024,
+                booktitle = {International Conference on Machine Learning},
+                eprint    = {arXiv:2404.19737},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: MTPSFTConfig | SFTConfig | TrainingArguments | None = None,
+        *host_args: Any,
+        **host_kwargs: Any,
+    ) -> None:
+        args = complete_args(with_head_options(args), MTPSFTConfig, model)
+        self._along: HeadsAlong | NativeAlong
+        if args.native_mtp:
+            self._along = NativeAlong(SFTHeadOptions.of(args))
+        else:
+            self._along = HeadsAlong(HeadCritic(SFTHeadOptions.of(args), ValueOptions.of(args)))
+            self._along.critic.prepare(model, args.model_init_kwargs)
+        given = inspect.signature(super().__init__).bind(model, args, *host_args, **host_kwargs)
+        check_inputs(given.arguments, args)
+        super().__init__(model, args, *host_args, **host_kwargs)
+        if not self.is_deepspeed_enabled:  # whose engine keeps float32 copies
+            check_trainable_dtype(self.model)
+        connect_balancing(self)
+        self._attached, self._renamed = TrainedAttachments(self), RenamedWeights(self)
+        self._attached.add(self._along.attach(self.model, seed=args.seed), args.head_learning_rate)
+        if isinstance(self._along, HeadsAlong):
+            self._along.critic.copy()
+            self._along.critic.place(self.accelerator.device)
+            self.add_callback(AfterStep(self._along.critic.follow))
+        if REWARD_COLUMN in get_dataset_column_names(self.train_dataset):
+            self.data_collator: Any = RewardCollator(self.data_collator)
+        elif args.freeze_trunk and not args.mtp_loss_coef:
+            raise ValueError(
+                "freeze_trunk=True with mtp_loss_coef=0 and no `reward` column leaves nothing to train. Set "
+                "mtp_loss_coef > 0, or add rewards to the dataset."
+            )
+
+    @property
+    def critic(self) -> HeadCritic | None:
+        """The heads with their values and targets; `None` for native layers."""
+        return self._along.critic if isinstance(self._along, HeadsAlong) else None
+
+    @property
+    def mtp_heads(self) -> MTPHeads | None:
+        """The heads; `None` for native layers."""
+        return None if self.critic is None else self.critic.training.heads
+
+    @property
+    def native_mtp(self) -> NativeMTP | None:
+        """The native layers; `None` for parallel heads."""
+        return self._along.native if isinstance(self._along, NativeAlong) else None
+
+    @property
+    def polyak_target(self) -> PolyakTarget | None:
+        """The slow heads; `None` for native layers."""
+        return None if self.critic is None else self.critic.target
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, if it is one of transformers' `Trainer`.
+
+        Raises:
+            TypeError: If it is of another host.
+        """
+        check_callback(callback)
+        super().add_callback(callback)
+
+    # A host of critics (`rl_plugins.signals.host.Host`)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.accelerator.device
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """Sum a tensor over all ranks."""
+        return self.accelerator.reduce(x, reduction="sum")
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if REWARD_COLUMN not in self._signature_columns:
+            self._signature_columns.append(REWARD_COLUMN)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: MTPSFTConfig, packing: bool, *rest: Any, **kwargs: Any
+    ) -> Any:
+        has_rewards = REWARD_COLUMN in get_dataset_column_names(dataset)
+        if args.native_mtp:
+            check_no_rewards(has_rewards)
+        if (packing or self.padding_free) and has_rewards:
+            raise ValueError(
+                "The dataset has a `reward` column, but packing and padding_free put several examples into one row, "
+                "so a reward would lose its example. Set packing=False and padding_free=False, or drop the column."
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **kwargs)
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, the heads only where `freeze_trunk` says so, after a look at launcher and checkpoint.
+
+        Raises:
+            FileNotFoundError: If the checkpoint is not there, or was written by another trainer.
+            ValueError: If DeepSpeed is asked for in a process that no launcher has started.
+        """
+        check_start(self, resume_from_checkpoint, self._own_files())
+        with self._frozen_trunk() if self.args.freeze_trunk else nullcontext():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def _frozen_trunk(self) -> Iterator[None]:
+        """Thawed again afterwards: the next trainer that is handed this model would not learn with it, nor say so."""
+        frozen = parameters_without(self.model, self._attached.names)
+        for param in frozen:
+            param.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for param in frozen:
+                param.requires_grad_(True)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Host loss plus the heads' losses on the same forward pass."""
+        rewards = inputs.pop(REWARD_COLUMN, None)
+        num_items = self._num_items(inputs, num_items_in_batch)
+        with self._along.learning(inputs, rewards, num_items) as run:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        term, metrics = self._along.loss(run, inputs, rewards, num_items, self)
+        announce_loss(self.model, term)
+        log_metrics(self, metrics)
+        return (loss + term, outputs) if return_outputs else loss + term
+
+    def _num_items(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Tokens that the losses are averaged over, as the host counts them for its own."""
+        if num_items_in_batch is None:
+            return predicted_mask(inputs["labels"]).sum().clamp(min=1)
+        items = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
+        return items / self.accelerator.num_processes if self.args.average_tokens_across_devices else items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the host's step, then log what the backward pass showed of the value gradient."""
+        loss = super().training_step(*args, **kwargs)
+        totals = None if self.critic is None else self.critic.gradient_totals(self)
+        if totals is not None:
+            log_metrics(self, gradient_metrics(totals))
+        return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the host's optimizer, then move what is attached into groups with its own learning rates."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh:
+            self._attached.split_groups(optimizer)
+        return optimizer
+
+    # Checkpoints
+
+    def _own_files(self) -> dict[str, bool]:
+        """Files that this trainer writes into a checkpoint, and whether they have to be there."""
+        return {**self._attached.files(), **({} if self.critic is None else {STATE_NAME: True})}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.critic is not None and self.args.should_save:
+            torch.save(self.critic.state_dict(), checkpoint_folder(self, trial) / STATE_NAME)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Called on every backend, while DeepSpeed skips _load_from_checkpoint.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.critic is not None:
+            path = Path(checkpoint) / STATE_NAME
+            self.critic.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # A copy, since save_pretrained deletes our keys from the dictionary that it is given.
+        super()._save(output_dir, state_dict=None if state_dict is None else dict(state_dict))
+        self._attached.save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._renamed.load(resume_from_checkpoint)
+        self._attached.load_checkpoint(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._renamed.load(str(self.state.best_model_checkpoint))
+        self._attached.load_best(str(self.state.best_model_checkpoint))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._attached.forgive(load_result.missing_keys)
+        if not self._renamed.found(load_result):
+            super()._issue_warnings_after_load(load_result)
