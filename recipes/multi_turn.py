@@ -1,0 +1,338 @@
+"""Play a game of several turns that pays after every turn, with the MTP critic and with GRPO, and compare the curves.
+
+The game is a code book. In each of eight turns it shows one of 40 symbols and a stake, such as "k3:", and the policy
+answers with the two digits that belong to the symbol. It earns the stake times the share of digits that are right.
+Symbols and stakes are dice of the game's own: most of what an episode earns is luck, which no policy can change. A
+critic that is paid after every turn sees past it; one number per episode does not.
+
+    python recipes/multi_turn.py                                       # two methods, some minutes on a laptop's CPU
+    python recipes/multi_turn.py --methods critic grpo process reward_to_go --seeds 0 1 2 3 4
+
+All methods play equally many episodes, so they generate equally many tokens. The small model starts from random
+weights; `--model` starts from any other, which then needs `--max_turn_length 8` or more and a smaller learning rate.
+Writes `curves.png`, `curves.json`, and for the critic `token_values.html`.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import warnings
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
+
+from rl_plugins.report import traces_from_rollout, write_token_values_html
+from rl_plugins.trl import (
+    EpisodeRollouts,
+    GRPOVariantConfig,
+    GRPOVariantTrainer,
+    MTPCriticConfig,
+    MTPCriticTrainer,
+)
+
+SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
+DIGITS = "012345"
+STAKES = (0, 1, 1, 2, 6)
+TURNS = 8
+
+
+class CodeBook:
+    """The game, a [`~rl_plugins.rollouts.TextEnvironment`]. Every instance knows one book and throws dice of its own.
+
+    Args:
+        seed: Of the dice.
+    """
+
+    def __init__(self, seed: int) -> None:
+        book = random.Random("the code book")
+        self.book = {symbol: book.choice(DIGITS) + book.choice(DIGITS) for symbol in SYMBOLS}
+        self.dice = random.Random(seed)
+
+    def reset(self, **row: Any) -> str:
+        """Begin a game."""
+        self.turn, self.right = 0, 0.0
+        return self._show()
+
+    def _show(self) -> str:
+        self.symbol, self.stake = self.dice.choice(SYMBOLS), self.dice.choice(STAKES)
+        return f"{self.symbol}{self.stake}:"
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Pay for an answer, and show the next symbol."""
+        digits = [char for char in action if char in DIGITS][:2]
+        right = sum(given == wanted for given, wanted in zip(digits, self.book[self.symbol], strict=False)) / 2
+        self.turn, self.right = self.turn + 1, self.right + right
+        return self._show(), self.stake * right, self.turn == TURNS, False, {"right": right}
+
+
+class Curve(TrainerCallback):
+    """Share of right digits of each rollout, which no stake weighs, by the tokens that were generated."""
+
+    def __init__(self, episodes: EpisodeRollouts, tokens_per_rollout: int) -> None:
+        self.episodes, self.tokens = episodes, tokens_per_rollout
+        self.points: list[tuple[int, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note how many digits of the games just played were right."""
+        games = self.episodes.environments
+        right = statistics.fmean(game.right / TURNS for game in games)  # type: ignore[attr-defined]
+        self.points.append((state.global_step * self.tokens, right))
+
+
+def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=16,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per character."""
+    characters = dict.fromkeys(SYMBOLS + "0123456789" + ":")
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+
+# method: trainer, config, and what makes the method
+METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "critic": (MTPCriticTrainer, MTPCriticConfig, {"num_mtp_heads": 1, "head_learning_rate": 3e-3}),
+    "grpo": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "group_normalized", "num_generations": 8}),
+    "process": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "process_normalized", "num_generations": 8}),
+    "turns": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "turn_normalized", "num_generations": 8}),
+    "reward_to_go": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "reward_to_go", "num_generations": 1}),
+    "batch": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "batch_normalized", "num_generations": 1}),
+}
+
+
+def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> list[tuple[int, float]]:
+    """Train with one method and give its curve."""
+    trainer_class, config_class, own = METHODS[method]
+    set_seed(seed)
+    if options.model is None:
+        tokenizer: Any = character_tokenizer()
+        model: Any = small_model(tokenizer)
+    else:
+        model, tokenizer = options.model, AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    made: list[CodeBook] = []
+
+    def new_game() -> CodeBook:
+        made.append(CodeBook(1_000_003 * seed + len(made)))
+        return made[-1]
+
+    episodes = EpisodeRollouts(new_game, max_turns=TURNS, max_turn_length=options.max_turn_length)
+    args = config_class(
+        output_dir=str(output / f"{method}_{seed}"),
+        per_device_train_batch_size=options.episodes,
+        max_completion_length=TURNS * (options.max_turn_length + 3),
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        max_steps=options.updates,
+        logging_steps=20,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=options.cpu,
+        report_to=options.report_to,
+        seed=seed,
+        **own,
+    )
+    trainer = trainer_class(
+        model,
+        episodes.earned,
+        args,
+        train_dataset=Dataset.from_dict({"prompt": ["play:" if options.model is None else options.prompt] * 1024}),
+        processing_class=tokenizer,
+        rollout_func=episodes,
+    )
+    curve = Curve(episodes, options.episodes * TURNS * options.max_turn_length)
+    trainer.add_callback(curve)
+    trainer.train()
+    if trainer.critic is not None:
+        write_token_values_html(
+            traces_from_rollout(tokenizer, trainer.last_rollout, 24),
+            output / "token_values.html",
+            title="What the critic thinks of each token: code book",
+            subtitle=f"Episodes after {trainer.state.global_step} updates.",
+        )
+    return curve.points
+
+
+def run_lightning(method: str, seed: int, options: argparse.Namespace, output: Path) -> list[tuple[int, float]]:
+    """Train with one method in Lightning and give its curve."""
+    from lightning.pytorch import Callback, Trainer, seed_everything
+
+    from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
+
+    _, _, own = METHODS[method]
+    seed_everything(seed, verbose=False)
+    tokenizer = character_tokenizer()
+    games: list[CodeBook] = []
+
+    def new_game() -> CodeBook:
+        games.append(CodeBook(1_000_003 * seed + len(games)))
+        return games[-1]
+
+    points: list[tuple[int, float]] = []
+    tokens = options.episodes * TURNS * options.max_turn_length
+
+    class Noted(Callback):
+        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            points.append(((len(points) + 1) * tokens, statistics.fmean(game.right / TURNS for game in games)))
+
+    made = {"num_generations": 1, **own}
+    module = (MTPCriticModule if method == "critic" else GRPOModule)(
+        small_model(tokenizer),
+        tokenizer,
+        environment=new_game,
+        max_turns=TURNS,
+        max_turn_length=options.max_turn_length,
+        max_completion_length=TURNS * (options.max_turn_length + 3),
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        **made,
+    )
+    prompts = options.episodes // made["num_generations"]
+    rows = [{"prompt": "play:"}] * (prompts * options.updates)
+    trainer = Trainer(
+        max_steps=options.updates,
+        accelerator="cpu" if options.cpu else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        default_root_dir=output,
+        callbacks=[Noted()],
+    )
+    trainer.fit(module, PromptDataModule(rows, batch_size=prompts))
+    return points
+
+
+# The comparison
+
+NAMES = {
+    "critic": "critic, paid per turn",
+    "grpo": "GRPO, groups of 8",
+    "process": "GRPO, process supervision",
+    "turns": "GRPO, turn levels",
+    "reward_to_go": "REINFORCE++, reward-to-go",
+    "batch": "REINFORCE++, sums",
+}
+
+
+def smoothed(values: list[float], width: int = 10) -> list[float]:
+    """Means of the last `width` points."""
+    return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval (Student's t)."""
+    if len(values) < 2:
+        return values[0], float("nan")
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
+    return statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def first_at(curve: list[tuple[int, float]], level: float) -> float:
+    """Tokens after which a smoothed curve first reaches a level; infinite if it does not."""
+    heights = smoothed([height for _, height in curve])
+    return next((tokens for (tokens, _), height in zip(curve, heights, strict=True) if height >= level), float("inf"))
+
+
+def compare(curves: dict[str, list[list[tuple[int, float]]]]) -> list[str]:
+    """Lines that say where each method ends, and when it is where GRPO ends."""
+    lines = [f"{'method':28} {'end':>15} {'area':>15} {'tokens to the end of GRPO':>28}"]
+    goals = [smoothed([h for _, h in curve], 20)[-1] for curve in curves.get("grpo", [])]
+    for method, runs in curves.items():
+        ends = interval([smoothed([h for _, h in curve], 20)[-1] for curve in runs])
+        areas = interval([statistics.fmean(h for _, h in curve) for curve in runs])
+        reached = [first_at(curve, goal) / curve[-1][0] for curve, goal in zip(runs, goals, strict=False)]
+        share = "-" if not reached else ", ".join("never" if x == float("inf") else f"{x:.2f}" for x in reached)
+        lines.append(
+            f"{NAMES[method]:28} {ends[0]:7.3f} ± {ends[1]:.3f} {areas[0]:7.3f} ± {areas[1]:.3f}   {share:>26}"
+        )
+    return lines
+
+
+def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
+    """Mean curves over the seeds, each seed thin behind its mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for method, runs in curves.items():
+        tokens = [t / 1000 for t, _ in runs[0]]
+        heights = [smoothed([h for _, h in curve]) for curve in runs]
+        mean = [statistics.fmean(column) for column in zip(*heights, strict=True)]
+        (line,) = axes.plot(tokens, mean, label=NAMES[method], linewidth=2)
+        for curve in heights if len(heights) > 1 else []:
+            axes.plot(tokens, curve, color=line.get_color(), linewidth=0.6, alpha=0.4)
+    axes.set(xlabel="generated tokens, thousands", ylabel="share of digits that are right", ylim=(0, 1))
+    axes.set_title("Code book: eight turns, a reward after each, most of it luck")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Train with each method and seed, and draw the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["critic", "grpo"], choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--episodes", type=int, default=64, help="games per update")
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--max_turn_length", type=int, default=2, help="tokens per turn")
+    parser.add_argument("--model", help="path or hub id; a small new model by default")
+    parser.add_argument("--prompt", default="Answer each symbol with its two digits.\n", help="for --model")
+    parser.add_argument("--host", default="trl", choices=["trl", "lightning"])
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    parser.add_argument("--report_to", default="none")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/multi_turn"))
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    train = run if options.host == "trl" else run_lightning
+    curves: dict[str, list[list[tuple[int, float]]]] = {}
+    for method in options.methods:
+        for seed in options.seeds:
+            curves.setdefault(method, []).append(train(method, seed, options, options.output_dir))
+            (options.output_dir / "curves.json").write_text(json.dumps(curves))
+    draw(curves, options.output_dir / "curves.png")
+    print("\n" + "\n".join(compare(curves)))
+    print(f"\nThe curves are in {options.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
