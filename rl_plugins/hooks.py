@@ -137,7 +137,17 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         Hook("trl.GRPOTrainer._load_optimizer_and_scheduler", "checkpoint"),
         *(
             Hook(f"trl.GRPOTrainer.{name}")
-            for name in ("_metrics", "_logs", "_step", "_buffered_inputs", "_tokenizer", "_entropy_bonus_enabled")
+            for name in (
+                "_metrics",
+                "_logs",
+                "_step",
+                "_buffered_inputs",
+                "_tokenizer",
+                "_entropy_bonus_enabled",
+                "_sync_tool_dicts",
+                "_async_tool_dicts",
+                "_environment_pool",
+            )
         ),
         Hook("trl.SFTTrainer._prepare_dataset", "dataset, processing_class, args, packing, ..."),
         Hook("trl.SFTTrainer._set_signature_columns_if_needed", ""),

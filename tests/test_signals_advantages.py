@@ -79,19 +79,30 @@ def test_options_of_each_name() -> None:
         "pass_at_k": ["k", "normalize", "eps"],
         "kalman": ["process_var", "measurement_var", "initial_mean", "initial_var", "eps"],
         "batch_normalized": ["eps"],
+        "reward_to_go": ["eps"],
+        "process_normalized": ["eps"],
+        "turn_normalized": ["outcome_coef", "eps"],
         "value_tracker": ["forget", "half_life", "low", "high"],
         "lambda_trace": ["gamma", "lam", "style", "min_advantage"],
     }
     assert {name: advantage_options(name) for name in ADVANTAGES} == expected
-    assert len(ADVANTAGES) == 15
+    assert len(ADVANTAGES) == 18
     groupless = {name for name, entry in ADVANTAGES.items() if not entry.compares_groups}
-    assert groupless == {"reward", "batch_normalized", "value_tracker"}
+    assert groupless == {"reward", "batch_normalized", "reward_to_go", "value_tracker"}
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_an_entry_says_in_one_way_how_it_is_computed(name: str) -> None:
     entry = ADVANTAGES[name]
-    ways = (entry.of_scores, entry.of_lengths, entry.of_advantages, entry.tracks_prompts or None)
+    alone = entry.of_returns if entry.only_of_returns else None
+    ways = (
+        entry.of_scores,
+        entry.of_lengths,
+        entry.of_advantages,
+        entry.of_steps,
+        alone,
+        entry.tracks_prompts or None,
+    )
     assert sum(way is not None for way in ways) == 1
 
 
