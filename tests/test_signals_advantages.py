@@ -81,7 +81,7 @@ def test_options_of_each_name() -> None:
         "batch_normalized": ["eps"],
         "reward_to_go": ["eps"],
         "process_normalized": ["eps"],
-        "turn_normalized": ["outcome_coef", "eps"],
+        "turn_normalized": ["gamma", "eps"],
         "value_tracker": ["forget", "half_life", "low", "high"],
         "lambda_trace": ["gamma", "lam", "style", "min_advantage"],
     }

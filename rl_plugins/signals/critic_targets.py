@@ -134,7 +134,7 @@ def critic_targets(
     factors: tuple[float | Tensor, ...] = gamma, *_lambdas(estimator, lam_policy, lam_value, length_alpha, lengths)
     if time_unit == "turn":
         check_discount(gamma)
-        factors = tuple(at_turn_ends(factor, mask) for factor in factors)
+        factors = tuple(at_turn_ends(factor, mask, dtype=dtype) for factor in factors)
     discount, lam_advantage, lam_target = factors
     bootstrap = lookahead_values(target_values, mask) if lookahead else target_values[..., 0]
     next_values, observed = next_state_values(bootstrap, mask), rewards
@@ -317,8 +317,9 @@ def critic_signal(
         targets.advantages, values[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
     )
     if discounted_objective:
-        discount = at_turn_ends(gamma, mask) if options.get("time_unit") == "turn" else gamma
-        advantages = advantages * discount_factors(mask, gamma=discount, dtype=advantages.dtype)
+        dtype = advantages.dtype
+        discount = at_turn_ends(gamma, mask, dtype=dtype) if options.get("time_unit") == "turn" else gamma
+        advantages = advantages * discount_factors(mask, gamma=discount, dtype=dtype)
     metrics = rollout_metrics(targets, values, target_values, mask, reduce=reduce)
     skipped = (~mask.any(dim=1)).sum().float().view(1)
     metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]
