@@ -119,8 +119,8 @@ def critic_targets(
         length_alpha: Use VAPO's length-adaptive lambda for the policy with this alpha.
         lookahead: Bootstrap from the mean of all heads' forecasts of `V(s_{t+1})` instead of head 1's alone.
         time_unit: `token`, or `turn`: gamma and the lambdas act where a turn ends, and inside a turn both are 1.
-        after: Values of the states after the last tokens (B,), of episodes that go on there; 0 for one that ended.
-            By default all have ended. The observed return of an episode that goes on is taken to end in its value.
+        after: Values of the states after the last tokens (B,), 0 where an episode has ended there; by default all
+            have. The observed return of an episode that goes on ends with this value.
 
     Raises:
         ValueError: If the estimator or the unit is unknown, or gamma or a lambda lies outside [0, 1].

@@ -27,7 +27,7 @@ def pays_turns(environments: Iterable[Any]) -> bool:
 
 
 class Episodes:
-    """What the environments of one batch of rollouts say after each call of their tools."""
+    """Rewards and flags of the environments of one batch of rollouts, read after each call of their tools."""
 
     def __init__(self) -> None:
         self.environments: Sequence[Any] = []
