@@ -245,8 +245,7 @@ class StepRewards:
             if entry is None and rewards[row] is not None:
                 raise TypeError(
                     f"{returned} {rewards[row]!r} for completion {row}{moment}, where its other rewards are lists or "
-                    "rewards_per says that they should be. Return a list for each completion, None where it does not "
-                    "apply."
+                    "rewards_per declares them to be. Return a list for each completion, None where it does not apply."
                 )
         places, sums = [], []
         for row, entry in enumerate(listed):
@@ -319,7 +318,7 @@ class StepRewards:
             things = {"token": "tokens", "turn": "turns of the policy", "step": f"steps that end with {separator!r}"}
             raise ValueError(
                 f"{returned} {len(entry)} rewards {where}, which has {len(tokens)} {things[kind]}. Return one for "
-                "each, None for none; rewards_per says for what a function returns a reward."
+                "each, None for none, or declare another unit with rewards_per."
             )
         for token, reward in zip(tokens, entry, strict=True):
             yield _at_policy(chosen, token), _number(reward, returned, where)
