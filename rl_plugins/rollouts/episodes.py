@@ -35,7 +35,7 @@ class TextEnvironment(Protocol):
 
 
 class Turns(NamedTuple):
-    """How episodes are written down.
+    """Tokenizer and limits with which episodes are written down as tokens.
 
     Attributes:
         tokenizer: Of the model.

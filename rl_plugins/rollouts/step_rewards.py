@@ -198,7 +198,7 @@ class TokenRewards(NamedTuple):
 
 
 class StepRewards:
-    """What the step functions paid for a set of completions, and where.
+    """Rewards that step functions paid for a set of completions, and the tokens after which they did.
 
     Args:
         completed: The completions.

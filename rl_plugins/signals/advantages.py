@@ -251,7 +251,7 @@ def advantages_of(
         assert rewards is not None and paid is not None
         # Ranks may have padded their completions to other lengths.
         length = mask.shape[1]
-        width = int(gather(mask.new_full((1,), length)).max())
+        width = int(gather(torch.tensor([length], device=mask.device)).max())
         real = mask.bool() & scores.isfinite().unsqueeze(1)
         steps = [gather(F.pad(x, (0, width - length))) for x in (upcast(rewards), paid.int(), real.int())]
         return own(entry.of_steps(*steps, group_size, **options))[:, :length]
