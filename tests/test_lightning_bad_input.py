@@ -147,6 +147,10 @@ class Scored:
     def token_lists() -> list[list[int]]:
         return [[4], [5]]
 
+    @staticmethod
+    def policy_lists() -> None:
+        return None
+
 
 @pytest.mark.parametrize(("func", "error", "message"), RETURNS, ids=lambda x: getattr(x, "__name__", None))
 def test_what_reward_functions_return(make: Make, func: Any, error: Any, message: str) -> None:

@@ -35,7 +35,7 @@ class TextEnvironment(Protocol):
 
 
 class Turns(NamedTuple):
-    """Form of the episodes: their tokens, and their limits.
+    """Tokenizer and limits with which episodes are written down as tokens.
 
     Attributes:
         tokenizer: Of the model.

@@ -200,7 +200,7 @@ class TokenRewards(NamedTuple):
 
 
 class StepRewards:
-    """Rewards of steps that a set of completions was paid, and their places.
+    """Rewards that step functions paid for a set of completions, and the tokens after which they did.
 
     Args:
         completed: The completions.

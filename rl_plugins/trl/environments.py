@@ -27,7 +27,7 @@ def pays_turns(environments: Iterable[Any]) -> bool:
 
 
 class Episodes:
-    """Rewards and flags of the environments of one batch of rollouts, read after each call of their tools."""
+    """Rewards and ends of the episodes of one batch, read from the environments after each call of their tools."""
 
     def __init__(self) -> None:
         self.environments: Sequence[Any] = []

@@ -77,7 +77,7 @@ RETURNS: list[tuple[Any, type[Exception], str]] = [
     (tensor_scalar, TypeError, "'tensor_scalar' returned Tensor in step 1, not a list"),
     (nothing, TypeError, "'nothing' returned NoneType in step 1, not a list"),
     (mapping, TypeError, "'mapping' returned dict in step 1, not a list"),
-    (pairs, TypeError, "'pairs' returned list instead of numbers"),
+    (pairs, ValueError, "'pairs' returned 2 rewards for completion 0 in step 1, which has [^2]"),
     (one, ValueError, "'one' returned 1 rewards for 2 completions in step 1"),
     (later, TypeError, "'later' returned str instead of numbers"),
     (unawaited, TypeError, "'unawaited' returned coroutine in step 1, not a list"),
