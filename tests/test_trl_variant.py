@@ -17,13 +17,12 @@ from trl import GRPOConfig, GRPOTrainer
 from rl_plugins.functional.advantages import group as pure
 from rl_plugins.functional.advantages.traces import lambda_trace
 from rl_plugins.functional.advantages.tracked import forget_factor
-from rl_plugins.functional.alignment import last_real
 from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS
 from rl_plugins.functional.policy_losses.gvpo import gvpo
-from rl_plugins.functional.rewards import overlong_penalty, terminal_rewards
+from rl_plugins.functional.rewards import overlong_penalty
 from rl_plugins.rollouts.batch import loss_mask
 from rl_plugins.signals import sampling as module
-from rl_plugins.signals.advantages import ADVANTAGES, advantages_of, advantages_of_returns
+from rl_plugins.signals.advantages import ADVANTAGES, advantages_of
 from rl_plugins.signals.presets import GRPO_PRESETS
 from rl_plugins.signals.signals import GroupSignal
 from rl_plugins.signals.value_tracker import prompt_key
@@ -198,8 +197,7 @@ def test_the_batch_has_the_functions_advantages(make: Make, name: str, reward: A
         real = mask & ~scores.isnan().unsqueeze(1)
         expected = pure.batch_normalized(scores.unsqueeze(1).expand_as(mask), mask=real)
     else:
-        rewards = terminal_rewards(scores.nan_to_num(), mask)
-        expected = advantages_of(name, scores, 4, mask, rewards=rewards, paid=last_real(mask), options=options)
+        expected = advantages_of(name, scores, 4, mask, options=options)
     equal(batch["advantages"], expected)
     assert batch["advantages"].dtype == torch.float32 and batch["advantages"].abs().max() > 0.1
     assert (batch["advantages"][scores.isnan()] == 0).all()
