@@ -117,7 +117,7 @@ svg.line{display:inline-block;width:24px;height:12px;vertical-align:-1px}
 .numbers .tokens{line-height:1.3}.numbers .t{display:inline-block;text-align:center;margin:0 2px 5px 0;
 padding:1px 3px}
 .numbers .t::after{content:attr(data-n);display:block;font-size:11px;font-variant-numeric:tabular-nums}
-.numbers .t.env::after{content:"\\a0"}
+.numbers .t.env{vertical-align:top}.numbers .t.env::after{content:none}
 #tip{position:absolute;z-index:3;pointer-events:none;background:var(--ink);color:var(--page);padding:6px 10px;
 border-radius:6px;font-size:13px;line-height:1.45;white-space:pre;font-variant-numeric:tabular-nums;
 max-width:90vw;
