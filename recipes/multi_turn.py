@@ -287,12 +287,14 @@ def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
     """Mean curves over the seeds, each seed thin behind its mean."""
     figure = new_figure(9, 4.5)
     axes = figure.add_subplot()
+    ends: dict[Any, float] = {}
     for number, (method, runs) in enumerate(curves.items()):
         color, style = COLORS[number % len(COLORS)], LINE_STYLES[number % len(LINE_STYLES)]
         tokens = [t / 1000 for t, _ in runs[0]]
         heights = [smoothed([h for _, h in curve]) for curve in runs]
         mean = [statistics.fmean(column) for column in zip(*heights, strict=True)]
-        axes.plot(tokens, mean, style, label=NAMES[method], color=color, linewidth=2)
+        (line,) = axes.plot(tokens, mean, style, label=NAMES[method], color=color, linewidth=2)
+        ends[line] = mean[-1]
         for curve in heights if len(heights) > 1 else []:
             axes.plot(tokens, curve, color=color, linewidth=0.6, alpha=0.4)
     axes.set(xlabel="generated tokens, thousands", ylabel="share of digits that are right")
@@ -304,7 +306,7 @@ def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
     )
     style_axes(axes)
     # In the order in which the curves end, so that the eye finds each beside its name.
-    lines = sorted(axes.get_legend_handles_labels()[0], key=lambda line: -line.get_ydata()[-1])
+    lines = sorted(ends, key=lambda line: -ends[line])
     axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=2.6)
     save_png(figure, path)
 
