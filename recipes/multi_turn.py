@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from rl_plugins.report import traces_from_rollout, write_token_values_html
+from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
 from rl_plugins.trl import (
     EpisodeRollouts,
     GRPOVariantConfig,
@@ -284,25 +285,30 @@ def compare(curves: dict[str, list[list[tuple[int, float]]]]) -> list[str]:
 
 def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
     """Mean curves over the seeds, each seed thin behind its mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for method, runs in curves.items():
+    figure = new_figure(9, 4.5)
+    axes = figure.add_subplot()
+    ends: dict[Any, float] = {}
+    for number, (method, runs) in enumerate(curves.items()):
+        color, style = COLORS[number % len(COLORS)], LINE_STYLES[number % len(LINE_STYLES)]
         tokens = [t / 1000 for t, _ in runs[0]]
         heights = [smoothed([h for _, h in curve]) for curve in runs]
         mean = [statistics.fmean(column) for column in zip(*heights, strict=True)]
-        (line,) = axes.plot(tokens, mean, label=NAMES[method], linewidth=2)
+        (line,) = axes.plot(tokens, mean, style, label=NAMES[method], color=color, linewidth=2)
+        ends[line] = mean[-1]
         for curve in heights if len(heights) > 1 else []:
-            axes.plot(tokens, curve, color=line.get_color(), linewidth=0.6, alpha=0.4)
-    axes.set(xlabel="generated tokens, thousands", ylabel="share of digits that are right", ylim=(0, 1))
-    axes.set_title("Code book: eight turns, a reward after each, most of it luck")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+            axes.plot(tokens, curve, color=color, linewidth=0.6, alpha=0.4)
+    axes.set(xlabel="generated tokens, thousands", ylabel="share of digits that are right")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    thin = "; thin: each seed" if any(len(runs) > 1 for runs in curves.values()) else ""
+    axes.set_title(
+        f"Code book: eight turns, a reward after each, most of it luck\n(means of 10 updates{thin})", fontsize=11
+    )
+    style_axes(axes)
+    # In the order in which the curves end, so that the eye finds each beside its name.
+    lines = sorted(ends, key=lambda line: -ends[line])
+    axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=2.6)
+    save_png(figure, path)
 
 
 def main() -> None:
