@@ -455,15 +455,15 @@ class RLTrainer(GRPOTrainer):
 
     def _cut_episodes(self, completion_ids: list[list[int]], columns: Mapping[str, Any]) -> Tensor | None:
         """Rows (B,) whose episode goes on after their last token, as far as the critic cares; `None` where all ranks
-        have none. A rollout function may tell by its columns `truncated` and `terminated`."""
+        have none. A rollout function says so in its columns `truncated` and `terminated`."""
         bootstraps = self.signal.bootstrap_truncated
         if bootstraps is False or (bootstraps is None and self.environments is None and self.rollout_func is None):
             return None
-        says = columns.get("truncated") or [self._episodes.is_truncated(row) for row in range(len(completion_ids))]
-        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
-        by_length = [bool(bootstraps) and ids[-1] not in ends for ids in completion_ids]
-        over = columns.get("terminated") or [self._episodes.is_over(row) for row in range(len(completion_ids))]
-        cut = [said or (long and not done) for said, long, done in zip(says, by_length, over, strict=True)]
+        ends, rows_of = [*self.eos_token_ids, self._tokenizer.pad_token_id], list(enumerate(completion_ids))
+        says = columns.get("truncated") or [self._episodes.is_truncated(row) for row, _ in rows_of]
+        # Where nobody says, a completion goes on that has no end-of-text token.
+        over = columns.get("terminated") or [self._episodes.is_over(row) or ids[-1] in ends for row, ids in rows_of]
+        cut = [said or (bool(bootstraps) and not done) for said, done in zip(says, over, strict=True)]
         rows = torch.tensor(cut, device=self.device)
         return rows if self.sum_over_ranks(rows.sum().view(1)) > 0 else None
 
