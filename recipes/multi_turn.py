@@ -1,16 +1,15 @@
 """Play a game of several turns that pays after every turn, with the MTP critic and with GRPO, and compare the curves.
 
-The game is a code book. In each of eight turns it shows a stake and one of ten symbols, such as "6d", and the policy
-answers with the two digits that belong to the symbol. It earns the stake times the share of digits that are right.
-Symbols and stakes are dice of the game's own: most of what an episode earns is luck, which no policy can change. A
+The game is a code book. In each of eight turns it shows a stake and a letter, such as "gd", and the policy answers with
+the two letters that stand for that letter in the book. It earns the stake times the share of letters that are right.
+Letters and stakes are dice of the game's own: most of what an episode earns is luck, which no policy can change. A
 critic that is paid after every turn sees past it; one number per episode does not.
 
     python recipes/multi_turn.py                                       # two methods, some minutes on a laptop's CPU
     python recipes/multi_turn.py --methods critic grpo process reward_to_go --seeds 0 1 2 3 4
 
-All methods play equally many episodes, so they generate equally many tokens. The small model first imitates games of
-random digits, which teaches it what an answer looks like. `--model` starts from any other, which then needs
-`--max_turn_length 8` or more and a smaller learning rate.
+All methods play equally many episodes, so they generate equally many tokens. The small model starts from random
+weights; `--model` starts from any other, which then needs `--max_turn_length 8` or more and a smaller learning rate.
 Writes `curves.png`, `curves.json`, and for the critic `token_values.html`.
 """
 
@@ -22,7 +21,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -44,10 +42,8 @@ from rl_plugins.trl import (
     MTPCriticTrainer,
 )
 
-SYMBOLS = "abcdefghij"
-DIGITS = "01234"
-PROMPT = "play:"
-STAKES = (0, 1, 1, 2, 6)
+LETTERS = "abcdefgh"
+STAKES = "abbcg"  # worth 0, 1, 1, 2 and 6
 TURNS = 8
 
 
@@ -60,7 +56,7 @@ class CodeBook:
 
     def __init__(self, seed: int) -> None:
         book = random.Random("the code book")
-        self.book = {symbol: book.choice(DIGITS) + book.choice(DIGITS) for symbol in SYMBOLS}
+        self.book = {letter: book.choice(LETTERS) + book.choice(LETTERS) for letter in LETTERS}
         self.dice = random.Random(seed)
 
     def reset(self, **row: Any) -> str:
@@ -69,34 +65,35 @@ class CodeBook:
         return self._show()
 
     def _show(self) -> str:
-        self.symbol, self.stake = self.dice.choice(SYMBOLS), self.dice.choice(STAKES)
-        return f"{self.stake}{self.symbol}"
+        stake, self.shown = self.dice.choice(STAKES), self.dice.choice(LETTERS)
+        self.stake = LETTERS.index(stake)
+        return stake + self.shown
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Pay for an answer, and show the next symbol."""
-        digits = [char for char in action if char in DIGITS][:2]
-        right = sum(given == wanted for given, wanted in zip(digits, self.book[self.symbol], strict=False)) / 2
+        """Pay for an answer, and show the next letter."""
+        letters = [char for char in action if char in LETTERS][:2]
+        right = sum(given == wanted for given, wanted in zip(letters, self.book[self.shown], strict=False)) / 2
         self.turn, self.right = self.turn + 1, self.right + right
         return self._show(), self.stake * right, self.turn == TURNS, False, {"right": right}
 
 
 class Curve(TrainerCallback):
-    """Share of right digits of each rollout, which no stake weighs, by the tokens that were generated."""
+    """Share of right letters of each rollout, which no stake weighs, by the tokens that were generated."""
 
     def __init__(self, episodes: EpisodeRollouts, tokens_per_rollout: int) -> None:
         self.episodes, self.tokens = episodes, tokens_per_rollout
         self.points: list[tuple[int, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note how many digits of the games just played were right."""
+        """Note how many letters of the games just played were right."""
         games = self.episodes.environments
         right = statistics.fmean(game.right / TURNS for game in games)  # type: ignore[attr-defined]
         self.points.append((state.global_step * self.tokens, right))
 
 
-def small_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights that has imitated random play."""
-    model = Qwen3ForCausalLM(
+def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights."""
+    return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -112,28 +109,11 @@ def small_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
             bos_token_id=None,
         )
     )
-    dice, optimizer = random.Random(seed), torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(100):
-        ids = tokenizer([random_game(dice) for _ in range(64)], return_tensors="pt").input_ids
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
-
-
-def random_game(dice: random.Random) -> str:
-    """A game in which every answer is a guess."""
-    turns = (
-        f"{dice.choice(STAKES)}{dice.choice(SYMBOLS)}{dice.choice(DIGITS)}{dice.choice(DIGITS)}" for _ in range(TURNS)
-    )
-    return PROMPT + "".join(turns)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character."""
-    characters = dict.fromkeys(PROMPT + SYMBOLS + "0123456789")
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -156,10 +136,11 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> list[tuple[int, float]]:
     """Train with one method and give its curve."""
     trainer_class, config_class, own = METHODS[method]
+    own = {**own, **(options.critic if method == "critic" else {})}
     set_seed(seed)
     if options.model is None:
         tokenizer: Any = character_tokenizer()
-        model: Any = small_model(tokenizer, seed)
+        model: Any = small_model(tokenizer)
     else:
         model, tokenizer = options.model, AutoTokenizer.from_pretrained(options.model, padding_side="left")
     made: list[CodeBook] = []
@@ -191,7 +172,7 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
         model,
         episodes.earned,
         args,
-        train_dataset=Dataset.from_dict({"prompt": [PROMPT if options.model is None else options.prompt] * 1024}),
+        train_dataset=Dataset.from_dict({"prompt": ["a" if options.model is None else options.prompt] * 1024}),
         processing_class=tokenizer,
         rollout_func=episodes,
     )
@@ -214,7 +195,7 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
 
     from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
 
-    _, _, own = METHODS[method]
+    own = {**METHODS[method][2], **(options.critic if method == "critic" else {})}
     seed_everything(seed, verbose=False)
     tokenizer = character_tokenizer()
     games: list[CodeBook] = []
@@ -232,7 +213,7 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
 
     made = {"num_generations": 1, **own}
     module = (MTPCriticModule if method == "critic" else GRPOModule)(
-        small_model(tokenizer, seed),
+        small_model(tokenizer),
         tokenizer,
         environment=new_game,
         max_turns=TURNS,
@@ -245,7 +226,7 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
         **made,
     )
     prompts = 2 * options.episodes // made["num_generations"]
-    rows = [{"prompt": PROMPT}] * (prompts * options.updates)
+    rows = [{"prompt": "a"}] * (prompts * options.updates)
     trainer = Trainer(
         max_steps=options.updates,
         accelerator="cpu" if options.cpu else "auto",
@@ -320,7 +301,7 @@ def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
         ends[line] = mean[-1]
         for curve in heights if len(heights) > 1 else []:
             axes.plot(tokens, curve, color=color, linewidth=0.6, alpha=0.4)
-    axes.set(xlabel="generated tokens, thousands", ylabel="share of digits that are right")
+    axes.set(xlabel="generated tokens, thousands", ylabel="share of letters that are right")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     thin = "; thin: each seed" if any(len(runs) > 1 for runs in curves.values()) else ""
@@ -341,11 +322,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--episodes", type=int, default=64, help="games per update; a rollout plays those of two")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--entropy_coef", type=float, default=0.02)
+    parser.add_argument("--critic", type=json.loads, default={}, help="options of the critic, as JSON")
     parser.add_argument("--max_turn_length", type=int, default=2, help="tokens per turn")
     parser.add_argument("--model", help="path or hub id; a small new model by default")
-    parser.add_argument("--prompt", default="Answer each symbol with its two digits.\n", help="for --model")
+    parser.add_argument(
+        "--prompt", default="Answer each letter with its two letters in the book.\n", help="for --model"
+    )
     parser.add_argument("--host", default="trl", choices=["trl", "lightning"])
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
     parser.add_argument("--report_to", default="none")
