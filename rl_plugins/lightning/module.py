@@ -420,6 +420,9 @@ class RLModule(LightningModule):
         if isinstance(scored, TokenRewards):
             names, weights = ["score"], None
             scored = self._steps.take_tokens(0, scored.rewards, mask).unsqueeze(1)
+        elif scored.shape[1] != len(names):  # from elsewhere than the reward functions
+            weights, columns = None, range(1, scored.shape[1] + 1)
+            names = ["score"] if len(columns) == 1 else [f"score_{column}" for column in columns]
         rewards = scored.to(self.device)
         if completions.rewards is not None:
             earned = self._steps.take_tokens(len(names), completions.rewards, mask)

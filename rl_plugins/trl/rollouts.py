@@ -10,6 +10,7 @@ from rl_plugins.nn.sharding import gathers_in_forward
 from rl_plugins.rollouts.completions import Completions, generate_completions
 from rl_plugins.rollouts.episodes import TextEnvironment, Turns, play_episodes
 from rl_plugins.rollouts.step_rewards import rewards_per
+from rl_plugins.trl.environments import TERMINATED, TRUNCATED
 
 RolloutFunc = Callable[..., dict[str, Any]]
 
@@ -103,7 +104,8 @@ class EpisodeRollouts:
             "logprobs": None,
             "env_mask": played.policy_lists(),
             TOKEN_REWARDS: [[None if math.isnan(reward) else reward for reward in row] for row in rewards],
-            "truncated": played.truncated.tolist(),
+            TERMINATED: played.ended.tolist(),
+            TRUNCATED: played.truncated.tolist(),
         }
 
 

@@ -45,7 +45,7 @@ from rl_plugins.trl.checkpoints import (
     rollout_file,
 )
 from rl_plugins.trl.configs import RLConfig
-from rl_plugins.trl.environments import TURN_REWARD, Episodes, pays_turns
+from rl_plugins.trl.environments import TERMINATED, TRUNCATED, TURN_REWARD, Episodes, pays_turns
 from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_attachments_from_vllm, log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
@@ -450,18 +450,20 @@ class RLTrainer(GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         output = super()._generate(prompts)
         completion_ids, self._chosen = output[1], output[2]
-        self._cut = self._cut_episodes(completion_ids, output[5].get("truncated"))
+        self._cut = self._cut_episodes(completion_ids, output[5])
         return output
 
-    def _cut_episodes(self, completion_ids: list[list[int]], told: list[bool] | None) -> Tensor | None:
+    def _cut_episodes(self, completion_ids: list[list[int]], columns: dict[str, Any]) -> Tensor | None:
         """Rows (B,) whose episode goes on after their last token, as far as the critic cares; `None` where all ranks
-        have none. A rollout function says so in a column `truncated`."""
+        have none. A rollout function says so in a column `truncated`, and in `terminated` which rows have ended: its
+        episodes need not end with the end-of-text token."""
         bootstraps = self.signal.bootstrap_truncated
         if bootstraps is False or (bootstraps is None and self.environments is None and self.rollout_func is None):
             return None
-        says = told or [self._episodes.is_truncated(row) for row in range(len(completion_ids))]
+        says = columns.get(TRUNCATED) or [self._episodes.is_truncated(row) for row in range(len(completion_ids))]
         ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
-        by_length = [bool(bootstraps) and ids[-1] not in ends for ids in completion_ids]
+        ended = columns.get(TERMINATED) or [ids[-1] in ends for ids in completion_ids]
+        by_length = [bool(bootstraps) and not end for end in ended]
         over = [self._episodes.is_over(row) for row in range(len(completion_ids))]
         cut = [said or (long and not done) for said, long, done in zip(says, by_length, over, strict=True)]
         rows = torch.tensor(cut, device=self.device)

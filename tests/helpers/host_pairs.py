@@ -3,6 +3,7 @@ compared."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from rl_plugins.lightning import GRPOModule, MTPCriticModule, PPOModule, RLModule
 from rl_plugins.rollouts.batch import select_rows
 from rl_plugins.rollouts.completions import Completions, pad_left
+from rl_plugins.signals import GroupSignal, VariantOptions
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -22,6 +24,8 @@ from rl_plugins.trl import (
     MTPCriticTrainer,
     PPOConfig,
     PPOTrainer,
+    RLConfig,
+    RLTrainer,
 )
 
 from .lightning_runs import perturb
@@ -31,6 +35,11 @@ HOSTS: dict[str, tuple[Any, Any, Any]] = {
     "critic": (MTPCriticConfig, MTPCriticTrainer, MTPCriticModule),
     "grpo": (GRPOVariantConfig, GRPOVariantTrainer, GRPOModule),
     "ppo": (PPOConfig, PPOTrainer, PPOModule),
+    "plain": (
+        RLConfig,
+        RLTrainer,
+        partial(RLModule, signal=GroupSignal(VariantOptions(advantage="group_normalized"))),
+    ),
 }
 # What TRL calls otherwise, and what only it has; the rest of the options has the same name on both sides.
 QUIET = {
@@ -86,7 +95,7 @@ def pair_factory(start: str, dataset: Dataset, reward: Any, tmp_path: Path) -> M
     ) -> tuple[Any, Any]:
         config_class, trainer_class, module_class = HOSTS[name]
         slices = options.get("steps_per_generation", 1)
-        group = options.get("num_generations", 4 if name == "grpo" else 1)
+        group = options.get("num_generations", 4 if name in ("grpo", "plain") else 1)
         shared = {"max_completion_length": 6, "learning_rate": 1e-3, "num_generations": group, **options}
         args = config_class(
             str(tmp_path / "trl"),
@@ -99,7 +108,7 @@ def pair_factory(start: str, dataset: Dataset, reward: Any, tmp_path: Path) -> M
         trainer = trainer_class(start, reward_funcs, args, data, **{**more, **(given or {})})
         module_class = cls or (scripted(module_class) if scripted_rollouts else module_class)
         module = module_class(
-            start, reward_funcs=reward_funcs, lr_scheduler_type="constant", **{**shared, **(lightning or {})}
+            start, lr_scheduler_type="constant", **{"reward_funcs": reward_funcs, **shared, **(lightning or {})}
         )
         module.generation["suppress_tokens"] = [0]
         perturb(trainer.model, 0.05)
