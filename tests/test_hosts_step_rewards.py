@@ -4,6 +4,7 @@ critic where they were paid, and episodes that were cut are worth what would fol
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rl_plugins.functional import batch_normalized, discounted_returns, process_normalized
-from rl_plugins.functional.alignment import last_real
 from rl_plugins.lightning import PPOModule, PromptDataModule
 from rl_plugins.nn import base_model_of
 from rl_plugins.rollouts import Completions, TokenRewards, rewards_per
@@ -30,14 +30,18 @@ from rl_plugins.signals.scores import pay
 from rl_plugins.trl import EpisodeRollouts, PPOTrainer
 
 from .helpers.host_pairs import (
+    GROUPS,
     HOSTS,
     QUIET,
     Make,
     assert_batches_agree,
     attach_trainer,
+    hash_of,
     pair_factory,
+    rollout_func,
     rollouts,
     save_start,
+    scripted,
 )
 from .helpers.lightning_runs import LORA, Numbers, every_step, fit, perturb
 
@@ -321,6 +325,41 @@ def test_rewards_of_a_rollout_of_ones_own_in_lightning(make: Make, dataset: Data
     assert_targets(batch, hand, OWN * scored[:, None], {})
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_an_overridden_score_beside_an_environment_that_pays(make: Make, dataset: Dataset, columns: int) -> None:
+    """A number for each completion and the environment's rewards add up, each under a name of its own."""
+    plays = playing(HOSTS["critic"][2], earned=True)
+
+    class Scores(plays):
+        def score(self, rows: Any, completions: Completions) -> Tensor:
+            return torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None].repeat(1, columns)
+
+    _, module = make("critic", cls=Scores, attached=False, lightning={"reward_funcs": None}, max_completion_length=8)
+    attach_trainer(module)
+    _, metrics = module.rollout([dict(dataset[i]) for i in range(8, 12)])
+    hand = REWARDS.clone()
+    hand[range(4), [5, 2, 6, 2]] += columns * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    torch.testing.assert_close(module.last_rollout["rewards"], hand)
+    torch.testing.assert_close(module.last_rollout["scores"], hand.sum(1))
+    for name in ["score"] if columns == 1 else ["score_1", "score_2"]:
+        assert float(metrics[f"rewards/{name}/mean"]) == 2.5
+    assert float(metrics["rewards/environment/mean"]) == pytest.approx(4.25 / 3)
+
+
+def test_gdpo_works_on_sums(make: Make, dataset: Dataset) -> None:
+    """TRL's own advantage of several rewards, without one of ours."""
+    seen = []
+    with pytest.raises(
+        ValueError, match=r"'normalize_then_sum' \(GDPO\) is an advantage of TRL's own.* would take its"
+    ):
+        make("plain", trl={"multi_objective_aggregation": "normalize_then_sum"}, given={"signal": GroupSignal(GROUPS)})
+    for functions in ([per_odd_token, shares], [number_odd, shares]):
+        trainer, _ = make("grpo", reward_funcs=functions, trl={"multi_objective_aggregation": "normalize_then_sum"})
+        torch.manual_seed(7)
+        seen.append(trainer._generate_and_score_completions([dict(dataset[8 + i // 4]) for i in range(16)]))
+    assert torch.equal(seen[0]["advantages"], seen[1]["advantages"]) and seen[0]["advantages"].any()
+
+
 @pytest.mark.parametrize("name", ["critic", "ppo"])
 def test_kl_penalty_on_length_and_masks_come_on_top(make: Make, dataset: Dataset, name: str) -> None:
     options = {"beta": 0.2, "kl_in_reward": True, "overlong_shaping": True, "overlong_cache": 4}
@@ -520,6 +559,10 @@ def per_odd_token(completion_ids: list[list[int]], **_: Any) -> list[list[float]
     return [[float(token % 2) for token in ids] for ids in completion_ids]
 
 
+def number_odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [sum(row) for row in per_odd_token(completion_ids)]
+
+
 @pytest.mark.parametrize("bootstraps", [None, False])
 @pytest.mark.parametrize("name", ["critic", "ppo"])
 def test_by_default_a_completion_that_is_cut_ends(
@@ -644,6 +687,13 @@ def odd_from_ten(completion_ids: list[list[int]], prompts: list[str], **_: Any) 
     ]
 
 
+def ragged(prompt: str, number: int) -> list[int]:
+    """Completions whose length goes with the prompt, so that batches are of different widths."""
+    dice = torch.Generator().manual_seed(hash_of(prompt) + number)
+    ids = torch.randint(2, 16, (hash_of(prompt) % 9 + number % 3,), generator=dice).tolist()
+    return [*ids, 1]
+
+
 class Rollouts(Callback):
     """The last rollout after each training step, of either host."""
 
@@ -673,7 +723,8 @@ def test_groups_that_are_drawn_replayed_and_rejected_keep_their_steps(
     trainer, module = make(
         "grpo", prompts=3, data=data, reward_funcs=odd_from_ten, advantage=advantage, policy_loss="dapo",
         dynamic_sampling=True, max_draws=1, replay_buffer_size=4, reject_uniform=True, attached=False,
-        max_completion_length=9, trl={"max_steps": 6},
+        max_completion_length=16, trl={"max_steps": 6}, given={"rollout_func": partial(rollout_func, complete=ragged)},
+        cls=scripted(HOSTS["grpo"][2], ragged),
     )  # fmt: skip
     theirs, ours, numbers = TRLRollouts(trainer), Rollouts(), Numbers()
     trainer.add_callback(theirs)

@@ -31,6 +31,7 @@ from rl_plugins.trl import (
 from .lightning_runs import perturb
 from .tiny import ON_CPU
 
+GROUPS = VariantOptions(advantage="group_normalized")
 HOSTS: dict[str, tuple[Any, Any, Any]] = {
     "critic": (MTPCriticConfig, MTPCriticTrainer, MTPCriticModule),
     "grpo": (GRPOVariantConfig, GRPOVariantTrainer, GRPOModule),
@@ -38,7 +39,7 @@ HOSTS: dict[str, tuple[Any, Any, Any]] = {
     "plain": (
         RLConfig,
         RLTrainer,
-        partial(RLModule, signal=GroupSignal(VariantOptions(advantage="group_normalized"))),
+        partial(RLModule, signal=GroupSignal(GROUPS)),
     ),
 }
 # What TRL calls otherwise, and what only it has; the rest of the options has the same name on both sides.
@@ -222,13 +223,13 @@ def hash_of(text: str) -> int:
     return sum(ord(character) * 31**i for i, character in enumerate(text)) % 100_003
 
 
-def scripted(module_class: Any) -> Any:
+def scripted(module_class: Any, complete: Callable[[str, int], list[int]] = canned) -> Any:
     """A module whose completions are canned: a rollout of the user's own."""
 
     class Scripted(module_class):
         def generate(self, prompts: Any) -> Completions:
             ids, mask = pad_left(self.tokenizer(text=list(prompts))["input_ids"], 0, "cpu")
-            rows = [canned(prompt, i % self.num_generations) for i, prompt in enumerate(prompts)]
+            rows = [complete(prompt, i % self.num_generations) for i, prompt in enumerate(prompts)]
             reversed_ids, reversed_mask = pad_left([row[::-1] for row in rows], 0, "cpu")
             ended = torch.tensor([row[-1] == 1 for row in rows])
             return Completions(ids, mask, reversed_ids.flip(1), reversed_mask.flip(1), ended)
@@ -236,9 +237,11 @@ def scripted(module_class: Any) -> Any:
     return Scripted
 
 
-def rollout_func(prompts: list[str], trainer: Any) -> dict[str, Any]:
+def rollout_func(
+    prompts: list[str], trainer: Any, complete: Callable[[str, int], list[int]] = canned
+) -> dict[str, Any]:
     return {
         "prompt_ids": trainer.processing_class(text=prompts)["input_ids"],
-        "completion_ids": [canned(prompt, i % trainer.num_generations) for i, prompt in enumerate(prompts)],
+        "completion_ids": [complete(prompt, i % trainer.num_generations) for i, prompt in enumerate(prompts)],
         "logprobs": None,
     }
