@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lambda_trace": {"policy_loss": "dppo", "advantage": "lambda_trace", "advantage_kwargs": {"lam": 0.8}},
     "gvpo": {"policy_loss": "gvpo", "advantage": "group_centered"},
     "reinforce++": {"policy_loss": "ppo_clip", "advantage": "batch_normalized", "beta": 0.2, "kl_in_reward": True},
+    "reward_to_go": {"policy_loss": "dapo", "advantage": "reward_to_go", "beta": 0.3},
     "tracker": {"policy_loss": "fipo", "advantage": "value_tracker", "num_generations": 1},
     "truncated": {"policy_loss": "gmpo", "advantage": "group_normalized", "mask_truncated_completions": True},
     "hot": {"policy_loss": "kl_cov", "advantage": "reward", "temperature": 1.7, "entropy_coef": 0.1},
@@ -94,6 +95,7 @@ CRITICS: dict[str, dict[str, Any]] = {
     "three_heads": {"num_mtp_heads": 3, "mtp_inner_size": 16, "advantage_scaling": "none", "value_grad_scale": 0.5},
     "truncated": {"mask_truncated_completions": True, "policy_loss": "grpo", "temperature": 0.7},
     "long": {"overlong_shaping": True, "overlong_cache": 4},
+    "cut": {"bootstrap_truncated": True, "lam_value": 0.7, "time_unit": "turn", "gamma": 0.9},
 }
 
 
@@ -107,6 +109,7 @@ def test_critic_inside_the_policy(make: Make, dataset: Dataset, name: str) -> No
 PPOS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "kl_in_loss": {"kl_in_reward": False, "beta": 0.2, "entropy_coef": 0.1, "value_clip_range": 0.01},
+    "cut": {"bootstrap_truncated": True, "lam_value": 0.7, "gamma": 0.9},
     "plain": {"beta": 0.0, "num_iterations": 1, "advantage_estimator": "mc", "value_loss_type": "squared"},
 }
 
@@ -144,6 +147,32 @@ def test_completions_that_cannot_be_scored(make: Make, dataset: Dataset, reward:
         policy_loss="dapo", **group
     )  # fmt: skip
     assert_hosts_agree(trainer, module, dataset, 12 if name == "critic" else 4)
+    assert module.last_rollout["scores"].isnan().any()
+
+
+def digits(completion_ids: list[list[int]], **kwargs: Any) -> list[list[float | None]]:
+    """A reward for every token, none for some."""
+    return [[[None, 0.5, -0.25, 1.0][token % 4] for token in ids] for ids in completion_ids]
+
+
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "critic": ("critic", {"beta": 0.2, "kl_in_reward": True, "bootstrap_truncated": True}),
+    "process_normalized": ("grpo", {"advantage": "process_normalized"}),
+    "turn_normalized": ("grpo", {"advantage": "turn_normalized"}),
+    "reward_to_go": ("grpo", {"advantage": "reward_to_go", "beta": 0.2, "kl_in_reward": True}),
+    "ppo": ("ppo", {"beta": 0.2, "bootstrap_truncated": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_rewards_for_every_token(make: Make, dataset: Dataset, name: str) -> None:
+    host, options = STEPS[name]
+    trainer, module = make(
+        host, prompts=4 if host == "grpo" else 12, reward_funcs=[digits, sometimes], reward_weights=[0.5, 2.0],
+        policy_loss="dapo", num_iterations=2, **options
+    )  # fmt: skip
+    assert_hosts_agree(trainer, module, dataset, 4 if host == "grpo" else 12)
     assert module.last_rollout["scores"].isnan().any()
 
 
