@@ -346,6 +346,7 @@ def test_an_overridden_score_beside_an_environment_that_pays(make: Make, dataset
     assert float(metrics["rewards/environment/mean"]) == pytest.approx(4.25 / 3)
 
 
+@pytest.mark.slow
 def test_gdpo_works_on_sums(make: Make, dataset: Dataset) -> None:
     """TRL's own advantage of several rewards, without one of ours."""
     seen = []
@@ -540,6 +541,7 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CUTS)
 @pytest.mark.parametrize("name", ["critic", "ppo"])
 def test_completions_cut_by_their_length_are_worth_what_would_follow(
@@ -563,6 +565,7 @@ def number_odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(row) for row in per_odd_token(completion_ids)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bootstraps", [None, False])
 @pytest.mark.parametrize("name", ["critic", "ppo"])
 def test_by_default_a_completion_that_is_cut_ends(
@@ -644,6 +647,7 @@ class Digits:
         return f" {said % 10}" * (1 + said % 2), reward, said % 5 == 0, said % 5 == 1 or self.turn == 4, {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bootstraps", [None, True])
 @pytest.mark.parametrize("name", ["critic", "ppo", "grpo"])
 def test_hosts_agree_on_episodes(make: Make, dataset: Dataset, name: str, bootstraps: bool | None) -> None:
