@@ -1,6 +1,6 @@
 """Play a game of several turns that pays after every turn, with the MTP critic and with GRPO, and compare the curves.
 
-The game is a code book. In each of eight turns it shows one of 40 symbols and a stake, such as "k3:", and the policy
+The game is a code book. In each of eight turns it shows a stake and one of ten symbols, such as "6d", and the policy
 answers with the two digits that belong to the symbol. It earns the stake times the share of digits that are right.
 Symbols and stakes are dice of the game's own: most of what an episode earns is luck, which no policy can change. A
 critic that is paid after every turn sees past it; one number per episode does not.
@@ -8,8 +8,9 @@ critic that is paid after every turn sees past it; one number per episode does n
     python recipes/multi_turn.py                                       # two methods, some minutes on a laptop's CPU
     python recipes/multi_turn.py --methods critic grpo process reward_to_go --seeds 0 1 2 3 4
 
-All methods play equally many episodes, so they generate equally many tokens. The small model starts from random
-weights; `--model` starts from any other, which then needs `--max_turn_length 8` or more and a smaller learning rate.
+All methods play equally many episodes, so they generate equally many tokens. The small model first imitates games of
+random digits, which teaches it what an answer looks like. `--model` starts from any other, which then needs
+`--max_turn_length 8` or more and a smaller learning rate.
 Writes `curves.png`, `curves.json`, and for the critic `token_values.html`.
 """
 
@@ -21,6 +22,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -33,6 +35,7 @@ from transformers import (
 )
 
 from rl_plugins.report import traces_from_rollout, write_token_values_html
+from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
 from rl_plugins.trl import (
     EpisodeRollouts,
     GRPOVariantConfig,
@@ -41,8 +44,9 @@ from rl_plugins.trl import (
     MTPCriticTrainer,
 )
 
-SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
-DIGITS = "012345"
+SYMBOLS = "abcdefghij"
+DIGITS = "01234"
+PROMPT = "play:"
 STAKES = (0, 1, 1, 2, 6)
 TURNS = 8
 
@@ -66,7 +70,7 @@ class CodeBook:
 
     def _show(self) -> str:
         self.symbol, self.stake = self.dice.choice(SYMBOLS), self.dice.choice(STAKES)
-        return f"{self.symbol}{self.stake}:"
+        return f"{self.stake}{self.symbol}"
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Pay for an answer, and show the next symbol."""
@@ -90,9 +94,9 @@ class Curve(TrainerCallback):
         self.points.append((state.global_step * self.tokens, right))
 
 
-def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights."""
-    return Qwen3ForCausalLM(
+def small_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights that has imitated random play."""
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -108,11 +112,27 @@ def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
             bos_token_id=None,
         )
     )
+    dice, optimizer = random.Random(seed), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        ids = tokenizer([random_game(dice) for _ in range(64)], return_tensors="pt").input_ids
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def random_game(dice: random.Random) -> str:
+    """A game in which every answer is a guess."""
+    turns = (
+        f"{dice.choice(STAKES)}{dice.choice(SYMBOLS)}{dice.choice(DIGITS)}{dice.choice(DIGITS)}" for _ in range(TURNS)
+    )
+    return PROMPT + "".join(turns)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character."""
-    characters = dict.fromkeys(SYMBOLS + "0123456789" + ":")
+    characters = dict.fromkeys(PROMPT + SYMBOLS + "0123456789")
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -139,7 +159,7 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
     set_seed(seed)
     if options.model is None:
         tokenizer: Any = character_tokenizer()
-        model: Any = small_model(tokenizer)
+        model: Any = small_model(tokenizer, seed)
     else:
         model, tokenizer = options.model, AutoTokenizer.from_pretrained(options.model, padding_side="left")
     made: list[CodeBook] = []
@@ -152,10 +172,12 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
     args = config_class(
         output_dir=str(output / f"{method}_{seed}"),
         per_device_train_batch_size=options.episodes,
-        max_completion_length=TURNS * (options.max_turn_length + 3),
+        max_completion_length=TURNS * (options.max_turn_length + 2),
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
         max_steps=options.updates,
+        steps_per_generation=2,
+        entropy_coef=options.entropy_coef,
         logging_steps=20,
         save_strategy="no",
         gradient_checkpointing=False,
@@ -169,7 +191,7 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
         model,
         episodes.earned,
         args,
-        train_dataset=Dataset.from_dict({"prompt": ["play:" if options.model is None else options.prompt] * 1024}),
+        train_dataset=Dataset.from_dict({"prompt": [PROMPT if options.model is None else options.prompt] * 1024}),
         processing_class=tokenizer,
         rollout_func=episodes,
     )
@@ -210,18 +232,20 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
 
     made = {"num_generations": 1, **own}
     module = (MTPCriticModule if method == "critic" else GRPOModule)(
-        small_model(tokenizer),
+        small_model(tokenizer, seed),
         tokenizer,
         environment=new_game,
         max_turns=TURNS,
         max_turn_length=options.max_turn_length,
-        max_completion_length=TURNS * (options.max_turn_length + 3),
+        max_completion_length=TURNS * (options.max_turn_length + 2),
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
+        steps_per_generation=2,
+        entropy_coef=options.entropy_coef,
         **made,
     )
-    prompts = options.episodes // made["num_generations"]
-    rows = [{"prompt": "play:"}] * (prompts * options.updates)
+    prompts = 2 * options.episodes // made["num_generations"]
+    rows = [{"prompt": PROMPT}] * (prompts * options.updates)
     trainer = Trainer(
         max_steps=options.updates,
         accelerator="cpu" if options.cpu else "auto",
@@ -284,25 +308,30 @@ def compare(curves: dict[str, list[list[tuple[int, float]]]]) -> list[str]:
 
 def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
     """Mean curves over the seeds, each seed thin behind its mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for method, runs in curves.items():
+    figure = new_figure(9, 4.5)
+    axes = figure.add_subplot()
+    ends: dict[Any, float] = {}
+    for number, (method, runs) in enumerate(curves.items()):
+        color, style = COLORS[number % len(COLORS)], LINE_STYLES[number % len(LINE_STYLES)]
         tokens = [t / 1000 for t, _ in runs[0]]
         heights = [smoothed([h for _, h in curve]) for curve in runs]
         mean = [statistics.fmean(column) for column in zip(*heights, strict=True)]
-        (line,) = axes.plot(tokens, mean, label=NAMES[method], linewidth=2)
+        (line,) = axes.plot(tokens, mean, style, label=NAMES[method], color=color, linewidth=2)
+        ends[line] = mean[-1]
         for curve in heights if len(heights) > 1 else []:
-            axes.plot(tokens, curve, color=line.get_color(), linewidth=0.6, alpha=0.4)
-    axes.set(xlabel="generated tokens, thousands", ylabel="share of digits that are right", ylim=(0, 1))
-    axes.set_title("Code book: eight turns, a reward after each, most of it luck")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+            axes.plot(tokens, curve, color=color, linewidth=0.6, alpha=0.4)
+    axes.set(xlabel="generated tokens, thousands", ylabel="share of digits that are right")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    thin = "; thin: each seed" if any(len(runs) > 1 for runs in curves.values()) else ""
+    axes.set_title(
+        f"Code book: eight turns, a reward after each, most of it luck\n(means of 10 updates{thin})", fontsize=11
+    )
+    style_axes(axes)
+    # In the order in which the curves end, so that the eye finds each beside its name.
+    lines = sorted(ends, key=lambda line: -ends[line])
+    axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=2.6)
+    save_png(figure, path)
 
 
 def main() -> None:
@@ -311,8 +340,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["critic", "grpo"], choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--updates", type=int, default=300)
-    parser.add_argument("--episodes", type=int, default=64, help="games per update")
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--episodes", type=int, default=64, help="games per update; a rollout plays those of two")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--entropy_coef", type=float, default=0.02)
     parser.add_argument("--max_turn_length", type=int, default=2, help="tokens per turn")
     parser.add_argument("--model", help="path or hub id; a small new model by default")
     parser.add_argument("--prompt", default="Answer each symbol with its two digits.\n", help="for --model")

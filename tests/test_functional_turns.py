@@ -140,13 +140,27 @@ def test_steps_worth_nothing_are_steps() -> None:
 def test_turn_levels_by_hand() -> None:
     rewards = torch.tensor([[1.0, 0, 0, 5.0], [3.0, 0, 0, 1.0], [2.0, 0, 0, 0.0]])
     mask = torch.tensor([[1, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0]])  # the third has one turn, its last
-    found = turn_normalized(rewards, mask, 3, outcome_coef=0.5, eps=1e-4)
+    found = turn_normalized(rewards, mask, 3, gamma=0.5, eps=1e-4)
     outcome = group_normalized(torch.tensor([5.0, 1.0, 2.0]), 3)
     first = group_normalized(torch.tensor([1.0, 3.0, math.nan]), 3)
     expected = torch.zeros(3, 4)
     expected[:2, 0], expected[:2, 3] = first[:2] + 0.5 * outcome[:2], outcome[:2]
     expected[2, 0] = outcome[2]
     torch.testing.assert_close(found, expected)
+
+
+def test_a_turn_is_credited_with_all_that_follow() -> None:
+    """Three turns of two tokens, the second of which is paid: MT-GRPO's sum over the turns to come."""
+    earned = torch.tensor([[1.0, 4.0, 0.0], [2.0, 0.0, 3.0]])
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1]] * 2)
+    rewards = torch.zeros(2, 8)
+    rewards[:, [1, 4, 7]] = earned
+    one, two, three = (group_normalized(column, 2) for column in earned.unbind(1))
+    expected = torch.zeros(2, 8)
+    expected[:, 6:] = three[:, None]
+    expected[:, 3:5] = (two + 0.5 * three)[:, None]
+    expected[:, :2] = (one + 0.5 * two + 0.25 * three)[:, None]
+    torch.testing.assert_close(turn_normalized(rewards, mask, 2, gamma=0.5), expected)
 
 
 def test_one_reward_at_the_end_is_the_group_s_advantage() -> None:

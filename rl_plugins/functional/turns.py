@@ -11,7 +11,7 @@ Arguments that functions here share, and do not list again:
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.masking import upcast, zero_masked
+from rl_plugins.functional.masking import zero_masked
 
 
 def turn_ends(mask: Tensor) -> Tensor:
@@ -35,19 +35,20 @@ def turn_numbers(mask: Tensor) -> Tensor:
     return (ends.cumsum(1) - ends.long()).masked_fill(~mask.bool(), -1)
 
 
-def at_turn_ends(factor: float | Tensor, mask: Tensor) -> Tensor:
+def at_turn_ends(factor: float | Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Make a discount or a trace decay act once a turn: `factor` where a turn ends, 1 inside it.
 
     With these as `gamma` and `lam`, the estimators of `returns` measure time in turns: inside a turn nothing is
-    discounted and no trace decays, and tokens of the environment count as no time in either unit.
+    discounted and no trace decays. Tokens of the environment take no time in either unit.
 
     Args:
         factor: a float, or one per sequence, `(B,)` or `(B, 1)`.
+        dtype: of the numbers that the factors are multiplied with; they are float32 at least.
 
     Returns:
-        `(B, T)`, float32 or wider, 0 where the mask is 0.
+        `(B, T)`, 0 where the mask is 0.
     """
-    given = upcast(torch.as_tensor(factor, device=mask.device, dtype=getattr(factor, "dtype", torch.float32)))
+    given = torch.as_tensor(factor, device=mask.device, dtype=torch.promote_types(dtype, torch.float32))
     given = given.reshape(-1, 1) if given.ndim else given
     return zero_masked(torch.where(turn_ends(mask), given, torch.ones_like(given)), mask)
 
@@ -62,5 +63,5 @@ def turn_sums(x: Tensor, mask: Tensor) -> Tensor:
         `(B, K)`, float32 or wider; K is the largest number of turns of a row, at least 1.
     """
     numbers, real = turn_numbers(mask), zero_masked(x, mask)
-    turns = max(int(numbers.max()) + 1, 1)
+    turns = max([1, *turn_ends(mask).sum(1).tolist()])
     return real.new_zeros(len(x), turns).scatter_add_(1, numbers.clamp(min=0), real)

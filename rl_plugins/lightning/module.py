@@ -76,7 +76,8 @@ class RLModule(LightningModule):
         model: The policy: a model, a PEFT model around one, or a folder or hub id.
         tokenizer: Its tokenizer; by default that of the model's folder or hub id.
         reward_funcs: Reward functions with TRL's signature, `(prompts, completions, completion_ids, **columns) ->
-            one number or None per completion`; reward models or their paths; or a list of these.
+            one number, list or None per completion` ([`~rl_plugins.rollouts.rewards_per`] says for what a list is);
+            reward models or their paths; or a list of these.
         signal: Says what a scored batch of completions teaches.
         policy: The policy loss; TRL's default, `dapo`, if none is named.
         drafts: Speculative rollouts.
@@ -523,8 +524,8 @@ class RLModule(LightningModule):
         return bool(self.sum_over_ranks(torch.tensor([float(holds)], device=self.device)) > 0)
 
     def score(self, rows: Sequence[Row], completions: Completions) -> Tensor | TokenRewards:
-        """Call the reward functions: rewards (B, F), NaN for none. Override it for rewards from elsewhere: these, or
-        [`~rl_plugins.rollouts.TokenRewards`] with one for every token."""
+        """Call the reward functions: rewards (B, F), NaN for none. Override it for rewards from elsewhere, and return
+        such a tensor, or [`~rl_plugins.rollouts.TokenRewards`] with a reward for every token."""
         prompts, ids = [row["prompt"] for row in rows], completions.token_lists()
         columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0] if key not in NOT_COLUMNS}
         columns["trainer_state"] = self._trainer  # of TRL's state, functions mostly read global_step

@@ -57,7 +57,7 @@ Generate = Callable[[Sequence[Sequence[int]], int], Completions]
 
 
 class _Episode:
-    """One row: its tokens after the prompt, and what it earned."""
+    """An episode so far: its tokens after the prompt, and what each of them earned."""
 
     def __init__(self, prompt_ids: list[int], environment: TextEnvironment, chat: bool) -> None:
         self.prompt_ids, self.environment, self.chat = prompt_ids, environment, chat
@@ -123,7 +123,7 @@ def play_episodes(
         generate: Makes turns; [`~rl_plugins.rollouts.generate_completions`] with everything else filled in.
         prompts: B prompts, text or messages.
         environments: One for each.
-        turns: How episodes are written down.
+        turns: Form of the episodes.
         rows: Columns of the data for the environments' `reset`; the prompts alone by default.
         pad_token_id: Fills up.
         device: Of the results.

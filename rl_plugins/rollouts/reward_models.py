@@ -50,9 +50,9 @@ class RewardModel:
 class ProcessRewardModel:
     r"""A token classifier as a reward function for the steps of a completion (Lightman et al., arXiv 2305.20050).
 
-    Each step of the completion, followed by the separator, is judged at its last token given the prompt and the steps
-    before: the reward is the probability of the second class, or the logit where there is only one. This is the format
-    of TRL's former `PRMTrainer`. Both hosts take it for a reward function.
+    The classifier reads the prompt and the steps, each followed by the separator, and judges a step at the last token
+    of its separator. The reward is the probability of the second class, or the logit where there is only one. TRL's
+    former `PRMTrainer` trained classifiers in this format. Both hosts take the object for a reward function.
 
     Args:
         model: The classifier, or where to load it from.

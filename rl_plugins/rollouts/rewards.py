@@ -15,8 +15,8 @@ from rl_plugins.rollouts.reward_models import RewardModel, is_conversational
 from rl_plugins.rollouts.step_rewards import Completed, StepRewards, as_float
 
 RewardFunc = Callable[..., Any]
-"""`(prompts, completions, completion_ids, **columns) -> one number, list of numbers for its steps, or None per
-completion`, sync or async; see [`~rl_plugins.rollouts.rewards_per`]."""
+"""`(prompts, completions, completion_ids, **columns) -> one entry per completion`, sync or async. An entry is a
+number, `None`, or a list with a reward for each token, turn or step; see [`~rl_plugins.rollouts.rewards_per`]."""
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Keyword arguments that every reward function is given, beside the columns of the data."""

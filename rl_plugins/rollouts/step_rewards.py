@@ -1,6 +1,6 @@
 """Rewards for steps: what a reward function may return instead of one number per completion, and where it is paid.
 
-A function says with [`rewards_per`] for what it returns a reward each:
+[`rewards_per`] declares the unit of a function, for each of which it returns a reward:
 
     unit    list for each completion              a reward is paid at
     token   as long as its `completion_ids`       that token
@@ -29,10 +29,10 @@ UNITS = ("token", "turn", "step", "span")
 
 
 class RewardUnit(NamedTuple):
-    """For what a reward function returns a reward each.
+    """Unit of a reward function, for each of which it returns a reward.
 
     Attributes:
-        kind: One of `UNITS`; `None` for whole completions.
+        kind: One of `UNITS`; `None` where the function declares none.
         separator: Text that ends a step.
     """
 
@@ -44,8 +44,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def rewards_per(kind: str, *, separator: str = "\n\n") -> Callable[[F], F]:
-    r"""Declare for what a reward function returns a reward each. It then returns a list for each completion, `None`
-    where it does not apply; an entry of the list may be `None`, too.
+    r"""Declare the unit of a reward function: a token, a turn, a step or a span of the completion.
+
+    The function then returns a list for each completion, with a reward for each unit in it. `None` in place of a list
+    or of a reward stands for no reward.
 
     Args:
         kind: `token`, `turn`, `step` or `span`.
@@ -79,7 +81,7 @@ def rewards_per(kind: str, *, separator: str = "\n\n") -> Callable[[F], F]:
 
 
 def reward_unit(func: Any) -> RewardUnit:
-    """Read off for what a function returns a reward each."""
+    """Read the unit of a reward function, through any `functools.partial` around it."""
     while isinstance(func, functools.partial) and not hasattr(func, "reward_unit"):
         func = func.func
     return getattr(func, "reward_unit", RewardUnit())
@@ -107,8 +109,8 @@ def _pieces(text: str, separator: str) -> Iterator[tuple[int, int, int]]:
 def token_ends(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     """Count the characters of a text that are complete after each of its tokens.
 
-    Tokens need not be cut where characters or steps are: of two that share a character (bytes of an emoji), it is the
-    second that completes it. The tokens are those that were generated; encoding the text anew might give others.
+    Several tokens may share a character (bytes of an emoji); the last of them completes it. The tokens are those that
+    were generated; encoding the text anew might give others.
 
     Args:
         tokenizer: Of the text.
@@ -139,7 +141,7 @@ def token_ends(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 
 @dataclass
 class Completed:
-    """Completions as their tokens, when reward functions are called.
+    """Completions that reward functions are called on, as tokens.
 
     Attributes:
         ids: Tokens of each completion, those of an environment included.
@@ -211,14 +213,14 @@ class StepRewards:
         self.paid: dict[int, list[dict[int, float]]] = {}
         """For each step function by its number: reward by token, for each completion."""
         self.at_tokens: dict[int, Tensor] = {}
-        """The same of whoever gives a tensor (B, T), NaN where nothing is paid."""
+        """For each other source by its number: rewards (B, T), NaN where nothing is paid."""
         self.unseparated: dict[int, int] = {}
         """For each function with a separator by its number: completions in which it does not occur."""
 
     @staticmethod
     def are_steps(func: Any, rewards: list[Any]) -> bool:
-        """Whether a function returned rewards of steps: it says so, or returned lists. Lists of a single number are a
-        column of numbers."""
+        """Whether a function returned rewards of steps: it has a unit, or some of its lists have not just one number.
+        Lists of one number each are a column of a tensor."""
         listed = [row for row in map(as_list, rewards) if row is not None]
         return reward_unit(func).kind is not None or any(len(row) != 1 for row in listed)
 
@@ -226,10 +228,10 @@ class StepRewards:
         """Take in what a function returned.
 
         Args:
-            number: Of the function.
+            number: Of the function among the reward functions.
             func: The function.
-            returned: Begins an error: who returned.
-            moment: When.
+            returned: Beginning of an error, such as `"The reward function 'f' returned"`.
+            moment: When it was called, such as `" in step 3"`.
             rewards: An entry for each completion.
 
         Returns:
@@ -245,8 +247,7 @@ class StepRewards:
             if entry is None and rewards[row] is not None:
                 raise TypeError(
                     f"{returned} {rewards[row]!r} for completion {row}{moment}, where its other rewards are lists or "
-                    "rewards_per says that they should be. Return a list for each completion, None where it does not "
-                    "apply."
+                    "rewards_per declares them to be. Return a list for each completion, None where it does not apply."
                 )
         places, sums = [], []
         for row, entry in enumerate(listed):
@@ -323,7 +324,7 @@ class StepRewards:
             things = {"token": "tokens", "turn": "turns of the policy", "step": f"steps that end with {separator!r}"}
             raise ValueError(
                 f"{returned} {len(entry)} rewards {where}, which has {len(tokens)} {things[kind]}. Return one for "
-                "each, None for none; rewards_per says for what a function returns a reward."
+                "each, None for none, or declare another unit with rewards_per."
             )
         for token, reward in zip(tokens, entry, strict=True):
             yield places[token], _number(reward, returned, where)

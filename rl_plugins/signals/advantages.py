@@ -109,9 +109,9 @@ def _batch_normalized(scores: Tensor, group_size: int, *, eps: float = 1e-8) -> 
 
 
 def _turn_normalized(
-    rewards: Tensor, paid: Tensor, mask: Tensor, group_size: int, *, outcome_coef: float = 1.0, eps: float = 1e-4
+    rewards: Tensor, paid: Tensor, mask: Tensor, group_size: int, *, gamma: float = 1.0, eps: float = 1e-4
 ) -> Tensor:
-    return turn_normalized(rewards, mask, group_size, outcome_coef=outcome_coef, eps=eps)
+    return turn_normalized(rewards, mask, group_size, gamma=gamma, eps=eps)
 
 
 def _group_centered_rescaled(scores: Tensor, group_size: int) -> Tensor:

@@ -119,8 +119,8 @@ def critic_targets(
         length_alpha: Use VAPO's length-adaptive lambda for the policy with this alpha.
         lookahead: Bootstrap from the mean of all heads' forecasts of `V(s_{t+1})` instead of head 1's alone.
         time_unit: `token`, or `turn`: gamma and the lambdas act where a turn ends, and inside a turn both are 1.
-        after: Values of the states after the last tokens (B,), of episodes that go on there; 0 for one that ended.
-            By default all have ended. The observed return of an episode that goes on is taken to end in its value.
+        after: Values of the states after the last tokens (B,), 0 where an episode has ended there; by default all
+            have. The observed return of an episode that goes on ends with this value.
 
     Raises:
         ValueError: If the estimator or the unit is unknown, or gamma or a lambda lies outside [0, 1].
@@ -134,7 +134,7 @@ def critic_targets(
     factors: tuple[float | Tensor, ...] = gamma, *_lambdas(estimator, lam_policy, lam_value, length_alpha, lengths)
     if time_unit == "turn":
         check_discount(gamma)
-        factors = tuple(at_turn_ends(factor, mask) for factor in factors)
+        factors = tuple(at_turn_ends(factor, mask, dtype=dtype) for factor in factors)
     discount, lam_advantage, lam_target = factors
     bootstrap = lookahead_values(target_values, mask) if lookahead else target_values[..., 0]
     next_values, observed = next_state_values(bootstrap, mask), rewards
@@ -317,8 +317,9 @@ def critic_signal(
         targets.advantages, values[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
     )
     if discounted_objective:
-        discount = at_turn_ends(gamma, mask) if options.get("time_unit") == "turn" else gamma
-        advantages = advantages * discount_factors(mask, gamma=discount, dtype=advantages.dtype)
+        dtype = advantages.dtype
+        discount = at_turn_ends(gamma, mask, dtype=dtype) if options.get("time_unit") == "turn" else gamma
+        advantages = advantages * discount_factors(mask, gamma=discount, dtype=dtype)
     metrics = rollout_metrics(targets, values, target_values, mask, reduce=reduce)
     skipped = (~mask.any(dim=1)).sum().float().view(1)
     metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]

@@ -54,8 +54,8 @@ class Values(NamedTuple):
     Attributes:
         online: (B, T, K).
         target: Those to bootstrap from (B, T, K).
-        after: Target value of the state after each completion's last token (B,), where an episode that was cut there
-            would go on; `None` where no episode was cut.
+        after: Target value of the state after each completion's last token (B,), for episodes that were cut there;
+            `None` where none was.
     """
 
     online: Tensor

@@ -45,8 +45,8 @@ class Signal(ABC):
 
     @property
     def bootstrap_truncated(self) -> bool | None:
-        """Whether episodes that were cut are worth V(s_T), see
-        [`~rl_plugins.signals.OnlineValueOptions`]; `False` where nothing has values."""
+        """Whether episodes that were cut are worth V(s_T) after their last token: the option of that name in
+        [`~rl_plugins.signals.OnlineValueOptions`]. `False` where nothing has values."""
         return False
 
     def before_rollout(self, host: Host) -> Metrics:

@@ -105,7 +105,7 @@ class TokenMDP:
         return advantages
 
     def token_rewards(self, tokens: Tensor) -> Tensor:
-        """What is paid after each token of given strings: `(B, T)` -> `(B, T)`, 0 after the end."""
+        """Look up the reward paid after each token of given strings: `(B, T)` -> `(B, T)`, 0 after the end."""
         real = self.completion_mask(tokens)
         tokens, index = self._locate(tokens)
         rewards = torch.zeros(tokens.shape, dtype=torch.float64)
@@ -206,7 +206,7 @@ class TokenMDP:
     def _reward_table(
         self, reward: Callable[[Tensor], Tensor], step_reward: Callable[[Tensor], Tensor] | None, depth: int
     ) -> Tensor:
-        """What each token after the prefixes of a depth is paid `(V^d, V)`; 0 after the end."""
+        """Reward paid after each token that may follow the prefixes of a depth `(V^d, V)`; 0 after the end."""
         paid = torch.zeros(self.vocab_size ** (depth + 1), dtype=torch.float64)
         exists = self._exists[depth].repeat_interleave(self.vocab_size)
         for function, strings in ((reward, exists & ~self._exists[depth + 1]), (step_reward, self._exists[depth + 1])):

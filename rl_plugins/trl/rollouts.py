@@ -39,7 +39,7 @@ class EpisodeRollouts:
         max_turn_length: Longest turn in tokens.
 
     Attributes:
-        earned: Reward function: what the environment paid, at the tokens after which it did.
+        earned: Reward function of what the environment paid, at the tokens after which it did.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -453,7 +453,7 @@ class RLTrainer(GRPOTrainer):
         self._cut = self._cut_episodes(completion_ids, output[5])
         return output
 
-    def _cut_episodes(self, completion_ids: list[list[int]], columns: dict[str, Any]) -> Tensor | None:
+    def _cut_episodes(self, completion_ids: list[list[int]], columns: Mapping[str, Any]) -> Tensor | None:
         """Rows (B,) whose episode goes on after their last token, as far as the critic cares; `None` where all ranks
         have none. A rollout function says so in a column `truncated`, and in `terminated` which rows have ended: its
         episodes need not end with the end-of-text token."""
