@@ -204,6 +204,16 @@ def test_an_infinite_step_makes_the_completion_unusable() -> None:
     assert weighted_scores(rewards).isnan().tolist() == [True, False]
 
 
+def test_infinities_of_both_signs_are_not_no_reward() -> None:
+    functions = [returning([[math.inf, -math.inf], [1.0]]), returning([1.0, 1.0])]
+    rewards, _, _ = pay(functions, [[5, 6], [7]])
+    assert rewards.tolist() == [[math.inf, 1.0], [1.0, 1.0]]
+    assert weighted_scores(rewards).isnan().tolist() == [True, False]
+    steps, mask = StepRewards(Completed([])), torch.tensor([[1, 1], [1, 0]])
+    sums = steps.take_tokens(0, torch.tensor([[math.inf, -math.inf], [1.0, NAN]]), mask)
+    assert sums.tolist() == [math.inf, 1.0]
+
+
 def test_async_and_partial_functions() -> None:
     @rewards_per("token")
     async def later(scale: float, **_: Any) -> list[list[float]]:

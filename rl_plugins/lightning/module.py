@@ -52,7 +52,7 @@ from rl_plugins.signals.options import DraftOptions, HeadOptions, PolicyOptions,
 from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.signals.policy import inert_message
 from rl_plugins.signals.sampling import GroupSampling, further_rows
-from rl_plugins.signals.scores import overlong_reward, pay, score, with_unit_weight
+from rl_plugins.signals.scores import OVERLONG_NAME, overlong_reward, pay, score, with_unit_weight
 from rl_plugins.signals.signals import DraftHeads, Signal, make_decoder
 from rl_plugins.signals.step_loss import step_loss
 from rl_plugins.signals.warmup import pause_weight_decay
@@ -197,6 +197,7 @@ class RLModule(LightningModule):
         check_at_least(1, max_turns=max_turns, max_turn_length=max_turn_length)
         self.environment, self.max_turns, self.max_turn_length = environment, max_turns, max_turn_length
         self._environments: list[TextEnvironment] = []
+        self._has_paid = False
         self._episode_rows: list[Row] = []
         self._steps = StepRewards(Completed([]))
         self._set_up_rewards(reward_funcs, reward_weights, sampling)
@@ -421,6 +422,9 @@ class RLModule(LightningModule):
         if isinstance(scored, TokenRewards):
             names, weights = ["score"], None
             scored = self._steps.take_tokens(0, scored.rewards, mask).unsqueeze(1)
+        elif scored.shape[1] != len(names):  # from elsewhere than the reward functions
+            weights, columns = None, range(1, scored.shape[1] + 1)
+            names = ["score"] if len(columns) == 1 else [f"score_{column}" for column in columns]
         rewards = scored.to(self.device)
         if completions.rewards is not None:
             earned = self._steps.take_tokens(len(names), completions.rewards, mask)
@@ -492,7 +496,9 @@ class RLModule(LightningModule):
         self._environments += [environment() for _ in range(len(prompts) - len(self._environments))]
         together = gathers_in_forward(self.model)
         rows = [{key: value for key, value in row.items() if key != "completion"} for row in self._episode_rows]
-        return play_episodes(
+        others = {reward_name(func) for func in self.reward_funcs} - {OVERLONG_NAME}
+        alone = not others and not self._has_paid and type(self).score is RLModule.score
+        played = play_episodes(
             self._generate_ids,
             prompts,
             self._environments[: len(prompts)],
@@ -507,7 +513,12 @@ class RLModule(LightningModule):
             pad_token_id=self.tokenizer.pad_token_id,
             device=self.device,
             any_rank=self._on_any_rank if together else bool,
+            must_pay=self._on_any_rank if alone else None,
         )
+        if alone:
+            assert played.rewards is not None
+            self._has_paid = self._on_any_rank(not bool(played.rewards.isnan().all()))
+        return played
 
     def _on_any_rank(self, holds: bool) -> bool:
         return bool(self.sum_over_ranks(torch.tensor([float(holds)], device=self.device)) > 0)

@@ -64,7 +64,7 @@ class _Episode:
         self.ids: list[int] = []
         self.chosen: list[int] = []
         self.rewards: list[float] = []
-        self.turns = 0
+        self.turns = self.answers = 0
         self.goes_on, self.terminated, self.truncated = True, False, False
 
     def add(self, ids: Sequence[int], *, own: bool) -> None:
@@ -85,6 +85,7 @@ class _Episode:
             return
         action = turns.tokenizer.decode(ids, skip_special_tokens=True)
         observation, reward, self.terminated, self.truncated, _ = self.environment.step(action)
+        self.answers += 1
         if reward is not None:
             self.rewards[-1] = float(reward)
         over = self.terminated or self.truncated or self.turns == turns.max_turns
@@ -110,6 +111,7 @@ def play_episodes(
     pad_token_id: int,
     device: torch.device | str = "cpu",
     any_rank: Callable[[bool], bool] = bool,
+    must_pay: Callable[[bool], bool] | None = None,
 ) -> Completions:
     r"""Play an episode with each environment, all side by side: in every round all that go on make one turn.
 
@@ -126,12 +128,15 @@ def play_episodes(
         pad_token_id: Fills up.
         device: Of the results.
         any_rank: Tells whether something holds on any rank, where all ranks must call `generate` equally often.
+        must_pay: Given where nothing but the environments rewards, so that one of them has to; tells whether something
+            holds on any rank.
 
     Returns:
         Completions with `tool_mask`, `rewards` (B, T), NaN where nothing was paid, and `truncated` (B,).
 
     Raises:
-        ValueError: If there are not as many environments as prompts, or an environment returns no five-tuple.
+        ValueError: If there are not as many environments as prompts, an environment returns no five-tuple, or none
+            pays that has to.
     """
     if len(environments) != len(prompts):
         raise ValueError(f"There are {len(environments)} environments for {len(prompts)} prompts. Give one for each.")
@@ -152,7 +157,22 @@ def play_episodes(
         for episode, ids in zip(going, made, strict=False):
             room = turns.max_completion_length - len(episode.ids)
             _act(episode, ids[:room], turns)
+    if must_pay is not None:
+        _check_paid(episodes, must_pay)
     return _written(episodes, pad_token_id, device)
+
+
+def _check_paid(episodes: Sequence[_Episode], any_rank: Callable[[bool], bool]) -> None:
+    """Refuse environments that have answered turns, and paid none of them."""
+    answered = any_rank(any(episode.answers for episode in episodes))
+    paid = any_rank(any(not math.isnan(reward) for episode in episodes for reward in episode.rewards))
+    if answered and not paid:
+        names = ", ".join(sorted({type(episode.environment).__name__ for episode in episodes}))
+        raise ValueError(
+            f"There is no reward: {names}.step returned None as reward for every turn of the first batch of episodes, "
+            "and there are no reward functions besides. Return a number, 0 for a turn worth nothing, or give "
+            "reward_funcs."
+        )
 
 
 def _act(episode: _Episode, ids: Sequence[int], turns: Turns) -> None:

@@ -14,6 +14,7 @@ Tokens of an environment are nobody's action: what falls on one is paid at the p
 import functools
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -186,7 +187,8 @@ class Completed:
 
 def _token_of(ends: Sequence[int], characters: int, last: int) -> int:
     """The first token after which so many characters are complete."""
-    return next((t for t, end in enumerate(ends) if end >= characters), last)
+    token = bisect_left(ends, characters)
+    return token if token < len(ends) else last
 
 
 class TokenRewards(NamedTuple):
@@ -255,7 +257,9 @@ class StepRewards:
                     if not math.isnan(reward):
                         at[token] = at.get(token, 0.0) + reward
             places.append(at)
-            sums.append(sum(at.values()) if at else math.nan)
+            total = sum(at.values()) if at else None
+            # Infinities of both signs make the completion as unusable as one of them does; they are not "no reward".
+            sums.append(math.nan if total is None else math.inf if math.isnan(total) else total)
         self.paid[number] = places
         if kind == "step":
             occurs = (self.completed.step_ends(row, separator)[1] for row in range(len(listed)))
@@ -287,14 +291,16 @@ class StepRewards:
                 "them at the policy's last token before."
             )
         self.at_tokens[number] = rewards
-        return rewards.nansum(1).masked_fill(~(paid & mask.bool()).any(1), torch.nan)
+        sums = rewards.nansum(1)
+        sums = sums.masked_fill(sums.isnan(), torch.inf)  # infinities of both signs
+        return sums.masked_fill(~(paid & mask.bool()).any(1), torch.nan)
 
     def _placed(
         self, kind: str, separator: str, row: int, entry: list[Any], returned: str, moment: str
     ) -> Iterator[tuple[int, float]]:
         """Token and reward of each step of a completion; NaN for none."""
         completed, where = self.completed, f"for completion {row}{moment}"
-        chosen = completed.policy_mask(row)
+        places = _at_policy(completed.policy_mask(row))
         if kind == "span":
             text, ends = completed.text(row), token_ends(completed.tokenizer, completed.ids[row])
             for span in entry:
@@ -306,7 +312,7 @@ class StepRewards:
                         f"{returned} the span {start}:{end} {where}, whose text has {len(text)} characters. Return "
                         "spans with 0 <= start < end <= len(text)."
                     )
-                yield _at_policy(chosen, _token_of(ends, end, len(ends) - 1)), _number(reward, returned, where)
+                yield places[_token_of(ends, end, len(ends) - 1)], _number(reward, returned, where)
             return
         if kind == "token":
             tokens = list(range(len(completed.ids[row])))
@@ -321,7 +327,7 @@ class StepRewards:
                 "each, None for none, or declare another unit with rewards_per."
             )
         for token, reward in zip(tokens, entry, strict=True):
-            yield _at_policy(chosen, token), _number(reward, returned, where)
+            yield places[token], _number(reward, returned, where)
 
     def token_rewards(self, rewards: Tensor, mask: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Put the rewards of all functions at the tokens after which they are paid.
@@ -339,8 +345,7 @@ class StepRewards:
         for number, places in self.paid.items():
             column = torch.full(mask.shape, torch.nan)
             for row, place in enumerate(places):
-                for token, reward in place.items():
-                    column[row, token] = reward
+                column[row, list(place)] = torch.tensor(list(place.values()))
             at[..., number] = column.to(at)
         for number, given in self.at_tokens.items():
             at[..., number] = given.to(at)
@@ -349,10 +354,16 @@ class StepRewards:
         return weighted.nansum(-1), ~at.isnan().all(-1)
 
 
-def _at_policy(chosen: Sequence[int], token: int) -> int:
-    """The policy's last token up to a token; its first where there is none."""
-    before = [t for t in range(token + 1) if chosen[t]]
-    return before[-1] if before else next((t for t, own in enumerate(chosen) if own), token)
+def _at_policy(chosen: Sequence[int]) -> list[int]:
+    """For each token the policy's last one up to it; its first where there is none."""
+    last = next((t for t, own in enumerate(chosen) if own), None)
+    if last is None:
+        return list(range(len(chosen)))
+    places = []
+    for t, own in enumerate(chosen):
+        last = t if own else last
+        places.append(last)
+    return places
 
 
 def as_list(entry: Any) -> list[Any] | None:

@@ -91,6 +91,7 @@ def pay(
     mask = loss_mask(batch)
     batch["rewards"], batch["paid"] = steps.token_rewards(rewards, mask, weights)
     size = batch["rewards"].abs().double()
+    size = size.masked_fill(~size.isfinite().all(1, keepdim=True), 0.0)  # completions that cannot be scored
     sums = [
         size.new_tensor(float(bool(steps.at_tokens) or any(any(places) for places in steps.paid.values()))),
         batch["paid"].sum().double(),

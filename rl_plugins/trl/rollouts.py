@@ -1,6 +1,7 @@
 """Rollout functions of TRL: episodes with a text environment, and empty completions that do not stop the run."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from rl_plugins.nn.sharding import gathers_in_forward
 from rl_plugins.rollouts.completions import Completions, generate_completions
 from rl_plugins.rollouts.episodes import TextEnvironment, Turns, play_episodes
 from rl_plugins.rollouts.step_rewards import rewards_per
+from rl_plugins.signals.scores import OVERLONG_NAME
+from rl_plugins.trl.environments import TERMINATED, TRUNCATED
 
 RolloutFunc = Callable[..., dict[str, Any]]
 
@@ -48,6 +51,7 @@ class EpisodeRollouts:
     ) -> None:
         self.environment, self.max_turns, self.max_turn_length = environment, max_turns, max_turn_length
         self.environments: list[TextEnvironment] = []
+        self._has_paid = False
 
         @rewards_per("token")
         def earned(completions: Sequence[Any], **columns: Any) -> list[list[float | None]]:
@@ -59,7 +63,8 @@ class EpisodeRollouts:
         """Play an episode for every prompt.
 
         Raises:
-            ValueError: If the trainer generates with vLLM, whose engine is not asked here.
+            ValueError: If the trainer generates with vLLM, whose engine is not asked here, or the environment pays
+                nothing in the first batch of episodes, and there are no other reward functions.
         """
         args, model, tokenizer = trainer.args, trainer.model, trainer._tokenizer
         if trainer.use_vllm:
@@ -84,6 +89,8 @@ class EpisodeRollouts:
             flag = torch.tensor([float(holds)], device=trainer.accelerator.device)
             return bool(trainer.accelerator.reduce(flag, reduction="sum") > 0)
 
+        told = any(func is self.earned for func in trainer.reward_funcs)
+        alone = told and not set(trainer.reward_func_names) - {self.earned.__name__, OVERLONG_NAME}
         self.environments += [self.environment() for _ in range(len(prompts) - len(self.environments))]
         played = play_episodes(
             generate,
@@ -92,8 +99,17 @@ class EpisodeRollouts:
             Turns(tokenizer, eos, args.max_completion_length, self.max_turns, self.max_turn_length),
             pad_token_id=pad,
             any_rank=any_rank if gathers_in_forward(model) else bool,
+            must_pay=any_rank if alone and not self._has_paid else None,
         )
         assert played.rewards is not None and played.truncated is not None
+        if not self._has_paid:
+            self._has_paid = any_rank(not bool(played.rewards.isnan().all()))
+            if self._has_paid and not told:
+                warnings.warn(
+                    "The environment pays, but nothing is learnt from it: `earned` of these EpisodeRollouts is not "
+                    "among the reward functions. Add it to reward_funcs.",
+                    stacklevel=2,
+                )
         real = played.completion_mask.bool()
         rewards = [row[mask].tolist() for row, mask in zip(played.rewards, real, strict=True)]
         prompt_rows = zip(played.prompt_ids, played.prompt_mask.bool(), strict=True)
@@ -103,8 +119,8 @@ class EpisodeRollouts:
             "logprobs": None,
             "env_mask": played.policy_lists(),
             TOKEN_REWARDS: [[None if math.isnan(reward) else reward for reward in row] for row in rewards],
-            "truncated": played.truncated.tolist(),
-            "terminated": played.ended.tolist(),
+            TERMINATED: played.ended.tolist(),
+            TRUNCATED: played.truncated.tolist(),
         }
 
 
