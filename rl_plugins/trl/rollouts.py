@@ -104,6 +104,7 @@ class EpisodeRollouts:
             "env_mask": played.policy_lists(),
             TOKEN_REWARDS: [[None if math.isnan(reward) else reward for reward in row] for row in rewards],
             "truncated": played.truncated.tolist(),
+            "terminated": played.ended.tolist(),
         }
 
 

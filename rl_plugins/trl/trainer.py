@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -45,7 +45,7 @@ from rl_plugins.trl.checkpoints import (
     rollout_file,
 )
 from rl_plugins.trl.configs import RLConfig
-from rl_plugins.trl.environments import TURN_REWARD, Episodes, pays_turns
+from rl_plugins.trl.environments import Episodes, pays_turns
 from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_attachments_from_vllm, log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
@@ -109,12 +109,14 @@ class RLTrainer(GRPOTrainer):
         # Before the host loads anything: the signal looks for saved weights, and a value model copies the policy.
         self._make_parts(args, model, signal)
         named = dict(zip(HOST_ARGUMENTS, host_args, strict=False)) | host_kwargs
+        given_weights = args.reward_weights
         if args.overlong_shaping:
             penalty = overlong_reward(LengthOptions.of(args), args.max_completion_length)
             reward_funcs = self._with_reward(reward_funcs, penalty, args, host_kwargs)
         if named.get("environment_factory") is not None:
             # Whether an environment pays for turns is known once the host has made one.
-            reward_funcs = self._with_reward(reward_funcs, self._episodes.turn_rewards(), args, host_kwargs)
+            self._turn_reward = self._episodes.turn_rewards()
+            reward_funcs = self._with_reward(reward_funcs, self._turn_reward, args, host_kwargs)
 
         given = inspect.signature(super().__init__).bind(model, reward_funcs, args, *host_args, **host_kwargs)
         check_inputs(given.arguments, args)
@@ -122,6 +124,7 @@ class RLTrainer(GRPOTrainer):
         with lent_name(model, named.get("processing_class"), loads_reference=loads_reference):
             # A copy of the list, since the host puts loaded reward models in place of their paths.
             super().__init__(model, list_reward_funcs(reward_funcs), args, *host_args, **host_kwargs)
+        args.reward_weights = given_weights  # for another trainer with the same config
         self._check_environments()
         self._check_host(args)
         connect_balancing(self)
@@ -146,10 +149,10 @@ class RLTrainer(GRPOTrainer):
 
     def _check_environments(self) -> None:
         """Take the reward of turns out again where no environment has one."""
-        name = TURN_REWARD
-        if name not in self.reward_func_names or pays_turns(self._all_environments()):
+        if self._turn_reward is None or pays_turns(self._all_environments()):
             return
-        place = self.reward_func_names.index(name)
+        place = self.reward_funcs.index(self._turn_reward)
+        self._turn_reward = None
         del self.reward_funcs[place], self.reward_func_names[place], self.reward_processing_classes[place]
         weights = self.reward_weights
         self.reward_weights: Tensor = torch.cat([weights[:place], weights[place + 1 :]])
@@ -175,6 +178,7 @@ class RLTrainer(GRPOTrainer):
                 "without an advantage, or set multi_objective_aggregation='sum_then_normalize'."
             )
         self._episodes = Episodes()
+        self._turn_reward: Callable[..., Any] | None = None
         self.sampling = self.make_sampling(args)
         if self.sampling is not None:
             self.sampling.options.check_signal(self.critic is not None)
@@ -339,7 +343,6 @@ class RLTrainer(GRPOTrainer):
     # Rollout
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        self._episodes.reset(self._all_environments())
         metrics, self._table_rows = self.signal.before_rollout(self), 0
         if self.critic is not None:
             self.critic.start()
@@ -350,7 +353,7 @@ class RLTrainer(GRPOTrainer):
                 batch, sampled = self.sampling.sample(batch, self._draw_further, self._tokenizer.pad_token_id, self)
                 metrics.add(sampled)
             hosts = batch["advantages"]
-            metrics.add(self.signal.advantages(batch, batch["scores"], [row["prompt"] for row in inputs], self))
+            metrics.add(self.signal.advantages(batch, batch["scores"], [row.get("prompt", "") for row in inputs], self))
         finally:
             self._in_rollout = False
         if batch["advantages"] is not hosts:
@@ -366,6 +369,7 @@ class RLTrainer(GRPOTrainer):
     def _draw(self, inputs: list[dict[str, Any]]) -> Batch:
         """Get one batch from the host, with the scores of its completions."""
         self._draft_counts = []
+        self._episodes.reset(self._all_environments())
         batch: Batch = super()._generate_and_score_completions(inputs)
         moves = self.sampling is not None and self.sampling.options.moves_rows
         moves |= self._policy_loss is not None and self._policy_loss.compares_groups
@@ -404,7 +408,7 @@ class RLTrainer(GRPOTrainer):
         if not self._episodes.playing:
             return self._generate_turn(prompt_ids, *args, **kwargs)
         over = [self._episodes.is_over(row) for row in self._episodes.waiting()]
-        images = any(x is not None for x in args[:1])
+        images = any(args[:2])  # or what a processor makes of them
         if images or not any(over):  # an episode with images says one turn more, which earns nothing
             return self._generate_turn(prompt_ids, *args, **kwargs)
         going = [ids for ids, done in zip(prompt_ids, over, strict=True) if not done]
@@ -450,22 +454,23 @@ class RLTrainer(GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         output = super()._generate(prompts)
         completion_ids, self._chosen = output[1], output[2]
-        self._cut = self._cut_episodes(completion_ids, output[5].get("truncated"))
+        self._cut = self._cut_episodes(completion_ids, output[5])
         return output
 
-    def _cut_episodes(self, completion_ids: list[list[int]], told: list[bool] | None) -> Tensor | None:
+    def _cut_episodes(self, completion_ids: list[list[int]], told: dict[str, list[bool]]) -> Tensor | None:
         """Rows (B,) whose episode goes on after their last token, as far as the critic cares; `None` where all ranks
-        have none. A rollout function says so in a column `truncated`."""
+        have none. A rollout function says so in columns `truncated` and `terminated`."""
         bootstraps = self.signal.bootstrap_truncated
         if bootstraps is False or (bootstraps is None and self.environments is None and self.rollout_func is None):
             return None
-        says = told or [self._episodes.is_truncated(row) for row in range(len(completion_ids))]
+        rows = range(len(completion_ids))
+        says = told.get("truncated") or [self._episodes.is_truncated(row) for row in rows]
+        over = told.get("terminated") or [self._episodes.is_over(row) for row in rows]
         ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         by_length = [bool(bootstraps) and ids[-1] not in ends for ids in completion_ids]
-        over = [self._episodes.is_over(row) for row in range(len(completion_ids))]
         cut = [said or (long and not done) for said, long, done in zip(says, by_length, over, strict=True)]
-        rows = torch.tensor(cut, device=self.device)
-        return rows if self.sum_over_ranks(rows.sum().view(1)) > 0 else None
+        found = torch.tensor(cut, device=self.device)
+        return found if self.sum_over_ranks(found.sum().view(1)) > 0 else None
 
     def _tool_call_loop(
         self, prompts: Any, prompt_ids: Any, completion_ids: Any, completions: Any, logprobs: Any, *args: Any
@@ -475,6 +480,12 @@ class RLTrainer(GRPOTrainer):
             output = super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, logprobs, *args)
         finally:
             self._episodes.end()
+        if self._turn_reward is None and pays_turns(self.environments or []):
+            names = ", ".join(sorted({type(each).__name__ for each in self.environments if pays_turns([each])}))
+            raise ValueError(
+                f"{names} had no turn_reward when it was made and has one now, so what it pays would be lost. Set "
+                "turn_reward = None in the class or in __init__."
+            )
         tool_mask, _, completion_ids, logprobs = output[:4]
         self._episodes.drop_last_observation(completion_ids, logprobs, chosen=tool_mask)
         return output
