@@ -234,7 +234,9 @@ def test_overlong_shaping_beside_an_environment(played: Any) -> None:
 
 @pytest.mark.parametrize("trainer_class", TRAINERS)
 @pytest.mark.parametrize("logprobs", [False, True])
-def test_who_has_ended_is_not_asked_again(monkeypatch: Any, tmp_path: Path, trainer_class: Any, logprobs: bool) -> None:
+def test_who_has_ended_is_not_asked_again(
+    monkeypatch: Any, tmp_path: Path, trainer_class: Any, logprobs: bool
+) -> None:
     # The rows in the middle end at different turns; the others go on in their order.
     script = Script([add(1), add(1)], [add(5)], [add(2), add(3)], [add(3)], [add(6)], [add(4), "bye"])
     script.install(monkeypatch).logprobs = logprobs
@@ -414,9 +416,7 @@ def test_a_turn_cut_by_the_longest_completion_is_parsed_no_more(played: Any) -> 
 
 
 def test_max_tool_calling_iterations(played: Any) -> None:
-    trainer, batch, script = played(
-        [add(1), add(1), add(1)], [add(2)], options={"max_tool_calling_iterations": 1}
-    )
+    trainer, batch, script = played([add(1), add(1), add(1)], [add(2)], options={"max_tool_calling_iterations": 1})
     ends = turn_ends(batch)
     assert script.asked == [[0, 1], [0, 1]] and trainer.max_tool_calling_iterations == 1
     assert paid(batch) == [{ends[0][0]: 1.0}, {ends[1][0]: 2.0}]  # the second call was never made

@@ -29,9 +29,9 @@ class TextEnvironment(Protocol):
         """Answer a turn of the policy.
 
         Returns:
-            The next observation, of which text without a chat needs some, a line break at least, since two turns with
-            nothing between them count as one; the reward of the turn, `None` for none; whether the episode has ended (terminated);
-            whether it was cut although it would go on (truncated); and an info, which nothing reads.
+            The next observation; the reward of the turn, `None` for none; whether the episode has ended (terminated);
+            whether it was cut although it would go on (truncated); and an info, which nothing reads. Outside a chat
+            the observation needs some text, a line break at least: two turns with nothing between them are one.
         """
 
 

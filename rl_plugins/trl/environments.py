@@ -8,7 +8,7 @@ its methods:
     terminated    whether the episode is over: the model is not asked for another turn.
     truncated     whether the episode was cut although it goes on: the critic takes V(s_T) for what would follow.
 
-The two flags are set to False before `reset`, unless they are properties. `terminated` and `truncated` are Gymnasium's.
+The two flags are set to False before `reset`, unless they are properties. Their names and meaning are Gymnasium's.
 """
 
 import asyncio

@@ -91,6 +91,7 @@ class RLTrainer(GRPOTrainer):
     _tag_names = ["trl", "rl-plugins"]
     _name = "RL"
     config_class: ClassVar[type[RLConfig]] = RLConfig
+    _turn_reward: Callable[..., Any] | None
 
     def __init__(
         self,
@@ -178,7 +179,7 @@ class RLTrainer(GRPOTrainer):
                 "without an advantage, or set multi_objective_aggregation='sum_then_normalize'."
             )
         self._episodes = Episodes()
-        self._turn_reward: Callable[..., Any] | None = None
+        self._turn_reward = None
         self.sampling = self.make_sampling(args)
         if self.sampling is not None:
             self.sampling.options.check_signal(self.critic is not None)
@@ -353,7 +354,8 @@ class RLTrainer(GRPOTrainer):
                 batch, sampled = self.sampling.sample(batch, self._draw_further, self._tokenizer.pad_token_id, self)
                 metrics.add(sampled)
             hosts = batch["advantages"]
-            metrics.add(self.signal.advantages(batch, batch["scores"], [row.get("prompt", "") for row in inputs], self))
+            prompts = [row.get("prompt", "") for row in inputs]
+            metrics.add(self.signal.advantages(batch, batch["scores"], prompts, self))
         finally:
             self._in_rollout = False
         if batch["advantages"] is not hosts:
@@ -465,9 +467,10 @@ class RLTrainer(GRPOTrainer):
             return None
         rows = range(len(completion_ids))
         says = told.get("truncated") or [self._episodes.is_truncated(row) for row in rows]
-        over = told.get("terminated") or [self._episodes.is_over(row) for row in rows]
+        ended = told.get("terminated")  # with it, an end-of-text token ends a turn and not the episode
+        over = ended or [self._episodes.is_over(row) for row in rows]
         ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
-        by_length = [bool(bootstraps) and ids[-1] not in ends for ids in completion_ids]
+        by_length = [bool(bootstraps) and (ended is not None or ids[-1] not in ends) for ids in completion_ids]
         cut = [said or (long and not done) for said, long, done in zip(says, by_length, over, strict=True)]
         found = torch.tensor(cut, device=self.device)
         return found if self.sum_over_ranks(found.sum().view(1)) > 0 else None

@@ -98,7 +98,9 @@ class Script:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "Script":
         """Decode in every trainer of TRL from now on."""
         monkeypatch.setattr(
-            trl.GRPOTrainer, "_generate_single_turn", lambda host, *args, **kwargs: self.generate(host, *args, **kwargs)
+            trl.GRPOTrainer,
+            "_generate_single_turn",
+            lambda host, *args, **kwargs: self.generate(host, *args, **kwargs),
         )
         return self
 
