@@ -1,6 +1,6 @@
 """Train a language model on a game of TextArena, a library of text games, with the MTP critic.
 
-    pip install textarena                                               # then, offline, about a minute on two cores:
+    pip install textarena                                               # then, offline, about a minute of one core:
     python recipes/textarena_game.py                                    # Guess the Number
     python recipes/textarena_game.py --game TowerOfHanoi-v0 --max_turn_length 2
     python recipes/textarena_game.py --model Qwen/Qwen3-0.6B --max_turn_length 32 --learning_rate 1e-6

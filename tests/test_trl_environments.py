@@ -406,6 +406,21 @@ def test_an_overlong_answer_is_rolled_back_and_its_turn_is_paid(played: Any, tra
     assert [len(row) for row in ends] == [1, 2, 2]
 
 
+def test_a_cut_episode_whose_last_answer_is_overlong(played: Any) -> None:
+    class Verbose(Counter):
+        def add(self, step: int) -> str:
+            """Add to the counter.
+
+            Args:
+                step: Value to add.
+            """
+            return super().add(step) + " " * 600
+
+    trainer, batch, script = played([add(100)], [add(1)], environment_factory=Verbose)
+    assert script.asked == [[0, 1]] and batch["truncated"].tolist() == [True, False]
+    assert texts(trainer) == [add(100) + "<|im_end|>", add(1) + "<|im_end|>"]
+
+
 def test_a_turn_cut_by_the_longest_completion_is_parsed_no_more(played: Any) -> None:
     first = len(Script().ids(add(1) + "<|im_end|>"))
     trainer, batch, _ = played([add(1), add(2)], [add(1)], options={"max_completion_length": first + 100})

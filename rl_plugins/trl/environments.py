@@ -9,6 +9,7 @@ its methods:
     truncated     whether the episode was cut although it goes on: the critic takes V(s_T) for what would follow.
 
 The two flags are set to False before `reset`, unless they are properties. Their names and meaning are Gymnasium's.
+Where there is any of the three, the asynchronous calls of a turn run one after the other.
 """
 
 import asyncio
