@@ -384,7 +384,8 @@ def test_cut_episodes_in_a_trainer(run: Run, bootstrap: bool | None, turns: int,
     """An episode that ended is never bootstrapped, though its last turn has no end-of-text token; one that is short of
     an end is where everything that was cut is."""
     Cut.made = 0
-    trainer, _ = run(MTPCriticTrainer, Cut, turns, bootstrap_truncated=bootstrap, per_device_train_batch_size=2)
+    options = {"bootstrap_truncated": bootstrap, "generation_kwargs": {"suppress_tokens": [EOS, PAD]}}
+    trainer, _ = run(MTPCriticTrainer, Cut, turns, per_device_train_batch_size=2, **options)
     trainer.model.train()
     trainer._generate_and_score_completions([dict(trainer.train_dataset[i]) for i in range(2)])
     found = trainer.last_rollout.get("truncated")
