@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -39,6 +40,7 @@ from transformers import (
     set_seed,
 )
 
+from rl_plugins.process_group import end_process_group
 from rl_plugins.report import traces_from_rollout, write_token_values_html
 from rl_plugins.trl import EpisodeRollouts, MTPCriticConfig, MTPCriticTrainer
 
@@ -199,7 +201,8 @@ def main() -> None:
     games: list[TextArenaGame] = []
 
     def new_game() -> TextArenaGame:
-        games.append(TextArenaGame(options.game, 1_000_003 * options.seed + len(games), options.max_turns))
+        number = PartialState().process_index * options.episodes + len(games)
+        games.append(TextArenaGame(options.game, 1_000_003 * options.seed + number, options.max_turns))
         return games[-1]
 
     if options.model is None:
@@ -237,16 +240,23 @@ def main() -> None:
     outcomes = Outcomes(games)
     trainer.add_callback(outcomes)
     trainer.train()
+    if trainer.is_world_process_zero():
+        report(trainer, tokenizer, outcomes.points, options)
+    end_process_group()
+
+
+def report(trainer: MTPCriticTrainer, tokenizer: Any, outcomes: list[float], options: argparse.Namespace) -> None:
+    """Write outcomes and token values, and say how the games of this process ended at first and at last."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "outcomes.json").write_text(json.dumps(outcomes.points))
+    (options.output_dir / "outcomes.json").write_text(json.dumps(outcomes))
     write_token_values_html(
         traces_from_rollout(tokenizer, trainer.last_rollout, 16),
         options.output_dir / "token_values.html",
         title=f"What the critic thinks of each token: {options.game}",
         subtitle=f"Games after {trainer.state.global_step} updates.",
     )
-    tenth = max(1, len(outcomes.points) // 10)
-    first, last = statistics.fmean(outcomes.points[:tenth]), statistics.fmean(outcomes.points[-tenth:])
+    tenth = max(1, len(outcomes) // 10)
+    first, last = statistics.fmean(outcomes[:tenth]), statistics.fmean(outcomes[-tenth:])
     print(f"\n{options.game}: mean outcome {first:.3f} in the first tenth of the updates, {last:.3f} in the last.")
     print(f"Outcomes and token values are in {options.output_dir}.")
 
