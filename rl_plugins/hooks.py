@@ -120,7 +120,7 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
     ),
     "rl_plugins.trl": (
         Hook("trl.GRPOTrainer._generate_and_score_completions", "inputs"),
-        Hook("trl.GRPOTrainer._generate_single_turn"),
+        Hook("trl.GRPOTrainer._generate_single_turn", "prompt_ids, images, multimodal_fields, num_generations"),
         Hook("trl.GRPOTrainer._generate", "prompts"),
         Hook(
             "trl.GRPOTrainer._tool_call_loop",

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -150,7 +152,7 @@ def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
-    others = {"moe_balancing", "lightning_mtp_critic", "lightning_classic"}
+    others = {"moe_balancing", "lightning_mtp_critic", "lightning_classic", "textarena_game"}
     assert {path.stem for path in FOLDER.glob("*.py") if is_recipe(path)} == {*CRITICS, *others}
 
 
@@ -425,6 +427,127 @@ runpy.run_path(path, run_name="__main__")
 assert Path(last).is_file(), "a rank left before the report was there"
 assert not distributed.is_initialized(), "a rank left with a process group"
 """
+
+
+class Countdown:
+    """A game as TextArena has them: count down from a die's number; a wrong number ends it."""
+
+    def reset(self, num_players: int, seed: int | None = None) -> None:
+        assert num_players == 1
+        self.start = self.number = random.randint(3, 9)
+        self.said = [(-1, f"You are at {self.number}.", "PROMPT")]
+
+    def step(self, action: str) -> tuple[bool, dict[str, Any]]:
+        self.said += [(0, action, "PLAYER_ACTION")]
+        self.right = action == f"[{self.number - 1}]"
+        self.number -= self.right
+        self.over = not self.right or self.number == 0
+        self.said += [(-1, "yes" if self.right else "no", "GAME_MESSAGE")]
+        return self.over, {}
+
+    def get_observation(self) -> tuple[int, list[tuple[int, str, str]]]:
+        said, self.said = self.said, []
+        return 0, said
+
+    def close(self) -> tuple[dict[int, float], dict[int, dict[str, Any]]]:
+        return {0: 1.0 if self.number == 0 else -1.0}, {0: {"reason": "over"}}
+
+    def _get_percentage_completion(self) -> float:
+        return 1 - self.number / self.start
+
+
+class Wrapped:
+    """As TextArena's wrappers: brackets around an action, and all that was said."""
+
+    def __init__(self, env: Any) -> None:
+        self.env, self.all = env, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def step(self, action: str) -> Any:
+        return self.env.step(f"[{action}]")
+
+    def get_observation(self) -> Any:
+        self.all += str(self.env.get_observation())
+        return 0, self.all
+
+
+def test_textarena_games_are_environments() -> None:
+    """Rewards of turns, ends, news and dice, with a game that stands in for the library's."""
+    recipe = load_recipe("textarena_game")
+    game = recipe.TextArenaGame("any", 3, make=lambda name: Wrapped(Countdown()))
+    others = random.getstate()
+    said = game.reset(prompt="play")
+    start = game.inside.start
+    assert said == f"\nYou are at {start}.\n"
+    steps = [game.step(str(start - 1 - i)) for i in range(start)]
+    assert [answer for answer, *_ in steps] == ["\nyes\n"] * (start - 1) + [""]  # nor the player's own words
+    assert [reward for _, reward, *_ in steps] == pytest.approx([1 / start] * start)
+    assert [ends[2:4] for ends in steps] == [(False, False)] * (start - 1) + [(True, False)]
+    assert game.outcome == 1.0 and steps[-1][4] == {"reason": "over"}
+    # A wrong move earns the outcome less what the turns before have earned.
+    start = int(re.findall(r"\d+", game.reset())[0])
+    first, wrong = game.step(str(start - 1)), game.step("0" if start != 2 else "9")
+    assert first[1] + wrong[1] == pytest.approx(-1.0) and wrong[2:4] == (True, False)
+    # A game that goes on is cut.
+    game = recipe.TextArenaGame("any", 3, 2, lambda name: Wrapped(Countdown()))
+    start = int(re.findall(r"\d+", game.reset())[0])
+    steps = [game.step(str(start - 1)), game.step(str(start - 2))]
+    assert [step[2:4] for step in steps] == [(False, False), (False, True)] and game.outcome == pytest.approx(
+        2 / start
+    )
+    assert steps[-1][0] == "\nyes\n"
+    # The dice are the game's own, and follow its seed.
+    assert random.getstate() == others
+
+    def starts(seed: int) -> list[str]:
+        game = recipe.TextArenaGame("any", seed, make=lambda name: Wrapped(Countdown()))
+        return [game.reset() for _ in range(20)]
+
+    assert starts(3) == starts(3) != starts(4)
+
+
+def test_textarena_words() -> None:
+    recipe = load_recipe("textarena_game")
+    tokenizer = recipe.word_tokenizer(["You are at 10.", "yes"])
+    ids = tokenizer("are at 10. Never")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "are at 10 ."
+    assert ids[-1] == tokenizer.unk_token_id
+    game = recipe.TextArenaGame("any", 3, make=lambda name: Wrapped(Countdown()))
+    texts = recipe.overheard(game)
+    assert texts[:21] == [str(number) for number in range(21)] and re.fullmatch(r"\nYou are at \d\.\n", texts[21])
+
+
+@pytest.mark.slow
+def test_textarena_recipe_without_the_library(tmp_path: Path) -> None:
+    """The whole recipe with a package in the library's place, which is all that it reads of it."""
+    source = inspect.getsource(Countdown) + inspect.getsource(Wrapped)
+    (tmp_path / "textarena.py").write_text(
+        "import random\nfrom typing import Any\n" + source + "\ndef make(name):\n    return Wrapped(Countdown())\n"
+    )
+    check_textarena(tmp_path, "--game=Countdown-v0", before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("textarena") is None, reason="textarena is not installed")
+@pytest.mark.parametrize("game", ["GuessTheNumber-v0", "FrozenLake-v0"])
+def test_textarena_recipe(game: str, tmp_path: Path) -> None:
+    check_textarena(tmp_path, f"--game={game}")
+
+
+def check_textarena(folder: Path, *options: str, before: str = "") -> None:
+    script = folder / "started.py"
+    script.write_text(
+        f"{before}import runpy; runpy.run_path({str(FOLDER / 'textarena_game.py')!r}, run_name='__main__')\n"
+    )
+    sizes = ("--updates=2", "--episodes=4", "--max_turns=3", "--cpu", f"--output_dir={folder / 'run'}")
+    done = run_script(script, *sizes, *options, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads((folder / "run" / "outcomes.json").read_text())
+    assert len(outcomes) == 2 and all(-1 <= outcome <= 1 for outcome in outcomes)
+    assert f"mean outcome {outcomes[0]:.3f} in the first tenth of the updates, {outcomes[1]:.3f}" in done.stdout
+    assert Tokens(folder / "run" / "token_values.html").values
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ class TextEnvironment(Protocol):
 
         Returns:
             The next observation; the reward of the turn, `None` for none; whether the episode has ended (terminated);
-            whether it was cut although it would go on (truncated); and an info, which nothing reads.
+            whether it was cut although it would go on (truncated); and an info, which nothing reads. Outside a chat
+            the observation needs some text, a line break at least: two turns with nothing between them are one.
         """
 
 
@@ -92,7 +93,7 @@ class _Episode:
         self.goes_on = not over
         if self.terminated:
             return  # nobody acts on what was observed last
-        answer = _observed(turns.tokenizer, observation, self.chat)
+        answer = _observed(turns.tokenizer, observation or "", self.chat)
         # An episode that goes on needs room for the observation and one more token.
         if len(self.ids) + len(answer) < turns.max_completion_length:
             self.add(answer, own=False)

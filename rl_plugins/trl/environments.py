@@ -8,11 +8,14 @@ its methods:
     terminated    whether the episode is over: the model is not asked for another turn.
     truncated     whether the episode was cut although it goes on: the critic takes V(s_T) for what would follow.
 
-The two flags are set to False before `reset`. `terminated` and `truncated` are Gymnasium's.
+The two flags are set to False before `reset`, unless they are properties. Their names and meaning are Gymnasium's.
+Where there is any of the three, the asynchronous calls of a turn run one after the other.
 """
 
+import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from rl_plugins.rollouts.step_rewards import rewards_per
@@ -22,8 +25,25 @@ TURN_REWARD, TERMINATED, TRUNCATED = "turn_reward", "terminated", "truncated"
 
 
 def pays_turns(environments: Iterable[Any]) -> bool:
-    """Whether any environment says what a turn is worth."""
-    return any(hasattr(environment, TURN_REWARD) for environment in environments)
+    """Whether any environment says what a turn is worth.
+
+    Raises:
+        TypeError: If `turn_reward` cannot be taken back before a call.
+    """
+    found = [environment for environment in environments if hasattr(environment, TURN_REWARD)]
+    for environment in found:
+        if _is_fixed(environment, TURN_REWARD):
+            raise TypeError(
+                f"{type(environment).__name__}.{TURN_REWARD} is a property that cannot be set, and it has to be None "
+                "before each call. Make it an attribute, or give the property a setter."
+            )
+    return bool(found)
+
+
+def _is_fixed(environment: Any, name: str) -> bool:
+    """Whether an attribute is a property without a setter."""
+    found = inspect.getattr_static(type(environment), name, None)
+    return isinstance(found, property) and found.fset is None
 
 
 class Episodes:
@@ -33,6 +53,7 @@ class Episodes:
         self.environments: Sequence[Any] = []
         self.rewards: list[dict[int, float]] = []
         """Reward by number of the turn, for each row."""
+        self._unreadable: tuple[Any, Any] | None = None
         self._completions: Sequence[list[dict[str, Any]]] = []
         self._messages: list[int] = []
         self.playing = False
@@ -42,7 +63,7 @@ class Episodes:
         """Take back the flags of the environments of earlier batches, before their `reset`."""
         for environment in pool:
             for flag in (TERMINATED, TRUNCATED):
-                if hasattr(environment, flag):
+                if not _is_fixed(environment, flag) and hasattr(environment, flag):
                     setattr(environment, flag, False)
 
     def begin(
@@ -58,7 +79,8 @@ class Episodes:
         self.environments, self._completions = environments or [], completions
         self.rewards = [{} for _ in completions]
         self._messages = [len(messages) for messages in completions]
-        self.playing = True
+        self.playing, self._unreadable = True, None
+        self._alone: dict[int, asyncio.Lock] = {}
         for row, environment in enumerate(self.environments):
             for by_name in (of_rows[row] for of_rows in tools):
                 for name, tool in by_name.items():
@@ -66,18 +88,33 @@ class Episodes:
                         by_name[name] = self._heard(tool, row)
 
     def end(self) -> None:
-        """Stop listening."""
+        """Stop listening.
+
+        Raises:
+            TypeError: If an environment paid something else than a number. Raised in a call, the host would take it
+                for an answer of the tool.
+        """
         self.playing = False
+        if self._unreadable is not None:
+            environment, reward = self._unreadable
+            raise TypeError(
+                f"{type(environment).__name__}.{TURN_REWARD} is {reward!r} after a call. Set it to a number, or None "
+                "for none."
+            )
 
     def _heard(self, tool: Callable[..., Any], row: int) -> Callable[..., Any]:
         """A tool of an environment that also says what it has done to the episode."""
+        # The host awaits all calls of a turn at once. One after the other, each can be told from the rest.
+        speaks = any(hasattr(self.environments[row], name) for name in (TURN_REWARD, TERMINATED, TRUNCATED))
+        alone = self._alone.setdefault(row, asyncio.Lock()) if speaks else nullcontext()
 
         async def call_async(**arguments: Any) -> Any:
-            self._before(row)
-            try:
-                return await tool(**arguments)
-            finally:  # a tool that refuses a move may have ended the episode over it
-                self._after(row)
+            async with alone:
+                self._before(row)
+                try:
+                    return await tool(**arguments)
+                finally:  # a tool that refuses a move may have ended the episode over it
+                    self._after(row)
 
         def call(**arguments: Any) -> Any:
             self._before(row)
@@ -97,8 +134,13 @@ class Episodes:
     def _after(self, row: int) -> None:
         reward = getattr(self.environments[row], TURN_REWARD, None)
         if reward is not None:
+            try:
+                number = float(reward)
+            except (TypeError, ValueError):
+                self._unreadable = self.environments[row], reward
+                return
             turn = sum(message["role"] == "assistant" for message in self._completions[row]) - 1
-            self.rewards[row][turn] = self.rewards[row].get(turn, 0.0) + float(reward)
+            self.rewards[row][turn] = self.rewards[row].get(turn, 0.0) + number
 
     def _says(self, row: int, flag: str) -> bool:
         return bool(getattr(self.environments[row], flag, False)) if self.environments else False

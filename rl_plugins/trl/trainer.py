@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -45,7 +45,7 @@ from rl_plugins.trl.checkpoints import (
     rollout_file,
 )
 from rl_plugins.trl.configs import RLConfig
-from rl_plugins.trl.environments import TURN_REWARD, Episodes, pays_turns
+from rl_plugins.trl.environments import Episodes, pays_turns
 from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_attachments_from_vllm, log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
@@ -91,6 +91,7 @@ class RLTrainer(GRPOTrainer):
     _tag_names = ["trl", "rl-plugins"]
     _name = "RL"
     config_class: ClassVar[type[RLConfig]] = RLConfig
+    _turn_reward: Callable[..., Any] | None
 
     def __init__(
         self,
@@ -109,12 +110,14 @@ class RLTrainer(GRPOTrainer):
         # Before the host loads anything: the signal looks for saved weights, and a value model copies the policy.
         self._make_parts(args, model, signal)
         named = dict(zip(HOST_ARGUMENTS, host_args, strict=False)) | host_kwargs
+        given_weights = args.reward_weights
         if args.overlong_shaping:
             penalty = overlong_reward(LengthOptions.of(args), args.max_completion_length)
             reward_funcs = self._with_reward(reward_funcs, penalty, args, host_kwargs)
         if named.get("environment_factory") is not None:
             # Whether an environment pays for turns is known once the host has made one.
-            reward_funcs = self._with_reward(reward_funcs, self._episodes.turn_rewards(), args, host_kwargs)
+            self._turn_reward = self._episodes.turn_rewards()
+            reward_funcs = self._with_reward(reward_funcs, self._turn_reward, args, host_kwargs)
 
         given = inspect.signature(super().__init__).bind(model, reward_funcs, args, *host_args, **host_kwargs)
         check_inputs(given.arguments, args)
@@ -122,6 +125,7 @@ class RLTrainer(GRPOTrainer):
         with lent_name(model, named.get("processing_class"), loads_reference=loads_reference):
             # A copy of the list, since the host puts loaded reward models in place of their paths.
             super().__init__(model, list_reward_funcs(reward_funcs), args, *host_args, **host_kwargs)
+        args.reward_weights = given_weights  # for another trainer with the same config
         self._check_environments()
         self._check_host(args)
         connect_balancing(self)
@@ -146,10 +150,10 @@ class RLTrainer(GRPOTrainer):
 
     def _check_environments(self) -> None:
         """Take the reward of turns out again where no environment has one."""
-        name = TURN_REWARD
-        if name not in self.reward_func_names or pays_turns(self._all_environments()):
+        if self._turn_reward is None or pays_turns(self._all_environments()):
             return
-        place = self.reward_func_names.index(name)
+        place = self.reward_funcs.index(self._turn_reward)
+        self._turn_reward = None
         del self.reward_funcs[place], self.reward_func_names[place], self.reward_processing_classes[place]
         weights = self.reward_weights
         self.reward_weights: Tensor = torch.cat([weights[:place], weights[place + 1 :]])
@@ -175,6 +179,7 @@ class RLTrainer(GRPOTrainer):
                 "without an advantage, or set multi_objective_aggregation='sum_then_normalize'."
             )
         self._episodes = Episodes()
+        self._turn_reward = None
         self.sampling = self.make_sampling(args)
         if self.sampling is not None:
             self.sampling.options.check_signal(self.critic is not None)
@@ -339,7 +344,6 @@ class RLTrainer(GRPOTrainer):
     # Rollout
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        self._episodes.reset(self._all_environments())
         metrics, self._table_rows = self.signal.before_rollout(self), 0
         if self.critic is not None:
             self.critic.start()
@@ -350,7 +354,8 @@ class RLTrainer(GRPOTrainer):
                 batch, sampled = self.sampling.sample(batch, self._draw_further, self._tokenizer.pad_token_id, self)
                 metrics.add(sampled)
             hosts = batch["advantages"]
-            metrics.add(self.signal.advantages(batch, batch["scores"], [row["prompt"] for row in inputs], self))
+            prompts = [row.get("prompt", "") for row in inputs]
+            metrics.add(self.signal.advantages(batch, batch["scores"], prompts, self))
         finally:
             self._in_rollout = False
         if batch["advantages"] is not hosts:
@@ -366,6 +371,7 @@ class RLTrainer(GRPOTrainer):
     def _draw(self, inputs: list[dict[str, Any]]) -> Batch:
         """Get one batch from the host, with the scores of its completions."""
         self._draft_counts = []
+        self._episodes.reset(self._all_environments())
         batch: Batch = super()._generate_and_score_completions(inputs)
         moves = self.sampling is not None and self.sampling.options.moves_rows
         moves |= self._policy_loss is not None and self._policy_loss.compares_groups
@@ -404,7 +410,7 @@ class RLTrainer(GRPOTrainer):
         if not self._episodes.playing:
             return self._generate_turn(prompt_ids, *args, **kwargs)
         over = [self._episodes.is_over(row) for row in self._episodes.waiting()]
-        images = any(x is not None for x in args[:1])
+        images = any(args[:2])  # or what a processor makes of them
         if images or not any(over):  # an episode with images says one turn more, which earns nothing
             return self._generate_turn(prompt_ids, *args, **kwargs)
         going = [ids for ids, done in zip(prompt_ids, over, strict=True) if not done]
@@ -475,6 +481,12 @@ class RLTrainer(GRPOTrainer):
             output = super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, logprobs, *args)
         finally:
             self._episodes.end()
+        if self._turn_reward is None and pays_turns(self.environments or []):
+            names = ", ".join(sorted({type(each).__name__ for each in self.environments if pays_turns([each])}))
+            raise ValueError(
+                f"{names} had no turn_reward when it was made and has one now, so what it pays would be lost. Set "
+                "turn_reward = None in the class or in __init__."
+            )
         tool_mask, _, completion_ids, logprobs = output[:4]
         self._episodes.drop_last_observation(completion_ids, logprobs, chosen=tool_mask)
         return output
