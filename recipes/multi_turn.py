@@ -1,7 +1,7 @@
 """Play a game of several turns that pays after every turn, with the MTP critic and with GRPO, and compare the curves.
 
-The game is a code book. In each of eight turns it shows a stake and a letter, such as "gd", and the policy answers with
-the two letters that stand for that letter in the book. It earns the stake times the share of letters that are right.
+The game is a code book. In each of eight turns it shows a stake and a letter, such as "gd", and the policy answers
+with the two letters that stand for that letter in the book. It earns the stake times the share of right letters.
 Letters and stakes are dice of the game's own: most of what an episode earns is luck, which no policy can change. A
 critic that is paid after every turn sees past it; one number per episode does not.
 
