@@ -1,7 +1,7 @@
 """Play a game of several turns that pays after every turn, with the MTP critic and with GRPO, and compare the curves.
 
-The game is a code book. In each of eight turns it shows a stake and a letter, such as "gd", and the policy answers
-with the two letters that stand for that letter in the book. It earns the stake times the share of right letters.
+The game is a cipher. In each of eight turns it shows a stake and two letters, such as "gdk", and the policy answers
+with the two letters that stand for them in a secret alphabet. It earns the stake times the share of right letters.
 Letters and stakes are dice of the game's own: most of what an episode earns is luck, which no policy can change. A
 critic that is paid after every turn sees past it; one number per episode does not.
 
@@ -42,21 +42,21 @@ from rl_plugins.trl import (
     MTPCriticTrainer,
 )
 
-LETTERS = "abcdefgh"
+LETTERS = "abcdefghijkl"
 STAKES = "abbcg"  # worth 0, 1, 1, 2 and 6
 TURNS = 8
 
 
-class CodeBook:
-    """The game, a [`~rl_plugins.rollouts.TextEnvironment`]. Every instance knows one book and throws dice of its own.
+class Cipher:
+    """The game, a [`~rl_plugins.rollouts.TextEnvironment`]. All instances share one alphabet and throw their own dice.
 
     Args:
         seed: Of the dice.
     """
 
     def __init__(self, seed: int) -> None:
-        book = random.Random("the code book")
-        self.book = {letter: book.choice(LETTERS) + book.choice(LETTERS) for letter in LETTERS}
+        secret = random.Random("the secret alphabet").sample(LETTERS, len(LETTERS))
+        self.secret = dict(zip(LETTERS, secret, strict=True))
         self.dice = random.Random(seed)
 
     def reset(self, **row: Any) -> str:
@@ -65,14 +65,14 @@ class CodeBook:
         return self._show()
 
     def _show(self) -> str:
-        stake, self.shown = self.dice.choice(STAKES), self.dice.choice(LETTERS)
+        stake, self.word = self.dice.choice(STAKES), self.dice.choice(LETTERS) + self.dice.choice(LETTERS)
         self.stake = LETTERS.index(stake)
-        return stake + self.shown
+        return stake + self.word
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Pay for an answer, and show the next letter."""
-        letters = [char for char in action if char in LETTERS][:2]
-        right = sum(given == wanted for given, wanted in zip(letters, self.book[self.shown], strict=False)) / 2
+        """Pay for an answer, and show the next word."""
+        wanted = "".join(self.secret[letter] for letter in self.word)
+        right = sum(given == letter for given, letter in zip(action[:2], wanted, strict=False)) / 2
         self.turn, self.right = self.turn + 1, self.right + right
         return self._show(), self.stake * right, self.turn == TURNS, False, {"right": right}
 
@@ -143,17 +143,17 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
         model: Any = small_model(tokenizer)
     else:
         model, tokenizer = options.model, AutoTokenizer.from_pretrained(options.model, padding_side="left")
-    made: list[CodeBook] = []
+    made: list[Cipher] = []
 
-    def new_game() -> CodeBook:
-        made.append(CodeBook(1_000_003 * seed + len(made)))
+    def new_game() -> Cipher:
+        made.append(Cipher(1_000_003 * seed + len(made)))
         return made[-1]
 
     episodes = EpisodeRollouts(new_game, max_turns=TURNS, max_turn_length=options.max_turn_length)
     args = config_class(
         output_dir=str(output / f"{method}_{seed}"),
         per_device_train_batch_size=options.episodes,
-        max_completion_length=TURNS * (options.max_turn_length + 2),
+        max_completion_length=TURNS * (options.max_turn_length + 3),
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
         max_steps=options.updates,
@@ -183,7 +183,7 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
         write_token_values_html(
             traces_from_rollout(tokenizer, trainer.last_rollout, 24),
             output / "token_values.html",
-            title="What the critic thinks of each token: code book",
+            title="What the critic thinks of each token: cipher",
             subtitle=f"Episodes after {trainer.state.global_step} updates.",
         )
     return curve.points
@@ -198,10 +198,10 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
     own = {**METHODS[method][2], **(options.critic if method == "critic" else {})}
     seed_everything(seed, verbose=False)
     tokenizer = character_tokenizer()
-    games: list[CodeBook] = []
+    games: list[Cipher] = []
 
-    def new_game() -> CodeBook:
-        games.append(CodeBook(1_000_003 * seed + len(games)))
+    def new_game() -> Cipher:
+        games.append(Cipher(1_000_003 * seed + len(games)))
         return games[-1]
 
     points: list[tuple[int, float]] = []
@@ -218,7 +218,7 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
         environment=new_game,
         max_turns=TURNS,
         max_turn_length=options.max_turn_length,
-        max_completion_length=TURNS * (options.max_turn_length + 2),
+        max_completion_length=TURNS * (options.max_turn_length + 3),
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
         steps_per_generation=2,
@@ -306,7 +306,7 @@ def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
     axes.set_ylim(bottom=0)
     thin = "; thin: each seed" if any(len(runs) > 1 for runs in curves.values()) else ""
     axes.set_title(
-        f"Code book: eight turns, a reward after each, most of it luck\n(means of 10 updates{thin})", fontsize=11
+        f"Cipher: eight turns, a reward after each, most of it luck\n(means of 10 updates{thin})", fontsize=11
     )
     style_axes(axes)
     # In the order in which the curves end, so that the eye finds each beside its name.
@@ -327,9 +327,7 @@ def main() -> None:
     parser.add_argument("--critic", type=json.loads, default={}, help="options of the critic, as JSON")
     parser.add_argument("--max_turn_length", type=int, default=2, help="tokens per turn")
     parser.add_argument("--model", help="path or hub id; a small new model by default")
-    parser.add_argument(
-        "--prompt", default="Answer each letter with its two letters in the book.\n", help="for --model"
-    )
+    parser.add_argument("--prompt", default="Answer two letters with those that stand for them.\n", help="for --model")
     parser.add_argument("--host", default="trl", choices=["trl", "lightning"])
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
     parser.add_argument("--report_to", default="none")
