@@ -124,7 +124,11 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 # method: trainer, config, and what makes the method
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "critic": (MTPCriticTrainer, MTPCriticConfig, {"num_mtp_heads": 1, "head_learning_rate": 3e-3}),
+    "critic": (
+        MTPCriticTrainer,
+        MTPCriticConfig,
+        {"num_mtp_heads": 1, "head_learning_rate": 3e-3, "lam_policy": 0.5, "time_unit": "turn"},
+    ),
     "grpo": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "group_normalized", "num_generations": 8}),
     "process": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "process_normalized", "num_generations": 8}),
     "turns": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "turn_normalized", "num_generations": 8}),
@@ -320,7 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["critic", "grpo"], choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--updates", type=int, default=250)
     parser.add_argument("--episodes", type=int, default=64, help="games per update; a rollout plays those of two")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--entropy_coef", type=float, default=0.02)
