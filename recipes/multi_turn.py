@@ -26,12 +26,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
+    ProgressCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
     TrainerCallback,
     set_seed,
 )
 
+from rl_plugins.process_group import end_process_group
 from rl_plugins.report import traces_from_rollout, write_token_values_html
 from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
 from rl_plugins.trl import (
@@ -73,8 +75,9 @@ class Cipher:
         """Pay for an answer, and show the next word."""
         wanted = "".join(self.secret[letter] for letter in self.word)
         right = sum(given == letter for given, letter in zip(action[:2], wanted, strict=False)) / 2
+        earned = self.stake * right  # before the next stake is shown
         self.turn, self.right = self.turn + 1, self.right + right
-        return self._show(), self.stake * right, self.turn == TURNS, False, {"right": right}
+        return self._show(), earned, self.turn == TURNS, False, {"right": right}
 
 
 class Curve(TrainerCallback):
@@ -89,6 +92,16 @@ class Curve(TrainerCallback):
         games = self.episodes.environments
         right = statistics.fmean(game.right / TURNS for game in games)  # type: ignore[attr-defined]
         self.points.append((state.global_step * self.tokens, right))
+
+
+class Brief(ProgressCallback):
+    """The host's progress bar with the few numbers that matter here."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print one short line."""
+        shown = {key: logs[key] for key in ("reward", "entropy", "critic/explained_variance") if logs and key in logs}
+        if shown:
+            super().on_log(args, state, control, logs={"step": state.global_step, **shown}, **kwargs)
 
 
 def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -180,6 +193,8 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
         processing_class=tokenizer,
         rollout_func=episodes,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Brief)
     curve = Curve(episodes, options.episodes * TURNS * options.max_turn_length)
     trainer.add_callback(curve)
     trainer.train()
@@ -338,6 +353,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/multi_turn"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
+    # transformers renamed gradient_checkpointing to activation_checkpointing; TRL still uses the old name.
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     train = run if options.host == "trl" else run_lightning
     curves: dict[str, list[list[tuple[int, float]]]] = {}
@@ -348,6 +365,7 @@ def main() -> None:
     draw(curves, options.output_dir / "curves.png")
     print("\n" + "\n".join(compare(curves)))
     print(f"\nThe curves are in {options.output_dir}.")
+    end_process_group()
 
 
 if __name__ == "__main__":

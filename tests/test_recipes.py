@@ -152,7 +152,7 @@ def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
-    others = {"moe_balancing", "lightning_mtp_critic", "lightning_classic", "textarena_game"}
+    others = {"moe_balancing", "lightning_mtp_critic", "lightning_classic", "textarena_game", "multi_turn"}
     assert {path.stem for path in FOLDER.glob("*.py") if is_recipe(path)} == {*CRITICS, *others}
 
 
@@ -471,6 +471,51 @@ class Wrapped:
     def get_observation(self) -> Any:
         self.all += str(self.env.get_observation())
         return 0, self.all
+
+
+def test_the_cipher_by_hand() -> None:
+    recipe = load_recipe("multi_turn")
+    game, other = recipe.Cipher(3), recipe.Cipher(3)
+    assert sorted(game.secret) == sorted(game.secret.values()) and game.secret == recipe.Cipher(4).secret
+    shown, total = game.reset(prompt="a"), 0.0
+    assert shown == other.reset() and len(shown) == 3
+    for turn in range(recipe.TURNS):
+        right, stake = "".join(game.secret[letter] for letter in game.word), recipe.LETTERS.index(shown[0])
+        answer = right if turn % 2 else right[0] + "?"  # every other turn half right
+        shown, reward, terminated, truncated, _ = game.step(answer)
+        assert reward == stake * (1.0 if turn % 2 else 0.5)
+        assert (terminated, truncated) == (turn == recipe.TURNS - 1, False)
+        total += 1.0 if turn % 2 else 0.5
+    assert game.right == total == 6.0
+    game.reset()
+    assert game.step("")[1] == 0.0 and game.right == 0.0
+
+
+def test_tables_of_the_cipher_by_hand() -> None:
+    recipe = load_recipe("multi_turn")
+    slow, fast = ([(10 * (i + 1), i / 100 * speed) for i in range(40)] for speed in (1, 2))
+    assert recipe.smoothed([1.0, 2.0, 3.0], 2) == [1.0, 1.5, 2.5]
+    assert recipe.interval([1.0, 3.0]) == (2.0, pytest.approx(12.71))
+    # A point is the mean of the last ten: that of the 36th is (0.26 + ... + 0.35) / 10.
+    assert recipe.first_at(slow, 0.305) == 360 and recipe.first_at(slow, 0.5) == math.inf
+    lines = recipe.compare({"critic": [fast], "grpo": [slow]})
+    # The slow curve ends at 0.295, the mean of its last twenty points; the fast one is there at point 21 of 40.
+    assert lines[1].split()[-1] == "0.53" and lines[2].split()[-1] == "0.88"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["trl", "lightning"])
+def test_multi_turn_recipe(host: str, tmp_path: Path) -> None:
+    sizes = ("--updates=2", "--episodes=8", "--cpu", f"--host={host}", f"--output_dir={tmp_path}")
+    done = run_script(FOLDER / "multi_turn.py", *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert set(curves) == {"critic", "grpo"}
+    for ((first, second),) in curves.values():
+        assert [first[0], second[0]] == [128, 256] and all(0.0 <= share <= 1.0 for _, share in (first, second))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and "critic, paid per turn" in done.stdout
+    if host == "trl":
+        assert Tokens(tmp_path / "token_values.html").values
 
 
 def test_textarena_games_are_environments() -> None:

@@ -66,7 +66,7 @@ class _Episode:
         self.chosen: list[int] = []
         self.rewards: list[float] = []
         self.turns = self.answers = 0
-        self.goes_on, self.terminated, self.truncated = True, False, False
+        self.goes_on, self.terminated, self.truncated, self.pays = True, False, False, False
 
     def add(self, ids: Sequence[int], *, own: bool) -> None:
         """Append tokens of the policy or of the environment."""
@@ -81,14 +81,15 @@ class _Episode:
         whole = len(ids) < limit or ids[-1] in turns.eos or limit == turns.max_turn_length
         self.add(ids, own=True)
         self.turns += 1
-        if not whole:  # cut by the length of the episode in the middle of an action
+        if not whole:  # cut by the length of the episode in the middle of an action, which earns nothing
+            self.rewards[-1] = 0.0
             self.goes_on = False
             return
         action = turns.tokenizer.decode(ids, skip_special_tokens=True)
         observation, reward, self.terminated, self.truncated, _ = self.environment.step(action)
         self.answers += 1
         if reward is not None:
-            self.rewards[-1] = float(reward)
+            self.rewards[-1], self.pays = float(reward), True
         over = self.terminated or self.truncated or self.turns == turns.max_turns
         self.goes_on = not over
         if self.terminated:
@@ -117,7 +118,8 @@ def play_episodes(
     r"""Play an episode with each environment, all side by side: in every round all that go on make one turn.
 
     A completion holds the turns of the policy and, masked in `tool_mask`, what the environment answered. The reward of
-    a turn is paid at the turn's last token. Where prompts are conversations, observations are messages of the user in
+    a turn is paid at the turn's last token; a turn that `max_completion_length` cuts is no action and earns 0. Where
+    prompts are conversations, observations are messages of the user in
     the tokenizer's chat template; else their text is appended as it is, so let it bring its own separators.
 
     Args:
@@ -166,7 +168,7 @@ def play_episodes(
 def _check_paid(episodes: Sequence[_Episode], any_rank: Callable[[bool], bool]) -> None:
     """Refuse environments that have answered turns, and paid none of them."""
     answered = any_rank(any(episode.answers for episode in episodes))
-    paid = any_rank(any(not math.isnan(reward) for episode in episodes for reward in episode.rewards))
+    paid = any_rank(any(episode.pays for episode in episodes))
     if answered and not paid:
         names = ", ".join(sorted({type(episode.environment).__name__ for episode in episodes}))
         raise ValueError(
