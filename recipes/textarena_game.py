@@ -97,7 +97,7 @@ class TextArenaGame:
             random.setstate(others)
 
     def _news(self) -> str:
-        """What the game has said since this was last asked; the player's own words are no news."""
+        """Words of the game since this was last asked; the player's own words are no news."""
         _, messages = self.inside.get_observation()
         said = [str(text) for speaker, text, *_ in messages if speaker != PLAYER]
         return "\n" + "\n".join(said) + "\n"
@@ -156,7 +156,7 @@ def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def overheard(game: TextArenaGame, games: int = 20) -> list[str]:
-    """What a game says to somebody who answers with words that it has said."""
+    """Texts of a game with somebody who answers with words that it has said."""
     chance, texts = random.Random(0), [str(number) for number in range(21)]
     for _ in range(games):
         texts.append(game.reset())

@@ -146,7 +146,7 @@ def test_an_action_cut_by_the_length_of_the_episode_is_none() -> None:
     game = Scripted(("+", 1.0, False, False), ("+", 2.0, True, False))
     played = play(Speaker([["12", "34567"]]), ["0"], [game], length=6)
     assert game.actions == ["12"]
-    assert said(played) == ["12.+34"] and paid(played) == [{2: 1.0}]
+    assert said(played) == ["12.+34"] and paid(played) == [{2: 1.0, 5: 0.0}]  # and earns nothing
     assert not played.ended.any() and played.truncated is not None and not played.truncated.any()
 
 
@@ -154,7 +154,13 @@ def test_an_action_cut_by_the_length_of_the_episode_is_none() -> None:
 def test_an_action_that_ends_at_the_last_token_counts(length: int, actions: list[str]) -> None:
     game = Scripted(("+", 1.0, False, False), ("+", 2.0, True, False))
     played = play(Speaker([["12", "3"]]), ["0"], [game], length=length)
-    assert game.actions == actions and len(paid(played)[0]) == len(actions)
+    cut = {} if len(actions) == 2 else {4: 0.0}
+    assert game.actions == actions and {t: r for t, r in paid(played)[0].items() if r == 0.0} == cut
+
+
+def test_an_episode_cut_in_its_first_action_is_worth_nothing_and_counts() -> None:
+    played = play(Speaker([["123456"]]), ["0"], [Scripted(("+", 1.0, True, False))], length=4)
+    assert said(played) == ["1234"] and paid(played) == [{3: 0.0}]
 
 
 def test_both_lengths_cut_at_once() -> None:
