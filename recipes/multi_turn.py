@@ -216,7 +216,7 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
 
     own = {**METHODS[method][2], **(options.critic if method == "critic" else {})}
     seed_everything(seed, verbose=False)
-    tokenizer = character_tokenizer()
+    tokenizer = character_tokenizer() if options.model is None else None  # else that of the model
     games: list[Cipher] = []
 
     def new_game() -> Cipher:
@@ -232,7 +232,7 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
 
     made = {"num_generations": 1, **own}
     module = (MTPCriticModule if method == "critic" else GRPOModule)(
-        small_model(tokenizer),
+        options.model or small_model(tokenizer),
         tokenizer,
         environment=new_game,
         max_turns=TURNS,
@@ -245,7 +245,7 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
         **made,
     )
     prompts = 2 * options.episodes // made["num_generations"]
-    rows = [{"prompt": "a"}] * (prompts * options.updates)
+    rows = [{"prompt": "a" if options.model is None else options.prompt}] * (prompts * options.updates)
     trainer = Trainer(
         max_steps=options.updates,
         accelerator="cpu" if options.cpu else "auto",
@@ -277,12 +277,13 @@ def smoothed(values: list[float], width: int = 10) -> list[float]:
     return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t)."""
-    if len(values) < 2:
-        return values[0], float("nan")
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
-    return statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+def interval(values: list[float]) -> str:
+    """Mean and, of several seeds, half the width of its 95 % interval (Student's t)."""
+    mean, seeds = statistics.fmean(values), len(values)
+    if seeds < 2:
+        return f"{mean:.3f}"
+    quantiles = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+    return f"{mean:.3f} ± {quantiles.get(seeds, 1.96) * statistics.stdev(values) / seeds**0.5:.3f}"
 
 
 def first_at(curve: list[tuple[int, float]], level: float) -> float:
@@ -293,16 +294,14 @@ def first_at(curve: list[tuple[int, float]], level: float) -> float:
 
 def compare(curves: dict[str, list[list[tuple[int, float]]]]) -> list[str]:
     """Lines that say where each method ends, and when it is where GRPO ends."""
-    lines = [f"{'method':28} {'end':>15} {'area':>15} {'tokens to the end of GRPO':>28}"]
+    lines = [f"{'method':28} {'end':>15} {'area':>15} {'share of tokens to the end of GRPO':>36}"]
     goals = [smoothed([h for _, h in curve], 20)[-1] for curve in curves.get("grpo", [])]
     for method, runs in curves.items():
         ends = interval([smoothed([h for _, h in curve], 20)[-1] for curve in runs])
         areas = interval([statistics.fmean(h for _, h in curve) for curve in runs])
         reached = [first_at(curve, goal) / curve[-1][0] for curve, goal in zip(runs, goals, strict=False)]
-        share = "-" if not reached else ", ".join("never" if x == float("inf") else f"{x:.2f}" for x in reached)
-        lines.append(
-            f"{NAMES[method]:28} {ends[0]:7.3f} ± {ends[1]:.3f} {areas[0]:7.3f} ± {areas[1]:.3f}   {share:>26}"
-        )
+        share = ", ".join("never" if x == float("inf") else f"{x:.2f}" for x in reached) or "-"
+        lines.append(f"{NAMES[method]:28} {ends:>15} {areas:>15} {share:>36}")
     return lines
 
 
