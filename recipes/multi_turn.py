@@ -140,7 +140,15 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "critic": (
         MTPCriticTrainer,
         MTPCriticConfig,
-        {"num_mtp_heads": 1, "head_learning_rate": 3e-3, "lam_policy": 0.5, "time_unit": "turn"},
+        # Returns are up to forty times as large as where a verifier says 0 or 1, and a squared error grows with the
+        # square: with the usual weight the values would take the trunk, and the clipped gradient, for themselves.
+        {
+            "num_mtp_heads": 1,
+            "head_learning_rate": 3e-3,
+            "value_loss_coef": 0.005,
+            "lam_policy": 0.5,
+            "time_unit": "turn",
+        },
     ),
     "grpo": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "group_normalized", "num_generations": 8}),
     "process": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "process_normalized", "num_generations": 8}),
