@@ -140,7 +140,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "critic": (
         MTPCriticTrainer,
         MTPCriticConfig,
-        # Returns are up to forty times as large as where a verifier says 0 or 1, and a squared error grows with the
+        # Returns are up to 48, where a verifier says 0 or 1, and a squared error grows with the
         # square: with the usual weight the values would take the trunk, and the clipped gradient, for themselves.
         {
             "num_mtp_heads": 1,
