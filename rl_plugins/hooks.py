@@ -120,7 +120,12 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
     ),
     "rl_plugins.trl": (
         Hook("trl.GRPOTrainer._generate_and_score_completions", "inputs"),
-        Hook("trl.GRPOTrainer._generate_single_turn"),
+        Hook("trl.GRPOTrainer._generate_single_turn", "prompt_ids, images, multimodal_fields, num_generations"),
+        Hook("trl.GRPOTrainer._generate", "prompts"),
+        Hook(
+            "trl.GRPOTrainer._tool_call_loop",
+            "prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields",
+        ),
         Hook("trl.GRPOTrainer._calculate_rewards", "inputs, prompts, completions, completion_ids_list"),
         Hook("trl.GRPOTrainer._prepare_inputs", "generation_batch"),
         Hook(
@@ -132,7 +137,17 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         Hook("trl.GRPOTrainer._load_optimizer_and_scheduler", "checkpoint"),
         *(
             Hook(f"trl.GRPOTrainer.{name}")
-            for name in ("_metrics", "_logs", "_step", "_buffered_inputs", "_tokenizer", "_entropy_bonus_enabled")
+            for name in (
+                "_metrics",
+                "_logs",
+                "_step",
+                "_buffered_inputs",
+                "_tokenizer",
+                "_entropy_bonus_enabled",
+                "_sync_tool_dicts",
+                "_async_tool_dicts",
+                "_environment_pool",
+            )
         ),
         Hook("trl.SFTTrainer._prepare_dataset", "dataset, processing_class, args, packing, ..."),
         Hook("trl.SFTTrainer._set_signature_columns_if_needed", ""),

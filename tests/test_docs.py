@@ -5,6 +5,7 @@ of Qwen/Qwen3-0.6B and Qwen/Qwen3-30B-A3B, on the CPU, for two steps. A `diff` b
 change. Lines `# -> ...` are what a block prints. `<!-- skip-test: reason -->` before a block skips it.
 """
 
+import argparse
 import ast
 import contextlib
 import importlib
@@ -35,10 +36,11 @@ from rl_plugins import classic, functional
 from rl_plugins.functional import AGGREGATIONS
 from rl_plugins.hooks import TESTED
 from rl_plugins.moe import BalancingConfig, RouterBalancer
-from rl_plugins.rollouts import SpeculativeDecoder
+from rl_plugins.rollouts import ProcessRewardModel, SpeculativeDecoder, rewards_per, text_steps
 from rl_plugins.signals import ADVANTAGES, POLICY_LOSSES, DraftOptions, HeadOptions, PolicyLoss, advantage_options
 from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS, Preset
 from rl_plugins.trl import (
+    EpisodeRollouts,
     GRPOVariantConfig,
     GRPOVariantTrainer,
     MTPCriticConfig,
@@ -54,12 +56,14 @@ from .helpers.tiny import ON_CPU
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-CRITIC, VARIANTS, PPO, MOE, SPECULATIVE = (
-    ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo", "moe", "speculative")
+CRITIC, VARIANTS, PPO, MOE, SPECULATIVE, REWARDS = (
+    ROOT / "docs" / f"{name}.md" for name in ("critic", "variants", "ppo", "moe", "speculative", "rewards")
 )
 LAYERS = ("functional", "nn", "moe", "rollouts", "signals", "classic", "tabular", "report", "trl", "lightning")
 METRICS = ("critic/", "mtp/", "phasic/", "sampling/", "value_tracker/", "clip_ratio/", "moe/")
 RECIPES = ("mtp_critic", "grpo_variants", "ppo", "moe_balancing")
+PARSED_RECIPES = ("multi_turn",)
+"""Recipes whose `main` parses the command line by itself."""
 LIGHTNING_RECIPES = ("lightning_mtp_critic", "lightning_classic")
 STOCK_MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B")
 LIGHTNING_ON_CPU = {
@@ -69,6 +73,7 @@ LIGHTNING_ON_CPU = {
     "enable_model_summary": False,
     "limit_val_batches": 1,
 }
+ORIGINAL_PARSE = argparse.ArgumentParser.parse_args
 BLOCK = re.compile(r"(?:^<!-- skip-test: (?P<reason>.+) -->\n+)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
@@ -213,6 +218,19 @@ def check_lightning_command(name: str, arguments: list[str]) -> None:
     assert end.value.code == 0 and "trainer:" in printed.getvalue()
 
 
+def check_parsed_command(name: str, arguments: list[str]) -> None:
+    """Have a recipe parse the arguments, and stop there."""
+    parsed: list[str] = []
+
+    def parse(parser: argparse.ArgumentParser) -> None:
+        parsed.extend(vars(ORIGINAL_PARSE(parser, arguments)))
+        raise SystemExit(0)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse), pytest.raises(SystemExit) as end:
+        load_recipe(name).main()
+    assert end.value.code == 0 and parsed
+
+
 def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
     program, *arguments = words
     if program == "make":
@@ -232,6 +250,8 @@ def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
         check_command(arguments, recipes)
     elif Path(program).stem in LIGHTNING_RECIPES:
         check_lightning_command(Path(program).stem, arguments)
+    elif Path(program).stem in PARSED_RECIPES:
+        check_parsed_command(Path(program).stem, arguments)
     else:
         assert (ROOT / program).is_file()
         if program not in recipes:
@@ -346,7 +366,9 @@ def test_options_of_balancing() -> None:
 def test_options_in_prose_exist() -> None:
     configs = (MTPCriticConfig, MTPSFTConfig, GRPOVariantConfig, PPOConfig, BalancingConfig)
     known = {f.name for config in configs for f in fields(config)} | {"record_load", "extra_modules", "callbacks"}
-    known |= {*inspect.signature(SpeculativeDecoder).parameters, "use_mtp", "use_cache"}
+    functions = (SpeculativeDecoder, ProcessRewardModel, rewards_per, EpisodeRollouts)
+    known |= {name for function in functions for name in inspect.signature(function).parameters}
+    known |= {"use_mtp", "use_cache"}
     modules = [getattr(package, name) for package in (rl_plugins.lightning, classic) for name in package.__all__]
     known |= {name for module in modules for name in inspect.signature(module).parameters}
     agents = [getattr(classic, name) for name in classic.__all__ if name.endswith("Agent")]
@@ -391,7 +413,8 @@ def test_advantages_and_their_options() -> None:
     table = keyed(VARIANTS, "Advantages")
     assert list(table) == [*ADVANTAGES]
     for name, cells in table.items():
-        function = getattr(functional, name, functional.forget_factor)  # the one that value_tracker hands options to
+        # `reward_to_go` has no function of its own; value_tracker hands its options to the last one.
+        function = getattr(functional, name, ADVANTAGES[name].of_returns or functional.forget_factor)
         assert keywords(cells[-1]) == defaults(function, advantage_options(name)), name
 
 
@@ -491,6 +514,21 @@ def test_metrics(
     assert {name for name in named if name.startswith(METRICS)} == logged
     mentioned = set(re.findall(rf"`((?:{'|'.join(METRICS)})[a-z_/]+)`", path.read_text()))
     assert mentioned <= logged
+
+
+@pytest.mark.slow
+def test_metrics_of_step_rewards(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Any, tmp_path: Path) -> None:
+    @rewards_per("step", separator="+")
+    def steps(completions: list[str], **kwargs: Any) -> list[list[float]]:
+        return [[1.0] * len(text_steps(text, "+")) for text in completions]
+
+    args = MTPCriticConfig(str(tmp_path), **ON_CPU, **{**QUICK, "eval_strategy": "no"})
+    trainer = MTPCriticTrainer(tiny_model(), steps, args, dataset.select(range(16)), processing_class=tokenizer)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    named = {name for row in rows(REWARDS, "Metrics") for name in re.findall(r"`([^`]+/[^`]+)`", row[0])}
+    ours = {name.replace("/steps/", "/<name>/") for name in logged if name.startswith(("step_rewards/", "rewards/"))}
+    assert named == ours - {"rewards/<name>/mean", "rewards/<name>/std"}
 
 
 def test_metrics_of_balancing() -> None:

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
             "value_warmup_steps": 1},
     "variant": {"trainer": "variant", "reward": "spread", **ONLINE, "batch": 4, "num_generations": 2,
                 "preset": "dapo", "beta": 0.1},
+    "episodes": {**ONLINE, **distributed.EPISODES, "batch": 2, "head_learning_rate": 0.05},
     "sft": {**SFT, "reward": "scored", "model": "untied"},
     # No output of the model has a gradient then: without checkpointing, which would have inputs require one.
     "frozen": {**SFT, "reward": "scored", "model": "untied", "freeze_trunk": True, "gradient_checkpointing": False},
@@ -116,6 +117,9 @@ class TestWhatACaseIsAbout:
             lengths = [(e["completions/min_length"], e["completions/max_length"]) for e in two.history(f"{case}_fsdp")]
             assert any(shortest < longest for shortest, longest in lengths)
 
+    def test_ranks_make_different_numbers_of_turns(self, two: Workplace) -> None:
+        two.assert_ranks_play_apart("episodes_fsdp", rows=1)
+
     def test_values_come_from_a_pass(self, two: Workplace) -> None:
         """The heads run outside the forward while tokens are chosen, which ranks do not do in step."""
         assert two.log("critic_fsdp")["captured"] == [False, True] * 3  # a pass fills in
@@ -157,7 +161,7 @@ class TestSavedModel:
         assert not info["unexpected_keys"]
         start = AutoModelForCausalLM.from_pretrained(two.root / CASES[case].get("model", "tied")).state_dict()
         assert (gap(model.state_dict(), start) > 0.0) == (case != "frozen")
-        if case in ("critic", "sft", "frozen"):
+        if case in ("critic", "episodes", "sft", "frozen"):
             assert gap(load_mtp_heads(model, final).state_dict(), two.tensors(f"{case}_fsdp", "heads")) == 0.0
         if case == "ppo":
             trunk = AutoModel.from_pretrained(final / "value_model").state_dict()

@@ -22,6 +22,7 @@ from rl_plugins.rollouts.completions import Completions, pad_left
 
 from .helpers.lightning_runs import KINDS, Numbers, every_step, fit, module_factory, perturb
 from .helpers.moe_models import make_moe_model
+from .helpers.step_rewards import per_token
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::lightning\.pytorch.*")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -107,7 +108,7 @@ def assert_same_step(
 ) -> None:
     assert_same_gradients(found[0], expected[0])
     # What is no mean over tokens or rows: an average of micro-batches at most.
-    skipped = ("std", "explained", "terminated", "zero_std")
+    skipped = ("std", "explained", "terminated", "zero_std", "before_end")
     assert found[1].keys() >= {"loss"}
     for name in found[1].keys() & expected[1].keys():
         if not any(part in name for part in skipped):
@@ -279,6 +280,7 @@ CRITICS: dict[str, dict[str, Any]] = {
     "defaults": {"mtp_detach_trunk": False},
     "kl": {"beta": 0.2, "entropy_coef": 0.1, "value_loss_type": "huber", "policy_loss": "grpo"},
     "kl_in_reward": {"beta": 0.2, "kl_in_reward": True, "value_grad_clip": 0.3, "advantage_scaling": "none"},
+    "steps": {"reward_funcs": per_token, "bootstrap_truncated": True, "advantage_scaling": "none"},
 }
 
 
@@ -289,6 +291,7 @@ def test_critic(make: Make, name: str) -> None:
     whitened = CRITICS[name].get("advantage_scaling") is None
     numbers = assert_all_cuts_agree(make, "critic", slices_only=whitened, **CRITICS[name])
     assert {"critic/value_loss/head_2", "mtp/token_loss/head_2"} <= numbers.keys()
+    assert ("step_rewards/before_end" in numbers) == (name == "steps")
     if name == "kl_in_reward":
         assert 0.0 < numbers["critic/grad_clamped"] < 1.0
 
@@ -306,6 +309,12 @@ def test_ppo(make: Make, options: dict[str, Any]) -> None:
 def test_reinforce_with_a_penalty_per_token(make: Make) -> None:
     options = {"policy_loss": "ppo_clip", "advantage": "batch_normalized", "beta": 0.2, "kl_in_reward": True}
     assert_all_cuts_agree(make, "grpo", slices_only=True, **options)
+
+
+@pytest.mark.slow
+def test_steps_compared_in_a_group(make: Make) -> None:
+    numbers = assert_all_cuts_agree(make, "grpo", advantage="process_normalized", reward_funcs=per_token)
+    assert numbers["step_rewards/before_end"] > 0.1
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What cannot work in Lightning is refused before any work starts, in a sentence that says what to do."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rl_plugins.lightning import (
     PromptDataModule,
 )
 from rl_plugins.moe.config import BalancingConfig
+from rl_plugins.rollouts import TokenRewards
 from rl_plugins.trl import MoEBalancingCallback as TRLBalancing
 
 from .helpers.bad_rewards import ARGUMENTS, RETURNS, asks, closed, reads
@@ -147,6 +149,10 @@ class Scored:
     def token_lists() -> list[list[int]]:
         return [[4], [5]]
 
+    @staticmethod
+    def policy_lists() -> None:
+        return None
+
 
 @pytest.mark.parametrize(("func", "error", "message"), RETURNS, ids=lambda x: getattr(x, "__name__", None))
 def test_what_reward_functions_return(make: Make, func: Any, error: Any, message: str) -> None:
@@ -179,14 +185,19 @@ def test_what_a_reward_function_raises(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_computed_before_a_reward_function_failed_is_kept(make: Make, tmp_path: Path, reward: Any) -> None:
+@pytest.mark.parametrize("error", [ConnectionError, ValueError], ids=["raises", "wrong length"])
+def test_what_was_computed_before_a_reward_function_failed_is_kept(
+    make: Make, tmp_path: Path, reward: Any, error: Any
+) -> None:
     class Fails:
         limit = 2
 
-        def __call__(self, completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
-            if trainer_state.global_step == self.limit:
-                raise ConnectionError("the judge is down")
-            return reward(completions)
+        def __call__(self, completions: list[str], trainer_state: Any, **kwargs: Any) -> list[Any]:
+            if trainer_state.global_step != self.limit:
+                return reward(completions)
+            if error is ValueError:
+                return [[1.0] * 99] * len(completions)
+            raise ConnectionError("the judge is down")
 
     def run(directory: Path, reward_funcs: Any, ckpt_path: Any = None) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
@@ -195,18 +206,98 @@ def test_what_was_computed_before_a_reward_function_failed_is_kept(make: Make, t
         return dict(module.named_parameters())
 
     whole, func = run(tmp_path / "whole", reward), Fails()
-    with pytest.raises(ConnectionError) as caught:
+    with pytest.raises(error) as caught:
         run(tmp_path / "run", func)
-    assert caught.value.__notes__[1].startswith("It was called in step 3 with")
+    if error is ValueError:
+        assert "'Fails' returned 99 rewards for completion 0 in step 3, which has " in str(caught.value)
+    else:
+        assert caught.value.__notes__[1].startswith("It was called in step 3 with")
     func.limit = -1
     resumed = run(tmp_path / "run", func, tmp_path / "run" / "step=2.ckpt")
     assert all(torch.equal(param, whole[name]) for name, param in resumed.items())
+
+
+class Silent:
+    """An environment that pays nothing."""
+
+    def reset(self, **_: Any) -> None:
+        return None
+
+    def step(self, action: str) -> Any:
+        return "", None, True, False, {}
+
+
+class FourTuple(Silent):
+    def step(self, action: str) -> Any:
+        return "", 1.0, True, {}
+
+
+EPISODES = {
+    "four": (
+        FourTuple,
+        "In turn 1 of an episode with FourTuple. Its step.text. has to return .observation, reward, te",
+    ),
+    "silent": (Silent, "There is no reward: Silent.step returned None as reward for every turn of the first batch"),
+}
+
+
+@pytest.mark.parametrize("name", EPISODES)
+def test_environments(make: Make, name: str) -> None:
+    environment, message = EPISODES[name]
+    module = make("critic", reward_funcs=None, environment=environment, max_turn_length=2)
+    with pytest.raises(ValueError) as caught:
+        fit(module, PromptDataModule(prompts(4), batch_size=2), max_steps=1)
+    said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert re.search(message, said), said
+
+
+def test_rewards_at_tokens_that_are_not_there(make: Make) -> None:
+    class Scores(GRPOModule):
+        narrow: bool
+
+        def score(self, rows: Any, completions: Any) -> Any:
+            rewards = torch.ones(completions.completion_ids.shape) * completions.completion_mask
+            return TokenRewards(rewards[:, :-1] if self.narrow else rewards + 1)
+
+    module = make("grpo", cls=Scores, reward_funcs=None)
+    module.narrow = True
+    with pytest.raises(ValueError, match="are not one for each token of the completions"):
+        module.rollout(prompts(4))
+    module.narrow = False
+    with pytest.raises(ValueError, match="paid at tokens that the policy did not choose.* at the policy's last token"):
+        module.rollout(prompts(4))
+
+
+def test_rewards_from_nowhere(make: Make) -> None:
+    class Generates(GRPOModule):
+        def generate(self, prompts: Any) -> Any:
+            return super().generate(prompts)
+
+    with pytest.raises(ValueError, match="There are no rewards: no reward_funcs, no environment, and `generate` ret"):
+        make("grpo", cls=Generates, reward_funcs=None).rollout(prompts(4))
+
+
+def test_demonstrations_with_rewards_of_steps(make: Make) -> None:
+    message = r"`reward` column holds \[1.0, 0.5\] \(list\), but a row of supervised fine-tuning has one number.* sum"
+    steps = [{**row, "reward": [1.0, 0.5]} for row in DEMONSTRATIONS]
+    with pytest.raises(TypeError, match=message):
+        fit(make("sft"), PromptDataModule(steps, batch_size=2), max_steps=1)
+    module = make("sft")
+    batch = {**module.collate(DEMONSTRATIONS), "reward": torch.tensor([[1.0, 0.5]] * 4)}
+    with pytest.raises(TypeError, match=message):
+        module.loss(batch)
 
 
 # Settings
 
 SETTINGS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("critic", {"preset": "dapo"}, TypeError, "MTPCriticModule has no argument preset"),
+    (
+        "critic",
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        TypeError,
+        "MTPCriticModule has no argument multi_objective_aggregation",
+    ),
     ("grpo", {"preset": "nope"}, ValueError, "Unknown preset 'nope'; choose one of grpo, dr_grpo, dapo"),
     ("ppo", {"preset": "dapo"}, ValueError, "Unknown preset 'dapo'; choose one of vpg"),
     ("sft", {"gama": 0.9}, TypeError, "MTPSFTModule has no argument gama"),

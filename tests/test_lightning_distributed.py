@@ -18,6 +18,7 @@ from rl_plugins.nn import load_mtp_heads
 
 from .helpers import distributed
 from .helpers.distributed import gap
+from .helpers.step_rewards import LENGTH
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
         "args": {"val_check_interval": STEPS - 1},
     },
     "sft": {"kind": "sft", "model": "untied"},
+    "steps": {"kind": "critic", "module": {"num_iterations": 2, "bootstrap_truncated": True}, "reward": "steps"},
+    "process": {"kind": "grpo", "module": {"advantage": "process_normalized"}, "reward": "steps"},
+    "episodes": {"kind": "critic", "module": {"max_completion_length": LENGTH}, "reward": "episodes"},
 }
 BACKENDS = {
     "critic": ("ddp", "zero1", "zero2", "zero3"),
@@ -47,6 +51,9 @@ BACKENDS = {
     "grpo": ("ddp", "zero2"),
     "ppo": ("zero3",),
     "sft": ("zero3",),
+    "steps": ("zero2",),
+    "process": ("ddp",),
+    "episodes": ("ddp", "zero3"),
 }
 NAMES = [f"{case}_{backend}" for case, backends in BACKENDS.items() for backend in backends]
 SHARDED = [name for name in NAMES if name.startswith("critic_zero")]
@@ -65,7 +72,11 @@ MID_CYCLE: dict[str, Any] = {
     "args": {"max_steps": 5},
 }
 CHECKPOINT, KILL_AT = 2, 3
-RESUMED = ("ddp", "zero3")
+# Resumed beside what `MID_CYCLE` says.
+RESUMED: dict[str, dict[str, Any]] = {
+    "ddp": {"module": {"bootstrap_truncated": True}, "reward": "steps"},
+    "zero3": {"module": {"max_completion_length": LENGTH}, "reward": "episodes"},
+}
 HALF = {"kind": "fixed_critic"}
 
 Run = dict[str, Any]
@@ -89,7 +100,8 @@ class Workplace(distributed.Workplace):  # type: ignore[misc]
 
     def killed(self, backend: str) -> list[Run]:
         """An uninterrupted run, one that is killed, and one that goes on from its checkpoint."""
-        options = {**MID_CYCLE, "checkpoint": CHECKPOINT}
+        paid = RESUMED[backend]
+        options = {**MID_CYCLE, **paid, "module": {**MID_CYCLE["module"], **paid["module"]}, "checkpoint": CHECKPOINT}
         checkpoint = self.root / f"killed_{backend}" / f"step={CHECKPOINT}.ckpt"
         return [
             self.run(f"whole_{backend}", backend, **options),
@@ -191,7 +203,7 @@ class TestTwoRanksEqualOneProcess:
             assert file.metadata()["sharded"] == str(name.endswith("zero3"))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.split("_")[0] not in ("grpo", "ppo")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.split("_")[0] not in ("grpo", "ppo", "process")])
 def test_polyak_targets_equal_those_of_one_process(two: Workplace, name: str) -> None:
     two.log(name)
     first, second = (two.tensors(name, "target", rank) for rank in (0, 1))
@@ -213,6 +225,16 @@ def test_ranks_stop_generating_at_different_lengths(two: Workplace, backend: str
     assert [first | second for first, second in zip(*ranks, strict=True)] == expected
     longest = [[max(map(len, rollout.values())) for rollout in rank] for rank in ranks]
     assert longest[0] != longest[1]
+
+
+@pytest.mark.parametrize("name", ["steps_zero2", "process_ddp", "episodes_ddp", "episodes_zero3"])
+def test_steps_are_paid(two: Workplace, name: str) -> None:
+    assert all(step["step_rewards/before_end"] > 0.1 for step in two.log(name)["metrics"])
+    if name.startswith("episodes"):
+        two.assert_ranks_play_apart(name, rows=BATCH // 2)
+        return
+    first, second = ([max(map(len, made)) for _, made in log["rollouts"]] for log in two.logs(name))
+    assert first != second  # the ranks pad to different widths
 
 
 @pytest.mark.parametrize("name", [f"{case}_{backend}" for case in WINDOWS for backend in WINDOW_BACKENDS[case]])

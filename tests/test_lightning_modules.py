@@ -486,7 +486,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "grpo",
         {"kl_in_reward": True},
-        "needs advantage='batch_normalized' and beta > 0; they are 'group_normalized' and",
+        "needs advantage='batch_normalized' or 'reward_to_go' and beta > 0; they are 'group_normalized' and",
     ),
     ("grpo", {"policy_loss": "gvpo", "advantage": "lambda_trace"}, "policy_loss='gvpo' compares whole completions"),
     ("grpo", {"num_generations": 0}, "num_generations must be at least 1, got 0"),

@@ -19,6 +19,7 @@ from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.completions import Completions
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
 from rl_plugins.signals import DraftOptions, HeadOptions, ValueHeadOptions
+from rl_plugins.signals.critics import Values
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer, PPOConfig, PPOTrainer
 
 from .helpers.lightning_runs import (
@@ -119,11 +120,11 @@ def test_recorded_values_are_those_of_a_pass(make: Make, tiny_model: Callable[..
     module = make("critic", with_heads(talkative(tiny_model)), head_learning_rate=1e-1)
     recorded, checked = module.critic.recorded, []
 
-    def compared(batch: Batch, host: Any) -> tuple[Tensor, Tensor]:
+    def compared(batch: Batch, host: Any) -> Values:
         found, mask = recorded(batch, host), batch["completion_mask"].bool()
         assert mask.sum(1).unique().numel() > 2  # ragged
         exact = [heads_values(module, batch, heads) for heads in (module.mtp_heads, module.polyak_target)]
-        for values, expected in zip(found, exact, strict=True):
+        for values, expected in zip((found.online, found.target), exact, strict=True):
             torch.testing.assert_close(values[mask], expected[mask], atol=1e-5, rtol=1e-5)
         assert exact[0][mask].std() > 0.1
         checked.append((exact[0] - exact[1])[mask].abs().max().item())

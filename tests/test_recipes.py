@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -150,7 +152,7 @@ def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
-    others = {"moe_balancing", "lightning_mtp_critic", "lightning_classic"}
+    others = {"moe_balancing", "lightning_mtp_critic", "lightning_classic", "textarena_game", "multi_turn"}
     assert {path.stem for path in FOLDER.glob("*.py") if is_recipe(path)} == {*CRITICS, *others}
 
 
@@ -425,6 +427,172 @@ runpy.run_path(path, run_name="__main__")
 assert Path(last).is_file(), "a rank left before the report was there"
 assert not distributed.is_initialized(), "a rank left with a process group"
 """
+
+
+class Countdown:
+    """A game as TextArena has them: count down from a die's number; a wrong number ends it."""
+
+    def reset(self, num_players: int, seed: int | None = None) -> None:
+        assert num_players == 1
+        self.start = self.number = random.randint(3, 9)
+        self.said = [(-1, f"You are at {self.number}.", "PROMPT")]
+
+    def step(self, action: str) -> tuple[bool, dict[str, Any]]:
+        self.said += [(0, action, "PLAYER_ACTION")]
+        self.right = action == f"[{self.number - 1}]"
+        self.number -= self.right
+        self.over = not self.right or self.number == 0
+        self.said += [(-1, "yes" if self.right else "no", "GAME_MESSAGE")]
+        return self.over, {}
+
+    def get_observation(self) -> tuple[int, list[tuple[int, str, str]]]:
+        said, self.said = self.said, []
+        return 0, said
+
+    def close(self) -> tuple[dict[int, float], dict[int, dict[str, Any]]]:
+        return {0: 1.0 if self.number == 0 else -1.0}, {0: {"reason": "over"}}
+
+    def _get_percentage_completion(self) -> float:
+        return 1 - self.number / self.start
+
+
+class Wrapped:
+    """As TextArena's wrappers: brackets around an action, and all that was said."""
+
+    def __init__(self, env: Any) -> None:
+        self.env, self.all = env, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def step(self, action: str) -> Any:
+        return self.env.step(f"[{action}]")
+
+    def get_observation(self) -> Any:
+        self.all += str(self.env.get_observation())
+        return 0, self.all
+
+
+def test_the_cipher_by_hand() -> None:
+    recipe = load_recipe("multi_turn")
+    game, other = recipe.Cipher(3), recipe.Cipher(3)
+    assert sorted(game.secret) == sorted(game.secret.values()) and game.secret == recipe.Cipher(4).secret
+    shown, total = game.reset(prompt="a"), 0.0
+    assert shown == other.reset() and len(shown) == 3
+    for turn in range(recipe.TURNS):
+        right, stake = "".join(game.secret[letter] for letter in game.word), recipe.LETTERS.index(shown[0])
+        answer = right if turn % 2 else right[0] + "?"  # every other turn half right
+        shown, reward, terminated, truncated, _ = game.step(answer)
+        assert reward == stake * (1.0 if turn % 2 else 0.5)
+        assert (terminated, truncated) == (turn == recipe.TURNS - 1, False)
+        total += 1.0 if turn % 2 else 0.5
+    assert game.right == total == 6.0
+    game.reset()
+    assert game.step("")[1] == 0.0 and game.right == 0.0
+
+
+def test_tables_of_the_cipher_by_hand() -> None:
+    recipe = load_recipe("multi_turn")
+    slow, fast = ([(10 * (i + 1), i / 100 * speed) for i in range(40)] for speed in (1, 2))
+    assert recipe.smoothed([1.0, 2.0, 3.0], 2) == [1.0, 1.5, 2.5]
+    assert recipe.interval([1.0, 3.0]) == "2.000 ± 12.710" and recipe.interval([1.5]) == "1.500"
+    # A point is the mean of the last ten: that of the 36th is (0.26 + ... + 0.35) / 10.
+    assert recipe.first_at(slow, 0.305) == 360 and recipe.first_at(slow, 0.5) == math.inf
+    lines = recipe.compare({"critic": [fast], "grpo": [slow]})
+    # The slow curve ends at 0.295, the mean of its last twenty points; the fast one is there at point 21 of 40.
+    assert lines[1].split()[-1] == "0.53" and lines[2].split()[-1] == "0.88"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["trl", "lightning"])
+def test_multi_turn_recipe(host: str, tmp_path: Path) -> None:
+    sizes = ("--updates=2", "--episodes=8", "--cpu", f"--host={host}", f"--output_dir={tmp_path}")
+    done = run_script(FOLDER / "multi_turn.py", *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert set(curves) == {"critic", "grpo"}
+    for ((first, second),) in curves.values():
+        assert [first[0], second[0]] == [128, 256] and all(0.0 <= share <= 1.0 for _, share in (first, second))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and "critic, paid per turn" in done.stdout
+    if host == "trl":
+        assert Tokens(tmp_path / "token_values.html").values
+
+
+def test_textarena_games_are_environments() -> None:
+    """Rewards of turns, ends, news and dice, with a game that stands in for the library's."""
+    recipe = load_recipe("textarena_game")
+    game = recipe.TextArenaGame("any", 3, make=lambda name: Wrapped(Countdown()))
+    others = random.getstate()
+    said = game.reset(prompt="play")
+    start = game.inside.start
+    assert said == f"\nYou are at {start}.\n"
+    steps = [game.step(str(start - 1 - i)) for i in range(start)]
+    assert [answer for answer, *_ in steps] == ["\nyes\n"] * (start - 1) + [""]  # nor the player's own words
+    assert [reward for _, reward, *_ in steps] == pytest.approx([1 / start] * start)
+    assert [ends[2:4] for ends in steps] == [(False, False)] * (start - 1) + [(True, False)]
+    assert game.outcome == 1.0 and steps[-1][4] == {"reason": "over"}
+    # A wrong move earns the outcome less what the turns before have earned.
+    start = int(re.findall(r"\d+", game.reset())[0])
+    first, wrong = game.step(str(start - 1)), game.step("0" if start != 2 else "9")
+    assert first[1] + wrong[1] == pytest.approx(-1.0) and wrong[2:4] == (True, False)
+    # A game that goes on is cut.
+    game = recipe.TextArenaGame("any", 3, 2, lambda name: Wrapped(Countdown()))
+    start = int(re.findall(r"\d+", game.reset())[0])
+    steps = [game.step(str(start - 1)), game.step(str(start - 2))]
+    assert [step[2:4] for step in steps] == [(False, False), (False, True)] and game.outcome == pytest.approx(
+        2 / start
+    )
+    assert steps[-1][0] == "\nyes\n"
+    # The dice are the game's own, and follow its seed.
+    assert random.getstate() == others
+
+    def starts(seed: int) -> list[str]:
+        game = recipe.TextArenaGame("any", seed, make=lambda name: Wrapped(Countdown()))
+        return [game.reset() for _ in range(20)]
+
+    assert starts(3) == starts(3) != starts(4)
+
+
+def test_textarena_words() -> None:
+    recipe = load_recipe("textarena_game")
+    tokenizer = recipe.word_tokenizer(["You are at 10.", "yes"])
+    ids = tokenizer("are at 10. Never")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "are at 10 ."
+    assert ids[-1] == tokenizer.unk_token_id
+    game = recipe.TextArenaGame("any", 3, make=lambda name: Wrapped(Countdown()))
+    texts = recipe.overheard(game)
+    assert texts[:21] == [str(number) for number in range(21)] and re.fullmatch(r"\nYou are at \d\.\n", texts[21])
+
+
+@pytest.mark.slow
+def test_textarena_recipe_without_the_library(tmp_path: Path) -> None:
+    """The whole recipe with a package in the library's place, which is all that it reads of it."""
+    source = inspect.getsource(Countdown) + inspect.getsource(Wrapped)
+    (tmp_path / "textarena.py").write_text(
+        "import random\nfrom typing import Any\n" + source + "\ndef make(name):\n    return Wrapped(Countdown())\n"
+    )
+    check_textarena(tmp_path, "--game=Countdown-v0", before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("textarena") is None, reason="textarena is not installed")
+@pytest.mark.parametrize("game", ["GuessTheNumber-v0", "FrozenLake-v0"])
+def test_textarena_recipe(game: str, tmp_path: Path) -> None:
+    check_textarena(tmp_path, f"--game={game}")
+
+
+def check_textarena(folder: Path, *options: str, before: str = "") -> None:
+    script = folder / "started.py"
+    script.write_text(
+        f"{before}import runpy; runpy.run_path({str(FOLDER / 'textarena_game.py')!r}, run_name='__main__')\n"
+    )
+    sizes = ("--updates=2", "--episodes=4", "--max_turns=3", "--cpu", f"--output_dir={folder / 'run'}")
+    done = run_script(script, *sizes, *options, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads((folder / "run" / "outcomes.json").read_text())
+    assert len(outcomes) == 2 and all(-1 <= outcome <= 1 for outcome in outcomes)
+    assert f"mean outcome {outcomes[0]:.3f} in the first tenth of the updates, {outcomes[1]:.3f}" in done.stdout
+    assert Tokens(folder / "run" / "token_values.html").values
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Pictures: the numbers in them, not only that they exist."""
 
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -8,10 +9,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
-from rl_plugins.report import TokenTrace, plot_training_curves, select_panels, smooth, write_token_values_html
+from rl_plugins.report import (
+    TokenTrace,
+    plot_training_curves,
+    select_panels,
+    smooth,
+    traces_from_rollout,
+    write_token_values_html,
+)
 from rl_plugins.report.colors import BINS, contrast, diverging_color, sequential_color, text_color
 from rl_plugins.report.curves import Panel, default_window, grid_shape
+from rl_plugins.report.page import CSS
 from rl_plugins.report.token_values import format_number, visible
 
 NAN = math.nan
@@ -104,6 +114,11 @@ def test_png_of_all_panels_has_the_expected_size(tmp_path: Path) -> None:
     assert path == tmp_path / "new" / "a.png"
     # 3 x 3 panels of 3.6 x 2.8 inches, 0.4 for the title and 0.3 for the marks, at 150 dots per inch.
     assert png_size(path) == (1620, 1365)
+
+
+def test_paid_steps_have_a_panel_where_they_are_logged() -> None:
+    (item,) = select_panels([{"step": 1, "step_rewards/per_completion": 8.0, "step_rewards/before_end": 0.9}])
+    assert (item.panel.title, item.lines[0].values) == ("Steps that are paid", [8.0])
 
 
 def test_png_of_chosen_panels(tmp_path: Path) -> None:
@@ -315,3 +330,141 @@ def test_no_traces_and_empty_ranges_are_refused(tmp_path: Path) -> None:
         write(tmp_path)
     with pytest.raises(ValueError, match=r"low < high, not \(1.0, 1.0\)"):
         write(tmp_path, RIGHT, value_range=(1.0, 1.0))
+
+
+# ----------------------------------------------------------------------------------------- turns and rewards
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, so that an emoji takes two of them."""
+
+    tokens = (b"<pad>", b" 4", b"\xf0\x9f", b"\x91\x8b", b"\n", b"ok", b"5", b"<|end|>")
+
+    def decode(self, ids: list[int] | torch.Tensor, skip_special_tokens: bool = False) -> str:
+        return b"".join(self.tokens[int(i)] for i in ids).decode(errors="replace")
+
+
+# Row 0 plays two turns: " 4👋" earns -0.5, the environment says "\nok", and "5<|end|>" earns 1.5. Row 1 could not be
+# scored. Row 2 plays one turn, which is paid with 0, and the environment has the last word.
+OWN = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 0], [0] * 8, [1, 0, 0, 0, 0, 0, 0, 0]])
+ROLLOUT = {
+    "prompt_ids": torch.tensor([[0, 1], [0, 1], [5, 1]]),
+    "prompt_mask": torch.tensor([[0, 1], [0, 1], [1, 1]]),
+    "completion_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0], [6, 7, 0, 0, 0, 0, 0, 0], [6, 5, 0, 0, 0, 0, 0, 0]]),
+    "completion_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]),
+    "critic_mask": OWN,
+    "old_values": torch.tensor([[0.0, 0.5, 1.0, 9.0, 9.0, 0.5, 0.0, 9.0], [9.0] * 8, [0.5] + [9.0] * 7])[..., None],
+    "td_errors": torch.tensor([[0.5, 0.5, -1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [0.0] * 8, [-0.5] + [0.0] * 7]),
+    "scores": torch.tensor([1.0, NAN, 0.0]),
+    "rewards": torch.tensor([[0, 0, -0.5, 0, 0, 0, 1.5, 0], [0.0] * 8, [0.0] * 8]),
+    "paid": torch.tensor([[0, 0, 1, 0, 0, 0, 1, 0], [0] * 8, [1, 0, 0, 0, 0, 0, 0, 0]]).bool(),
+}
+
+
+def same(given: list[float] | None, wanted: list[float]) -> bool:
+    """Equality in which NaN equals NaN."""
+    return given is not None and repr(given) == repr(wanted)
+
+
+def test_traces_keep_the_environment_and_the_rewards_at_their_tokens() -> None:
+    first, last = traces_from_rollout(Bytes(), ROLLOUT)  # nothing is known of the row without a score
+    assert first.tokens == [" 4", "\ufffd", "\ufffd\ufffd", "\n", "ok", "5", "<|end|>"]
+    assert same(first.values, [0.0, 0.5, 1.0, NAN, NAN, 0.5, 0.0])
+    assert same(first.td_errors, [0.5, 0.5, -1.0, NAN, NAN, 0.0, 1.0])
+    assert same(first.rewards, [NAN, NAN, -0.5, NAN, NAN, NAN, 1.5])
+    assert first.tool_mask == [True, True, True, False, False, True, True]
+    assert first.turns() == [range(0, 3), range(3, 7)]
+    assert (last.prompt, last.tokens, last.tool_mask) == ("ok 4", ["5", "ok"], [True, False])
+    assert same(last.rewards, [0.0, NAN])
+    assert last.turns() == [range(0, 1), range(1, 2)]
+
+
+def test_traces_of_whole_completions_have_no_rewards_of_steps() -> None:
+    own = ROLLOUT["completion_mask"]
+    end = torch.zeros(3, 8).bool()
+    end[[0, 1, 2], [6, 1, 1]] = True
+    single = {**ROLLOUT, "critic_mask": own, "paid": end}
+    assert [(trace.rewards, trace.tool_mask) for trace in traces_from_rollout(Bytes(), single)] == [(None, None)] * 3
+    # One step that is paid before the end is enough, for all rows.
+    end[0, 2] = True
+    first, second, _ = traces_from_rollout(Bytes(), single)
+    assert same(first.rewards, [NAN, NAN, -0.5, NAN, NAN, NAN, 1.5])
+    assert same(second.rewards, [NAN, 0.0])
+    assert first.tool_mask is None
+    # A rollout of one's own may lack what only episodes have.
+    old = {name: x for name, x in ROLLOUT.items() if name not in ("completion_mask", "rewards", "paid")}
+    assert traces_from_rollout(Bytes(), old)[0].tokens == [" 4", "\ufffd", "\ufffd\ufffd", "5", "<|end|>"]
+
+
+def test_turns_and_rewards_by_hand(tmp_path: Path) -> None:
+    text = write(tmp_path, *traces_from_rollout(Bytes(), ROLLOUT))
+    # Values span [0, 1], TD errors [-1, 1]. The environment's tokens stand where the next turn begins.
+    assert (
+        "<div class=turns>"
+        '<div class="turn" role=group aria-label="Turn 1"><span class=no aria-hidden=true>1</span>'
+        '<span class="t v0 d48" data-i="0" data-value="0.0" data-delta="0.5" data-x="0" tabindex="0"><i>␣</i>4</span>'
+        '<wbr><span class="t v32 d48" data-i="1" data-value="0.5" data-delta="0.5" data-x="1" tabindex="-1">\ufffd'
+        '</span><wbr><span class="t v64 d0" data-i="2" data-value="1.0" data-delta="-1.0" data-x="2" data-paid="−0.5" '
+        'tabindex="-1">\ufffd\ufffd</span><b class="pay minus" title="paid after this token">−0.5</b><wbr></div>'
+        '<div class="turn tall" role=group aria-label="Turn 2"><span class=no aria-hidden=true>2</span>'
+        '<span class="t env" data-i="3" data-x="3" tabindex="-1"><i>↵</i></span><br>'
+        '<span class="t env" data-i="4" data-x="3" tabindex="-1">ok</span><wbr>'
+        '<span class="t v32 d32" data-i="5" data-value="0.5" data-delta="0.0" data-x="3" tabindex="-1">5</span><wbr>'
+        '<span class="t v0 d64 special" data-i="6" data-value="0.0" data-delta="1.0" data-x="4" data-paid="+1.5" '
+        'tabindex="-1">&lt;|end|&gt;</span><b class="pay plus" title="paid after this token">+1.5</b><wbr></div>'
+        "</div>"
+    ) in text
+    assert (
+        '<div class="turn" role=group aria-label="Turn 1"><span class=no aria-hidden=true>1</span>'
+        '<span class="t v32 d16" data-i="0" data-value="0.5" data-delta="-0.5" data-x="0" data-paid="0" tabindex="0">5'
+        '</span><b class="pay zero" title="paid after this token">0</b><wbr></div>'
+        '<div class="turn" role=group aria-label="After the last turn">'
+        '<span class="t env" data-i="1" data-x="0" tabindex="-1">ok</span><wbr></div>'
+    ) in text
+    assert "<span class=fact>5 tokens in 2 turns, 2 of the environment</span>" in text
+    assert "<span class=fact>1 token in 1 turn, 1 of the environment</span>" in text
+
+
+def test_the_curve_shows_rewards_still_to_come(tmp_path: Path) -> None:
+    text = write(tmp_path, *traces_from_rollout(Bytes(), ROLLOUT))
+    # Five tokens of the policy, 60 apart; 0 lies at 41 and 1.5 at 3. Before the tokens 1, 1, 1, 1.5 and 1.5 are to
+    # come, and each step is 7 to the right of the token that is paid.
+    assert '<path class=curve d="M0.0 41.0h0L60.0 28.3L120.0 15.7L180.0 28.3L240.0 41.0"/>' in text
+    assert '<path class=stairs d="M0 15.7H127.0V3.0H247.0V41.0H247"/>' in text
+    assert "V(s_t) goes from 0.00 to 0.00; the reward was 1, paid after 2 tokens" in text
+    assert "<circle" not in text
+
+
+def test_zeros_between_rewards_of_tokens_are_not_written(tmp_path: Path) -> None:
+    dense = TokenTrace("p", list("abcd"), [0.0] * 4, [0.0] * 4, 0.5, rewards=[0.0, 0.5, 0.0, 0.0])
+    text = write(tmp_path, dense)
+    assert re.findall(r'<b class="pay (\w+)"[^>]*>([^<]*)', text) == [("plus", "+0.5"), ("zero", "0")]  # and the end
+    assert re.findall(r'data-paid="([^"]*)"', text) == ["0", "+0.5", "0", "0"]
+    sparse = TokenTrace("p", list("abcd"), [0.0] * 4, [0.0] * 4, 0.5, rewards=[NAN, 0.0, NAN, 0.5])
+    assert re.findall(r'<b class="pay (\w+)"', write(tmp_path, sparse)) == ["zero", "plus"]
+
+
+def test_pages_without_rewards_of_steps_have_no_signs_for_them(tmp_path: Path) -> None:
+    text = write(tmp_path, RIGHT)
+    assert (
+        '<span class="t v0 d48" data-i="0" data-value="0.0" data-delta="0.5" tabindex="0"><i>␣</i>4</span><wbr>'
+        '<span class="t v32 d0" data-i="1" data-value="0.5" data-delta="-1.0" tabindex="-1"><i>↵</i></span><br>'
+    ) in text
+    assert "<span class=fact>3 tokens</span>" in text and "<circle cx=247 cy=3.0 r=4 />" in text
+    assert not [
+        sign for sign in ("class=key", "data-paid", "data-x", 'class="turn', 'class="pay', "stairs d=") if sign in text
+    ]
+
+
+@pytest.mark.parametrize("name", ["rewards", "tool_mask"])
+def test_unequal_lengths_of_rewards_and_masks_are_named(tmp_path: Path, name: str) -> None:
+    bad = TokenTrace("why?", ["a", "b"], [0.0, 0.0], [0.0, 0.0], 0.0, **{name: [1.0]})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"trace 0 \(prompt 'why\?'\) has 2 tokens and 1 entries in {name}"):
+        write(tmp_path, bad)
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_signs_of_turns_and_rewards_are_readable(theme: int) -> None:
+    colors = dict(re.findall(r"--([\w-]+):(#\w+)", CSS.split(":root{")[theme + 1]))
+    card = colors["card"] if len(colors["card"]) == 7 else "#ffffff"
+    assert min(contrast(colors[name], card) for name in ("pay", "soft", "good", "bad")) >= 4.5  # WCAG 2 AA

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rl_plugins.functional.advantages import group as pure
 from rl_plugins.functional.advantages.group import gpg_scale
@@ -79,19 +80,30 @@ def test_options_of_each_name() -> None:
         "pass_at_k": ["k", "normalize", "eps"],
         "kalman": ["process_var", "measurement_var", "initial_mean", "initial_var", "eps"],
         "batch_normalized": ["eps"],
+        "reward_to_go": ["eps"],
+        "process_normalized": ["eps"],
+        "turn_normalized": ["gamma", "eps"],
         "value_tracker": ["forget", "half_life", "low", "high"],
         "lambda_trace": ["gamma", "lam", "style", "min_advantage"],
     }
     assert {name: advantage_options(name) for name in ADVANTAGES} == expected
-    assert len(ADVANTAGES) == 15
+    assert len(ADVANTAGES) == 18
     groupless = {name for name, entry in ADVANTAGES.items() if not entry.compares_groups}
-    assert groupless == {"reward", "batch_normalized", "value_tracker"}
+    assert groupless == {"reward", "batch_normalized", "reward_to_go", "value_tracker"}
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_an_entry_says_in_one_way_how_it_is_computed(name: str) -> None:
     entry = ADVANTAGES[name]
-    ways = (entry.of_scores, entry.of_lengths, entry.of_advantages, entry.tracks_prompts or None)
+    alone = entry.of_returns if entry.only_of_returns else None
+    ways = (
+        entry.of_scores,
+        entry.of_lengths,
+        entry.of_advantages,
+        entry.of_steps,
+        alone,
+        entry.tracks_prompts or None,
+    )
     assert sum(way is not None for way in ways) == 1
 
 
@@ -106,6 +118,26 @@ def test_traces_spread_the_advantage_of_the_whole() -> None:
         gather=lambda x: torch.cat([SCORES[:8], x]), own=lambda x: x[8:],
     )  # fmt: skip
     torch.testing.assert_close(half, expected[8:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["process_normalized", "turn_normalized"])
+def test_a_group_may_lie_on_ranks_whose_completions_have_other_lengths(name: str) -> None:
+    """Four completions of two tokens on this rank, four of five on another, masks of both kinds that hosts have."""
+    torch.manual_seed(0)
+    mask = torch.arange(5) < torch.tensor([2] * 4 + [5] * 4)[:, None]
+    rewards, paid, scores = torch.randn(8, 5) * mask, torch.rand(8, 5) < 0.7, torch.zeros(8)
+    whole = advantages_of(name, scores, 8, mask.long(), rewards=rewards, paid=paid, options={})
+    others = iter([rewards[4:], paid[4:], mask[4:]])
+
+    def gather(x: Tensor) -> Tensor:
+        return torch.cat([x, next(others).to(x.dtype) if x.ndim == 2 else torch.tensor([5])])
+
+    own = advantages_of(
+        name, scores[:4], 8, mask[:4, :2], rewards=rewards[:4, :2], paid=paid[:4, :2], options={},
+        gather=gather, own=lambda x: x[:4],
+    )  # fmt: skip
+    assert own.shape == (4, 2)
+    torch.testing.assert_close(own, whole[:4, :2])
 
 
 def test_unknown_names_list_the_valid_ones() -> None:

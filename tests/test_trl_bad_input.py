@@ -1,5 +1,6 @@
 """What cannot work in TRL's host is refused before any work starts, in a sentence that says what to do."""
 
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -16,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 import rl_plugins.lightning as lightning_host
 from rl_plugins.moe.config import BalancingConfig
 from rl_plugins.trl import (
+    EpisodeRollouts,
     GRPOVariantConfig,
     GRPOVariantTrainer,
     MoEBalancingCallback,
@@ -56,7 +58,8 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Any, reward: A
         data = Dataset.from_dict(DEMONSTRATIONS) if kind == "sft" else dataset
         given: dict[str, Any] = {"model": None, "train_dataset": data, "processing_class": tokenizer}
         given |= {} if kind == "sft" else {"reward_funcs": reward}
-        for name in ("model", "train_dataset", "eval_dataset", "processing_class", "reward_funcs", "callbacks"):
+        arguments = "model", "train_dataset", "eval_dataset", "processing_class", "reward_funcs", "callbacks"
+        for name in (*arguments, "rollout_func"):
             if name in options:
                 given[name] = options.pop(name)
         given["model"] = tiny_model() if given["model"] is None else given["model"]
@@ -221,23 +224,31 @@ def test_what_a_reward_function_raises(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_computed_before_a_reward_function_failed_is_kept(make: Make, tmp_path: Path, reward: Any) -> None:
+@pytest.mark.parametrize("error", [ConnectionError, ValueError], ids=["raises", "wrong length"])
+def test_what_was_computed_before_a_reward_function_failed_is_kept(
+    make: Make, tmp_path: Path, reward: Any, error: Any
+) -> None:
     class Fails:
         limit = 2
 
-        def __call__(self, completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
-            if trainer_state.global_step == self.limit:
-                raise ConnectionError("the judge is down")
-            return reward(completions)
+        def __call__(self, completions: list[str], trainer_state: Any, **kwargs: Any) -> list[Any]:
+            if trainer_state.global_step != self.limit:
+                return reward(completions)
+            if error is ValueError:
+                return [[1.0] * 99] * len(completions)
+            raise ConnectionError("the judge is down")
 
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     whole = make("critic", output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     func = Fails()
-    with pytest.raises(ConnectionError) as caught:
+    with pytest.raises(error) as caught:
         make("critic", reward_funcs=func, **options).train()
-    assert "Raised by the reward function 'Fails'." in caught.value.__notes__
-    assert caught.value.__notes__[1].startswith("It was called in step 3 with")
+    if error is ValueError:
+        assert "'Fails' returned 99 rewards for completion 0 in step 3, which has " in str(caught.value)
+    else:
+        assert "Raised by the reward function 'Fails'." in caught.value.__notes__
+        assert caught.value.__notes__[1].startswith("It was called in step 3 with")
     func.limit = -1
     resumed = make("critic", reward_funcs=func, **options)
     resumed.train(resume_from_checkpoint=True)
@@ -291,6 +302,74 @@ def test_length_alone_is_no_reward(make: Make) -> None:
             make("variant", preset="dapo", reward_funcs=none)
 
 
+# Environments
+
+
+class Silent:
+    """An environment that pays nothing."""
+
+    reward: float | None = None
+
+    def reset(self, prompt: str, **_: Any) -> str:
+        return ""
+
+    def step(self, action: str) -> Any:
+        return "", self.reward, True, False, {}
+
+
+class FourTuple(Silent):
+    def step(self, action: str) -> Any:
+        return "", 1.0, True, {}
+
+
+class Paying(Silent):
+    reward = 1.0
+
+
+EPISODES = {
+    "four": (
+        FourTuple,
+        "In turn 1 of an episode with FourTuple. Its step.text. has to return .observation, reward, te",
+    ),
+    "silent": (Silent, "There is no reward: Silent.step returned None as reward for every turn of the first batch"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+@pytest.mark.parametrize("name", EPISODES)
+def test_environments(make: Make, name: str) -> None:
+    environment, message = EPISODES[name]
+    episodes = EpisodeRollouts(environment, max_turn_length=2)
+    trainer = make("critic", reward_funcs=episodes.earned, rollout_func=episodes)
+    with pytest.raises(ValueError) as caught:
+        trainer.train()
+    said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert re.search(message, said), said
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_rewards_that_nobody_asks_for(make: Make, reward: Any) -> None:
+    episodes = EpisodeRollouts(Paying, max_turn_length=2)
+    trainer = make("critic", reward_funcs=reward, rollout_func=episodes)
+    with pytest.warns(UserWarning, match="environment pays, but nothing is learnt from it: .* Add it to reward_funcs"):
+        trainer.train()
+
+
+STEPS = {"prompt": ["1+1="] * 8, "completion": ["2"] * 8, "reward": [[1.0, 0.5]] * 8}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"packing": True}, {"padding_free": True, "max_length": None}], ids=lambda x: ",".join(x)
+)
+def test_demonstrations_with_rewards_of_steps(make: Make, options: dict[str, Any]) -> None:
+    message = r"`reward` column holds \[1.0, 0.5\] \(list\), but a row of supervised fine-tuning has one number.* sum"
+    with pytest.raises(TypeError, match=message):
+        make("sft", train_dataset=Dataset.from_dict(STEPS), **options)
+    later = Dataset.from_dict({**STEPS, "reward": [None, *[[1.0, 0.5]] * 7]})
+    with pytest.raises((TypeError, ValueError), match="`reward` column"):
+        make("sft", train_dataset=later, **options).train()
+
+
 # Options
 
 OPTIONS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
@@ -322,6 +401,19 @@ OPTIONS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("ppo", {"value_model_path": "./nowhere"}, FileNotFoundError, "value_model='./nowhere': there is no such"),
     ("critic", {"reward_weights": [1.0, 2.0]}, ValueError, r"reward weights \(2\) must match .* functions \(1\)"),
+    (
+        "critic",
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        ValueError,
+        "multi_objective_aggregation='normalize_then_sum' has no effect: .* TRL's own advantages, .* from the critic",
+    ),
+    ("ppo", {"multi_objective_aggregation": "normalize_then_sum"}, ValueError, "no effect: .* from the critic"),
+    (
+        "variant",
+        {"multi_objective_aggregation": "normalize_then_sum", "advantage": "leave_one_out"},
+        ValueError,
+        "has no effect: .* they come from advantage='leave_one_out'. Leave it at 'sum_then_normalize'",
+    ),
     ("critic", {"use_critic": False, "num_generations": 1}, ValueError, "num_generations is 1. Set it to 2 or more"),
 ]
 ANY_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [

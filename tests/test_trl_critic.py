@@ -29,6 +29,7 @@ from rl_plugins.signals.options import OnlineValueOptions
 from rl_plugins.trl import MTPCriticTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm, without_attachments
 
+from .helpers.step_rewards import per_token
 from .helpers.tiny import record_passes_only
 
 Make = Callable[..., MTPCriticTrainer]
@@ -320,15 +321,16 @@ def test_the_loss_is_the_sum_of_its_parts(make: Make, tiny_model: Callable[..., 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
-def test_accumulation_changes_nothing(make: Make, loss_type: str) -> None:
+@pytest.mark.parametrize("options", [
+    {"loss_type": "dapo"}, {"loss_type": "dr_grpo"},
+    {"reward_funcs": [number_in_prompt, per_token], "bootstrap_truncated": True},
+])  # fmt: skip
+def test_accumulation_changes_nothing(make: Make, options: dict[str, Any]) -> None:
     def run(size: int, accumulation: int) -> tuple[list[float], dict[str, Tensor]]:
         trainer = make(
-            reward_funcs=number_in_prompt,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
             generation_kwargs={"do_sample": False},
-            loss_type=loss_type,
             optim="sgd",  # Adam turns a gradient of rounding errors into a full step
             learning_rate=0.3,
             head_learning_rate=0.3,
@@ -336,11 +338,13 @@ def test_accumulation_changes_nothing(make: Make, loss_type: str) -> None:
             max_grad_norm=0.0,
             value_grad_clip=0.5,
             mtp_detach_trunk=False,
+            **{"reward_funcs": number_in_prompt, **options},
         )
         before = weights(trainer)
         trainer.train()
         after = weights(trainer)
         assert max((after[n] - before[n]).abs().max().item() for n in before) > 1e-3
+        assert bool(logged(trainer, "step_rewards/before_end")) == ("reward_funcs" in options)
         return logged(trainer, "loss"), after
 
     losses, whole = run(8, 1)

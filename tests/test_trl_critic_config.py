@@ -101,7 +101,7 @@ def test_json_round_trip(critic_args: ArgsFactory, tmp_path: Path) -> None:
     # The host derives one of these two from the other, and refuses both at once.
     init = {f.name for f in dataclasses.fields(MTPCriticConfig) if f.init} - {"generation_batch_size"}
     again = MTPCriticConfig(**{name: value for name, value in from_json.items() if name in init})
-    assert len(ours) == 36
+    assert len(ours) == 38
     for name in sorted(ours | {"num_generations"}):
         assert getattr(again, name) == getattr(args, name) == from_json[name], name
 
@@ -133,6 +133,8 @@ COMMAND_LINE = {
     "gamma": ("0.99", 0.99),
     "advantage_estimator": ("mc", "mc"),
     "lam_value": ("0.7", 0.7),
+    "time_unit": ("turn", "turn"),
+    "bootstrap_truncated": ("true", True),
     "target_tau": ("0.01", 0.01),
     "target_update_every": ("10", 10),
     "bootstrap_lookahead": ("True", True),

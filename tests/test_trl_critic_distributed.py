@@ -9,9 +9,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from rl_plugins.nn import MTPHeads, load_mtp_heads
 
-from .helpers.distributed import CHECKPOINT, GREEDY, ITERATIONS, MID_CYCLE, STEPS, Workplace, largest_gap, zero
+from .helpers.distributed import (
+    CHECKPOINT,
+    EPISODES,
+    GREEDY,
+    ITERATIONS,
+    MID_CYCLE,
+    STEPS,
+    Workplace,
+    largest_gap,
+    zero,
+)
 
 pytestmark = pytest.mark.slow
+
+# Some completions end by themselves, and the others are worth what would follow.
+STEPWISE = {"reward": "steps", "bootstrap_truncated": True}
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +49,8 @@ def one(place: Workplace) -> Workplace:
         place.run("one", **GREEDY),
         place.run("one_lora", lora=True, **GREEDY),
         place.run("one_iterations", model="untied", **GREEDY, **ITERATIONS),
+        place.run("one_steps", **GREEDY, **STEPWISE),
+        place.run("one_episodes", **GREEDY, **EPISODES),
         *place.resumed("plain", batch=8),
         *place.resumed("mid_cycle", batch=4, **MID_CYCLE),
         *place.resumed("phasic", batch=4, phasic_every=2),
@@ -57,7 +72,11 @@ def two(one: Workplace) -> Workplace:
             "zero3_lora", batch=4, lora=True, deepspeed=zero(3), save=str(one.root / "zero3_lora" / "final"), **GREEDY
         ),
         one.run("zero3_iterations", model="untied", batch=4, deepspeed=zero(3), **iterations),
-        *one.resumed("zero3_mid_cycle", batch=4, deepspeed=zero(3), **MID_CYCLE),
+        one.run("ddp_steps", batch=4, **GREEDY, **STEPWISE),
+        one.run("zero2_steps", batch=4, deepspeed=zero(2), **GREEDY, **STEPWISE),
+        one.run("ddp_episodes", batch=4, **GREEDY, **EPISODES),
+        one.run("zero3_episodes", batch=4, deepspeed=zero(3), **GREEDY, **EPISODES),
+        *one.resumed("zero3_mid_cycle", batch=4, deepspeed=zero(3), **MID_CYCLE, **STEPWISE),
     ]
     one.start(runs, ranks=2)
     return one
@@ -70,6 +89,10 @@ PAIRS = [
     ("zero3", "one"),
     ("zero3_lora", "one_lora"),
     ("zero3_iterations", "one_iterations"),
+    ("ddp_steps", "one_steps"),
+    ("zero2_steps", "one_steps"),
+    ("ddp_episodes", "one_episodes"),
+    ("zero3_episodes", "one_episodes"),
 ]
 
 
@@ -90,7 +113,7 @@ class TestTwoRanksEqualOneProcess:
             # What is measured in the loss is averaged over micro-batches, which each rank shuffles on its own.
             names = ("critic/explained_variance", "critic/advantage", "critic/value_mean", "critic/return")
         else:
-            names = ("critic/", "mtp/", "completions/", "reward", "entropy")
+            names = ("critic/", "mtp/", "completions/", "reward", "step_rewards/", "entropy")
         for name in names:
             assert largest_gap(mine, other, name) < 1e-3, name
 
@@ -104,11 +127,24 @@ class TestTwoRanksEqualOneProcess:
         assert any(not torch.equal(first[f"heads.{name}"], heads[name]) for name in heads)
 
     @pytest.mark.parametrize("backend", [pair[0] for pair in PAIRS])
-    def test_values_are_saved_while_generating(self, two: Workplace, backend: str) -> None:
+    def test_values_are_saved(self, two: Workplace, backend: str) -> None:
+        """While generating, or by a pass where an episode was cut or has several turns: at the first try, never
+        twice."""
         log = two.log(backend)
         assert log["sharded"] == ("zero3" in backend)
         assert len(log["captured"]) == (3 if "iterations" in backend else 5)
         assert all(log["captured"])
+
+    @pytest.mark.parametrize("backend", ["ddp", "zero3"])
+    def test_ranks_make_different_numbers_of_turns(self, two: Workplace, backend: str) -> None:
+        two.assert_ranks_play_apart(f"{backend}_episodes", rows=4)
+
+    @pytest.mark.parametrize("name", ["ddp_steps", "zero2_steps", "ddp_episodes", "zero3_episodes"])
+    def test_steps_are_paid(self, two: Workplace, name: str) -> None:
+        for entry in two.history(name):
+            assert entry["step_rewards/per_completion"] > 1.0 and entry["step_rewards/before_end"] > 0.1
+        if name.endswith("steps"):
+            assert any(0.0 < entry["completions/clipped_ratio"] < 1.0 for entry in two.history(name))
 
     def test_old_logps_path_ran(self, two: Workplace) -> None:
         """The second pass over a batch is off-policy, so some ratios leave the clip range."""

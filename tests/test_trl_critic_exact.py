@@ -8,7 +8,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from rl_plugins.functional.rewards import terminal_rewards
 from rl_plugins.nn import MTPHeads, PolyakTarget, attach_mtp_heads
 from rl_plugins.signals import critic_targets, value_loss, value_losses
 from rl_plugins.tabular import TokenMDP
@@ -22,6 +21,7 @@ from .helpers.exact_cases import (
     digits_tokenizer,
     election,
     exact_mdp,
+    lead,
     random_policy,
     run_heads,
 )
@@ -46,6 +46,7 @@ def ordered_pairs(strings: Tensor) -> Tensor:
 CASES = {
     "fixed length": Case(election, vocab_size=4, max_length=6, steps=250),
     "eos": Case(parity_and_length, vocab_size=5, max_length=6, eos_token_id=4, seed=0),
+    "every step": Case(election, vocab_size=5, max_length=6, eos_token_id=4, gamma=0.9, step_reward=lead),
     "eos, discounted": Case(ordered_pairs, vocab_size=6, max_length=6, eos_token_id=5, gamma=0.9),
 }
 
@@ -59,11 +60,11 @@ def train_heads(model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, *, esti
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=steps)
     generator = torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
-        tokens, mask, scores = mdp.sample(256, generator)
+        tokens, mask, _ = mdp.sample(256, generator)
         run, states = run_heads(model, heads, tokens)
         assert run.values is not None
         goals = critic_targets(
-            terminal_rewards(scores.float(), mask),
+            mdp.token_rewards(tokens).float(),
             run.values.detach(),
             target(states),
             mask,
@@ -100,14 +101,20 @@ def test_heads_find_the_exact_values(name: str, estimator: str) -> None:
     assert min(scores) >= ENOUGH, scores
 
 
-def test_trainer_finds_the_exact_values_and_leaves_the_trunk_alone(tmp_path: Path) -> None:
-    case = Case(election, vocab_size=4, max_length=5, eos_token_id=3, gamma=0.9, seed=3)
+@pytest.mark.parametrize("paid", ["at the end", "after every token"])
+def test_trainer_finds_the_exact_values_and_leaves_the_trunk_alone(tmp_path: Path, paid: str) -> None:
+    step_reward = None if paid == "at the end" else lead
+    case = Case(election, vocab_size=4, max_length=5, eos_token_id=3, gamma=0.9, seed=3, step_reward=step_reward)
     model = random_policy(case.vocab_size, case.seed)
     mdp = exact_mdp(model, case)
     trunk = {name: p.clone() for name, p in model.named_parameters()}
 
-    def reward(completion_ids: list[list[int]], **kwargs: object) -> list[float]:
-        return [float(case.reward(torch.tensor([ids]))) for ids in completion_ids]
+    def reward(completion_ids: list[list[int]], **kwargs: object) -> list[float] | list[list[float]]:
+        if step_reward is None:
+            return [float(case.reward(torch.tensor([ids]))) for ids in completion_ids]
+        tokens = torch.tensor([[*ids, *[3] * (case.max_length - len(ids))] for ids in completion_ids])
+        rows = mdp.token_rewards(tokens).tolist()
+        return [row[: len(ids)] for row, ids in zip(rows, completion_ids, strict=True)]
 
     args = MTPCriticConfig(
         str(tmp_path),

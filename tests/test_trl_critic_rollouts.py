@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from rl_plugins.functional.returns import lambda_returns
-from rl_plugins.trl import MTPCriticTrainer
+from rl_plugins.trl import EpisodeRollouts, MTPCriticTrainer
+
+from .helpers.step_rewards import Sums
+from .helpers.tiny import change_values
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -86,3 +89,27 @@ def test_a_batch_without_any_real_token_changes_nothing(tmp_path, critic_args, t
         if name in before:
             torch.testing.assert_close(p, before[name], atol=0.0, rtol=0.0)
     assert finite(trainer)
+
+
+def test_episodes_that_go_on(tmp_path, critic_args, tiny_model, tokenizer, dataset):
+    """The environment truncates episode 3, and the limit of turns stops 5. The others have ended, though the last of
+    their turns of one token is no end-of-text token."""
+    numbers = [1, 2, 3, 4, 5]
+    episodes = EpisodeRollouts(Sums, max_turns=2, max_turn_length=1)
+    trainer = MTPCriticTrainer(
+        tiny_model(),
+        episodes.earned,
+        critic_args(tmp_path),
+        dataset,
+        processing_class=tokenizer,
+        rollout_func=episodes,
+    )
+    torch.manual_seed(0)
+    for bootstraps, expected in ((None, [3]), (True, [3, 5])):
+        change_values(trainer, bootstrap_truncated=bootstraps)
+        completions = trainer._generate([f"{number}+{number}=" for number in numbers])[1]
+        assert sum(ids[-1] != tokenizer.eos_token_id for ids in completions) >= 4
+        assert [number for number, cut in zip(numbers, trainer._cut, strict=True) if cut] == expected
+    change_values(trainer, bootstrap_truncated=False)
+    trainer._generate(["3+3="])
+    assert trainer._cut is None

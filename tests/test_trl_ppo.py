@@ -27,6 +27,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from rl_plugins.functional.alignment import completion_states, last_real
 from rl_plugins.nn import ValueModel
 from rl_plugins.signals import HeadCritic, PolicyLoss, ValueModelCritic, critic_targets, policy_loss, scale_advantages
+from rl_plugins.signals.critics import Values
 from rl_plugins.trl import MTPCriticTrainer, PPOConfig, PPOTrainer
 from rl_plugins.trl.host import hide_attachments_from_vllm
 
@@ -688,11 +689,11 @@ def test_ppo_and_the_mtp_critic_differ_only_in_where_values_come_from(
         "generation_kwargs": {"do_sample": False},
     }
 
-    def made_up(self: Any, output: Batch, host: Any) -> tuple[Tensor, Tensor]:
+    def made_up(self: Any, output: Batch, host: Any) -> Values:
         if "old_per_token_logps" not in output:
             output["old_per_token_logps"] = host.log_probs(output)
         values = torch.sin(output["completion_ids"].cumsum(1).float()).unsqueeze(-1)
-        return values, values
+        return Values(values, values)
 
     for critic_class in (ValueModelCritic, HeadCritic):
         monkeypatch.setattr(critic_class, "recorded", made_up)

@@ -124,6 +124,8 @@ COMMAND_LINE = {
     "gamma": ("0.99", 0.99),
     "advantage_estimator": ("td", "td"),
     "lam_value": ("0.7", 0.7),
+    "time_unit": ("turn", "turn"),
+    "bootstrap_truncated": ("true", True),
     "policy_loss": ("dppo", "dppo"),
     "policy_loss_kwargs": ('{"threshold":0.1}', {"threshold": 0.1}),
     "aggregation": ("constant", "constant"),

@@ -17,6 +17,7 @@ from rl_plugins.functional.alignment import completion_states
 from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts.speculative.draft_statistics import DraftStatistics
 from rl_plugins.rollouts.values import ValueRecord, WholeRows
+from rl_plugins.signals.critics import Values
 from rl_plugins.trl import (
     GRPOVariantConfig,
     GRPOVariantTrainer,
@@ -158,7 +159,7 @@ def values_of(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def test_recorded_values_are_those_of_a_pass_and_save_it(
     make: Make, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run() -> tuple[int, Any, tuple[Tensor, Tensor]]:
+    def run() -> tuple[int, Any, Values]:
         trainer = make(
             "critic", with_heads(talkative(tiny_model)), max_steps=1, per_device_train_batch_size=16, **STILL
         )
@@ -172,7 +173,7 @@ def test_recorded_values_are_those_of_a_pass_and_save_it(
         trainer.train()
         return len(forwards), trainer, kept[0]
 
-    forwards, trainer, (values, targets) = run()
+    forwards, trainer, (values, targets, _) = run()
     batch, statistics = trainer.last_rollout, trainer.decoder.last.statistics
     mask = batch["critic_mask"]
     assert mask.sum(1).unique().numel() > 3 and (mask.sum(1) < mask.shape[1]).sum() > 3  # ragged

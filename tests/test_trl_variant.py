@@ -188,15 +188,21 @@ def test_the_batch_has_the_functions_advantages(make: Make, name: str, reward: A
     if reward is patchy:
         assert 0 < scores.isnan().sum() < 10
     mask = batch["completion_mask"].bool()
+    expected = pure.group_normalized(scores, 4)
     if name == "lambda_trace":
-        expected = lambda_trace(pure.group_normalized(scores, 4), mask, **options)
-        assert expected.shape == mask.shape
+        expected = lambda_trace(expected, mask, **options)
+    elif name in ("process_normalized", "turn_normalized"):  # one reward at the end is one step, the last
+        expected = expected.unsqueeze(1) * mask
+    elif name == "reward_to_go":
+        real = mask & ~scores.isnan().unsqueeze(1)
+        expected = pure.batch_normalized(scores.unsqueeze(1).expand_as(mask), mask=real)
     else:
         expected = advantages_of(name, scores, 4, mask, options=options)
     equal(batch["advantages"], expected)
     assert batch["advantages"].dtype == torch.float32 and batch["advantages"].abs().max() > 0.1
     assert (batch["advantages"][scores.isnan()] == 0).all()
     assert not {"scores", "informative", "table_row"} & set(batch)
+    assert (expected.ndim == 2) == ADVANTAGES[name].per_token
     table = torch.tensor(list(trainer._logs["advantages"])[-16:])
     per_row = expected if expected.ndim == 1 else (expected * mask).sum(1) / mask.sum(1)
     equal(table, per_row)

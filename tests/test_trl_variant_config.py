@@ -28,7 +28,7 @@ def make_args(tmp_path: Path) -> Args:
     return factory
 
 
-ALL_ADVANTAGES = "reward, group_normalized, .*batch_normalized, value_tracker, lambda_trace"
+ALL_ADVANTAGES = "reward, group_normalized, .*batch_normalized, reward_to_go, .*, value_tracker, lambda_trace"
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"advantage": "gae"}, f"Unknown advantage 'gae'; choose one of {ALL_ADVANTAGES}"),
     ({"advantage": "group_normalized", "advantage_kwargs": {"epsilon": 1}}, "has no option 'epsilon'; it has eps"),
@@ -59,7 +59,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"advantage": "pass_at_k", "advantage_kwargs": {"k": 0}}, "but k is 0"),
     ({"preset": "pass_at_k", "num_generations": 2}, "num_generations=2 completions of a prompt, but k is 4"),
     ({"kl_in_reward": True, "advantage": "batch_normalized"}, "beta > 0; they are 'batch_normalized' and 0.0"),
-    ({"kl_in_reward": True, "beta": 0.1}, "advantage='batch_normalized' and beta > 0; they are None and 0.1"),
+    ({"kl_in_reward": True, "beta": 0.1}, "'batch_normalized' or 'reward_to_go' and beta > 0; they are None and 0.1"),
     ({"kl_in_reward": True, "beta": 0.1, "advantage": "reward"}, "they are 'reward' and 0.1"),
     ({"num_generations": 1}, "at least 2 generations"),
     ({"num_generations": 1, "advantage": "group_normalized"}, "at least 2 generations"),

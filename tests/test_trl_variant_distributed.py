@@ -50,6 +50,10 @@ CASES: dict[str, dict[str, Any]] = {
     # A share that both signs are near, so that the bounds of a rank by itself would be others.
     "bapo": {"preset": "bapo", "policy_loss_kwargs": {"target_share": 0.5}, **TWICE},
     "clip_cov": {"preset": "clip_cov", "policy_loss_kwargs": {"ratio": 0.0}, **TWICE},
+    "reward_to_go": {"advantage": "reward_to_go", "reward": "steps"},
+    # Groups on two ranks, whose longest completions differ.
+    "process": {"advantage": "process_normalized", "reward": "steps", **UNEVEN},
+    "turn": {"advantage": "turn_normalized", **distributed.EPISODES, **UNEVEN},
 }  # fmt: skip
 # Each rank draws or keeps its own groups: no one process does the same.
 OWN_DRAWS: dict[str, dict[str, Any]] = {
@@ -68,6 +72,9 @@ ON: dict[str, tuple[str, ...]] = {
     "scale_rl": ("ddp",),
     "bapo": ("zero2",),
     "clip_cov": ("zero3",),
+    "reward_to_go": ("ddp",),
+    "process": ("zero2",),
+    "turn": ("zero3",),
     "redraw": ("ddp", "zero3"),
     "replay": ("zero2",),
 }
@@ -151,7 +158,7 @@ class TestTwoRanksEqualOneProcess:
         mine, other = two.history(f"{case}_{backend}"), two.history(f"{case}_one")
         assert len(mine) == {**GREEDY, **CASES[case]}["max_steps"]
         assert len({entry["grad_norm"] for entry in mine}) > 1 and all(entry["grad_norm"] > 0 for entry in mine)
-        names = ("loss", "reward", "kl", "clip_ratio/", "sampling/", "value_tracker/", "completions/")
+        names = ("loss", "reward", "step_rewards/", "kl", "clip_ratio/", "sampling/", "value_tracker/", "completions/")
         gaps = {name: largest_gap(mine, other, name) for name in names}
         norms = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(mine, other, strict=True))
         print(case, backend, "norms", norms, gaps)
@@ -213,7 +220,17 @@ class TestWhatACaseIsAbout:
         rejected = [entry["sampling/unfilled_groups"] for entry in history]
         assert all(count < 3 for count in rejected) and sum(rejected) > 0
 
-    @pytest.mark.parametrize("name", ["gpg_zero2", "scale_rl_ddp"])
+    @pytest.mark.parametrize("name", ["reward_to_go_ddp", "process_zero2", "turn_zero3"])
+    def test_steps_are_paid(self, two: Workplace, name: str) -> None:
+        assert all(entry["step_rewards/before_end"] > 0.1 for entry in two.history(name))
+        first, second = ([batch["width"] for batch in rank] for rank in two.batches(name))
+        print(name, first, second)
+        assert first != second
+        if name.startswith("turn"):
+            turns, _ = two.episodes(name, rows=6)
+            assert turns[0] != turns[1] and max(turns[0]) == 3
+
+    @pytest.mark.parametrize("name", ["gpg_zero2", "scale_rl_ddp", "process_zero2", "turn_zero3"])
     def test_groups_are_cut_across_ranks(self, two: Workplace, name: str) -> None:
         for first, second in zip(*two.batches(name), strict=True):
             assert len(first["prompts"]) == 6 and set(first["prompts"][4:]) == set(second["prompts"][:2])

@@ -50,6 +50,7 @@ from rl_plugins.functional.advantages.group import (
     pass_at_k,
 )
 from rl_plugins.functional.advantages.scaling import value_implied_std, value_scaled
+from rl_plugins.functional.advantages.steps import process_normalized, turn_normalized
 from rl_plugins.functional.advantages.traces import lambda_trace, trace_weights
 from rl_plugins.functional.advantages.tracked import (
     forget_factor,
@@ -120,6 +121,7 @@ from rl_plugins.functional.routing import (
     switch_balance_loss,
 )
 from rl_plugins.functional.target_networks import periodic_update, polyak_update
+from rl_plugins.functional.turns import at_turn_ends, turn_ends, turn_numbers, turn_sums
 from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
 
 __all__ = [
@@ -128,7 +130,9 @@ __all__ = [
     "BiasRule",
     "Reduce",
     "Scoring",
+    "acceptance_probs",
     "aggregate",
+    "at_turn_ends",
     "bapo",
     "bapo_bounds",
     "batch_normalized",
@@ -138,12 +142,14 @@ __all__ = [
     "completion_labels",
     "completion_states",
     "conjugate_gradient",
+    "count_accepted",
     "cpgd",
     "discount_factors",
     "discounted_returns",
     "double_q_targets",
     "dppo",
     "expected_sarsa_targets",
+    "expected_tokens",
     "expert_counts",
     "explained_variance",
     "fipo",
@@ -163,12 +169,8 @@ __all__ = [
     "hessian_product",
     "huber",
     "informative_groups",
-    "residual_probs",
-    "inverse_cdf",
-    "expected_tokens",
-    "count_accepted",
-    "acceptance_probs",
     "initial_counts",
+    "inverse_cdf",
     "kalman",
     "kl_cov",
     "kl_k1",
@@ -202,8 +204,10 @@ __all__ = [
     "polyak_update",
     "ppo_clip",
     "predicted_mask",
+    "process_normalized",
     "prompt_weights",
     "q_learning_targets",
+    "residual_probs",
     "router_probabilities",
     "router_z_loss",
     "sapo",
@@ -224,6 +228,10 @@ __all__ = [
     "tracker_update",
     "tracker_value",
     "trust_region_step",
+    "turn_ends",
+    "turn_normalized",
+    "turn_numbers",
+    "turn_sums",
     "value_implied_std",
     "value_scaled",
     "vanilla",

@@ -4,7 +4,8 @@ Arguments that functions here share, and do not list again:
     rewards: `r_t (B, T)`.
     values: `V(s_t) (B, T)`.
     mask: real tokens `(B, T)`.
-    gamma: discount in `[0, 1]`.
+    gamma: discount in `[0, 1]`, a float, or per token `(B, T)`: that of the step from `s_t` to `s_{t+1}`. Where time
+        only passes between the turns of a conversation, it is `turns.at_turn_ends(gamma, mask)`.
     lam: trace decay in `[0, 1]`, a float, per sequence `(B,)` or `(B, 1)`, or per token `(B, T)`. A 0 where an episode
         ends lets a row hold several (with `next_values` given).
     next_values: `V'(s_{t+1}) (B, T)`, the value of the state after `y_t`, from another network than `values` (a Polyak
@@ -23,17 +24,17 @@ from rl_plugins.functional.checks import check_positive
 from rl_plugins.functional.masking import upcast, zero_masked
 
 
-def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float | Tensor = 1.0) -> Tensor:
     """Sum up the rewards that follow each token, a target without any bias: `G_t = sum_i gamma^i r_{t+i}` (eq. 3.8).
 
     The Monte Carlo return varies most of all targets, since it holds all of the randomness up to the end.
     """
-    check_discount(gamma)
-    return _scan_real(_clean(rewards, mask), gamma, mask)
+    return _scan_real(_clean(rewards, mask), _discount(gamma, mask), mask)
 
 
-def discount_factors(mask: Tensor, *, gamma: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weigh each token by the discount from the start: `gamma^t`, `t` the number of real tokens before it.
+def discount_factors(mask: Tensor, *, gamma: float | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weigh each token by the discount from the start: `prod_{i<t} gamma_i`, which is `gamma^t` for a float, where `t`
+    is the number of real tokens before it.
 
     The gradient of the discounted objective, `E[sum_t gamma^t A_t grad ln pi(y_t|s_t)]`, has this factor (section
     13.3, box); most implementations leave it out.
@@ -41,21 +42,23 @@ def discount_factors(mask: Tensor, *, gamma: float, dtype: torch.dtype = torch.f
     Args:
         dtype: of the numbers that the factors are multiplied with; they are float32 at least.
     """
-    check_discount(gamma)
+    gamma = _discount(gamma, mask)
     real = mask.bool().to(torch.promote_types(dtype, torch.float32))
+    if isinstance(gamma, Tensor):
+        steps = torch.where(mask.bool(), gamma.to(real.dtype), 1.0).cumprod(1)
+        return zero_masked(torch.cat([torch.ones_like(real[:, :1]), steps[:, :-1]], dim=1), mask)
     return zero_masked(gamma ** (real.cumsum(1) - real), mask)
 
 
 def td_targets(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, next_values: Tensor | None = None
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float | Tensor = 1.0, next_values: Tensor | None = None
 ) -> Tensor:
     """Make one-step targets, which trust the value of the next state: `Y_t = r_t + gamma V'(s_{t+1})` (eq. 6.2)."""
-    check_discount(gamma)
-    return _clean(rewards, mask) + gamma * _next_values(values, mask, next_values)
+    return _clean(rewards, mask) + _discount(gamma, mask) * _next_values(values, mask, next_values)
 
 
 def td_errors(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, next_values: Tensor | None = None
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float | Tensor = 1.0, next_values: Tensor | None = None
 ) -> Tensor:
     """Measure by how much a step turned out better than expected.
 
@@ -93,7 +96,7 @@ def lambda_returns(
     values: Tensor,
     mask: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     lam: float | Tensor = 1.0,
     next_values: Tensor | None = None,
 ) -> Tensor:
@@ -102,8 +105,7 @@ def lambda_returns(
     `G_t = r_t + gamma ((1 - lam) V'(s_{t+1}) + lam G_{t+1})`, the lambda-return (eq. 12.18). `lam = 1` is Monte Carlo,
     `lam = 0` is TD.
     """
-    check_discount(gamma)
-    lam = _check_lam(lam, mask)
+    gamma, lam = _discount(gamma, mask), _trace_decay(lam, mask)
     following = _next_values(values, mask, next_values)
     # After the last token G and V' are the same number, so there the bootstrap has its whole weight.
     bootstrap = torch.where(last_real(mask), following, (1 - lam) * following)
@@ -115,7 +117,7 @@ def gae(
     values: Tensor,
     mask: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     lam: float | Tensor = 0.95,
     next_values: Tensor | None = None,
 ) -> Tensor:
@@ -123,7 +125,7 @@ def gae(
 
     Generalised advantage estimation (arXiv 1506.02438, eq. 16): the lambda-return minus the value.
     """
-    lam = _check_lam(lam, mask)
+    gamma, lam = _discount(gamma, mask), _trace_decay(lam, mask)
     return _scan_real(td_errors(rewards, values, mask, gamma=gamma, next_values=next_values), gamma * lam, mask)
 
 
@@ -133,7 +135,7 @@ def vtrace(
     ratios: Tensor,
     mask: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     lam: float | Tensor = 1.0,
     clip_rho: float = 1.0,
     clip_c: float = 1.0,
@@ -157,7 +159,7 @@ def vtrace(
     """
     if clip_rho <= 0 or not 0 <= clip_c <= 1:
         raise ValueError(f"clip_rho={clip_rho}, clip_c={clip_c}: give a positive clip_rho, and clip_c in [0, 1].")
-    ratios, lam = _clean(ratios, mask), _check_lam(lam, mask)
+    ratios, gamma, lam = _clean(ratios, mask), _discount(gamma, mask), _trace_decay(lam, mask)
     errors = td_errors(rewards, values, mask, gamma=gamma, next_values=next_values)
     corrections = _scan_real(ratios.clamp(max=clip_rho) * errors, gamma * lam * ratios.clamp(max=clip_c), mask)
     advantages = errors + zero_masked(gamma * lam * shift_real(corrections, mask, 1)[0], mask)
@@ -253,7 +255,20 @@ def check_trace_decay(lam: float, name: str = "lam") -> None:
         raise ValueError(f"{name}={lam}: give a trace decay in [0, 1].")
 
 
-def _check_lam(lam: float | Tensor, mask: Tensor) -> float | Tensor:
+def _discount(gamma: float | Tensor, mask: Tensor) -> float | Tensor:
+    """`gamma` as a float or `(B, T)`."""
+    if not isinstance(gamma, Tensor):
+        check_discount(gamma)
+        return gamma
+    if gamma.shape != mask.shape:
+        raise ValueError(f"gamma {tuple(gamma.shape)}: give a float, or one per token, (B, T).")
+    gamma = zero_masked(gamma, mask)
+    if not _in_unit_interval(gamma):
+        raise ValueError("gamma has entries outside [0, 1].")
+    return gamma
+
+
+def _trace_decay(lam: float | Tensor, mask: Tensor) -> float | Tensor:
     """`lam` as a float, `(B, 1)` or `(B, T)`."""
     if not isinstance(lam, Tensor):
         check_trace_decay(lam)
@@ -263,6 +278,10 @@ def _check_lam(lam: float | Tensor, mask: Tensor) -> float | Tensor:
             f"lam {tuple(lam.shape)}: give a float, one per sequence, (B,) or (B, 1), or one per token, (B, T)."
         )
     lam = zero_masked(lam, mask) if lam.shape == mask.shape else upcast(lam).reshape(-1, 1)
-    if not bool(((lam >= 0) & (lam <= 1)).all()):
+    if not _in_unit_interval(lam):
         raise ValueError("lam has entries outside [0, 1]: clamp it, as length_adaptive_lambda does.")
     return lam
+
+
+def _in_unit_interval(x: Tensor) -> bool:
+    return bool(((x >= 0) & (x <= 1)).all())

@@ -1,7 +1,7 @@
 """Online reinforcement learning of language models in Lightning: prompts in, rollouts, one objective per step."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from rl_plugins.lightning.reference import Reference
 from rl_plugins.lightning.slices import average_logged, counts_of, cut_rollout, describe_rollout
 from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.sharding import gathers_in_forward
 from rl_plugins.nn.sources import check_language_model, check_lengths, check_tokenizer, learned_positions
-from rl_plugins.rollouts.batch import Batch, num_rows, select_rows
+from rl_plugins.rollouts.batch import REWARD_KEYS, SAMPLING_KEYS, Batch, loss_mask, num_rows, select_rows, without
 from rl_plugins.rollouts.completions import Completions, eos_token_ids, generate_completions
+from rl_plugins.rollouts.episodes import TextEnvironment, Turns, play_episodes
 from rl_plugins.rollouts.rewards import (
     NOT_COLUMNS,
     REWARD_ARGUMENTS,
@@ -37,9 +39,11 @@ from rl_plugins.rollouts.rewards import (
     call_rewards,
     check_reward_arguments,
     check_weights,
+    list_reward_funcs,
     prompt_tokens,
     reward_name,
 )
+from rl_plugins.rollouts.step_rewards import Completed, StepRewards, TokenRewards
 from rl_plugins.signals.checks import check_above, check_at_least, check_unit_interval, check_whole
 from rl_plugins.signals.critics import Critic
 from rl_plugins.signals.metrics import Metrics, draft_metrics
@@ -47,14 +51,8 @@ from rl_plugins.signals.online import online_loss
 from rl_plugins.signals.options import DraftOptions, HeadOptions, PolicyOptions, SamplingOptions, split_options
 from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.signals.policy import inert_message
-from rl_plugins.signals.sampling import (
-    GroupSampling,
-    further_rows,
-    score,
-    weights_with_penalty,
-    with_overlong_penalty,
-    without_marks,
-)
+from rl_plugins.signals.sampling import GroupSampling, further_rows
+from rl_plugins.signals.scores import OVERLONG_NAME, overlong_reward, pay, score, with_unit_weight
 from rl_plugins.signals.signals import DraftHeads, Signal, make_decoder
 from rl_plugins.signals.step_loss import step_loss
 from rl_plugins.signals.warmup import pause_weight_decay
@@ -78,13 +76,18 @@ class RLModule(LightningModule):
         model: The policy: a model, a PEFT model around one, or a folder or hub id.
         tokenizer: Its tokenizer; by default that of the model's folder or hub id.
         reward_funcs: Reward functions with TRL's signature, `(prompts, completions, completion_ids, **columns) ->
-            one number or None per completion`; reward models or their paths; or a list of these.
+            one number, list or None per completion` ([`~rl_plugins.rollouts.rewards_per`] says for what a list is);
+            reward models or their paths; or a list of these.
         signal: Says what a scored batch of completions teaches.
         policy: The policy loss; TRL's default, `dapo`, if none is named.
         drafts: Speculative rollouts.
         heads: Heads that draft, where the signal has no critic with heads.
         sampling: Groups of equal rewards, and the penalty on length.
         reward_weights: Weight of each function; ones by default.
+        environment: Makes a [`~rl_plugins.rollouts.TextEnvironment`] that answers the policy's turns and may pay for
+            each; then reward functions are optional.
+        max_turns: Most turns of the policy in an episode.
+        max_turn_length: Longest turn in tokens.
         num_generations: G, completions per prompt.
         max_completion_length: T, longest completion in tokens.
         temperature: Of sampling; log-probabilities are taken at it, too.
@@ -133,6 +136,9 @@ class RLModule(LightningModule):
         heads: HeadOptions = HeadOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
         reward_weights: list[float] | None = None,
+        environment: Callable[[], TextEnvironment] | None = None,
+        max_turns: int | None = None,
+        max_turn_length: int | None = None,
         num_generations: int = 8,
         max_completion_length: int = 256,
         temperature: float = 1.0,
@@ -188,6 +194,12 @@ class RLModule(LightningModule):
             "repetition_penalty": repetition_penalty,
             **(generation_kwargs or {}),
         }
+        check_at_least(1, max_turns=max_turns, max_turn_length=max_turn_length)
+        self.environment, self.max_turns, self.max_turn_length = environment, max_turns, max_turn_length
+        self._environments: list[TextEnvironment] = []
+        self._has_paid = False
+        self._episode_rows: list[Row] = []
+        self._steps = StepRewards(Completed([]))
         self._set_up_rewards(reward_funcs, reward_weights, sampling)
         self._loss_is_named = policy.policy_loss is not None
         if self.batch_repeats == 1:  # else it depends on the Trainer
@@ -210,10 +222,12 @@ class RLModule(LightningModule):
     def _set_up_rewards(self, reward_funcs: Any, weights: list[float] | None, sampling: SamplingOptions) -> None:
         sampling.check_signal(self.critic is not None)
         sampling.check_length(self.max_completion_length)
-        functions = as_reward_funcs(reward_funcs)
+        elsewhere = self.environment is not None or type(self).score is not RLModule.score
+        elsewhere |= type(self).generate is not RLModule.generate
+        functions = as_reward_funcs(reward_funcs) if list_reward_funcs(reward_funcs) or not elsewhere else []
         if sampling.overlong_shaping:
-            weights = weights_with_penalty(weights, functions)
-            functions = with_overlong_penalty(functions, sampling, self.max_completion_length)
+            weights = with_unit_weight(weights, len(functions))
+            functions = [*functions, overlong_reward(sampling, self.max_completion_length)]
         self.reward_funcs: list[RewardFunc] = functions
         # Other columns are known when rows are.
         check_reward_arguments(self.reward_funcs, REWARD_ARGUMENTS, complete=False)
@@ -358,10 +372,9 @@ class RLModule(LightningModule):
         metrics.add(self.signal.advantages(batch, scores, prompts, self))
         batch["num_items"] = self._num_items(batch)
         self.policy_loss.mark(batch, self)
-        batch = without_marks(batch)
+        batch = without(batch, SAMPLING_KEYS)
         self.last_rollout = batch.copy()
-        batch.pop("scores")
-        return batch, metrics
+        return without(batch, REWARD_KEYS), metrics
 
     def _draw(self, rows: Sequence[Row]) -> tuple[Batch, list[Any], Metrics]:
         """Complete and score prompts: the batch, the prompt of each completion, and metrics."""
@@ -370,15 +383,18 @@ class RLModule(LightningModule):
         self._check_rows(rows)
         repeated = [row for row in rows for _ in range(self.num_generations)]
         prompts = [row["prompt"] for row in repeated]
+        self._episode_rows = repeated
         completions = self._complete(prompts)
-        rewards = self.score(repeated, completions).to(self.device)
+        rewards, names, weights = self._scored(repeated, completions)
         batch: Batch = {
             "prompt_ids": completions.prompt_ids,
             "prompt_mask": completions.prompt_mask,
             "completion_ids": completions.completion_ids,
             "completion_mask": completions.completion_mask,
         }
-        metrics = self._describe(completions, rewards)
+        if completions.tool_mask is not None:
+            batch["tool_mask"] = completions.tool_mask
+        metrics = self._describe(completions, rewards, names, weights)
         if self.mask_truncated_completions:
             batch["completion_mask"] = completions.completion_mask * completions.ended.long().unsqueeze(1)
         if self._is_off_policy():
@@ -386,12 +402,51 @@ class RLModule(LightningModule):
         if self.reference is not None:
             with self.reference.active(self):
                 batch["ref_per_token_logps"] = self.log_probs(batch, self.reference.model)
-        names = [reward_name(func) for func in self.reward_funcs]
-        scores, task_scores, _ = score(rewards, self.reward_weights, names)
+        cut = self._cut_episodes(completions)
+        if cut is not None:
+            batch["truncated"] = cut
+        scores, task_scores, rewards = score(rewards, weights, names)
         batch["scores"] = scores
+        metrics.add(pay(batch, rewards, weights, names, self._steps, self))
         if self.sampling.options.samples:
             self.sampling.mark(batch, gather_rows(scores), gather_rows(task_scores), self)
         return batch, prompts, metrics
+
+    def _scored(self, rows: Sequence[Row], completions: Completions) -> tuple[Tensor, list[str], Tensor | None]:
+        """Rewards of completions (B, F) by function, the functions' names, and their weights."""
+        own = completions.completion_mask if completions.tool_mask is None else completions.tool_mask
+        mask = completions.completion_mask * own
+        self._steps = StepRewards(Completed(completions.token_lists(), completions.policy_lists(), self.tokenizer))
+        scored = self.score(rows, completions)
+        names, weights = [reward_name(func) for func in self.reward_funcs], self.reward_weights
+        if isinstance(scored, TokenRewards):
+            names, weights = ["score"], None
+            scored = self._steps.take_tokens(0, scored.rewards, mask).unsqueeze(1)
+        elif scored.shape[1] != len(names):  # from elsewhere than the reward functions
+            weights, columns = None, range(1, scored.shape[1] + 1)
+            names = ["score"] if len(columns) == 1 else [f"score_{column}" for column in columns]
+        rewards = scored.to(self.device)
+        if completions.rewards is not None:
+            earned = self._steps.take_tokens(len(names), completions.rewards, mask)
+            rewards, names = torch.cat([rewards, earned.to(rewards)[:, None]], dim=1), [*names, "environment"]
+            weights = None if weights is None else torch.cat([weights, weights.new_ones(1)])
+        if rewards.shape[1] == 0:
+            raise ValueError(
+                "There are no rewards: no reward_funcs, no environment, and `generate` returns no `rewards`. Give one "
+                "of them, or override `score`."
+            )
+        return rewards, names, weights
+
+    def _cut_episodes(self, completions: Completions) -> Tensor | None:
+        """Rows (B,) whose episode goes on after their last token, as far as the critic cares; `None` where all ranks
+        have none."""
+        bootstraps, told = self.signal.bootstrap_truncated, completions.truncated
+        if bootstraps is False or (bootstraps is None and told is None):
+            return None
+        cut = torch.zeros_like(completions.ended) if told is None else told
+        if bootstraps:
+            cut = cut | ~completions.ended
+        return cut if self.sum_over_ranks(cut.sum().view(1)) > 0 else None
 
     def _draw_further(self, groups: int, draw: int) -> Batch:
         """Draw further prompts from the training data, the same after a resumption."""
@@ -411,34 +466,76 @@ class RLModule(LightningModule):
     def _complete(self, prompts: Sequence[Any]) -> Completions:
         """Call `generate`, with the critic listening where that is ours: decoding steps of another may be anything."""
         ours = getattr(self.generate, "__func__", None) is RLModule.generate
-        with self.critic.generating(self.model, self.decoder) if self.critic and ours else nullcontext():
+        saves = ours and self.environment is None  # values of several turns come from a pass
+        with self.critic.generating(self.model, self.decoder) if self.critic and saves else nullcontext():
             return self.generate(prompts)
 
     def generate(self, prompts: Sequence[Any]) -> Completions:
         """Complete every prompt (text or messages) once by the model's own `generate`. Override it for rollouts of
         your own: tools, another engine, several turns."""
+        if self.environment is not None:
+            return self._play(prompts, self.environment)
         prompt_ids = prompt_tokens(self.tokenizer, prompts)
         check_lengths(prompt_ids, self.max_completion_length, learned_positions(self.model))
+        return self._generate_ids(prompt_ids, self.max_completion_length)
+
+    def _generate_ids(self, prompt_ids: Sequence[Sequence[int]], max_length: int) -> Completions:
         return generate_completions(
             self.model,
             prompt_ids,
             pad_token_id=self.tokenizer.pad_token_id,
             eos=eos_token_ids(self.model, self.tokenizer),
-            max_completion_length=self.max_completion_length,
+            max_completion_length=max_length,
             sampling=self.generation,
             listener=self._progress(),
             decoder=self.decoder,
         )
 
-    def score(self, rows: Sequence[Row], completions: Completions) -> Tensor:
-        """Call the reward functions: rewards (B, F), NaN for none. Override it for rewards from elsewhere."""
+    def _play(self, prompts: Sequence[Any], environment: Callable[[], TextEnvironment]) -> Completions:
+        """Play an episode for every prompt; environments are made once and reset for every episode."""
+        self._environments += [environment() for _ in range(len(prompts) - len(self._environments))]
+        together = gathers_in_forward(self.model)
+        rows = [{key: value for key, value in row.items() if key != "completion"} for row in self._episode_rows]
+        others = {reward_name(func) for func in self.reward_funcs} - {OVERLONG_NAME}
+        alone = not others and not self._has_paid and type(self).score is RLModule.score
+        played = play_episodes(
+            self._generate_ids,
+            prompts,
+            self._environments[: len(prompts)],
+            Turns(
+                self.tokenizer,
+                eos_token_ids(self.model, self.tokenizer),
+                self.max_completion_length,
+                self.max_turns,
+                self.max_turn_length,
+            ),
+            rows=rows,
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=self.device,
+            any_rank=self._on_any_rank if together else bool,
+            must_pay=self._on_any_rank if alone else None,
+        )
+        if alone:
+            assert played.rewards is not None
+            self._has_paid = self._on_any_rank(not bool(played.rewards.isnan().all()))
+        return played
+
+    def _on_any_rank(self, holds: bool) -> bool:
+        return bool(self.sum_over_ranks(torch.tensor([float(holds)], device=self.device)) > 0)
+
+    def score(self, rows: Sequence[Row], completions: Completions) -> Tensor | TokenRewards:
+        """Call the reward functions: rewards (B, F), NaN for none. Override it for rewards from elsewhere, and return
+        such a tensor, or [`~rl_plugins.rollouts.TokenRewards`] with a reward for every token."""
         prompts, ids = [row["prompt"] for row in rows], completions.token_lists()
         columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0] if key not in NOT_COLUMNS}
         columns["trainer_state"] = self._trainer  # of TRL's state, functions mostly read global_step
         columns["log_metric"] = lambda name, value: self._reward_metrics.setdefault(name, []).append(float(value))
         columns["log_extra"] = lambda column, values: self.last_extras.update({column: list(values)})
         texts = as_completions(self.tokenizer, prompts, ids)
-        return call_rewards(self.reward_funcs, prompts, texts, ids, columns, self._moment)
+        self._steps = StepRewards(Completed(ids, completions.policy_lists(), self.tokenizer))
+        if not self.reward_funcs:
+            return torch.zeros(len(rows), 0)
+        return call_rewards(self.reward_funcs, prompts, texts, ids, columns, self._moment, steps=self._steps)
 
     @property
     def _moment(self) -> str:
@@ -459,9 +556,10 @@ class RLModule(LightningModule):
         accumulate = self.trainer.accumulate_grad_batches if self._trainer is not None else 1
         return self.batch_repeats > accumulate or accumulate % self.batch_repeats != 0
 
-    def _describe(self, completions: Completions, rewards: Tensor) -> Metrics:
-        names = [reward_name(func) for func in self.reward_funcs]
-        metrics = describe_rollout(completions, rewards, self.reward_weights, names, self.num_generations)
+    def _describe(
+        self, completions: Completions, rewards: Tensor, names: Sequence[str], weights: Tensor | None
+    ) -> Metrics:
+        metrics = describe_rollout(completions, rewards, weights, names, self.num_generations)
         logged, self._reward_metrics = self._reward_metrics, {}
         metrics |= average_logged(logged, self.device)
         if self.decoder is not None and self.decoder.last is not None:
@@ -472,7 +570,7 @@ class RLModule(LightningModule):
 
     def _num_items(self, batch: Batch) -> Tensor:
         """Real tokens per rank and slice: what DAPO's loss of a training step is divided by."""
-        tokens = sum_over_ranks(batch["completion_mask"].sum().float())
+        tokens = sum_over_ranks(loss_mask(batch).sum().float())
         return tokens.clamp(min=1.0) / world_size() / self.steps_per_generation
 
     def _progress(self) -> Any:
@@ -626,7 +724,7 @@ class RLModule(LightningModule):
             logps,
             inputs.get("old_per_token_logps", logps.detach()),
             inputs["advantages"],
-            inputs["completion_mask"],
+            loss_mask(inputs),
             num_items=inputs["num_items"],
             max_length=self.max_completion_length,
             scale=inputs.get("micro_batch_weight", 1.0) if by_micro_batch else inputs.get("row_weight", 1.0),
@@ -649,7 +747,7 @@ class RLModule(LightningModule):
 
     def _weigh_policy_loss(self, metrics: Metrics, inputs: Batch) -> None:
         """Make `policy_loss` a mean that the micro-batches of a window can be averaged by."""
-        aggregation, own = self.policy_loss.aggregation, inputs["completion_mask"].sum().float()
+        aggregation, own = self.policy_loss.aggregation, loss_mask(inputs).sum().float()
         tokens, rows = sum_over_ranks(torch.stack([own, own.new_tensor(num_rows(inputs))]))
         if aggregation == "token":  # so far divided by the tokens of the window
             metrics["policy_loss"] *= inputs["num_items"] * world_size() / tokens.clamp(min=1.0)

@@ -1,6 +1,5 @@
 """Supervised fine-tuning with MTP value heads, in Lightning."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.sources import check_language_model
 from rl_plugins.nn.target_heads import PolyakTarget
-from rl_plugins.rollouts.rewards import is_conversational, prompt_tokens
+from rl_plugins.rollouts.reward_models import is_conversational
+from rl_plugins.rollouts.rewards import prompt_tokens
 from rl_plugins.signals.checks import check_at_least, check_head_reach
 from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.native_checks import check_native_settings, check_no_rewards
 from rl_plugins.signals.options import SFTHeadOptions, ValueOptions, split_options
-from rl_plugins.signals.supervised import HeadsAlong, NativeAlong
+from rl_plugins.signals.supervised import HeadsAlong, NativeAlong, check_row_reward, row_rewards
 
 
 class MTPSFTModule(LightningModule):
@@ -171,8 +171,7 @@ class MTPSFTModule(LightningModule):
             labels[i, start:length] = ids[i, start:length]
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if all("reward" in row for row in rows):
-            rewards = [math.nan if row["reward"] is None else float(row["reward"]) for row in rows]
-            batch["reward"] = torch.tensor(rewards)
+            batch["reward"] = row_rewards([row["reward"] for row in rows])
         return {name: column.to(self.device) for name, column in batch.items()}
 
     def _tokens(self, rows: Sequence[Row]) -> tuple[list[int], list[list[int]]]:
@@ -219,6 +218,8 @@ class MTPSFTModule(LightningModule):
     def loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """The objective on one batch of tensors, and its metrics (0-d, of all ranks)."""
         rewards, num_items = inputs.get("reward"), self._num_items(inputs)
+        if rewards is not None and rewards.ndim != 1:
+            check_row_reward(rewards[0].tolist())
         if self.native_mtp is not None:
             check_no_rewards(rewards is not None)
         with self.along.learning(inputs, rewards, num_items) as run:

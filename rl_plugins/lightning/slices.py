@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.lightning.ranks import gather_objects, gather_rows
-from rl_plugins.rollouts.batch import Batch, num_rows, select_rows
+from rl_plugins.rollouts.batch import Batch, loss_mask, num_rows, select_rows
 from rl_plugins.rollouts.completions import Completions
 from rl_plugins.rollouts.rewards import weighted_scores
 from rl_plugins.signals.metrics import Metrics, completion_metrics, reward_metrics
@@ -42,10 +42,10 @@ def cut_rollout(rollout: Batch, slices: int, *, whole_groups_of: int | None = No
 
 
 def counts_of(batch: Batch) -> Tensor:
-    """Count what the losses of a batch of completions are divided by, on this rank (4,): its `num_items`, tokens of
-    completions, completions, and all tokens with the prompts'."""
-    tokens = batch["completion_mask"].sum()
-    real = tokens + batch["prompt_mask"].sum()
+    """Count what the losses of a batch of completions are divided by, on this rank (4,): its `num_items`, the policy's
+    tokens, completions, and all tokens with the prompts'."""
+    tokens = loss_mask(batch).sum()
+    real = batch["completion_mask"].sum() + batch["prompt_mask"].sum()
     items = torch.as_tensor(batch["num_items"], device=tokens.device)
     return torch.stack([items.float(), tokens.float(), real.new_tensor(num_rows(batch)).float(), real.float()])
 
@@ -64,7 +64,8 @@ def describe_rollout(
     """
     rewards = gather_rows(rewards)
     rewards = rewards.masked_fill(rewards.isinf(), torch.nan)  # as TRL's metrics: only that number is left out
-    lengths = gather_rows(completions.completion_mask.sum(1))
+    own = completions.completion_mask if completions.tool_mask is None else completions.tool_mask
+    lengths = gather_rows((completions.completion_mask * own).sum(1))
     return Metrics(
         {
             **reward_metrics(rewards, weighted_scores(rewards, weights), names, group_size),

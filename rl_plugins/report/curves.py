@@ -90,6 +90,8 @@ DEFAULT_PANELS: tuple[Panel, ...] = (
     Panel("Policy entropy", "nats per token", "entropy"),
     Panel("KL to the reference policy", "nats per token", "kl"),
     Panel("Completion length", "tokens, mean", "completions/mean_length"),
+    # Where steps are paid, a policy can also earn more by taking more of them.
+    Panel("Steps that are paid", "per completion, mean", "step_rewards/per_completion"),
     Panel("Expert load, mean of layers", "MaxVio = max / mean − 1", "moe/max_violation", log_scale=True),
     Panel("Expert load, worst layer", "MaxVio = max / mean − 1", "moe/max_violation_worst", log_scale=True),
     Panel("Entropy of the expert load", "entropy / ln E", "moe/load_entropy"),

@@ -3,7 +3,7 @@
 CARD = """<article data-order="$order" data-reward="$reward" data-surprise="$surprise"
  data-verdict="$verdict">
 <header><h2>#$number</h2><span class="badge $verdict">$badge</span><span class=fact>$count</span>$facts
-<figure title="V(s_t) over the completion; the dot is the reward">$spark</figure></header>
+<figure title="V(s_t) over the completion; $aim">$spark</figure></header>
 <details$open><summary>Prompt</summary><div class=prompt>$prompt</div></details>
 <div class=tokens role=group aria-label="Completion $number; arrow keys move between tokens">$tokens</div>
 </article>"""
@@ -46,10 +46,10 @@ $js</script>
 
 CSS = """:root{--page:#fff;--ink:#1c2128;--soft:#59636e;--line:#d5dae0;--card:#fff;--well:#f4f6f8;
 --accent:#0b4a80;
---on-accent:#fff;--good:#0b4a80;--bad:#a3121f;color-scheme:light dark}
+--on-accent:#fff;--good:#0b4a80;--bad:#a3121f;--pay:#7a4a00;color-scheme:light dark}
 @media screen and (prefers-color-scheme:dark){:root{--page:#14171c;--ink:#e4e8ee;--soft:#a3adb9;
 --line:#363d47;
---card:#1b1f26;--well:#242a33;--accent:#8cc4f5;--on-accent:#10151b;--good:#8cc4f5;--bad:#ff9c8c}}
+--card:#1b1f26;--well:#242a33;--accent:#8cc4f5;--on-accent:#10151b;--good:#8cc4f5;--bad:#ff9c8c;--pay:#f2c14e}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1080px;padding:0 20px 60px;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
@@ -68,7 +68,7 @@ button:hover{background:var(--well)}
 button[aria-pressed=true]{background:var(--accent);border-color:var(--accent);color:var(--on-accent);
 font-weight:600}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px;z-index:1}
-.scale{display:none;align-items:flex-start;gap:10px;font-size:13px;flex-basis:100%}
+.scale{display:none;flex-wrap:wrap;align-items:flex-start;gap:4px 10px;font-size:13px;flex-basis:100%}
 [data-mode=value] .scale.value,[data-mode=delta] .scale.delta{display:flex}
 .scale b{font-weight:600;line-height:14px;white-space:nowrap}.scale>div{width:380px;max-width:70vw}
 sub{line-height:0}
@@ -87,6 +87,7 @@ figure{margin:0 0 0 auto}svg{display:block;width:298px;height:44px;overflow:visi
 svg text{font-size:10px;text-anchor:end;fill:var(--soft)}
 .curve{fill:none;stroke:var(--accent);stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
 .zero{stroke:var(--line);fill:none}.cursor{stroke:var(--ink);stroke-width:1}
+.stairs{fill:none;stroke:var(--pay);stroke-width:1.4;stroke-dasharray:3 1.5}
 svg circle{fill:var(--card);stroke:var(--ink);stroke-width:1.6}
 details{margin:2px 0 10px}summary{cursor:pointer;font-size:13px;color:var(--soft)}
 .prompt{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--well);border-radius:6px;padding:8px 12px;
@@ -99,9 +100,24 @@ font-family:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",
 .t i{font-style:normal}.special{font-size:12px;border:1px dotted currentColor}
 .t:hover,.t:focus{outline:2px solid var(--ink);outline-offset:0;z-index:1}
 [data-mode=value] .vna,[data-mode=delta] .dna{color:var(--ink);border-bottom:2px dashed var(--soft)}
+.env{color:var(--soft);font-style:italic;border-bottom:1px dotted var(--soft)}
+.t.env{border-radius:0;margin:0;padding:3px 0}
+.pay{font:600 12px/1.3 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;
+color:var(--pay);border:1.5px solid;border-radius:99px;padding:0 5px;margin:0 5px 0 2px;white-space:nowrap;
+font-variant-numeric:tabular-nums}
+.pay.minus{border-style:dashed}.pay.zero{color:var(--soft);font-weight:400;border-width:1px}
+.turns{display:flex;flex-wrap:wrap;gap:6px 12px}
+.turn{max-width:100%;min-width:0;padding-left:8px;border-left:2px solid var(--line)}
+.tall{flex-basis:100%}
+.no{font:11px/1 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;color:var(--soft);
+margin-right:7px}
+.key{display:flex;flex-wrap:wrap;gap:4px 18px;flex-basis:100%;font-size:13px;color:var(--soft)}
+.key .no{border-left:2px solid var(--line);padding-left:6px;margin-right:2px}
+svg.line{display:inline-block;width:24px;height:12px;vertical-align:-1px}
 .numbers .tokens{line-height:1.3}.numbers .t{display:inline-block;text-align:center;margin:0 2px 5px 0;
 padding:1px 3px}
 .numbers .t::after{content:attr(data-n);display:block;font-size:11px;font-variant-numeric:tabular-nums}
+.numbers .t.env{vertical-align:top}.numbers .t.env::after{content:none}
 #tip{position:absolute;z-index:3;pointer-events:none;background:var(--ink);color:var(--page);padding:6px 10px;
 border-radius:6px;font-size:13px;line-height:1.45;white-space:pre;font-variant-numeric:tabular-nums;
 max-width:90vw;
@@ -163,16 +179,20 @@ document.getElementById("numbers").addEventListener("click", (event) => {
 function cursor(token, on) {
   const svg = token.closest("article").querySelector("svg"), line = svg.querySelector(".cursor");
   const steps = Math.max(Number(svg.dataset.n) - 1, 1);
-  line.setAttribute("transform", `translate(${240 * Number(token.dataset.i) / steps} 0)`);
+  const at = Number(token.dataset.x ?? token.dataset.i);  // an environment's tokens take no time
+  line.setAttribute("transform", `translate(${240 * at / steps} 0)`);
   line.setAttribute("visibility", on ? "visible" : "hidden");
 }
 
 function showTip(token) {
-  const delta = Number(token.dataset.delta);
+  const { delta: error, value, paid } = token.dataset;
+  const delta = Number(error);
   const verdict = delta > 0 ? "  better than expected" : delta < 0 ? "  worse than expected" : "";
-  tip.textContent = `token ${token.dataset.i}   ${token.textContent}\n` +
-    `V(s_t)  ${format(token.dataset.value, digits + 1)}\n` +
-    `δ_t     ${format(token.dataset.delta, digits + 1, true)}${verdict}`;
+  tip.textContent = `token ${token.dataset.i}   ${token.textContent}\n` + (value === undefined
+    ? "written by the environment"
+    : `V(s_t)  ${format(value, digits + 1)}\n` +
+      `δ_t     ${format(error, digits + 1, true)}${verdict}`) +
+    (paid === undefined ? "" : `\nreward  ${paid}  paid after this token`);
   tip.hidden = false;
   const box = token.getClientRects()[0];
   const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
@@ -196,7 +216,7 @@ main.addEventListener("keydown", (event) => {
   const token = event.target.closest(".t");
   if (!token) return;
   if (event.key === "Escape") return hideTip(token);
-  const all = [...token.parentNode.querySelectorAll(".t")], at = all.indexOf(token);
+  const all = [...token.closest(".tokens").querySelectorAll(".t")], at = all.indexOf(token);
   const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key];
   if (next === undefined || !all[next]) return;
   event.preventDefault();

@@ -1,7 +1,7 @@
 """A page that shows the value and the TD error of each token: one HTML file that opens anywhere, without a network.
 
-`values[t] = V(s_t)` of head 1, before token `t` is chosen; `td_errors[t] = delta_t`, after it. Legend: `T`
-completion tokens.
+`values[t] = V(s_t)` of head 1, before token `t` is chosen; `td_errors[t] = delta_t`, after it. Where rewards are paid
+on the way, or an environment answers, the page also marks the rewards and the turns. Legend: `T` completion tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rl_plugins.functional.alignment import last_real
+from rl_plugins.functional.turns import turn_ends
 from rl_plugins.report.colors import BINS, color_rules
 from rl_plugins.report.page import CARD, CSS, JS, PAGE
 
@@ -36,6 +39,9 @@ class TokenTrace:
         td_errors: (T,) `delta_t = r_t + gamma V(s_{t+1}) - V(s_t)`; NaN where missing.
         reward: Return of the completion.
         extra: Short facts to show beside the reward, such as the expected answer.
+        rewards: (T,) reward paid after each token; NaN where nothing is paid. `None` shows the return alone.
+        tool_mask: (T,) false for tokens of an environment, whose values and TD errors are not shown. `None` where the
+            policy chose all tokens.
     """
 
     prompt: str
@@ -44,6 +50,21 @@ class TokenTrace:
     td_errors: list[float]
     reward: float
     extra: dict[str, str] = field(default_factory=dict)
+    rewards: list[float] | None = None
+    tool_mask: list[bool] | None = None
+
+    def chosen(self) -> list[bool]:
+        """Whether the policy chose each token (T,)."""
+        return [True] * len(self.tokens) if self.tool_mask is None else [bool(own) for own in self.tool_mask]
+
+    def turns(self) -> list[range]:
+        """Places of the tokens of each turn: what the environment said before it, and the policy's own.
+
+        What follows the last turn is a range of its own.
+        """
+        ends = turn_ends(torch.tensor([self.chosen()], dtype=torch.bool))[0].nonzero().flatten().tolist()
+        edges = sorted({0, *(end + 1 for end in ends), len(self.tokens)})
+        return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
 def write_token_values_html(
@@ -56,6 +77,9 @@ def write_token_values_html(
     right_above: float = 0.0,
 ) -> Path:
     """Write one self-contained page that colours every token by value or by TD error; return its path.
+
+    A reward that is paid on the way stands behind its token. Tokens of an environment have no colour, and every turn
+    has its number.
 
     Args:
         traces: Completions, in the order of the page.
@@ -79,7 +103,7 @@ def write_token_values_html(
         css=CSS + color_rules(),
         js=JS,
         digits=scales.digits,
-        legend=_legend(scales),
+        legend=_legend(scales) + _key(traces),
         n_all=len(traces),
         n_right=n_right,
         n_wrong=len(traces) - n_right,
@@ -101,6 +125,12 @@ def _check(traces: Sequence[TokenTrace]) -> None:
                 f"trace {index} (prompt {trace.prompt[:40]!r}) has {lengths[0]} tokens, {lengths[1]} values "
                 f"and {lengths[2]} td_errors; cut all three at the completion's length"
             )
+        for name, given in (("rewards", trace.rewards), ("tool_mask", trace.tool_mask)):
+            if given is not None and len(given) != lengths[0]:
+                raise ValueError(
+                    f"trace {index} (prompt {trace.prompt[:40]!r}) has {lengths[0]} tokens and {len(given)} entries "
+                    f"in {name}; give one for each token"
+                )
 
 
 # ---------------------------------------------------------------------------------------------- scales
@@ -121,6 +151,7 @@ class _Scales:
         values = _finite(value for trace in traces for value in trace.values)
         deltas = _finite(delta for trace in traces for delta in trace.td_errors)
         rewards = _finite(trace.reward for trace in traces)
+        rewards += [height for trace in traces for height in _still_to_come(trace)]
         low, high = _range_of(values) if value_range is None else value_range
         if not low < high:
             raise ValueError(f"value_range must be (low, high) with low < high, not {value_range}")
@@ -184,17 +215,34 @@ def format_number(number: float, digits: int) -> str:
     return f"{number:.{digits}f}".replace("-", "−") if math.isfinite(number) else "–"
 
 
-def _token_html(index: int, token: str, value: float, delta: float, scales: _Scales) -> str:
-    classes = ["t", scales.value_bin(value), scales.delta_bin(delta)]
+def _signed(number: float) -> str:
+    """A reward with its sign, which a zero does not have."""
+    return ("+" if 0 < number < math.inf else "") + _short(number)
+
+
+def _reward_html(reward: float) -> str:
+    kind = "plus" if reward > 0 else "minus" if reward < 0 else "zero"
+    return f'<b class="pay {kind}" title="paid after this token">{_signed(reward)}</b>'
+
+
+def _token_html(trace: TokenTrace, index: int, own: bool, place: int, shown: bool, scales: _Scales) -> str:
+    """One token, with the reward behind it where that is shown."""
+    token, value, delta = trace.tokens[index], float(trace.values[index]), float(trace.td_errors[index])
+    classes = ["t", scales.value_bin(value), scales.delta_bin(delta)] if own else ["t", "env"]
     if SPECIAL_TOKEN.fullmatch(token):
         classes.append("special")
     text = re.sub("[␣↵⇥]+", r"<i>\g<0></i>", escape(visible(token, keep=""))) or "<i>∅</i>"
     # One tab stop per completion; the arrow keys move on from it.
     focus = 0 if index == 0 else -1
-    span = (
-        f'<span class="{" ".join(classes)}" data-i="{index}" data-value="{float(value)!r}" '
-        f'data-delta="{float(delta)!r}" tabindex="{focus}">{text}</span>'
-    )
+    data = f' data-value="{value!r}" data-delta="{delta!r}"' if own else ""
+    if trace.tool_mask is not None:
+        data += f' data-x="{place}"'
+    reward = math.nan if trace.rewards is None else trace.rewards[index]
+    if not math.isnan(reward):
+        data += f' data-paid="{_signed(reward)}"'
+    span = f'<span class="{" ".join(classes)}" data-i="{index}"{data} tabindex="{focus}">{text}</span>'
+    span += _reward_html(reward) if shown else ""
+    # The reward stays in the line of its token.
     return span + "<br>" if "\n" in token else span + "<wbr>"
 
 
@@ -204,10 +252,6 @@ def _token_html(index: int, token: str, value: float, delta: float, scales: _Sca
 def _card(index: int, trace: TokenTrace, scales: _Scales, right_above: float) -> str:
     right = trace.reward > right_above
     deltas = _finite(trace.td_errors)
-    tokens = "".join(
-        _token_html(i, token, value, delta, scales)
-        for i, (token, value, delta) in enumerate(zip(trace.tokens, trace.values, trace.td_errors, strict=True))
-    )
     facts = "".join(
         f"<span class=fact><b>{escape(visible(key))}</b> {escape(visible(text))}</span>"
         for key, text in trace.extra.items()
@@ -219,13 +263,65 @@ def _card(index: int, trace: TokenTrace, scales: _Scales, right_above: float) ->
         surprise=repr(max(map(abs, deltas), default=0.0)),
         verdict="right" if right else "wrong",
         badge=f"{'✓' if right else '✗'} reward {_short(trace.reward)}",
-        count=f"{len(trace.tokens)} token{'' if len(trace.tokens) == 1 else 's'}",
+        count=_count(trace),
+        aim="the dot is the reward" if trace.rewards is None else "the stairs are the rewards still to come",
         facts=facts,
         spark=_sparkline(trace, scales),
         prompt=escape(visible(trace.prompt, keep=" \n")),
         open=" open" if len(trace.prompt) <= 400 else "",
-        tokens=tokens or "<em>empty completion</em>",
+        tokens=_tokens_html(trace, scales) or "<em>empty completion</em>",
     )
+
+
+def _count(trace: TokenTrace) -> str:
+    own = sum(trace.chosen())
+    text = f"{own} token{'' if own == 1 else 's'}"
+    if own == len(trace.tokens):
+        return text
+    turns = sum(any(trace.chosen()[i] for i in turn) for turn in trace.turns())
+    return f"{text} in {turns} turn{'' if turns == 1 else 's'}, {len(trace.tokens) - own} of the environment"
+
+
+def _tokens_html(trace: TokenTrace, scales: _Scales) -> str:
+    """All tokens; where an environment answers, in one block for each turn."""
+    chosen, shown = trace.chosen(), _shown_rewards(trace)
+    places = _places(chosen)
+    html = [
+        _token_html(trace, i, own, place, i in shown, scales)
+        for i, (own, place) in enumerate(zip(chosen, places, strict=True))
+    ]
+    if all(chosen):
+        return "".join(html)
+    blocks = []
+    for number, turn in enumerate(trace.turns(), 1):
+        tokens = "".join(html[i] for i in turn)
+        played = any(chosen[i] for i in turn)
+        label = f"Turn {number}" if played else "After the last turn"
+        sign = f"<span class=no aria-hidden=true>{number}</span>" if played else ""
+        # A turn of several lines has its row to itself; short ones stand side by side.
+        kind = "turn tall" if "<br>" in tokens[:-4] else "turn"
+        blocks.append(f'<div class="{kind}" role=group aria-label="{label}">{sign}{tokens}</div>')
+    return f"<div class=turns>{''.join(blocks)}</div>"
+
+
+def _places(chosen: Sequence[bool]) -> list[int]:
+    """Where each token stands on the time axis, on which only the policy's tokens take time."""
+    last, places, passed = max(sum(chosen) - 1, 0), [], 0
+    for own in chosen:
+        places.append(min(passed, last))
+        passed += own
+    return places
+
+
+def _shown_rewards(trace: TokenTrace) -> set[int]:
+    """Tokens behind which a reward is written: all that are paid, but not the zeros between rewards of tokens."""
+    if trace.rewards is None:
+        return set()
+    paid = {i for i, reward in enumerate(trace.rewards) if not math.isnan(reward)}
+    if 2 * len(paid) <= sum(trace.chosen()):
+        return paid
+    ends = {turn[-1] for turn in trace.turns()}
+    return {i for i in paid if trace.rewards[i] != 0 or i in ends}
 
 
 def _short(number: float) -> str:
@@ -241,13 +337,17 @@ def _sparkline(trace: TokenTrace, scales: _Scales) -> str:
     def y(value: float) -> float:
         return round((SPARK_HEIGHT - 6) * (high - value) / (high - low) + 3, 1)
 
+    chosen = trace.chosen()
+    values = [value for value, own in zip(trace.values, chosen, strict=True) if own]
     zero = f'<path class=zero d="M0 {y(0)}H{SPARK_WIDTH}"/>' if low <= 0 <= high else ""
     aim = f"<circle cx={SPARK_WIDTH + 7} cy={y(trace.reward)} r=4 />" if math.isfinite(trace.reward) else ""
+    if trace.rewards is not None:
+        aim = f'<path class=stairs d="{_stairs(_still_to_come(trace), y)}"/>'
     ends = "".join(f"<text x=-5 y={y(end) + 3}>{_short(end)}</text>" for end in (low, high))
     return (
-        f'<svg viewBox="-44 0 {SPARK_WIDTH + 58} {SPARK_HEIGHT}" data-n={len(trace.tokens)} role=img '
+        f'<svg viewBox="-44 0 {SPARK_WIDTH + 58} {SPARK_HEIGHT}" data-n={len(values)} role=img '
         f'aria-label="{_describe(trace, scales)}">{ends}{zero}'
-        f'<path class=curve d="{_curve(trace.values, y)}"/>'
+        f'<path class=curve d="{_curve(values, y)}"/>'
         f'{aim}<path class=cursor d="M0 0V{SPARK_HEIGHT}" visibility=hidden /></svg>'
     )
 
@@ -264,12 +364,37 @@ def _curve(values: Sequence[float], y: Callable[[float], float]) -> str:
     return "".join(parts)
 
 
+def _still_to_come(trace: TokenTrace) -> list[float]:
+    """Sums of the rewards from each token of the policy on, and 0 at the end; none without rewards of steps."""
+    if trace.rewards is None:
+        return []
+    heights = [0.0]
+    for reward, own in zip(reversed(trace.rewards), reversed(trace.chosen()), strict=True):
+        if own:
+            heights.append(heights[-1] + (reward if math.isfinite(reward) else 0.0))
+    return heights[::-1]
+
+
+def _stairs(heights: Sequence[float], y: Callable[[float], float]) -> str:
+    """SVG path of what is still to come, with a step right after every token that is paid."""
+    step = SPARK_WIDTH / max(len(heights) - 2, 1)
+    parts = [f"M0 {y(heights[0])}"]
+    for i, (height, then) in enumerate(zip(heights, heights[1:], strict=False)):
+        if height != then:
+            parts.append(f"H{i * step + min(step / 2, 7):.1f}V{y(then)}")
+    return "".join(parts) + f"H{SPARK_WIDTH + 7}"
+
+
 def _describe(trace: TokenTrace, scales: _Scales) -> str:
     values = _finite(trace.values)
     if not values:
         return "no values"
     first, last = (format_number(value, scales.digits) for value in (values[0], values[-1]))
-    return f"V(s_t) goes from {first} to {last}; the reward was {_short(trace.reward)}"
+    text = f"V(s_t) goes from {first} to {last}; the reward was {_short(trace.reward)}"
+    if trace.rewards is None:
+        return text
+    paid = sum(not math.isnan(reward) for reward in trace.rewards)
+    return f"{text}, paid after {paid} token{'' if paid == 1 else 's'}"
 
 
 def _legend(scales: _Scales) -> str:
@@ -291,30 +416,70 @@ def _legend(scales: _Scales) -> str:
     )
 
 
+def _key(traces: Sequence[TokenTrace]) -> str:
+    """Explains the signs for rewards and turns, where there are any."""
+    parts = []
+    if any(trace.rewards is not None for trace in traces):
+        line = '<svg class=line viewBox="0 0 24 12" aria-hidden=true><path class={} d="{}"/></svg>'
+        parts += [
+            "<b class=pay>+1</b> reward paid after the token",
+            line.format("curve", "M1 9C9 1 14 11 23 3") + " V(s<sub>t</sub>)",
+            line.format("stairs", "M1 2H9V6H16V10H23") + " rewards still to come",
+        ]
+    if not all(all(trace.chosen()) for trace in traces):
+        parts.append("<span class=env>text</span> written by the environment")
+        parts.append("<span class=no>2</span> number of the turn")
+    return f"<div class=key>{''.join(f'<span>{part}</span>' for part in parts)}</div>" if parts else ""
+
+
 def traces_from_rollout(tokenizer: Any, rollout: Mapping[str, Tensor], limit: int | None = None) -> list[TokenTrace]:
     """Traces of a batch of completions, as a critic trainer keeps in `last_rollout`.
+
+    They have rewards where any completion is paid before its last token, or has tokens of an environment.
 
     Args:
         tokenizer: Has `decode`.
         rollout: `prompt_ids`, `prompt_mask (B, P)`, `completion_ids`, `critic_mask`, `td_errors (B, T)`,
-            `old_values (B, T, K)` and `scores (B,)`.
+            `old_values (B, T, K)` and `scores (B,)`. `completion_mask` (B, T) brings tokens of an environment, and
+            `rewards` with `paid` (B, T) the rewards.
         limit: Take at most this many rows.
 
     Returns:
-        One trace per row that has tokens.
+        One trace per row that the critic learns from.
     """
+    own = rollout["critic_mask"].bool()
+    # A row that the critic does not learn from has no values: its score is missing, or it was cut.
+    shown = (rollout.get("completion_mask", own).bool() | own) & own.any(1, keepdim=True)
+    answered = bool((shown & ~own).any())
+    rewards = _step_rewards(rollout, own, answered)
     traces = []
     for row in range(min(len(rollout["scores"]), limit or len(rollout["scores"]))):
-        real = rollout["critic_mask"][row].bool()
+        real = shown[row]
         prompt = rollout["prompt_ids"][row][rollout["prompt_mask"][row].bool()]
         if real.any():
             traces.append(
                 TokenTrace(
                     prompt=tokenizer.decode(prompt, skip_special_tokens=True),
                     tokens=[tokenizer.decode([token]) for token in rollout["completion_ids"][row][real].tolist()],
-                    values=rollout["old_values"][row, :, 0][real].tolist(),
-                    td_errors=rollout["td_errors"][row][real].tolist(),
+                    values=_of_policy(rollout["old_values"][row, :, 0], own[row])[real].tolist(),
+                    td_errors=_of_policy(rollout["td_errors"][row], own[row])[real].tolist(),
                     reward=float(rollout["scores"][row]),
+                    rewards=None if rewards is None else rewards[row][real].tolist(),
+                    tool_mask=own[row][real].tolist() if answered else None,
                 )
             )
     return traces
+
+
+def _of_policy(x: Tensor, own: Tensor) -> Tensor:
+    return x.masked_fill(~own, math.nan)
+
+
+def _step_rewards(rollout: Mapping[str, Tensor], own: Tensor, answered: bool) -> Tensor | None:
+    """Rewards (B, T), NaN where nothing is paid; `None` where the return says all there is to say."""
+    if "rewards" not in rollout or "paid" not in rollout:
+        return None
+    paid = rollout["paid"].bool() & own
+    if not answered and not (paid & ~last_real(own)).any():
+        return None
+    return rollout["rewards"].masked_fill(~paid, math.nan)

@@ -28,6 +28,9 @@ class Batch(TypedDict, total=False):
     held_logps: Tensor  # (B, T), of the policy that an auxiliary phase holds
     # What they teach
     scores: Tensor  # (B,), weighted sums of rewards, NaN where a completion cannot be scored
+    rewards: Tensor  # (B, T), the same rewards at the tokens after which they are paid
+    paid: Tensor  # (B, T), whether something is paid after the token, be it 0
+    truncated: Tensor  # (B,), whether the episode goes on after the last token, so that it is worth V(s_T)
     advantages: Tensor  # (B,) or (B, T)
     returns: Tensor  # (B, T), targets of value head 1
     old_values: Tensor  # (B, T, K), values when the completion was made
@@ -50,10 +53,19 @@ class Batch(TypedDict, total=False):
     pixel_values: Tensor
 
 
+SAMPLING_KEYS = ("informative", "table_row")
+"""What only sampling reads."""
+REWARD_KEYS = ("scores", "rewards", "paid", "truncated")
+"""What only the signal reads, before advantages are made of it."""
 LEFT_PADDED = ("prompt_ids", "prompt_mask")
 TOKEN_IDS = ("prompt_ids", "completion_ids")
 # What TRL has on padding; its vespo multiplies the ratios of a row without looking at the mask.
 ONE_PADDED = ("tool_mask", "importance_sampling_ratio")
+
+
+def without(batch: Batch, names: Sequence[str]) -> Batch:
+    """Take entries out of a batch, before it is cut into slices."""
+    return cast(Batch, {name: value for name, value in batch.items() if name not in names})
 
 
 def num_rows(batch: Batch) -> int:

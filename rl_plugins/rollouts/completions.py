@@ -23,6 +23,9 @@ class Completions(NamedTuple):
         completion_ids: (B, T), the end-of-text token included.
         completion_mask: (B, T), 1 up to and including the first end-of-text token.
         ended: (B,), whether the completion ended by itself instead of at the longest length.
+        tool_mask: (B, T), 0 for tokens of an environment; `None` where all are the policy's.
+        rewards: (B, T), what is paid after each token on top of what reward functions say; NaN where nothing is.
+        truncated: (B,), whether an environment cut an episode that would go on.
     """
 
     prompt_ids: Tensor
@@ -30,6 +33,16 @@ class Completions(NamedTuple):
     completion_ids: Tensor
     completion_mask: Tensor
     ended: Tensor
+    tool_mask: Tensor | None = None
+    rewards: Tensor | None = None
+    truncated: Tensor | None = None
+
+    def policy_lists(self) -> list[list[int]] | None:
+        """For every completion's real tokens whether the policy chose them; `None` where it chose all."""
+        if self.tool_mask is None:
+            return None
+        rows = zip(self.tool_mask, self.completion_mask, strict=True)
+        return [own[mask.bool()].tolist() for own, mask in rows]
 
     def token_lists(self) -> list[list[int]]:
         """Real tokens of every completion."""

@@ -3,30 +3,26 @@
 import asyncio
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rl_plugins.nn.sources import check_source
+from rl_plugins.rollouts.reward_models import RewardModel, is_conversational
+from rl_plugins.rollouts.step_rewards import Completed, StepRewards, as_float
 
 RewardFunc = Callable[..., Any]
-"""`(prompts, completions, completion_ids, **columns) -> one number or None per completion`, sync or async."""
+"""`(prompts, completions, completion_ids, **columns) -> one entry per completion`, sync or async. An entry is a
+number, `None`, or a list with a reward for each token, turn or step; see [`~rl_plugins.rollouts.rewards_per`]."""
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Keyword arguments that every reward function is given, beside the columns of the data."""
 
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 """Columns of the data that reward functions do not get, as in TRL: a demonstration is not for them."""
-
-
-def is_conversational(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages instead of text."""
-    return isinstance(prompt, list) and all(isinstance(message, Mapping) and "role" in message for message in prompt)
 
 
 def prompt_tokens(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
@@ -131,14 +127,26 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def as_rewards(name: str, rewards: Any, expected: int, moment: str = "") -> list[float]:
+def as_rewards(
+    name: str,
+    rewards: Any,
+    expected: int,
+    moment: str = "",
+    *,
+    func: Any = None,
+    number: int = 0,
+    steps: StepRewards | None = None,
+) -> list[float]:
     """Read the result of a reward function as one number for each completion, NaN for None.
 
     Args:
         name: Of the function.
-        rewards: A list, tensor, array or other iterable of numbers and None.
+        rewards: A list, tensor, array or other iterable of numbers and None, or of lists of these for the steps.
         expected: Number of completions.
         moment: When it was called, such as `" in step 3"`.
+        func: The function, which may say for what it returns a reward each.
+        number: Of the function among the reward functions.
+        steps: Takes in the rewards of steps, whose sums are returned.
 
     Raises:
         TypeError: If it is no iterable of numbers.
@@ -163,8 +171,10 @@ def as_rewards(name: str, rewards: Any, expected: int, moment: str = "") -> list
             f"{returned} {len(listed)} rewards for {expected} completions{moment}. Return exactly one per completion, "
             "None where it does not apply."
         )
+    if steps is not None and steps.are_steps(func, listed):
+        return steps.take(number, func, returned, moment, listed)
     try:
-        return [_as_float(reward) for reward in listed]
+        return [as_float(reward) for reward in listed]
     except (TypeError, ValueError, RuntimeError):  # the last is torch's, for a tensor of several numbers
         kinds = ", ".join(sorted({type(reward).__name__ for reward in listed}))
         raise TypeError(
@@ -173,71 +183,34 @@ def as_rewards(name: str, rewards: Any, expected: int, moment: str = "") -> list
         ) from None
 
 
-def _as_float(reward: Any) -> float:
-    if isinstance(reward, str | bytes):
-        raise TypeError
-    while isinstance(reward, list) and len(reward) == 1:  # a column of a tensor
-        (reward,) = reward
-    return math.nan if reward is None else float(reward)
-
-
-def checked(func: RewardFunc, name: str, expected: int, moment: str = "") -> RewardFunc:
+def checked(func: RewardFunc, name: str, number: int, steps: StepRewards, moment: str = "") -> RewardFunc:
     """A stand-in for a reward function that checks arguments and result, and names the function in every error.
 
     Args:
         func: The function, sync or async.
         name: Its name in errors.
-        expected: Number of completions.
+        number: Of the function among the reward functions.
+        steps: Takes in the rewards of steps.
         moment: When it is called, such as `" in step 3"`.
 
     Returns:
-        A function of the same kind, which returns floats, NaN for None.
+        A function of the same kind, which returns floats, NaN for None; sums where there are rewards of steps.
     """
+    expected = len(steps.completed.ids)
 
     async def call_async(**arguments: Any) -> list[float]:
         check_reward_arguments([func], arguments)
         with raised_by(name, moment, arguments):
             rewards = await func(**arguments)
-        return as_rewards(name, rewards, expected, moment)
+        return as_rewards(name, rewards, expected, moment, func=func, number=number, steps=steps)
 
     def call(**arguments: Any) -> list[float]:
         check_reward_arguments([func], arguments)
         with raised_by(name, moment, arguments):
             rewards = func(**arguments)
-        return as_rewards(name, rewards, expected, moment)
+        return as_rewards(name, rewards, expected, moment, func=func, number=number, steps=steps)
 
     return call_async if is_async(func) else call
-
-
-class RewardModel:
-    """A sequence classifier as a reward function: its only score of prompt and completion.
-
-    Args:
-        model: The classifier, or where to load it from.
-        tokenizer: Its tokenizer; by default that of the same path.
-    """
-
-    def __init__(self, model: str | nn.Module, tokenizer: Any = None) -> None:
-        path = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
-        classifier: Any = model
-        if isinstance(model, str):
-            classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model, self.tokenizer = classifier.eval(), tokenizer
-        self.__name__ = str(path or type(model).__name__).rstrip("/").split("/")[-1]
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        """Scores of the pairs."""
-        if is_conversational(prompts[0]):
-            chats = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-            texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
-        else:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        device = next(self.model.parameters()).device
-        inputs = self.tokenizer(text=texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-        return self.model(**inputs).logits[:, 0].float().tolist()
 
 
 def call_rewards(
@@ -247,6 +220,8 @@ def call_rewards(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Any],
     moment: str = "",
+    *,
+    steps: StepRewards | None = None,
 ) -> Tensor:
     """Call reward functions as TRL does.
 
@@ -257,9 +232,10 @@ def call_rewards(
         completion_ids: Their tokens.
         columns: Further keyword arguments: the other columns of the data, repeated like the prompts.
         moment: When, for errors, such as `" in step 3"`.
+        steps: Takes in the rewards of steps.
 
     Returns:
-        Rewards (B, F), float32; NaN where a function returned None.
+        Rewards (B, F), float32; NaN where a function returned None, sums where it returned rewards of steps.
 
     Raises:
         TypeError: If a function does not take these arguments, or does not return a list of numbers.
@@ -268,7 +244,8 @@ def call_rewards(
     """
     # A column of the data may have the name of one of these.
     arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    calls = [checked(func, reward_name(func), len(prompts), moment) for func in functions]
+    steps = StepRewards(Completed(completion_ids)) if steps is None else steps
+    calls = [checked(func, reward_name(func), number, steps, moment) for number, func in enumerate(functions)]
     rewards: list[Any] = [None if is_async(call) else call(**arguments) for call in calls]
     waiting = [i for i, call in enumerate(calls) if is_async(call)]
     if waiting:

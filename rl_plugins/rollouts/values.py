@@ -249,6 +249,7 @@ class WholeRows:
 
     def __init__(self, record: ValueRecord, num_tokens: int) -> None:
         self.record, self.num_tokens, self._num_rows = record, num_tokens, 0
+        self._ends: list[Tensor] = []  # states after the last column, from which a cut episode would go on
 
     def __call__(self, hidden: Tensor) -> None:
         """Take the completion's states from the hidden states (B, P+T, D) of one chunk of rows."""
@@ -257,6 +258,24 @@ class WholeRows:
         self._num_rows += len(states)
         self.record.add(states, torch.arange(self.num_tokens, device=states.device).expand(len(states), -1), rows)
         self.record.flush()
+        self._ends.append(hidden[:, -1:].detach())
+
+    @torch.no_grad()
+    def after(self, target_values: Tensor, completion_mask: Tensor) -> Tensor:
+        """Target values of the state after each completion's last token (B,), which is the state of the next column.
+
+        Args:
+            target_values: What `record.finish` gave (B, T, K).
+            completion_mask: 1 for the tokens of a completion, an environment's included (B, T).
+        """
+        states = torch.cat(self._ends)
+        module = self.record.module if self.record.target is None else self.record.target
+        whole = whole_module(module, states.dtype) if isinstance(module, nn.Module) else nullcontext()
+        with whole:
+            beyond = module(states)[..., 0].to(target_values.dtype)  # (B, 1)
+        values = torch.cat([target_values[..., 0], beyond], dim=1)
+        lengths = (completion_mask.bool() * torch.arange(1, values.shape[1], device=values.device)).amax(1)
+        return values.gather(1, lengths[:, None]).squeeze(1)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rl_plugins.functional.advantages.group import (
     batch_normalized,
@@ -24,11 +25,12 @@ from rl_plugins.functional.advantages.group import (
     max_likelihood,
     pass_at_k,
 )
+from rl_plugins.functional.advantages.steps import process_normalized, turn_normalized
 from rl_plugins.functional.advantages.traces import lambda_trace
 from rl_plugins.functional.advantages.tracked import forget_factor, tracker_update
-from rl_plugins.functional.masking import upcast
+from rl_plugins.functional.masking import Reduce, upcast
 from rl_plugins.functional.returns import discounted_returns
-from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
+from rl_plugins.functional.rewards import kl_shaped_rewards
 from rl_plugins.settings import keyword_names
 
 GIVEN = ("mask", "reduce")
@@ -39,7 +41,8 @@ GIVEN = ("mask", "reduce")
 class Advantage:
     """An advantage, and what the rest of the package has to know of it.
 
-    Exactly one of `of_scores`, `of_lengths`, `of_advantages` and `tracks_prompts` says how it is computed.
+    One of `of_scores`, `of_lengths`, `of_advantages`, `of_steps` and `tracks_prompts` says how it is computed, or
+    `of_returns` alone.
 
     Attributes:
         of_scores: `(scores (N,), group_size, **options) -> (N,)`, of all ranks, the completions of a prompt side by
@@ -48,8 +51,10 @@ class Advantage:
         of_advantages: `(advantages (B,), mask (B, T), **options) -> (B, T)`: spreads the advantage `source` over the
             tokens of this rank's completions.
         source: Name of the advantage that `of_advantages` spreads.
-        of_returns: `(returns (B, T), mask=, reduce=, **options) -> (B, T)`: the same advantage where the KL is charged
-            token by token.
+        of_steps: `(rewards (N, T), paid (N, T), mask (N, T), group_size, **options) -> (N, T)`, of all ranks: from the
+            rewards of steps, at the tokens after which they are paid.
+        of_returns: `(returns (B, T), mask=, reduce=, **options) -> (B, T)`: from the rewards that follow each token.
+            Beside another one it computes the same advantage where the KL is charged token by token.
         tracks_prompts: Whether the success of every prompt is tracked from batch to batch, as the baseline of its next
             completion ([`~rl_plugins.signals.value_tracker.TrackedAdvantages`]).
         compares_groups: Whether it needs several completions of a prompt.
@@ -64,6 +69,7 @@ class Advantage:
     of_lengths: Callable[..., Tensor] | None = None
     of_advantages: Callable[..., Tensor] | None = None
     source: str = "group_normalized"
+    of_steps: Callable[..., Tensor] | None = None
     of_returns: Callable[..., Tensor] | None = None
     tracks_prompts: bool = False
     compares_groups: bool = True
@@ -76,14 +82,20 @@ class Advantage:
     @property
     def per_token(self) -> bool:
         """Whether there is one advantage for each token."""
-        return self.of_advantages is not None
+        return self.of_advantages is not None or self.of_steps is not None or self.only_of_returns
+
+    @property
+    def only_of_returns(self) -> bool:
+        """Whether it is computed from the rewards that follow each token, and from nothing else."""
+        others = (self.of_scores, self.of_lengths, self.of_advantages, self.of_steps)
+        return self.of_returns is not None and not any(others)
 
     @property
     def options(self) -> list[str]:
         """Names of its options."""
         if self.tracks_prompts:
             return ["forget", *keyword_names(forget_factor)]
-        function = self.of_scores or self.of_lengths or self.of_advantages
+        function = self.of_scores or self.of_lengths or self.of_advantages or self.of_steps or self.of_returns
         assert function is not None
         return [name for name in keyword_names(function) if name not in GIVEN]
 
@@ -94,6 +106,12 @@ def _reward(scores: Tensor, group_size: int) -> Tensor:
 
 def _batch_normalized(scores: Tensor, group_size: int, *, eps: float = 1e-8) -> Tensor:
     return batch_normalized(scores, eps=eps)
+
+
+def _turn_normalized(
+    rewards: Tensor, paid: Tensor, mask: Tensor, group_size: int, *, gamma: float = 1.0, eps: float = 1e-4
+) -> Tensor:
+    return turn_normalized(rewards, mask, group_size, gamma=gamma, eps=eps)
 
 
 def _group_centered_rescaled(scores: Tensor, group_size: int) -> Tensor:
@@ -139,6 +157,9 @@ ADVANTAGES: dict[str, Advantage] = {
     "pass_at_k": Advantage(pass_at_k, check=_check_k, shrink=_shrink_k),
     "kalman": Advantage(kalman),
     "batch_normalized": Advantage(_batch_normalized, of_returns=batch_normalized, compares_groups=False),
+    "reward_to_go": Advantage(of_returns=batch_normalized, compares_groups=False),
+    "process_normalized": Advantage(of_steps=process_normalized),
+    "turn_normalized": Advantage(of_steps=_turn_normalized),
     "value_tracker": Advantage(tracks_prompts=True, compares_groups=False, nonnegative=True, check=_check_tracker),
     "lambda_trace": Advantage(of_advantages=lambda_trace),
 }
@@ -179,8 +200,11 @@ def check_advantage(name: str, options: Mapping[str, Any], group_size: int) -> N
         if entry.check is not None:
             entry.check(options, group_size)
         if not entry.tracks_prompts:
-            zeros = torch.zeros(group_size)
-            advantages_of(name, zeros, group_size, torch.ones(group_size, 2), options=options)
+            zeros, mask = torch.zeros(group_size, 2), torch.ones(group_size, 2)
+            if entry.only_of_returns:
+                advantages_of_returns(name, zeros, mask, options=options)
+            else:
+                advantages_of(name, zeros[:, 0], group_size, mask, rewards=zeros, paid=mask, options=options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"advantage_kwargs={dict(options)} do not suit {name!r}: {error}") from error
 
@@ -192,6 +216,8 @@ def advantages_of(
     group_size: int,
     mask: Tensor,
     *,
+    rewards: Tensor | None = None,
+    paid: Tensor | None = None,
     options: Mapping[str, Any],
     gather: Callable[[Tensor], Tensor] = lambda x: x,
     own: Callable[[Tensor], Tensor] = lambda x: x,
@@ -199,10 +225,12 @@ def advantages_of(
     """Compute the advantages of this rank's completions.
 
     Args:
-        name: One of `ADVANTAGES` that does not track prompts.
+        name: One of `ADVANTAGES` that neither tracks prompts nor is computed from returns alone.
         scores: Of this rank's completions, those of a prompt side by side (B,); NaN for one that cannot be scored.
         group_size: Completions per prompt.
         mask: Real tokens (B, T).
+        rewards: At the tokens after which they are paid (B, T), for advantages of steps.
+        paid: Where something is paid (B, T), for these.
         options: Keyword arguments of the advantage.
         gather: Joins the rows of all ranks.
         own: Takes this rank's rows out of those.
@@ -215,8 +243,18 @@ def advantages_of(
     """
     entry = ADVANTAGES[name]
     if entry.of_advantages is not None:
-        whole = advantages_of(entry.source, scores, group_size, mask, options={}, gather=gather, own=own)
+        whole = advantages_of(
+            entry.source, scores, group_size, mask, rewards=rewards, paid=paid, options={}, gather=gather, own=own
+        )
         return entry.of_advantages(whole, mask, **options)
+    if entry.of_steps is not None:
+        assert rewards is not None and paid is not None
+        # Ranks may have padded their completions to other lengths.
+        length = mask.shape[1]
+        width = int(gather(torch.tensor([length], device=mask.device)).max())
+        real = mask.bool() & scores.isfinite().unsqueeze(1)
+        steps = [gather(F.pad(x, (0, width - length))) for x in (upcast(rewards), paid.int(), real.int())]
+        return own(entry.of_steps(*steps, group_size, **options))[:, :length]
     if entry.shrink is not None:
         options = entry.shrink(options, group_size)
     if entry.of_lengths is not None:
@@ -225,14 +263,34 @@ def advantages_of(
     return own(entry.of_scores(gather(scores), group_size, **options))
 
 
-@torch.no_grad()
-def penalised_returns(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: float) -> Tensor:
-    """Charge the KL token by token, and sum up at each token what is left of it and the score (REINFORCE++).
-
-    `R_t = r - beta sum_{i>=t} (ln pi - ln pi_ref)(y_i|s_i)` (2501.03262).
+def advantages_of_returns(
+    name: str, returns: Tensor, mask: Tensor, *, options: Mapping[str, Any], reduce: Reduce | None = None
+) -> Tensor:
+    """Compute the advantages of this rank's completions from the rewards that follow each token.
 
     Args:
-        scores: `r` (B,), NaN where the mask of the row is empty.
+        name: One of `ADVANTAGES` that has `of_returns`.
+        returns: (B, T).
+        mask: Real tokens of completions with a score (B, T).
+        options: Keyword arguments of the advantage.
+        reduce: Sums statistics over ranks.
+
+    Returns:
+        (B, T), 0 at masked positions.
+    """
+    function = ADVANTAGES[name].of_returns
+    assert function is not None
+    return function(returns, mask=mask, reduce=reduce, **options)
+
+
+@torch.no_grad()
+def penalised_returns(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    """Charge the KL token by token, and sum up at each token what is left of it and the rewards (REINFORCE++).
+
+    `R_t = sum_{i>=t} (r_i - beta (ln pi - ln pi_ref)(y_i|s_i))` (2501.03262).
+
+    Args:
+        rewards: `r` (B, T).
         logps: `ln pi` of the policy that sampled (B, T).
         ref_logps: `ln pi` of the reference (B, T).
         mask: Real tokens of completions with a score (B, T).
@@ -241,5 +299,4 @@ def penalised_returns(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Te
     Returns:
         (B, T), 0 at masked positions.
     """
-    rewards = terminal_rewards(scores.nan_to_num(0.0), mask)
     return discounted_returns(kl_shaped_rewards(rewards, logps, ref_logps, mask, beta=beta), mask, gamma=1.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rl_plugins.functional.advantages.scaling import value_scaled
-from rl_plugins.functional.alignment import head_targets, lookahead_values, next_state_values
+from rl_plugins.functional.alignment import head_targets, last_real, lookahead_values, next_state_values
 from rl_plugins.functional.masking import (
     Reduce,
     explained_variance,
@@ -19,15 +19,18 @@ from rl_plugins.functional.masking import (
     zero_masked,
 )
 from rl_plugins.functional.returns import (
+    check_discount,
     discount_factors,
     discounted_returns,
     lambda_returns,
     length_adaptive_lambda,
     td_errors,
 )
+from rl_plugins.functional.turns import at_turn_ends, turn_ends
 from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
 
 ESTIMATORS = ("gae", "td", "mc")
+TIME_UNITS = ("token", "turn")
 SCALINGS = ("none", "whiten", "value")
 
 ValueLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,8 +67,7 @@ def _lambdas(
     lam_policy: float,
     lam_value: float,
     length_alpha: float | None,
-    mask: Tensor,
-    dtype: torch.dtype,
+    lengths: Tensor,
 ) -> tuple[float | Tensor, float]:
     if estimator == "td":
         return 0.0, 0.0
@@ -75,7 +77,7 @@ def _lambdas(
         raise ValueError(f"Unknown advantage estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
     if length_alpha is None:
         return lam_policy, lam_value
-    return length_adaptive_lambda(mask.sum(1, dtype=dtype), length_alpha), lam_value
+    return length_adaptive_lambda(lengths, length_alpha), lam_value
 
 
 @torch.no_grad()
@@ -91,6 +93,8 @@ def critic_targets(
     lam_value: float = 1.0,
     length_alpha: float | None = None,
     lookahead: bool = False,
+    time_unit: str = "token",
+    after: Tensor | None = None,
 ) -> CriticTargets:
     """Advantages and value targets of completions.
 
@@ -114,23 +118,39 @@ def critic_targets(
         lam_value: Lambda of the value targets (`gae` only).
         length_alpha: Use VAPO's length-adaptive lambda for the policy with this alpha.
         lookahead: Bootstrap from the mean of all heads' forecasts of `V(s_{t+1})` instead of head 1's alone.
+        time_unit: `token`, or `turn`: gamma and the lambdas act where a turn ends, and inside a turn both are 1.
+        after: Values of the states after the last tokens (B,), 0 where an episode has ended there; by default all
+            have. The observed return of an episode that goes on ends with this value.
 
     Raises:
-        ValueError: If the estimator is unknown, or gamma or a lambda lies outside [0, 1].
+        ValueError: If the estimator or the unit is unknown, or gamma or a lambda lies outside [0, 1].
     """
-    lam_advantage, lam_target = _lambdas(estimator, lam_policy, lam_value, length_alpha, mask, upcast(values).dtype)
+    dtype = upcast(values).dtype
+    lengths = mask.sum(1, dtype=dtype)
+    if time_unit == "turn":
+        lengths = turn_ends(mask).sum(1, dtype=dtype)
+    elif time_unit != "token":
+        raise ValueError(f"Unknown time unit {time_unit!r}; choose one of {', '.join(TIME_UNITS)}.")
+    factors: tuple[float | Tensor, ...] = gamma, *_lambdas(estimator, lam_policy, lam_value, length_alpha, lengths)
+    if time_unit == "turn":
+        check_discount(gamma)
+        factors = tuple(at_turn_ends(factor, mask, dtype=dtype) for factor in factors)
+    discount, lam_advantage, lam_target = factors
     bootstrap = lookahead_values(target_values, mask) if lookahead else target_values[..., 0]
-    next_values = next_state_values(bootstrap, mask)
+    next_values, observed = next_state_values(bootstrap, mask), rewards
+    if after is not None:
+        beyond = torch.where(last_real(mask), upcast(after)[:, None], 0.0)
+        next_values, observed = next_values + beyond, zero_masked(rewards, mask) + discount * beyond
     baseline = values[..., 0]
     return CriticTargets(
         advantages=zero_masked(
-            lambda_returns(rewards, baseline, mask, gamma=gamma, lam=lam_advantage, next_values=next_values)
+            lambda_returns(rewards, baseline, mask, gamma=discount, lam=lam_advantage, next_values=next_values)
             - baseline,
             mask,
         ),
-        returns=lambda_returns(rewards, baseline, mask, gamma=gamma, lam=lam_target, next_values=next_values),
-        monte_carlo=discounted_returns(rewards, mask, gamma=gamma),
-        td_errors=td_errors(rewards, baseline, mask, gamma=gamma, next_values=next_values),
+        returns=lambda_returns(rewards, baseline, mask, gamma=discount, lam=lam_target, next_values=next_values),
+        monte_carlo=discounted_returns(observed, mask, gamma=discount),
+        td_errors=td_errors(rewards, baseline, mask, gamma=discount, next_values=next_values),
     )
 
 
@@ -297,7 +317,9 @@ def critic_signal(
         targets.advantages, values[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
     )
     if discounted_objective:
-        advantages = advantages * discount_factors(mask, gamma=gamma, dtype=advantages.dtype)
+        dtype = advantages.dtype
+        discount = at_turn_ends(gamma, mask, dtype=dtype) if options.get("time_unit") == "turn" else gamma
+        advantages = advantages * discount_factors(mask, gamma=discount, dtype=dtype)
     metrics = rollout_metrics(targets, values, target_values, mask, reduce=reduce)
     skipped = (~mask.any(dim=1)).sum().float().view(1)
     metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]

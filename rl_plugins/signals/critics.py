@@ -17,15 +17,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.functional.log_probs import kl_k1
-from rl_plugins.functional.masking import masked_moments
-from rl_plugins.functional.rewards import kl_shaped_rewards, terminal_rewards
+from rl_plugins.functional.masking import masked_moments, zero_masked
+from rl_plugins.functional.rewards import kl_shaped_rewards
 from rl_plugins.nn.attachment import Attachment
 from rl_plugins.nn.gradient import GradientStats
 from rl_plugins.nn.head_run import HeadRun
@@ -47,8 +47,20 @@ from rl_plugins.signals.options import (
 )
 from rl_plugins.signals.signals import Signal
 
-Values = tuple[Tensor, Tensor]
-"""Online values and those to bootstrap from, both (B, T, K)."""
+
+class Values(NamedTuple):
+    """Values of the states of a batch of completions.
+
+    Attributes:
+        online: (B, T, K).
+        target: Those to bootstrap from (B, T, K).
+        after: Target value of the state after each completion's last token (B,), for episodes that were cut there;
+            `None` where none was.
+    """
+
+    online: Tensor
+    target: Tensor
+    after: Tensor | None = None
 
 
 @dataclass
@@ -110,7 +122,8 @@ class Critic(ABC):
 
     @abstractmethod
     def scoring(self, num_tokens: int) -> AbstractContextManager[None]:
-        """Save the values of completions of `num_tokens` tokens from a pass over them inside the block."""
+        """Save the values of completions of `num_tokens` tokens, and of the state after each, from a pass over them
+        inside the block."""
 
     @abstractmethod
     def recorded(self, batch: Batch, host: Host) -> Values:
@@ -196,7 +209,7 @@ class TrunkCritic(Critic):
     def start(self) -> None:
         """Forget the records of the last rollout."""
         self._turns: list[tuple[ValueRecord, EachStep | None]] = []
-        self._passes: list[ValueRecord] = []
+        self._passes: list[WholeRows] = []
 
     @contextmanager
     def generating(self, model: nn.Module, decoder: Any = None) -> Iterator[None]:
@@ -219,13 +232,17 @@ class TrunkCritic(Critic):
     def scoring(self, num_tokens: int) -> Iterator[None]:
         """Save the values of whole rows that go through the model inside the block."""
         rows = WholeRows(ValueRecord(self.module, self.target), num_tokens)
-        self._passes.append(rows.record)
+        self._passes.append(rows)
         with self.module.watching(rows):
             yield
 
     def recorded(self, batch: Batch, host: Host) -> Values:
-        """Give values saved while generating, else of the pass for the old log-probabilities, else of a new pass."""
-        saved = self._saved(batch, host)
+        """Give values saved while generating, else of the pass for the old log-probabilities, else of a new pass.
+
+        The state after the last token of an episode that was cut is in no step of generation, but in every pass.
+        """
+        cut = "truncated" in batch
+        saved = None if cut else self._saved(batch, host)
         if saved is not None:
             return saved
         if "old_per_token_logps" not in batch:
@@ -233,13 +250,14 @@ class TrunkCritic(Critic):
             self._passes.clear()
             batch["old_per_token_logps"] = host.log_probs(batch)
         # The first pass is the policy's; a second one is the reference of a PEFT model.
-        values = self._passes[0].finish(batch["completion_ids"].shape[1])
+        rows = self._passes[0]
+        values = rows.record.finish(batch["completion_ids"].shape[1])
         if values is None:
             raise RuntimeError(
                 f"{type(self.module).__name__} has seen no hidden states of the policy: its hook was taken off, as "
                 "Lightning's DeepSpeed strategy does before an evaluation. Put it back with `hook(model)`."
             )
-        return values
+        return Values(*values, rows.after(values[1], batch["completion_mask"]) if cut else None)
 
     def _saved(self, batch: Batch, host: Host) -> Values | None:
         """Values saved while generating, if every rank has those of these very completions."""
@@ -251,7 +269,7 @@ class TrunkCritic(Critic):
                 saved = None
         # Together, since the pass that takes their place is one of all ranks.
         missing = torch.tensor([float(saved is None)], device=host.device)
-        return None if host.sum_over_ranks(missing) > 0 else saved
+        return None if host.sum_over_ranks(missing) > 0 or saved is None else Values(*saved)
 
     def learning(
         self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
@@ -461,8 +479,13 @@ class ValueModelCritic(Critic):
         if self._chunks is None:
             batch["old_per_token_logps"] = host.log_probs(batch)
         assert self._chunks is not None
-        values = _of_completions(torch.cat(self._chunks), batch)
-        return values, values
+        whole = torch.cat(self._chunks)
+        values, after = _of_completions(whole, batch), None
+        if "truncated" in batch:
+            mask = batch["completion_mask"].bool()
+            lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1, keepdim=True)
+            after = whole[:, -(mask.shape[1] + 1) :].gather(1, lengths).squeeze(1)
+        return Values(values, values, after)
 
     @contextmanager
     def learning(
@@ -502,6 +525,11 @@ class CriticSignal(Signal):
         return self.options.kl_in_reward
 
     @property
+    def bootstrap_truncated(self) -> bool | None:
+        """Whether episodes that were cut are worth V(s_T)."""
+        return self.options.bootstrap_truncated
+
+    @property
     def warmup_steps(self) -> int:
         """Optimizer steps in which only the critic learns."""
         return self.options.value_warmup_steps
@@ -512,11 +540,11 @@ class CriticSignal(Signal):
         """Put advantages, value targets and TD errors of every token into a batch just generated."""
         options = self.options
         charged = self.kl_in_reward and host.beta != 0.0
-        values, target_values = self.critic.recorded(batch, host)
+        values, target_values, after = self.critic.recorded(batch, host)
         if charged and "old_per_token_logps" not in batch:
             batch["old_per_token_logps"] = host.log_probs(batch)
         mask = loss_mask(batch).bool() & scores.isfinite().unsqueeze(1)
-        rewards, kl = terminal_rewards(scores.nan_to_num(0.0), mask), Metrics()
+        rewards, kl = zero_masked(batch["rewards"], mask), Metrics()
         if charged:
             logps, ref_logps = batch["old_per_token_logps"], batch["ref_per_token_logps"]
             kl["kl"] = masked_moments(kl_k1(logps, ref_logps), mask, reduce=host.sum_over_ranks)[0]
@@ -530,6 +558,8 @@ class CriticSignal(Signal):
             reward_range=(options.reward_range[0], options.reward_range[1]),
             reduce=host.sum_over_ranks,
             estimator=options.advantage_estimator,
+            time_unit=options.time_unit,
+            after=None if after is None else after * batch["truncated"],
             gamma=options.gamma,
             lam_policy=options.lam_policy,
             lam_value=options.lam_value,

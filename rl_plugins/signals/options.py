@@ -22,7 +22,7 @@ from rl_plugins.signals.checks import (
     check_unit_interval,
     check_whole,
 )
-from rl_plugins.signals.critic_targets import ESTIMATORS, SCALINGS, value_losses
+from rl_plugins.signals.critic_targets import ESTIMATORS, SCALINGS, TIME_UNITS, value_losses
 from rl_plugins.signals.policy import POLICY_LOSSES, PolicyLoss
 
 
@@ -195,9 +195,16 @@ class ValueOptions(Options):
         "gae", "gae, td (one-step temporal difference, both lambdas 0) or mc (Monte Carlo, both 1).", ESTIMATORS
     )
     lam_value: float = option(1.0, "Lambda of the value targets.")
+    time_unit: str = option(
+        "token",
+        "token, or turn: gamma and the lambdas act once at the end of each turn of a conversation instead of once per "
+        "token.",
+        TIME_UNITS,
+    )
 
     def check(self) -> None:
         """Refuse unknown names, and numbers out of range."""
+        check_choice("time_unit", self.time_unit, TIME_UNITS)
         check_choice("advantage_estimator", self.advantage_estimator, ESTIMATORS)
         check_choice("value_loss_type", self.value_loss_type, value_losses())
         check_unit_interval(gamma=self.gamma, lam_value=self.lam_value)
@@ -228,6 +235,12 @@ class OnlineValueOptions(ValueOptions):
         False, "Whether to subtract beta times the KL from the token rewards instead of adding it to the loss."
     )
     value_warmup_steps: int = option(0, "Optimizer steps in which only the critic learns.")
+    bootstrap_truncated: bool | None = option(
+        None,
+        "Whether an episode that was cut is worth V(s_T) after its last token instead of 0. None does so where an "
+        "environment says that it truncated the episode, True also where max_completion_length cut a completion, "
+        "False nowhere.",
+    )
 
     def check(self) -> None:
         """Refuse unknown names, and numbers out of range."""

@@ -107,6 +107,8 @@ GRPO_PRESETS: dict[str, Preset] = {
         "advantage_kwargs": {"lam": 0.99, "style": "both", "min_advantage": -0.1},
         "policy_loss": "grpo",
     },
+    "process_supervision": {"advantage": "process_normalized", "policy_loss": "grpo", "beta": 0.04},
+    "mt_grpo": {"advantage": "turn_normalized", "policy_loss": "bnpo"},
 }
 
 PPO_PRESETS: dict[str, Preset] = {

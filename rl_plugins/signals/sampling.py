@@ -2,75 +2,18 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rl_plugins.functional.advantages.group import informative_groups
-from rl_plugins.functional.rewards import overlong_penalty
 from rl_plugins.rollouts.batch import Batch, join_rows, loss_mask, num_rows, select_rows
-from rl_plugins.rollouts.rewards import list_reward_funcs, weighted_scores
 from rl_plugins.signals.host import Host
 from rl_plugins.signals.metrics import Metrics
-from rl_plugins.signals.options import LengthOptions, SamplingOptions
+from rl_plugins.signals.options import SamplingOptions
 from rl_plugins.signals.replay import ReplayBuffer
-
-OVERLONG_NAME = "overlong_penalty"
-"""Name of the penalty on length among the reward functions."""
-
-
-def with_overlong_penalty(reward_funcs: Any, options: LengthOptions, max_completion_length: int) -> list[Any]:
-    """List the reward functions and, last, DAPO's soft penalty on length, whose weight should be 1.
-
-    Args:
-        reward_funcs: Reward functions as the user gave them; none where environments give the rewards.
-        options: Where the penalty sets in.
-        max_completion_length: Longest completion in tokens.
-    """
-    cache = options.penalised_tokens(max_completion_length)
-
-    def penalty(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        lengths = torch.tensor([len(ids) for ids in completion_ids])
-        return overlong_penalty(lengths, max_length=max_completion_length, cache=cache).tolist()
-
-    penalty.__name__ = OVERLONG_NAME
-    return [*list_reward_funcs(reward_funcs), penalty]
-
-
-def weights_with_penalty(weights: list[float] | None, reward_funcs: Any) -> list[float] | None:
-    """Add the weight of the penalty to those of the reward functions, if there are as many as functions."""
-    complete = weights is not None and len(weights) == len(list_reward_funcs(reward_funcs))
-    return [*weights, 1.0] if weights is not None and complete else weights
-
-
-def score(rewards: Tensor, weights: Tensor | None, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum up rewards, and tell the task's from the penalty on length.
-
-    Whether the rewards of a group differ, or a completion can be scored at all, is for the task's rewards to say.
-
-    Args:
-        rewards: (N, F), NaN for none.
-        weights: (F,); ones by default.
-        names: Of the F functions.
-
-    Returns:
-        Scores (N,), scores without the penalty (N,), both NaN where a completion cannot be scored, and the rewards
-        (N, F), without a penalty there.
-    """
-    scores = weighted_scores(rewards, weights)
-    of_length = torch.tensor([name == OVERLONG_NAME for name in names], device=rewards.device)
-    if not of_length.any():
-        return scores, scores, rewards
-    task = weighted_scores(rewards[:, ~of_length], None if weights is None else weights.to(rewards)[~of_length])
-    task = task.masked_fill(scores.isnan(), torch.nan)
-    unscorable = task.isnan()
-    return (
-        scores.masked_fill(unscorable, torch.nan),
-        task,
-        rewards.masked_fill(unscorable[:, None] & of_length, torch.nan),
-    )
 
 
 def further_rows(count: int, length: int, *key: object) -> list[int]:
@@ -201,8 +144,3 @@ class GroupSampling:
         """Restore [`state_dict`]."""
         if self.replay_buffer is not None and state:
             self.replay_buffer.load_state_dict(state)
-
-
-def without_marks(batch: Batch) -> Batch:
-    """Take out what only sampling reads, before a batch is cut into slices."""
-    return cast(Batch, {key: value for key, value in batch.items() if key not in ("informative", "table_row")})

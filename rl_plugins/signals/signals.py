@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from rl_plugins.functional.advantages.tracked import policy_distance
 from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.masking import masked_moments
+from rl_plugins.functional.returns import discounted_returns
 from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.rollouts.batch import Batch, loss_mask
-from rl_plugins.signals.advantages import ADVANTAGES, advantages_of, penalised_returns
+from rl_plugins.signals.advantages import ADVANTAGES, advantages_of, advantages_of_returns, penalised_returns
 from rl_plugins.signals.heads import HeadTraining
 from rl_plugins.signals.host import Host
 from rl_plugins.signals.metrics import Metrics
@@ -37,6 +38,17 @@ class Signal(ABC):
         """Whether the KL is subtracted from the rewards instead of added to the loss."""
         return False
 
+    @property
+    def keeps_host_advantages(self) -> bool:
+        """Whether the advantages stay those of the host."""
+        return False
+
+    @property
+    def bootstrap_truncated(self) -> bool | None:
+        """Whether episodes that were cut are worth V(s_T) after their last token: the option of that name in
+        [`~rl_plugins.signals.OnlineValueOptions`]. `False` where nothing has values."""
+        return False
+
     def before_rollout(self, host: Host) -> Metrics:
         """Take in what the policy has learnt from the last training batch."""
         return Metrics()
@@ -46,7 +58,8 @@ class Signal(ABC):
         """Put `advantages` (B,) or (B, T) into a batch just generated, and whatever else the loss needs.
 
         Args:
-            batch: Prompts, completions, and log-probabilities where the host has computed them.
+            batch: Prompts, completions, `rewards` and `paid` (B, T), and log-probabilities where the host has computed
+                them.
             scores: One number per completion (B,), NaN where it cannot be scored.
             prompts: The prompts as the data has them, text or messages.
             host: The trainer or module.
@@ -97,6 +110,11 @@ class GroupSignal(Signal):
         return self.options.kl_in_reward
 
     @property
+    def keeps_host_advantages(self) -> bool:
+        """Whether no advantage is named."""
+        return self.options.advantage is None
+
+    @property
     def value_tracker(self) -> ValueTracker | None:
         """Success of every prompt so far; `None` where the advantage does not track it."""
         return None if self.tracked is None else self.tracked.tracker
@@ -120,14 +138,16 @@ class GroupSignal(Signal):
         mask = loss_mask(batch).bool()
         if self.tracked is not None:
             advantages, metrics = self._of_prompts(self.tracked, batch, scores, prompts, host)
-        elif self.kl_in_reward:
-            advantages, metrics = self._of_returns(name, batch, scores, mask, host)
+        elif self.kl_in_reward or ADVANTAGES[name].only_of_returns:
+            advantages, metrics = self._of_returns(name, batch, mask & scores.isfinite().unsqueeze(1), host)
         else:
             advantages = advantages_of(
                 name,
                 scores,
                 host.group_size,
                 mask,
+                rewards=batch["rewards"],
+                paid=batch["paid"],
                 options=self.options.advantage_options,
                 gather=host.gather_rows,
                 own=host.own_rows,
@@ -136,19 +156,19 @@ class GroupSignal(Signal):
         batch["advantages"] = advantages.to(torch.float32)
         return metrics
 
-    def _of_returns(self, name: str, batch: Batch, scores: Tensor, mask: Tensor, host: Host) -> tuple[Tensor, Metrics]:
-        """Advantages of what is left of score and KL penalties at each token."""
-        if "old_per_token_logps" not in batch:
-            batch["old_per_token_logps"] = host.log_probs(batch)
-        logps, ref_logps = batch["old_per_token_logps"], batch["ref_per_token_logps"]
-        mask = mask & ~scores.isnan().unsqueeze(1)
-        kl = masked_moments(kl_k1(logps, ref_logps), mask, reduce=host.sum_over_ranks)[0]
-        returns = penalised_returns(scores, logps, ref_logps, mask, beta=host.beta)
-        function = ADVANTAGES[name].of_returns
-        assert function is not None
-        return function(returns, mask=mask, reduce=host.sum_over_ranks, **self.options.advantage_options), Metrics(
-            {"kl": kl}
-        )
+    def _of_returns(self, name: str, batch: Batch, mask: Tensor, host: Host) -> tuple[Tensor, Metrics]:
+        """Advantages of the rewards that follow each token, less the KL penalties where those are charged there."""
+        rewards, metrics = batch["rewards"], Metrics()
+        if self.kl_in_reward:
+            if "old_per_token_logps" not in batch:
+                batch["old_per_token_logps"] = host.log_probs(batch)
+            logps, ref_logps = batch["old_per_token_logps"], batch["ref_per_token_logps"]
+            metrics["kl"] = masked_moments(kl_k1(logps, ref_logps), mask, reduce=host.sum_over_ranks)[0]
+            returns = penalised_returns(rewards, logps, ref_logps, mask, beta=host.beta)
+        else:
+            returns = discounted_returns(rewards, mask)
+        options = self.options.advantage_options
+        return advantages_of_returns(name, returns, mask, options=options, reduce=host.sum_over_ranks), metrics
 
     def _of_prompts(
         self, tracked: TrackedAdvantages, batch: Batch, scores: Tensor, prompts: Sequence[Any], host: Host

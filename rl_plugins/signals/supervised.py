@@ -1,10 +1,13 @@
 """Heads and native layers that learn along with supervised fine-tuning, from the same forward pass."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rl_plugins.functional.alignment import completion_states, mtp_labels, predicted_mask
@@ -22,6 +25,32 @@ from rl_plugins.signals.options import HeadOptions
 
 Inputs = Mapping[str, Any]
 """Tensors of a batch: `input_ids`, `labels` (B, L), and perhaps `attention_mask` and `position_ids` (B, L)."""
+
+
+def row_rewards(rewards: Sequence[Any]) -> Tensor:
+    """Make the `reward` column of a batch a tensor (B,), NaN for None.
+
+    Raises:
+        TypeError: If a reward is no number, such as a list for the steps of a row.
+    """
+    for reward in rewards:
+        check_row_reward(reward)
+    return torch.tensor([math.nan if reward is None else float(reward) for reward in rewards])
+
+
+def check_row_reward(reward: Any) -> None:
+    """Refuse a reward of a demonstration that is not one number.
+
+    Raises:
+        TypeError: If it is a list, a text or the like.
+    """
+    if reward is None or isinstance(reward, Real) or (isinstance(reward, Tensor) and reward.numel() == 1):
+        return
+    raise TypeError(
+        f"The `reward` column holds {reward!r} ({type(reward).__name__}), but a row of supervised fine-tuning has one "
+        "number, paid at its last token, or None. Give the sum of the steps' rewards; steps are for reward functions "
+        "of the online trainers."
+    )
 
 
 class HeadsAlong:
@@ -83,6 +112,7 @@ class HeadsAlong:
             estimator=options.advantage_estimator,
             gamma=options.gamma,
             lam_value=options.lam_value,
+            time_unit=options.time_unit,
             lookahead=self.critic.lookahead,
         )
         metrics = Metrics(

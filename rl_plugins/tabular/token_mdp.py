@@ -20,7 +20,7 @@ class TokenMDP:
     """Exact values of a policy over token strings, by backward induction over all prefixes.
 
         Q(s, a) = R(sa)                  if the string sa ends: a is eos, or sa has `max_length` tokens
-                  gamma * V(sa)          otherwise
+                  r(sa) + gamma * V(sa)  otherwise
         V(s)    = sum_a pi(a | s) Q(s, a)
 
     The prompt is fixed: the state s_t is y_{<t}. Everything is float64 on the CPU. Rows of ended prefixes
@@ -33,6 +33,8 @@ class TokenMDP:
             sees prefixes that have not ended.
         reward: maps finished strings `(N, d)`, eos included, to the reward `(N,)` paid after their
             last token.
+        step_reward: maps strings `(N, d)` that have not ended to the reward `(N,)` paid after their newest token;
+            by default there is none.
         vocab_size: V, eos included.
         max_length: tokens after which a string ends without eos.
         eos_token_id: token that ends a string; None if only the length does.
@@ -40,6 +42,7 @@ class TokenMDP:
 
     Attributes:
         probabilities: for d = 0 .. max_length - 1, `(V^d, V)`.
+        rewards: r or R of the string that a token makes, for d = 0 .. max_length - 1, `(V^d, V)`.
         action_values: Q, for d = 0 .. max_length - 1, `(V^d, V)`.
         values: V, for d = 0 .. max_length, `(V^d,)`; the last one is 0.
 
@@ -53,6 +56,7 @@ class TokenMDP:
         policy: Callable[[Tensor], Tensor],
         reward: Callable[[Tensor], Tensor],
         *,
+        step_reward: Callable[[Tensor], Tensor] | None = None,
         vocab_size: int,
         max_length: int,
         eos_token_id: int | None = None,
@@ -64,7 +68,8 @@ class TokenMDP:
         self._exists = self._existing_states()
         with torch.no_grad():
             self.probabilities = [self._policy_table(policy, depth) for depth in range(max_length)]
-            self.values, self.action_values = self._backward_induction(reward)
+            self.rewards = [self._reward_table(reward, step_reward, depth) for depth in range(max_length)]
+            self.values, self.action_values = self._backward_induction()
 
     def prefixes(self, index: Tensor, depth: int) -> Tensor:
         """Spell out row numbers of a table: `(N,)` -> `(N, depth)`."""
@@ -99,6 +104,15 @@ class TokenMDP:
             advantages[:, t] = self.action_values[t][row, tokens[:, t]] - self.values[t][row]
         return advantages
 
+    def token_rewards(self, tokens: Tensor) -> Tensor:
+        """Look up the reward paid after each token of given strings: `(B, T)` -> `(B, T)`, 0 after the end."""
+        real = self.completion_mask(tokens)
+        tokens, index = self._locate(tokens)
+        rewards = torch.zeros(tokens.shape, dtype=torch.float64)
+        for t in range(min(tokens.shape[1], self.max_length)):
+            rewards[:, t] = self.rewards[t][index[:, t], tokens[:, t]]
+        return rewards * real
+
     def forecast(self, tokens: Tensor, k: int, continuing: bool = True) -> Tensor:
         """Give the best forecast that head k can make: the expected value k - 1 tokens ahead.
 
@@ -127,17 +141,15 @@ class TokenMDP:
         """Draw strings from the policy.
 
         Returns:
-            tokens `(B, T)` with T = max_length, padded with eos; completion mask `(B, T)`; rewards `(B,)`.
+            tokens `(B, T)` with T = max_length, padded with eos; completion mask `(B, T)`; sums of rewards `(B,)`.
         """
         tokens = torch.zeros(batch, self.max_length, dtype=torch.long)
         index = torch.zeros(batch, dtype=torch.long)
         rewards = torch.zeros(batch, dtype=torch.float64)
         for t in range(self.max_length):
             action = torch.multinomial(self.probabilities[t][index], 1, generator=generator).squeeze(1)
-            child = index * self.vocab_size + action
-            ends = self._exists[t][index] & ~self._exists[t + 1][child]
-            rewards = torch.where(ends, self.action_values[t][index, action], rewards)
-            tokens[:, t], index = action, child
+            rewards += self.rewards[t][index, action]
+            tokens[:, t], index = action, index * self.vocab_size + action
         return tokens, self.completion_mask(tokens), rewards
 
     def to_mdp(self) -> tuple[MDP, Tensor]:
@@ -155,8 +167,7 @@ class TokenMDP:
         # Children in the order of their parents are the prefixes from the second depth on; the last ones are the end.
         children = torch.arange(1, end * self.vocab_size + 1).view(-1, self.vocab_size)
         children = torch.cat([children.where(goes_on, end), torch.full((1, self.vocab_size), end)])
-        rewards = torch.cat(self.action_values).masked_fill(goes_on, 0.0)
-        rewards = torch.cat([rewards, torch.zeros(1, self.vocab_size, dtype=torch.float64)])
+        rewards = torch.cat([*self.rewards, torch.zeros(1, self.vocab_size, dtype=torch.float64)])
         start = torch.zeros(end + 1, dtype=torch.float64).index_fill(0, torch.tensor([0]), 1.0)
         states = torch.arange(end + 1)[:, None].expand_as(children)
         tokens = torch.arange(self.vocab_size).expand_as(children)
@@ -192,17 +203,24 @@ class TokenMDP:
         table[states] = rows / total  # a float32 softmax is off by 1e-7
         return table
 
-    def _backward_induction(self, reward: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _reward_table(
+        self, reward: Callable[[Tensor], Tensor], step_reward: Callable[[Tensor], Tensor] | None, depth: int
+    ) -> Tensor:
+        """Reward paid after each token that may follow the prefixes of a depth `(V^d, V)`; 0 after the end."""
+        paid = torch.zeros(self.vocab_size ** (depth + 1), dtype=torch.float64)
+        exists = self._exists[depth].repeat_interleave(self.vocab_size)
+        for function, strings in ((reward, exists & ~self._exists[depth + 1]), (step_reward, self._exists[depth + 1])):
+            chosen = strings.nonzero().squeeze(1)
+            if function is not None and len(chosen):
+                paid[chosen] = self._call(function, chosen, depth + 1)
+        return paid.view(-1, self.vocab_size)
+
+    def _backward_induction(self) -> tuple[list[Tensor], list[Tensor]]:
         """V `(V^d,)` for d = 0 .. max_length and Q `(V^d, V)` for d = 0 .. max_length - 1."""
         values = [torch.zeros(self.vocab_size**self.max_length, dtype=torch.float64)]
         action_values: list[Tensor] = []
         for depth in reversed(range(self.max_length)):
-            outcome = self.gamma * values[0]  # (V^(d+1),)
-            parent_exists = self._exists[depth].repeat_interleave(self.vocab_size)
-            finished = (parent_exists & ~self._exists[depth + 1]).nonzero().squeeze(1)
-            if len(finished):
-                outcome[finished] = self._call(reward, finished, depth + 1)
-            action_values.insert(0, outcome.view(-1, self.vocab_size))
+            action_values.insert(0, self.rewards[depth] + self.gamma * values[0].view(-1, self.vocab_size))
             values.insert(0, (self.probabilities[depth] * action_values[0]).sum(-1))
         return values, action_values
 

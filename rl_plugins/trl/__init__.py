@@ -8,11 +8,13 @@ require_hooks("rl_plugins.trl")
 
 from rl_plugins.trl.balancing import MoEBalancingCallback
 from rl_plugins.trl.configs import GRPOVariantConfig, MTPCriticConfig, MTPSFTConfig, PPOConfig, RLConfig
+from rl_plugins.trl.rollouts import EpisodeRollouts
 from rl_plugins.trl.sft import MTPSFTTrainer
 from rl_plugins.trl.trainer import RLTrainer
 from rl_plugins.trl.trainers import GRPOVariantTrainer, MTPCriticTrainer, PPOTrainer
 
 __all__ = [
+    "EpisodeRollouts",
     "GRPOVariantConfig",
     "GRPOVariantTrainer",
     "MTPCriticConfig",

@@ -86,10 +86,10 @@ def check_inputs(given: Mapping[str, Any], args: Any) -> None:
     online = isinstance(args, trl.GRPOConfig)
     columns = {name: _columns(name, dataset) for name, dataset in _datasets(given).items()}
     for name, found in columns.items():
-        if online:
-            _check_prompt(name, found)
-        else:
+        if not online:
             _check_text(name, found, args, given)
+        elif given.get("environment_factory") is None:  # whose environments may say what to do
+            _check_prompt(name, found)
     if online:
         functions = list_reward_funcs(given.get("reward_funcs"))
         own = [*REWARD_ARGUMENTS, *(["environments"] if given.get("environment_factory") is not None else [])]

@@ -1,7 +1,6 @@
 """SFT's trainer with MTP value heads."""
 
 import inspect
-import math
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +24,7 @@ from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.metrics import gradient_metrics
 from rl_plugins.signals.native_checks import check_no_rewards
 from rl_plugins.signals.options import SFTHeadOptions, ValueOptions
-from rl_plugins.signals.supervised import HeadsAlong, NativeAlong
+from rl_plugins.signals.supervised import HeadsAlong, NativeAlong, check_row_reward, row_rewards
 from rl_plugins.trl.attachments import TrainedAttachments, parameters_without
 from rl_plugins.trl.callbacks import AfterStep
 from rl_plugins.trl.checkpoints import STATE_NAME, RenamedWeights, check_start, checkpoint_folder
@@ -51,8 +50,7 @@ class RewardCollator:
         """Collate, and stack the `reward` column (B,) where every example has one; `None` becomes NaN."""
         batch = self.collator(examples)
         if all(REWARD_COLUMN in example for example in examples):
-            rewards = [example[REWARD_COLUMN] for example in examples]
-            batch[REWARD_COLUMN] = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float32)
+            batch[REWARD_COLUMN] = row_rewards([example[REWARD_COLUMN] for example in examples])
         return batch
 
 
@@ -190,6 +188,9 @@ class MTPSFTTrainer(SFTTrainer):
         has_rewards = REWARD_COLUMN in get_dataset_column_names(dataset)
         if args.native_mtp:
             check_no_rewards(has_rewards)
+        if has_rewards:  # before rows are packed, tokenized or trained on
+            first = next(iter(dataset), None)
+            check_row_reward(None if first is None else first[REWARD_COLUMN])
         if (packing or self.padding_free) and has_rewards:
             raise ValueError(
                 "The dataset has a `reward` column, but packing and padding_free put several examples into one row, "

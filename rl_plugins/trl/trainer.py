@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -18,8 +18,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from rl_plugins.hooks import OFF_POLICY_MASK, TOP_ENTROPY, require_hooks
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sources import check_lengths, check_tokenizer, check_trainable_dtype, learned_positions
-from rl_plugins.rollouts.batch import Batch, loss_mask, reordered
+from rl_plugins.rollouts.batch import REWARD_KEYS, SAMPLING_KEYS, Batch, loss_mask, reordered, without
 from rl_plugins.rollouts.rewards import checked, list_reward_funcs
+from rl_plugins.rollouts.step_rewards import Completed, StepRewards
 from rl_plugins.signals.critic_targets import initial_values, sequence_means
 from rl_plugins.signals.critics import Critic
 from rl_plugins.signals.entropy import EntropyControl
@@ -28,15 +29,8 @@ from rl_plugins.signals.online import online_loss
 from rl_plugins.signals.options import DraftOptions, HeadOptions, LengthOptions, VariantOptions
 from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.signals.policy import PolicyLoss, inert_message
-from rl_plugins.signals.sampling import (
-    OVERLONG_NAME,
-    GroupSampling,
-    further_rows,
-    score,
-    weights_with_penalty,
-    with_overlong_penalty,
-    without_marks,
-)
+from rl_plugins.signals.sampling import GroupSampling, further_rows
+from rl_plugins.signals.scores import OVERLONG_NAME, overlong_reward, pay, score, with_unit_weight
 from rl_plugins.signals.signals import DraftHeads, GroupSignal, Signal, make_decoder
 from rl_plugins.signals.step_loss import step_loss
 from rl_plugins.signals.warmup import pause_weight_decay
@@ -51,6 +45,7 @@ from rl_plugins.trl.checkpoints import (
     rollout_file,
 )
 from rl_plugins.trl.configs import RLConfig
+from rl_plugins.trl.environments import Episodes, pays_turns
 from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_attachments_from_vllm, log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
@@ -96,6 +91,7 @@ class RLTrainer(GRPOTrainer):
     _tag_names = ["trl", "rl-plugins"]
     _name = "RL"
     config_class: ClassVar[type[RLConfig]] = RLConfig
+    _turn_reward: Callable[..., Any] | None
 
     def __init__(
         self,
@@ -113,22 +109,24 @@ class RLTrainer(GRPOTrainer):
             require_hooks(TOP_ENTROPY)
         # Before the host loads anything: the signal looks for saved weights, and a value model copies the policy.
         self._make_parts(args, model, signal)
+        named = dict(zip(HOST_ARGUMENTS, host_args, strict=False)) | host_kwargs
+        given_weights = args.reward_weights
         if args.overlong_shaping:
-            args.reward_weights = weights_with_penalty(args.reward_weights, reward_funcs)
-            penalty = LengthOptions.of(args)
-            reward_funcs = with_overlong_penalty(reward_funcs, penalty, args.max_completion_length)
-            classes = host_kwargs.get("reward_processing_classes")
-            if classes is not None:
-                listed = classes if isinstance(classes, list) else [classes]
-                host_kwargs["reward_processing_classes"] = [*listed, None]
+            penalty = overlong_reward(LengthOptions.of(args), args.max_completion_length)
+            reward_funcs = self._with_reward(reward_funcs, penalty, args, host_kwargs)
+        if named.get("environment_factory") is not None:
+            # Whether an environment pays for turns is known once the host has made one.
+            self._turn_reward = self._episodes.turn_rewards()
+            reward_funcs = self._with_reward(reward_funcs, self._turn_reward, args, host_kwargs)
 
         given = inspect.signature(super().__init__).bind(model, reward_funcs, args, *host_args, **host_kwargs)
         check_inputs(given.arguments, args)
-        named = dict(zip(HOST_ARGUMENTS, host_args, strict=False)) | host_kwargs
         loads_reference = args.beta != 0.0 and named.get("peft_config") is None
         with lent_name(model, named.get("processing_class"), loads_reference=loads_reference):
             # A copy of the list, since the host puts loaded reward models in place of their paths.
             super().__init__(model, list_reward_funcs(reward_funcs), args, *host_args, **host_kwargs)
+        args.reward_weights = given_weights  # for another trainer with the same config
+        self._check_environments()
         self._check_host(args)
         connect_balancing(self)
         self.train_dataset: Any = filling(self.train_dataset, args.generation_batch_size // self.num_generations)
@@ -140,9 +138,48 @@ class RLTrainer(GRPOTrainer):
         self._set_up_rollouts(args)
         self._attach(args)
 
+    @staticmethod
+    def _with_reward(reward_funcs: Any, func: Any, args: RLConfig, host_kwargs: dict[str, Any]) -> list[Any]:
+        """List the reward functions and, last, one of ours with weight 1."""
+        listed = list_reward_funcs(reward_funcs)
+        args.reward_weights = with_unit_weight(args.reward_weights, len(listed))
+        classes = host_kwargs.get("reward_processing_classes")
+        if classes is not None:
+            host_kwargs["reward_processing_classes"] = [*(classes if isinstance(classes, list) else [classes]), None]
+        return [*listed, func]
+
+    def _check_environments(self) -> None:
+        """Take the reward of turns out again where no environment has one."""
+        if self._turn_reward is None or pays_turns(self._all_environments()):
+            return
+        place = self.reward_funcs.index(self._turn_reward)
+        self._turn_reward = None
+        del self.reward_funcs[place], self.reward_func_names[place], self.reward_processing_classes[place]
+        weights = self.reward_weights
+        self.reward_weights: Tensor = torch.cat([weights[:place], weights[place + 1 :]])
+        if not self.reward_funcs:
+            names = ", ".join(sorted({type(environment).__name__ for environment in self._all_environments()}))
+            raise ValueError(
+                f"There is no reward: no reward_funcs are given, and {names} has neither a get_reward method nor a "
+                "turn_reward attribute. Add one of them; see docs/rewards.md."
+            )
+
+    def _all_environments(self) -> list[Any]:
+        """The environments that the host has made so far."""
+        pools = getattr(self, "_environment_pool", {})
+        return [environment for pool in pools.values() for environment in pool]
+
     def _make_parts(self, args: RLConfig, model: Any, signal: Signal | None) -> None:
         """Make the signal, the sampling and the heads that only draft, and have them find saved weights."""
         self.signal = self.make_signal(args) if signal is None else signal
+        if args.multi_objective_aggregation != "sum_then_normalize" and not self.signal.keeps_host_advantages:
+            raise ValueError(
+                f"multi_objective_aggregation={args.multi_objective_aggregation!r} (GDPO) is an advantage of TRL's "
+                "own, and the critic's or the one named by `advantage` would take its place. Use GRPOVariantConfig "
+                "without an advantage, or set multi_objective_aggregation='sum_then_normalize'."
+            )
+        self._episodes = Episodes()
+        self._turn_reward = None
         self.sampling = self.make_sampling(args)
         if self.sampling is not None:
             self.sampling.options.check_signal(self.critic is not None)
@@ -166,7 +203,10 @@ class RLTrainer(GRPOTrainer):
         )
         self.phasic: PhasicSchedule | None = self.make_phasic(args)
         self._in_rollout = False
-        self._rewards: tuple[Tensor, Tensor] | None = None
+        self._rewards: tuple[Tensor, Tensor, Tensor] | None = None
+        self._steps = StepRewards(Completed([]))
+        self._chosen: list[list[int]] | None = None
+        self._cut: Tensor | None = None
         self._table_rows = 0
         self._draft_counts: list[Tensor] = []
         self.last_rollout: Batch = {}
@@ -314,7 +354,8 @@ class RLTrainer(GRPOTrainer):
                 batch, sampled = self.sampling.sample(batch, self._draw_further, self._tokenizer.pad_token_id, self)
                 metrics.add(sampled)
             hosts = batch["advantages"]
-            metrics.add(self.signal.advantages(batch, batch["scores"], [row["prompt"] for row in inputs], self))
+            prompts = [row.get("prompt", "") for row in inputs]
+            metrics.add(self.signal.advantages(batch, batch["scores"], prompts, self))
         finally:
             self._in_rollout = False
         if batch["advantages"] is not hosts:
@@ -322,15 +363,15 @@ class RLTrainer(GRPOTrainer):
         if self._policy_loss is not None:
             self._policy_loss.mark(batch, self)
         log_metrics(self, metrics)
-        batch = without_marks(batch)
+        batch = without(batch, SAMPLING_KEYS)
         images = self._modality_inputs(batch)  # large, and nothing that looks at values needs them
         self.last_rollout = cast(Batch, {name: x for name, x in batch.items() if name not in images})
-        batch.pop("scores")
-        return batch
+        return without(batch, REWARD_KEYS)
 
     def _draw(self, inputs: list[dict[str, Any]]) -> Batch:
         """Get one batch from the host, with the scores of its completions."""
         self._draft_counts = []
+        self._episodes.reset(self._all_environments())
         batch: Batch = super()._generate_and_score_completions(inputs)
         moves = self.sampling is not None and self.sampling.options.moves_rows
         moves |= self._policy_loss is not None and self._policy_loss.compares_groups
@@ -343,8 +384,12 @@ class RLTrainer(GRPOTrainer):
         if self._draft_counts:
             log_metrics(self, draft_metrics(self.sum_over_ranks(torch.stack(self._draft_counts).sum(0))))
         assert self._rewards is not None
-        scores, task_scores = self._rewards
+        scores, task_scores, rewards = self._rewards
         batch["scores"] = self.own_rows(scores)
+        weights = self.reward_weights.to(rewards.device)
+        log_metrics(self, pay(batch, self.own_rows(rewards), weights, self.reward_func_names, self._steps, self))
+        if self._cut is not None:
+            batch["truncated"] = self._cut
         rows = torch.arange(len(scores), device=scores.device) + self._table_rows
         batch["table_row"], self._table_rows = self.own_rows(rows), self._table_rows + len(scores)
         if self.sampling is not None and self.sampling.options.samples:
@@ -362,6 +407,22 @@ class RLTrainer(GRPOTrainer):
         return [dict(dataset[i]) for i in rows for _ in range(self.group_size)]
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if not self._episodes.playing:
+            return self._generate_turn(prompt_ids, *args, **kwargs)
+        over = [self._episodes.is_over(row) for row in self._episodes.waiting()]
+        images = any(args[:2])  # or what a processor makes of them
+        if images or not any(over):  # an episode with images says one turn more, which earns nothing
+            return self._generate_turn(prompt_ids, *args, **kwargs)
+        going = [ids for ids, done in zip(prompt_ids, over, strict=True) if not done]
+        made, logprobs = self._generate_turn(going, *args, **kwargs) if going else ([], [])
+        of_rows = iter(made)
+        turns = [[] if done else next(of_rows) for done in over]
+        if logprobs is not None:
+            of_rows = iter(logprobs)
+            logprobs = [[] if done else next(of_rows) for done in over]
+        return turns, logprobs
+
+    def _generate_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if not self.use_vllm:  # whose engine has limits of its own
             check_lengths(prompt_ids, self.max_completion_length, self._positions)
         critic, foreign = self.critic, self.use_vllm or self.use_transformers_continuous_batching
@@ -392,14 +453,53 @@ class RLTrainer(GRPOTrainer):
         with critic.scoring(logits_to_keep) if saves and critic else nullcontext():
             return host_pass(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        output = super()._generate(prompts)
+        completion_ids, self._chosen = output[1], output[2]
+        self._cut = self._cut_episodes(completion_ids, output[5])
+        return output
+
+    def _cut_episodes(self, completion_ids: list[list[int]], columns: Mapping[str, Any]) -> Tensor | None:
+        """Rows (B,) whose episode goes on after their last token, as far as the critic cares; `None` where all ranks
+        have none. A rollout function says so in its columns `truncated` and `terminated`."""
+        bootstraps = self.signal.bootstrap_truncated
+        if bootstraps is False or (bootstraps is None and self.environments is None and self.rollout_func is None):
+            return None
+        ends, rows_of = [*self.eos_token_ids, self._tokenizer.pad_token_id], list(enumerate(completion_ids))
+        says = columns.get("truncated") or [self._episodes.is_truncated(row) for row, _ in rows_of]
+        # Where nobody says, a completion goes on that has no end-of-text token.
+        over = columns.get("terminated") or [self._episodes.is_over(row) or ids[-1] in ends for row, ids in rows_of]
+        cut = [said or (bool(bootstraps) and not done) for said, done in zip(says, over, strict=True)]
+        rows = torch.tensor(cut, device=self.device)
+        return rows if self.sum_over_ranks(rows.sum().view(1)) > 0 else None
+
+    def _tool_call_loop(
+        self, prompts: Any, prompt_ids: Any, completion_ids: Any, completions: Any, logprobs: Any, *args: Any
+    ) -> Any:
+        self._episodes.begin(self.environments, completions, self._sync_tool_dicts, self._async_tool_dicts)
+        try:
+            output = super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, logprobs, *args)
+        finally:
+            self._episodes.end()
+        if self._turn_reward is None and pays_turns(self.environments or []):
+            names = ", ".join(sorted({type(each).__name__ for each in self.environments if pays_turns([each])}))
+            raise ValueError(
+                f"{names} had no turn_reward when it was made and has one now, so what it pays would be lost. Set "
+                "turn_reward = None in the class or in __init__."
+            )
+        tool_mask, _, completion_ids, logprobs = output[:4]
+        self._episodes.drop_last_observation(completion_ids, logprobs, chosen=tool_mask)
+        return output
+
     @contextmanager
-    def _checked_rewards(self, num_completions: int) -> Iterator[None]:
+    def _checked_rewards(self, completion_ids: list[list[int]]) -> Iterator[None]:
         """Put stand-ins that check arguments and results in place of the reward functions inside the block."""
+        self._steps = StepRewards(Completed(completion_ids, self._chosen, self._tokenizer))
         given, step = self.reward_funcs, self.step
         moment = f" in step {step + 1}" if self.training else f" in the evaluation after step {step}"
         self.reward_funcs: list[Any] = [
-            func if isinstance(func, nn.Module) else checked(func, name, num_completions, moment)
-            for func, name in zip(given, self.reward_func_names, strict=True)
+            func if isinstance(func, nn.Module) else checked(func, name, number, self._steps, moment)
+            for number, (func, name) in enumerate(zip(given, self.reward_func_names, strict=True))
         ]
         try:
             yield
@@ -407,10 +507,10 @@ class RLTrainer(GRPOTrainer):
             self.reward_funcs = given
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        with self._checked_rewards(len(prompts)):
+        with self._checked_rewards(completion_ids_list):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         *scores, rewards = score(rewards, self.reward_weights.to(rewards.device), self.reward_func_names)
-        self._rewards = (scores[0], scores[1])
+        self._rewards = (scores[0], scores[1], rewards)
         # The host leaves NaN out of its means, but not infinity.
         return rewards.masked_fill(rewards.isinf(), torch.nan)
 

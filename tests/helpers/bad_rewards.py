@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from rl_plugins.rollouts import rewards_per
+
 
 def strings(completions: list[str], **kwargs: Any) -> list[str]:
     return ["good"] * len(completions)
@@ -34,6 +36,33 @@ def mapping(completions: list[str], **kwargs: Any) -> dict[int, float]:
 
 
 def pairs(completions: list[str], **kwargs: Any) -> list[list[float]]:
+    return [[1.0, 2.0]] * len(completions)
+
+
+def lists_and_numbers(completions: list[str], **kwargs: Any) -> list[Any]:
+    return [[1.0, 2.0], 1.0]
+
+
+def words(completions: list[str], **kwargs: Any) -> list[list[str]]:
+    return [["good", "bad"]] * len(completions)
+
+
+@rewards_per("turn")
+def two_turns(completions: list[str], **kwargs: Any) -> list[list[float]]:
+    return [[1.0], [1.0, 2.0]]
+
+
+@rewards_per("step")
+def numbers_for_steps(completions: list[str], **kwargs: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+@rewards_per("span")
+def outside(completions: list[str], **kwargs: Any) -> list[list[tuple[int, int, float]]]:
+    return [[(0, 7, 1.0)]] * len(completions)
+
+
+async def lists_later(completions: list[str], **kwargs: Any) -> list[list[float]]:
     return [[1.0, 2.0]] * len(completions)
 
 
@@ -77,7 +106,21 @@ RETURNS: list[tuple[Any, type[Exception], str]] = [
     (tensor_scalar, TypeError, "'tensor_scalar' returned Tensor in step 1, not a list"),
     (nothing, TypeError, "'nothing' returned NoneType in step 1, not a list"),
     (mapping, TypeError, "'mapping' returned dict in step 1, not a list"),
-    (pairs, TypeError, "'pairs' returned list instead of numbers"),
+    (pairs, ValueError, "'pairs' returned 2 rewards for completion 0 in step 1, which has [^2]"),
+    (
+        lists_and_numbers,
+        TypeError,
+        "'lists_and_numbers' returned 1.0 for completion 1 in step 1, where its other .* Return a list",
+    ),
+    (words, ValueError, "'words' returned 2 rewards for completion 0 in step 1, which has 1 tokens"),
+    (
+        two_turns,
+        ValueError,
+        "'two_turns' returned 2 rewards for completion 1 in step 1, which has 1 turns of the policy",
+    ),
+    (numbers_for_steps, TypeError, "'numbers_for_steps' returned 1.0 for completion 0 in step 1, where its other"),
+    (outside, ValueError, "'outside' returned the span 0:7 for completion 0 in step 1, whose text has 1 characters"),
+    (lists_later, ValueError, "'lists_later' returned 2 rewards for completion 0 in step 1, which has 1 tokens"),
     (one, ValueError, "'one' returned 1 rewards for 2 completions in step 1"),
     (later, TypeError, "'later' returned str instead of numbers"),
     (unawaited, TypeError, "'unawaited' returned coroutine in step 1, not a list"),

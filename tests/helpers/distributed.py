@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .processes import free_port, run_script
+from .step_rewards import LENGTH
 
 STEPS, CHECKPOINT, KILL_AT = 6, 3, 4
 GREEDY = {"max_steps": 5, "generation_kwargs": {"do_sample": False}}
 ITERATIONS = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
 RESUMABLE = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": CHECKPOINT}
 MID_CYCLE = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+# Ranks that wait for each other for ever are found out within a minute.
+EPISODES = {"reward": "episodes", "max_completion_length": LENGTH, "ddp_timeout": 60}
 
 Run = dict[str, Any]
 
@@ -54,7 +57,7 @@ class Workplace:
 
     def run(self, name: str, model: str = "tied", batch: int = 8, **options: Any) -> Run:
         """One run; what is not an option of the worker is one of the trainer."""
-        worker = {key: options.pop(key) for key in ("lora", "kill_at", "resume", "save") if key in options}
+        worker = {key: options.pop(key) for key in ("reward", "lora", "kill_at", "resume", "save") if key in options}
         args = {"per_device_train_batch_size": batch, **options}
         return {"out": str(self.root / name), "model": str(self.root / model), "args": args, **worker}
 
@@ -86,6 +89,21 @@ class Workplace:
         """Log entries of the optimizer steps, without times."""
         entries = [entry for entry in self.log(name)["history"] if "loss" in entry]
         return [{key: value for key, value in entry.items() if key != "step_time"} for entry in entries]
+
+    def episodes(self, name: str, rows: int) -> tuple[list[list[int]], list[list[bool]]]:
+        """Most turns in each batch of each rank, and whether an episode was truncated; `rows` are a rank's."""
+        self.log(name)
+        played = [json.loads((self.root / name / f"episodes_{rank}.json").read_text()) for rank in (0, 1)]
+        batches = [[episodes[i : i + rows] for i in range(0, len(episodes), rows)] for episodes in played]
+        turns = [[max(turns for _, turns, _ in batch) for batch in rank] for rank in batches]
+        return turns, [[any(cut for _, _, cut in batch) for batch in rank] for rank in batches]
+
+    def assert_ranks_play_apart(self, name: str, rows: int) -> None:
+        """Each rank had turns to make when the other had none left, and one was alone with truncated episodes."""
+        turns, cut = self.episodes(name, rows)
+        for ours, theirs in (turns, turns[::-1]):
+            assert any(mine > other for mine, other in zip(ours, theirs, strict=True))
+        assert any(mine != other for mine, other in zip(*cut, strict=True))
 
     def tensors(self, name: str, what: str, rank: int = 0) -> dict[str, Tensor]:
         """Trained heads or their targets."""

@@ -23,6 +23,11 @@ def election(strings: Tensor) -> Tensor:
     return torch.sign((strings == 1).sum(1) - (strings == 2).sum(1)).double()
 
 
+def lead(strings: Tensor) -> Tensor:
+    """A quarter for every token after which the 1s lead, and minus as much where the 2s do."""
+    return election(strings) / 4
+
+
 @dataclass(frozen=True)
 class Case:
     reward: Callable[[Tensor], Tensor]
@@ -32,6 +37,7 @@ class Case:
     gamma: float = 1.0
     seed: int = 2
     steps: int = 400
+    step_reward: Callable[[Tensor], Tensor] | None = None
 
 
 def random_policy(vocab_size: int, seed: int) -> Qwen3ForCausalLM:
@@ -69,6 +75,7 @@ def exact_mdp(model: Qwen3ForCausalLM, case: Case) -> TokenMDP:
     return TokenMDP(
         policy,
         case.reward,
+        step_reward=case.step_reward,
         vocab_size=case.vocab_size,
         max_length=case.max_length,
         eos_token_id=case.eos_token_id,

@@ -326,6 +326,56 @@ def trace_loop(mask: Tensor) -> Tensor:
     return out
 
 
+def turns_of(row: list[bool]) -> list[list[int]]:
+    """Places of each turn's tokens: runs of the policy's."""
+    runs = itertools.groupby(range(len(row)), key=lambda t: row[t])
+    return [list(run) for own, run in runs if own]
+
+
+def turnwise(x: Batch, f: Callable[[int, int, int, bool], float], otherwise: float = 0.0) -> Tensor:
+    """`f(row, place, number of the turn, whether the turn ends there)` at each of the policy's tokens."""
+    out = torch.full(x.mask.shape, otherwise, dtype=torch.float64)
+    for i, row in enumerate(x.mask.tolist()):
+        for k, run in enumerate(turns_of(row)):
+            for t in run:
+                out[i, t] = f(i, t, k, t == run[-1])
+    return out
+
+
+def turn_sums_of(x: Batch, row: int) -> list[float]:
+    return [math.fsum(x.rewards[row, t].item() for t in run) for run in turns_of(x.mask[row].tolist())]
+
+
+def turn_sums_loop(x: Batch) -> list[list[float]]:
+    sums = [turn_sums_of(x, i) for i in range(len(x.mask))]
+    return [row + [0.0] * (max(map(len, sums)) - len(row)) for row in sums]
+
+
+def normalized_at(pairs: dict[Any, float]) -> dict[Any, float]:
+    """GRPO's advantages of what is there, 0 where there is only one."""
+    r = list(pairs.values())
+    std = math.sqrt(variance(r) * len(r) / max(len(r) - 1, 1)) + 1e-4
+    return {place: (a - mean(r)) / std for place, a in pairs.items()}
+
+
+def process_loop(x: Batch) -> Tensor:
+    found: dict[tuple[int, int], float] = {}
+    for start in range(0, len(x.mask), GROUP):
+        places = itertools.product(range(start, start + GROUP), range(x.mask.shape[1]))
+        found |= normalized_at({(i, t): x.rewards[i, t].item() for i, t in places if x.mask[i, t] and x.ids[i, t] > 1})
+    return turnwise(x, lambda i, t, *_: math.fsum(a for (j, u), a in found.items() if j == i and u >= t))
+
+
+def turn_levels_loop(x: Batch) -> Tensor:
+    sums, found = [turn_sums_of(x, i) for i in range(len(x.mask))], dict[tuple[int, int], float]()
+    for start in range(0, len(x.mask), GROUP):
+        group = [i for i in range(start, start + GROUP) if sums[i]]
+        found |= normalized_at({(i, len(sums[i]) - 1): sums[i][-1] for i in group})
+        for k in range(max(len(sums[i]) for i in group)):
+            found |= normalized_at({(i, k): sums[i][k] for i in group if k < len(sums[i]) - 1})
+    return turnwise(x, lambda i, _, k, *__: math.fsum(0.7 ** (n - k) * found[i, n] for n in range(k, len(sums[i]))))
+
+
 def per_head(x: Batch, f: Callable[[list[float], int], list[float]], name: str) -> Tensor:
     return torch.stack([rowwise(x, lambda y, k=k: f(y, k), name) for k in range(HEADS)], -1)
 
@@ -634,6 +684,19 @@ FUNCTIONAL: dict[str, Case] = {
         lambda x: F.overlong_penalty(x.lengths, max_length=5, cache=3),
         lambda x: elementwise(lambda n: clip((2 - n) / 3, -1, 0), x.lengths),
     ),
+    # Turns
+    "turn_ends": Case(lambda x: F.turn_ends(x.mask), lambda x: turnwise(x, lambda i, t, k, end: end)),
+    "turn_numbers": Case(lambda x: F.turn_numbers(x.mask), lambda x: turnwise(x, lambda i, t, k, end: k, -1.0)),
+    "turn_sums": Case(lambda x: F.turn_sums(x.rewards, x.mask), turn_sums_loop),
+    "at_turn_ends": Case(
+        lambda x: F.at_turn_ends(x.chances, x.mask, dtype=x.chances.dtype),
+        lambda x: turnwise(x, lambda i, t, k, end: x.chances[i].item() if end else 1.0),
+    ),
+    "process_normalized": Case(lambda x: F.process_normalized(x.rewards, x.ids > 1, x.mask, GROUP), process_loop),
+    # Without gradient, which the spread of a single turn does not have.
+    "turn_normalized": Case(
+        lambda x: F.turn_normalized(x.rewards.detach(), x.mask, GROUP, gamma=0.7), turn_levels_loop
+    ),
     "trace_weights": Case(
         lambda x: F.trace_weights(x.mask.double(), lam=0.7, style="both"), lambda x: trace_loop(x.mask)
     ),
@@ -892,6 +955,8 @@ FUNCTIONAL: dict[str, Case] = {
     ),
 }
 
+OF_RETURNS = [name for name, entry in O.ADVANTAGES.items() if entry.of_returns is not None]
+
 OBJECTIVES: dict[str, Case] = {
     **{f"policy_loss/{name}": Case(loss_call(name), None) for name in O.POLICY_LOSSES},
     "clip_shares": Case(lambda x: O.clip_shares(x.ids > 1, x.advantages, x.mask), None),
@@ -913,6 +978,9 @@ OBJECTIVES: dict[str, Case] = {
         None,
     ),
     "critic_targets": Case(lambda x: O.critic_targets(*critic_options(x), gamma=0.9, length_alpha=0.3), None),
+    "critic_targets/turns": Case(
+        lambda x: O.critic_targets(*critic_options(x), gamma=0.9, time_unit="turn", after=x.scores), None
+    ),
     "critic_signal": Case(
         lambda x: O.critic_signal(*critic_options(x), scaling="value", estimator="td", lookahead=True), None
     ),
@@ -957,17 +1025,32 @@ OBJECTIVES: dict[str, Case] = {
                 name,
                 x.chances,
                 GROUP,
-                torch.ones(len(x.chances), 3, dtype=torch.bool),
+                torch.ones_like(x.mask),
+                rewards=x.rewards,
+                paid=x.ids > 1,
                 options={"k": 2} if name == "pass_at_k" else {},
             )
             for name, entry in O.ADVANTAGES.items()
-            if not entry.tracks_prompts
+            if not entry.tracks_prompts and not entry.only_of_returns
         ],
         None,
     ),
+    "advantages_of_returns": Case(
+        lambda x: [O.advantages_of_returns(name, x.advantages, x.mask, options={}) for name in OF_RETURNS],
+        lambda x: [whitened(x)] * len(OF_RETURNS),
+    ),
     "head_metrics": Case(lambda x: O.head_metrics("x", x.vector, x.counts, lambda t: t), None),
     "gradient_metrics": Case(lambda x: O.gradient_metrics(x.vector[:3]), None),
-    "penalised_returns": Case(lambda x: O.penalised_returns(x.scores, x.logps, x.ref, x.mask, beta=0.1), None),
+    "penalised_returns": Case(
+        lambda x: O.penalised_returns(x.rewards, x.logps, x.ref, x.mask, beta=0.1),
+        lambda x: rowwise(
+            x,
+            lambda r, p, q: discounted([a - 0.1 * (b - c) for a, b, c in zip(r, p, q, strict=True)], 1.0),
+            "rewards",
+            "logps",
+            "ref",
+        ),
+    ),
     "completion_metrics": Case(lambda x: O.completion_metrics(x.many, x.ended), None),
     "draft_metrics": Case(lambda x: O.draft_metrics(x.counts), None),
     "reward_metrics": Case(lambda x: O.reward_metrics(x.policy, x.scores, list("abcd"), GROUP), None),

@@ -3,7 +3,7 @@
 Every run is a fresh process, forked after the slow imports, so that a run may be killed and a list of runs costs
 little more than one. A run that fails leaves `error_<rank>.txt` in its directory.
 
-Import this module first: it sets the environment.
+Import this module first: it sets the environment, and where `tests` is found.
 """
 
 import gc
@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
 os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "CI": "1"}
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import deepspeed
 import deepspeed.ops

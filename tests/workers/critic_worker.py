@@ -3,14 +3,15 @@
 A run leaves in its directory: `log.json` (history and what was captured) and, per rank, `target_<rank>.safetensors`
 and `heads_<rank>.safetensors` (MTP critic), `value_model_<rank>.safetensors` (PPO) or `policy_<rank>.safetensors`,
 `batches_<rank>.json`, `tracker_<rank>.json` and `replay_<rank>.pt` (GRPO variants, the last two where there is one);
-if it fails, `error_<rank>.txt` instead.
+`episodes_<rank>.json` where there is an environment; if it fails, `error_<rank>.txt` instead.
 
 A run is a dictionary:
     out: directory of the run, also the trainer's `output_dir`
     model: directory with model and tokenizer
     port: free port for this run's rendezvous
     trainer: `mtp` (the default), `ppo`, `variant` or `sft`
-    reward: name of the reward, of `REWARDS`; `odd` by default; for `sft` whether examples are `scored`
+    reward: name of the rewards, of `REWARDS`, or `episodes` to play with an environment; `odd` by default; for `sft`
+        whether examples are `scored`
     prompts: size of the dataset, 64 by default
     args: options of its config (`deepspeed` among them)
     accelerate: a config of `accelerate launch`, whose environment the run gets
@@ -22,10 +23,11 @@ A run is a dictionary:
 """
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from common import DEFAULTS, RANK, KillAt, Run, check_backend, main, start_engine  # isort: skip  sets the environment
+from common import DEFAULTS, RANK, WORLD, KillAt, Run, check_backend, main, start_engine  # isort: skip  sets the environment
 
 import torch
 from datasets import Dataset
@@ -39,6 +41,7 @@ from rl_plugins.rollouts.batch import loss_mask
 from rl_plugins.rollouts.values import ValueRecord
 from rl_plugins.signals import critics
 from rl_plugins.trl import (
+    EpisodeRollouts,
     GRPOVariantConfig,
     GRPOVariantTrainer,
     MTPCriticConfig,
@@ -48,6 +51,7 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
+from tests.helpers.step_rewards import LIMITS, Sums, per_token
 
 TRL_DEFAULTS = {**DEFAULTS, "model_init_kwargs": {"dtype": "float32"}}
 ONLINE: dict[str, Any] = {"max_completion_length": 6}
@@ -83,7 +87,7 @@ def thirds(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -
     return [0.5 if int(p.split("+")[0]) % 3 == 0 else r for p, r in zip(prompts, rewards, strict=True)]
 
 
-REWARDS: dict[str, Any] = {"odd": reward, "spread": spread, "thirds": thirds}
+REWARDS: dict[str, Any] = {"odd": reward, "spread": spread, "thirds": thirds, "steps": [per_token, reward]}
 
 
 class SteadyVariantTrainer(GRPOVariantTrainer):
@@ -101,13 +105,12 @@ class SteadyVariantTrainer(GRPOVariantTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         batch = super()._generate_and_score_completions(inputs)
-        prompts, ids = (
-            [row[mask.bool()].tolist() for row, mask in zip(batch[f"{x}_ids"], batch[f"{x}_mask"], strict=True)]
-            for x in ("prompt", "completion")
-        )
-        texts = self.processing_class.batch_decode(prompts)
-        note = {"prompts": texts, "rewards": self.reward_funcs[0](prompts=texts, completion_ids=ids)}
-        counts = {"items": int(batch["num_items_in_batch"]), "tokens": int(loss_mask(batch).sum())}
+        rows = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+        prompts = [ids[mask].tolist() for ids, mask in rows]
+        texts = [f"{text.split('=')[0]}=" for text in self.processing_class.batch_decode(prompts)]
+        note = {"prompts": texts, "rewards": self.last_rollout["scores"].tolist()}
+        mask = loss_mask(batch)
+        counts = {"items": int(batch["num_items_in_batch"]), "tokens": int(mask.sum()), "width": mask.shape[1]}
         self.batches.append({**note, **counts})
         return batch
 
@@ -126,12 +129,22 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def rows_of(run: Run) -> dict[str, Any]:
+def episodes_of(args: Any) -> EpisodeRollouts:
+    """Rollouts whose environments know their place in the group, on any number of ranks."""
+    places = count(RANK * args.generation_batch_size // WORLD)
+    return EpisodeRollouts(lambda: Sums(next(places) % args.num_generations), **LIMITS)
+
+
+def rows_of(run: Run, args: Any) -> dict[str, Any]:
     """The trainer's data and where its rewards come from."""
     numbers, name = range(run.get("prompts", 64)), run.get("reward", "odd")
     prompts = [f"{i}+{7 * i}=" for i in numbers]
     if run.get("trainer") != "sft":
-        return {"reward_funcs": REWARDS[name], "train_dataset": Dataset.from_dict({"prompt": prompts})}
+        data = {"train_dataset": Dataset.from_dict({"prompt": prompts})}
+        if name != "episodes":
+            return {"reward_funcs": REWARDS[name], **data}
+        episodes = episodes_of(args)
+        return {"reward_funcs": episodes.earned, "rollout_func": episodes, **data}
     columns: dict[str, list[Any]] = {"prompt": prompts, "completion": [f"{8 * i}" for i in numbers]}
     if name == "scored":
         columns["reward"] = [i % 3 / 2 for i in numbers]
@@ -158,7 +171,7 @@ def train(run: Run) -> None:
     trainer = trainer_class(
         model,
         args=args,
-        **rows_of(run),
+        **rows_of(run, args),
         processing_class=AutoTokenizer.from_pretrained(run["model"]),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if run.get("lora") else None,
         callbacks=[KillAt(run["kill_at"])] if run.get("kill_at") else None,
@@ -185,6 +198,8 @@ def write_results(trainer: Any, out: Path) -> None:
         save_file(weights, out / f"{name}_{RANK}.safetensors")
     if name == "heads" and trainer.mtp_heads is not None:
         save_file(trainer.polyak_target.state_dict(), out / f"target_{RANK}.safetensors")
+    if Sums.played:
+        (out / f"episodes_{RANK}.json").write_text(json.dumps(Sums.played))
     if isinstance(trainer, SteadyVariantTrainer):
         (out / f"batches_{RANK}.json").write_text(json.dumps(trainer.batches))
         if trainer.value_tracker is not None:

@@ -4,7 +4,8 @@ that what is imported is imported once.
 A run leaves in its directory, beside checkpoints, for every rank: `weights_<rank>.safetensors` (the whole model),
 `target_<rank>.safetensors` (the slow heads, where there are any), and `log_<rank>.json` (`log.json` on rank 0) with
 the loss of every micro-batch and what was logged with it, the norm of every gradient before it is clipped, and the
-completions of every rollout; if it fails, `error_<rank>.txt` instead.
+completions of every rollout; `episodes_<rank>.json` where there is an environment; if it fails, `error_<rank>.txt`
+instead.
 
 A run is a dictionary:
     out: directory of the run
@@ -12,6 +13,7 @@ A run is a dictionary:
     port: free port for this run's rendezvous
     kind: which of `MODULES`
     module: its options
+    reward: `spread` by default, `steps` to pay tokens, or `episodes` to play with an environment
     backend: `one` (process), or of two ranks `ddp`, or a stage of ZeRO, `zero2`
     batch: prompts of a rank
     args: options of Lightning's `Trainer`
@@ -47,6 +49,7 @@ from rl_plugins.lightning import GRPOModule, MTPCriticModule, MTPSFTModule, PPOM
 from rl_plugins.lightning.deepspeed import CPUDeepSpeedStrategy
 from rl_plugins.rollouts.completions import Completions, eos_token_ids, pad_left, until_eos
 from rl_plugins.rollouts.rewards import prompt_tokens
+from tests.helpers.step_rewards import LIMITS, Sums, per_token
 
 WORLD = 2
 TIMEOUT = timedelta(seconds=60)
@@ -135,6 +138,13 @@ class Watch(Callback):
 def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """In [0, 1), different for nearly any two completions."""
     return [sum((k + 1) * (i + 3) ** 2 for k, i in enumerate(ids)) % 97 / 97 for ids in completion_ids]
+
+
+REWARDS: dict[str, dict[str, Any]] = {
+    "spread": {"reward_funcs": reward},
+    "steps": {"reward_funcs": [per_token, reward]},
+    "episodes": {"environment": Sums, **LIMITS},
+}
 
 
 def make_rows() -> list[dict[str, Any]]:
@@ -227,7 +237,7 @@ def train_rank(run: Run) -> None:
     )
     torch.manual_seed(0)
     module_class, defaults = MODULES[run["kind"]]
-    rewards = {} if run["kind"] == "sft" else {"reward_funcs": reward}
+    rewards = {} if run["kind"] == "sft" else REWARDS[run.get("reward", "spread")]
     module = module_class(run["model"], **rewards, **{"learning_rate": 1e-3, **defaults, **run["module"]})
     losses = note_calls(module, "training_step", lambda batch, loss: loss.item())
     rollouts = []
@@ -239,6 +249,8 @@ def train_rank(run: Run) -> None:
     trainer.fit(module, PromptDataModule(rows, held_out, batch_size=run["batch"]), ckpt_path=run.get("resume"))
     log = {"losses": losses, "metrics": watch.metrics, "norms": watch.norms, "rollouts": rollouts}
     (out / (f"log_{common.RANK}.json" if common.RANK else "log.json")).write_text(json.dumps(log))
+    if Sums.played:
+        (out / f"episodes_{common.RANK}.json").write_text(json.dumps(Sums.played))
     if run.get("save"):
         module.save_pretrained(out / "final")
 

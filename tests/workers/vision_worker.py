@@ -13,7 +13,6 @@ A run is a dictionary:
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,6 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.helpers.vision_models import lessons, looks, vision_language
 
 # Completions of one length, so that two ranks, and one process in two micro-steps, weigh tokens alike.
