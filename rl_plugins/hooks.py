@@ -42,7 +42,7 @@ TURN_OFF = {
     OFF_POLICY_MASK: "leave off_policy_mask_threshold at None",
     TOP_ENTROPY: "leave top_entropy_quantile at 1.0",
 }
-"""How to do without a feature."""
+"""Settings that do without a feature."""
 
 PRESENT = "is there"
 
@@ -221,7 +221,7 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
 
 @cache
 def require_hooks(user: str) -> None:
-    """See that the installed libraries have what a package or a feature of ours leans on.
+    """Check that the installed libraries have what a package or a feature of ours leans on.
 
     Args:
         user: A key of `HOOKS`.

@@ -1,5 +1,6 @@
 """Networks of the agents: perceptrons, and policies that give distributions."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -68,19 +69,19 @@ def evaluation_mode(module: HasModules) -> Iterator[None]:
             part.training = True
 
 
-class Policy(nn.Module):
+class Policy(nn.Module, ABC):
     """A distribution over actions in each state, around a network of one's own."""
 
+    @abstractmethod
     def forward(self, observations: Tensor) -> Distribution:
         """Return `pi(. | s)` for observations `(..., D)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
         """Sample actions with a generator on the CPU, or take the most likely ones where it is None.
 
         The objects of torch.distributions cost more than a small network, and know no generators.
         """
-        raise NotImplementedError
 
 
 class CategoricalPolicy(Policy):

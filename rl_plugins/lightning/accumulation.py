@@ -87,8 +87,9 @@ def ends_window(module: LightningModule) -> bool:
 
 
 def check_windows_fit(trainer: Trainer) -> None:
-    """See that windows end with the epoch under DeepSpeed, whose engine does not know of epochs: it would make a step
-    in the middle of a window of the next epoch, and Lightning would count it later.
+    """Check that windows end with the epoch under DeepSpeed, whose engine does not know of epochs.
+
+    The engine would make a step in the middle of a window of the next epoch, and Lightning would count it later.
 
     Raises:
         ValueError: If micro-batches are left over at the end of an epoch that another one follows.

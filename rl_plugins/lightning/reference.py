@@ -32,7 +32,7 @@ class Reference:
 
     @contextmanager
     def active(self, module: LightningModule) -> Iterator[None]:
-        """Have `model` be the reference inside the block, on the module's device."""
+        """Make `model` the reference inside the block, on the module's device."""
         if self.is_copy:
             self.model.to(module.device)
             yield

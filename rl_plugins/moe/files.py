@@ -110,7 +110,7 @@ class _SaveBeside:
 
 
 def save_beside(model: nn.Module) -> None:
-    """Have `save_pretrained` write added biases too, whoever calls it; again does nothing."""
+    """Make `save_pretrained` write added biases too, whoever calls it; a second call does nothing."""
     # Trainers save the PEFT model, users often the base model; by id, since both are one without PEFT.
     modules: dict[int, Any] = {id(module): module for module in (model, base_model_of(model))}
     for module in modules.values():

@@ -62,7 +62,7 @@ class Float32Bias:
         self.show(owner)
 
     def show(self, owner: nn.Module) -> Tensor:
-        """Have the owner's attribute be float32, and return it."""
+        """Make the owner's attribute the float32 bias, and return it."""
         # `nn.Module` finds parameters and buffers in `__getattr__`, which Python asks only where `vars(owner)` has no
         # such name: an entry there hides them.
         live, hidden = stored(owner, self.name), self.name in vars(owner)

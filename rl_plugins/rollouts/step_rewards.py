@@ -214,6 +214,7 @@ class StepRewards:
         """For each step function by its number: reward by token, for each completion."""
         self.at_tokens: dict[int, Tensor] = {}
         """For each other source by its number: rewards (B, T), NaN where nothing is paid."""
+        self._steps: dict[tuple[int, str], tuple[list[int], bool]] = {}
         self.unseparated: dict[int, int] = {}
         """For each function with a separator by its number: completions in which it does not occur."""
 
@@ -262,9 +263,16 @@ class StepRewards:
             sums.append(math.nan if total is None else math.inf if math.isnan(total) else total)
         self.paid[number] = places
         if kind == "step":
-            occurs = (self.completed.step_ends(row, separator)[1] for row in range(len(listed)))
+            occurs = (self._step_ends(row, separator)[1] for row in range(len(listed)))
             self.unseparated[number] = sum(not found for found in occurs)
         return sums
+
+    def _step_ends(self, row: int, separator: str) -> tuple[list[int], bool]:
+        """`Completed.step_ends`, which decodes a completion token by token, once for all functions that ask."""
+        key = row, separator
+        if key not in self._steps:
+            self._steps[key] = self.completed.step_ends(row, separator)
+        return self._steps[key]
 
     def take_tokens(self, number: int, rewards: Tensor, mask: Tensor) -> Tensor:
         """Take in rewards that are at their tokens already.
@@ -319,7 +327,7 @@ class StepRewards:
         elif kind == "turn":
             tokens = [last for _, last in completed.turns(row)]
         else:
-            tokens, _ = completed.step_ends(row, separator)
+            tokens, _ = self._step_ends(row, separator)
         if len(entry) != len(tokens):
             things = {"token": "tokens", "turn": "turns of the policy", "step": f"steps that end with {separator!r}"}
             raise ValueError(
