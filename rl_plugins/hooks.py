@@ -25,7 +25,8 @@ TESTED = {
 """The releases that every test ran with, as in constraints.txt."""
 
 SPECULATIVE = "speculative decoding"
-NATIVE_MTP = "native MTP layers"
+SEQUENTIAL_HEADS = "sequential heads"
+RELEASED_HEADS = "sequential heads in the checkpoint of a model"
 BALANCING = "balancing of experts"
 VLLM = "generation with vLLM"
 FSDP2 = "training under FSDP2"
@@ -35,7 +36,8 @@ DEEPSPEED_ON_CPU = "CPUDeepSpeedStrategy"
 
 TURN_OFF = {
     SPECULATIVE: "set speculative=False, or leave out custom_generate",
-    NATIVE_MTP: "use parallel heads (native_mtp=False)",
+    SEQUENTIAL_HEADS: "use parallel heads (mtp_head_type='parallel')",
+    RELEASED_HEADS: "use parallel heads (mtp_head_type='parallel')",
     BALANCING: "train without MoEBalancingCallback",
     VLLM: "set use_vllm=False",
     FSDP2: "train under DDP or DeepSpeed",
@@ -76,17 +78,24 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         Hook("transformers.PreTrainedModel._can_record_outputs"),
         Hook("transformers.utils.output_capturing.OutputRecorder.target_class"),
     ),
-    NATIVE_MTP: (
-        Hook("transformers.modeling_layers.MtpLayer.__init__", "config, decoder_layer_cls, norm_cls, layer_idx"),
-        Hook("transformers.modeling_layers.MtpModel.from_pretrained", "main_model, device_map"),
+    SEQUENTIAL_HEADS: (
         Hook("transformers.modeling_layers.GradientCheckpointingLayer.gradient_checkpointing"),
+        *(
+            Hook(
+                f"transformers.masking_utils.create_{kind}",
+                f"*, config, inputs_embeds, attention_mask, {CACHE}, position_ids, layer_idx",
+            )
+            for kind in ("causal_mask", "sliding_window_causal_mask", "chunked_causal_mask")
+        ),
+    ),
+    # Of MtpLayer the names of its parts, which those of ours are on disk.
+    RELEASED_HEADS: (
+        Hook("transformers.modeling_layers.MtpLayer.mtp_block"),
+        Hook("transformers.modeling_layers.MtpLayer.post_norm"),
+        Hook("transformers.modeling_layers.MtpModel.from_pretrained", "main_model, device_map"),
         Hook("transformers.PreTrainedConfig.get_mtp_config", ""),
         Hook("transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected"),
         Hook("transformers.core_model_loading.revert_weight_conversion", "model, state_dict"),
-        Hook(
-            "transformers.masking_utils.create_causal_mask",
-            f"*, config, inputs_embeds, attention_mask, {CACHE}, position_ids, layer_idx",
-        ),
     ),
     SPECULATIVE: (
         Hook("transformers.GenerationMixin.generate", "*, custom_generate"),

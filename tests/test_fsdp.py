@@ -9,7 +9,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.nn import MTPHeads, NativeMTP, load_mtp_heads
+from rl_plugins.nn import MTPHeads, load_mtp_heads
+from rl_plugins.nn.released_layers import count_released_layers
 from rl_plugins.trl.attachments import check_fsdp
 
 from .helpers import distributed
@@ -38,7 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {**SFT, "reward": "scored", "model": "untied"},
     # No output of the model has a gradient then: without checkpointing, which would have inputs require one.
     "frozen": {**SFT, "reward": "scored", "model": "untied", "freeze_trunk": True, "gradient_checkpointing": False},
-    "native": {**SFT, "model": "native", "native_mtp": True, "num_mtp_heads": 2, "mtp_detach_trunk": False},
+    "sequential": {**SFT, "reward": "scored", "model": "experts", "mtp_head_type": "sequential", "num_mtp_heads": 2,
+                   "mtp_detach_trunk": False},
 }  # fmt: skip
 PARAMETERS = {"ppo": "value_model", "variant": "policy"}
 """Which parameters a case trains, if not heads."""
@@ -66,9 +68,9 @@ def two(
     # Weights large enough that greedy completions differ in length and in reward.
     tiny_model(initializer_range=0.2).save_pretrained(place.root / "tied")
     tiny_model(initializer_range=0.2, tie_word_embeddings=False).save_pretrained(place.root / "untied")
-    native = make_moe_model("glm4_moe", vocab_size=2 + len(CHARACTERS), num_hidden_layers=2)
-    native.save_pretrained(place.root / "native")
-    for name in ("tied", "untied", "native"):
+    experts = make_moe_model("glm4_moe", vocab_size=2 + len(CHARACTERS), num_hidden_layers=2)
+    experts.save_pretrained(place.root / "experts")
+    for name in ("tied", "untied", "experts"):
         tokenizer.save_pretrained(place.root / name)
     one, both = [], []
     for name, case in CASES.items():
@@ -98,13 +100,14 @@ class TestTwoRanksEqualOneProcess:
         assert two.log(f"{case}_fsdp")["sharded"] and not two.log(f"{case}_one")["sharded"]
         name = PARAMETERS.get(case, "heads")
         expected = two.tensors(f"{case}_one", name)
-        for what in (name, *(("target",) if name == "heads" and case != "native" else ())):
+        for what in (name, *(("target",) if name == "heads" else ())):
             first, second = (two.tensors(f"{case}_fsdp", what, rank) for rank in (0, 1))
             assert gap(first, second) == 0.0
             print("GAPS", case, what, gap(first, two.tensors(f"{case}_one", what)))
             assert gap(first, two.tensors(f"{case}_one", what)) < 1e-6
-        if name == "heads" and case != "native":
-            heads = {f"heads.{key}": value for key, value in expected.items()}
+        if name == "heads":
+            path = "value_heads." if case == "sequential" else ""  # of sequential heads, what makes values alone
+            heads = {f"heads.{key.removeprefix(path)}": x for key, x in expected.items() if key.startswith(path)}
             assert gap(two.tensors(f"{case}_one", "target"), heads) > 1e-4  # the copies are slow
 
 
@@ -154,15 +157,15 @@ class TestSavedModel:
         final = two.root / f"{case}_fsdp" / "final"
         model, info = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
         assert not info["missing_keys"] and not info["mismatched_keys"]
-        if case == "native":
-            native = dict(NativeMTP.from_checkpoint(model, final).named_parameters())
-            assert gap(native, two.tensors("native_fsdp", "heads")) == 0.0
-            return
-        assert not info["unexpected_keys"]
+        if case == "sequential":  # whose layers are in the checkpoint, too
+            assert count_released_layers(model, final) == 2
+        else:
+            assert not info["unexpected_keys"]
         start = AutoModelForCausalLM.from_pretrained(two.root / CASES[case].get("model", "tied")).state_dict()
         assert (gap(model.state_dict(), start) > 0.0) == (case != "frozen")
-        if case in ("critic", "episodes", "sft", "frozen"):
-            assert gap(load_mtp_heads(model, final).state_dict(), two.tensors(f"{case}_fsdp", "heads")) == 0.0
+        if case in ("critic", "episodes", "sft", "frozen", "sequential"):
+            heads = dict(load_mtp_heads(model, final).named_parameters())
+            assert gap(heads, two.tensors(f"{case}_fsdp", "heads")) == 0.0
         if case == "ppo":
             trunk = AutoModel.from_pretrained(final / "value_model").state_dict()
             trained = two.tensors("ppo_fsdp", "value_model")

@@ -27,9 +27,19 @@ from trl import GRPOTrainer, SFTTrainer
 import rl_plugins.lightning
 import rl_plugins.trl
 from rl_plugins import hooks
-from rl_plugins.hooks import HOOKS, NATIVE_MTP, SPECULATIVE, TESTED, TURN_OFF, Hook, changed_hooks, require_hooks
+from rl_plugins.hooks import (
+    HOOKS,
+    RELEASED_HEADS,
+    SEQUENTIAL_HEADS,
+    SPECULATIVE,
+    TESTED,
+    TURN_OFF,
+    Hook,
+    changed_hooks,
+    require_hooks,
+)
 from rl_plugins.lightning import PromptDataModule
-from rl_plugins.nn import attach_native_mtp
+from rl_plugins.nn import attach_mtp_heads
 from rl_plugins.nn.cache_name import cache_name
 from rl_plugins.rollouts import speculative
 from rl_plugins.trl import MTPCriticTrainer
@@ -84,7 +94,7 @@ def test_every_import_from_inside_a_library_is_in_the_table() -> None:
                 found.add(alias.name)
                 name = f"{module}.{alias.name}"
                 assert any(f"{target}.".startswith(f"{name}.") for target in targets), f"{path.name}: {name}"
-    assert {"MtpLayer", "get_config_model_id", "TrainerFn"} <= found
+    assert {"MtpModel", "get_config_model_id", "TrainerFn"} <= found
 
 
 def test_every_private_name_of_a_trainer_that_we_use_is_in_the_table() -> None:
@@ -173,7 +183,7 @@ def test_what_generate_hands_to_a_decoding_method(tiny_model: Callable[..., Any]
     torch.testing.assert_close(later[:, -1], output.logits[:, -1])
 
 
-def test_what_native_layers_lean_on(tiny_model: Callable[..., Any]) -> None:
+def test_what_sequential_heads_lean_on(tiny_model: Callable[..., Any]) -> None:
     assert isinstance(transformers.DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected, list)
     model = tiny_model()
     model.gradient_checkpointing_enable()
@@ -339,9 +349,11 @@ def test_a_trl_that_has_changed_is_named_when_it_is_imported(monkeypatch: pytest
     assert f'pip install "trl=={TESTED["trl"]}"' in message
 
 
-def test_a_feature_whose_hook_has_changed_says_so_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_feature_whose_hook_has_changed_says_so_when_it_is_used(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(GenerationConfig, "get_generation_mode")
-    monkeypatch.delattr(transformers.modeling_layers, "MtpLayer")
+    monkeypatch.delattr(transformers.modeling_layers, "MtpModel")
     reload(rl_plugins.trl)
     reload(rl_plugins.lightning)
     monkeypatch.delitem(sys.modules, "rl_plugins.rollouts.speculative.decoder", raising=False)
@@ -351,10 +363,17 @@ def test_a_feature_whose_hook_has_changed_says_so_when_it_is_used(monkeypatch: p
     )
     with pytest.raises(ImportError, match=message):
         getattr(import_module("rl_plugins.rollouts"), "SpeculativeDecoder")  # noqa: B009
-    with pytest.raises(
-        ImportError, match=f"{NATIVE_MTP} cannot run with transformers .*MtpLayer.__init__ is gone.*native_mtp=False"
-    ):
-        attach_native_mtp(make_moe_model("deepseek_v3"), 1)
+    model, way_out = make_moe_model("deepseek_v3"), r"or use parallel heads \(mtp_head_type='parallel'\)"
+    message = f"{RELEASED_HEADS} cannot run with transformers .*MtpModel.from_pretrained is gone.*{way_out}"
+    with pytest.raises(ImportError, match=message):
+        attach_mtp_heads(model, head_type="sequential")
+    attach_mtp_heads(tiny_model(), head_type="sequential")  # whose architecture is never released with them
+    monkeypatch.delattr(transformers.masking_utils, "create_causal_mask")
+    require_hooks.cache_clear()
+    message = f"{SEQUENTIAL_HEADS} cannot run with transformers .*create_causal_mask is gone.*{way_out}"
+    with pytest.raises(ImportError, match=message):
+        attach_mtp_heads(tiny_model(), head_type="sequential")
+    attach_mtp_heads(model)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from rl_plugins.functional.routing import (
     switch_balance_loss,
 )
 from rl_plugins.moe import BalancingConfig, Router, RouterBalancer, find_routers
+from rl_plugins.nn import attach_mtp_heads
 from rl_plugins.nn.cache_name import cache_name
 
 from .helpers.moe_models import make_moe_model, mean_switch_loss, pooled_switch_loss, spread_routers
@@ -757,11 +758,38 @@ def test_a_copy_can_be_balanced_on_its_own() -> None:
     assert all(not torch.equal(bias, before[name]) for name, bias in first.state_dict().items())
 
 
-# Native MTP layers
+# MTP modules
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_sequential_heads(family: str, rule: Any) -> None:
+    """Their routers come last, and count in the forward of the trunk that their layers run in."""
+    model = trained(family)
+    inside = [router.name for router in find_routers(model)]
+    heads = attach_mtp_heads(model, 2, head_type="sequential")
+    balancer = RouterBalancer(model, BalancingConfig(rule=rule))
+    gates = [f"mtp_heads.layers.{k}.mtp_block.mlp.gate" for k in range(2)]
+    assert [router.name for router in balancer.routers] == inside + gates
+    routed: list[Tensor] = []
+    balancer.routers[-1].module.register_forward_hook(lambda module, args, output: routed.append(output[2]))
+    with heads.running(lambda x: x, value_grad_scale=0.0) as run:
+        forward(model)
+    assert run.values is not None
+    before = [bias.clone() for bias in balancer.float32_biases]
+    balancer.update()
+    assert last_counts(balancer)[-1] == expert_counts(routed[0], 8, MASK.flatten()).tolist()
+    assert [sum(counts) for counts in last_counts(balancer)] == [2 * int(MASK.sum())] * len(balancer.routers)
+    moved = [bias.clone() for bias in balancer.float32_biases]
+    assert all(not torch.equal(x, y) for x, y in zip(before, moved, strict=True))
+    forward(model)  # without the heads
+    balancer.update()
+    assert [sum(counts) for counts in last_counts(balancer)] == [2 * int(MASK.sum())] * len(inside) + [0, 0]
+    assert all(torch.equal(x, y) for x, y in zip(moved[-2:], balancer.float32_biases[-2:], strict=True))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
-def test_native_mtp_layers(family: str) -> None:
+def test_modules_outside_the_model(family: str) -> None:
     model = trained(family, num_mtp_layers=1)
     mtp = MtpModel(model, 1)
     with torch.random.fork_rng(devices=[]):

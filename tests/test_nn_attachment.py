@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rl_plugins.nn import Attachment, MTPHeads, MTPHeadsConfig, NativeMTP, ValueModel, load_mtp_heads
+from rl_plugins.nn import Attachment, MTPHeads, MTPHeadsConfig, ParallelHeads, ValueModel, load_mtp_heads
+from rl_plugins.nn.attaching import prepare_mtp_heads
 from rl_plugins.nn.mtp_heads import CONFIG_NAME
+from rl_plugins.nn.released_layers import count_released_layers
 from rl_plugins.trl.host import without_attachments
 
 from .helpers.moe_models import make_moe_model
@@ -75,10 +77,10 @@ def test_a_module_of_ones_own_lives_in_a_model(tiny_model: TinyModel, wrap: Call
 
 
 def test_all_that_is_attached_is_known_by_name(tiny_model: TinyModel) -> None:
-    assert Attachment.names() >= {"mtp_heads", "native_mtp", "value_model", "probe"}
+    assert Attachment.names() >= {"mtp_heads", "value_model", "probe"}
     model = lora(tiny_model())
     Probe().attach(model)
-    MTPHeads(MTPHeadsConfig(1, 32, 4)).attach(model)
+    ParallelHeads(MTPHeadsConfig(1, 32, 4)).attach(model)
     own = {name for name, _ in without_attachments(iter(model.named_parameters()))}
     assert own == {name for name, _ in lora(tiny_model()).named_parameters()}
 
@@ -193,8 +195,11 @@ def test_files_of_older_versions_load(tiny_model: TinyModel, tmp_path: Path) -> 
     loaded = load_mtp_heads(tiny_model(), tmp_path)
     assert loaded.state_dict().keys() == heads.keys()
     assert all(torch.equal(loaded.state_dict()[name], x) for name, x in heads.items())
-    for name in ("mtp_heads.safetensors", CONFIG_NAME):  # and are written alike
-        assert (loaded.save(tmp_path / "again").parent / name).read_bytes() == (tmp_path / name).read_bytes()
+    prepared = prepare_mtp_heads(tiny_model(), 2, inner_size=5, path=tmp_path)
+    assert all(torch.equal(prepared.state_dict()[name], x) for name, x in heads.items())
+    again = loaded.save(tmp_path / "again")  # which writes what kind of heads they are, besides
+    assert again.read_bytes() == (tmp_path / "mtp_heads.safetensors").read_bytes()
+    assert json.loads(again.with_name(CONFIG_NAME).read_text()) == written | {"head_type": "parallel"}
 
     trunk = tiny_model(seed=5).model
     trunk.save_pretrained(tmp_path / "value_model")
@@ -208,11 +213,10 @@ def test_files_of_older_versions_load(tiny_model: TinyModel, tmp_path: Path) -> 
     assert all(torch.equal(critic.state_dict()[name], x) for name, x in expected.items())
 
 
-def test_native_layers_are_where_older_versions_put_them(tmp_path: Path) -> None:
+def test_layers_in_a_checkpoint_of_older_versions_load(tmp_path: Path) -> None:
     model = make_moe_model("glm4_moe")
-    assert NativeMTP.find(tmp_path) is None
     model.save_pretrained(tmp_path)
-    assert NativeMTP.find(tmp_path) is None
+    assert count_released_layers(model, tmp_path) == 0
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     layers = make_moe_model("glm4_moe", num_hidden_layers=model.config.num_hidden_layers + 1).state_dict()
     prefix = f"model.layers.{model.config.num_hidden_layers}."
@@ -222,23 +226,28 @@ def test_native_layers_are_where_older_versions_put_them(tmp_path: Path) -> None
     extra |= {"shared_head.norm.weight": torch.full((32,), 4.0)}
     shard = _per_expert(block) | {prefix + name: x.float() for name, x in extra.items()}
     save_file(shard, tmp_path / "model-native_mtp.safetensors", {"format": "pt"})
-    single = tmp_path / "model.safetensors"
+    single, index_file = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
     index = dict.fromkeys(load_file(single), "model-00001-of-00001.safetensors")
     index |= dict.fromkeys(shard, "model-native_mtp.safetensors")
     single.rename(tmp_path / "model-00001-of-00001.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
-    assert NativeMTP.find(tmp_path) == str(tmp_path)
+    assert MTPHeads.find(tmp_path) is None and count_released_layers(model, tmp_path) == 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    native = NativeMTP.prepare(again, 1)
-    found = native.state_dict()
+    heads = prepare_mtp_heads(again, 1, head_type="sequential")
+    found, loaded = heads.state_dict(), load_mtp_heads(model, tmp_path).state_dict()
     assert torch.equal(found["layers.0.eh_proj.weight"], weight)
     assert found["layers.0.post_norm.weight"].eq(4.0).all() and found["layers.0.enorm.weight"].eq(2.0).all()
     for name, x in block.items():
         assert torch.equal(found[f"layers.0.mtp_block.{name.removeprefix(prefix)}"], x), name
-    before = (tmp_path / "model-native_mtp.safetensors").read_bytes()
-    native.save(tmp_path)
-    assert (tmp_path / "model-native_mtp.safetensors").read_bytes() == before
+    assert all(torch.equal(loaded[name], x) for name, x in found.items())
+    # They are saved beside the model and in its checkpoint, where the shard of old has no place in the index.
+    heads.save(tmp_path)
+    written = tmp_path / "model-mtp_layers.safetensors"
+    assert written.read_bytes() == (tmp_path / "model-native_mtp.safetensors").read_bytes()
+    index |= dict.fromkeys(shard, written.name)
+    assert json.loads(index_file.read_text())["weight_map"] == index
+    assert MTPHeads.find(tmp_path) == str(tmp_path) and count_released_layers(again) == 1
 
 
 def _per_expert(block: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,11 @@ from transformers import PretrainedConfig
 from rl_plugins.functional.alignment import completion_states, mtp_labels
 from rl_plugins.nn import (
     HeadRun,
-    MTPHeads,
     MTPHeadsConfig,
+    ParallelHeads,
     attach_mtp_heads,
     head_token_loss,
+    logit_cap,
     logit_divisor,
     token_loss,
 )
@@ -25,13 +27,13 @@ from rl_plugins.nn import (
 VOCABULARY, HIDDEN = 11, 6
 
 
-def random_heads(num_heads: int = 3, hidden_size: int = HIDDEN) -> MTPHeads:
-    heads = MTPHeads(MTPHeadsConfig(num_heads, hidden_size, 5))
+def random_heads(num_heads: int = 3, hidden_size: int = HIDDEN) -> ParallelHeads:
+    heads = ParallelHeads(MTPHeadsConfig(num_heads, hidden_size, 5))
     randomise(heads)
     return heads
 
 
-def randomise(heads: MTPHeads) -> None:
+def randomise(heads: ParallelHeads) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in heads.parameters():
@@ -39,7 +41,7 @@ def randomise(heads: MTPHeads) -> None:
 
 
 def naive_token_loss(
-    heads: MTPHeads, hidden: Tensor, labels: Tensor, lm_head: nn.Linear, temperature: float
+    heads: ParallelHeads, hidden: Tensor, labels: Tensor, lm_head: nn.Linear, temperature: float
 ) -> list[Tensor]:
     losses = []
     for k, head in enumerate(heads):
@@ -63,7 +65,7 @@ def test_token_loss_is_cross_entropy_of_full_logits(
     labels[0, 3:] = -100  # ragged, with a hole
     labels[1, 2, 0] = -100
     labels[..., 2] = -100  # head 3 has no label at all
-    losses, counts = head_token_loss(heads, hidden, labels, lm_head, temperature=temperature)
+    losses, counts = head_token_loss(partial(heads.token_features, hidden), labels, lm_head, temperature=temperature)
     assert counts.tolist() == [7.0, 8.0, 0.0]
     assert losses[2].item() == 0.0
     naive = torch.stack(naive_token_loss(heads, hidden, labels, lm_head, temperature))
@@ -85,7 +87,9 @@ def test_the_lm_head_gets_no_gradient_and_is_gathered(monkeypatch: pytest.Monkey
         yield params
 
     monkeypatch.setattr(token_loss, "whole_parameters", gather)
-    losses, _ = head_token_loss(heads, torch.randn(1, 2, HIDDEN), torch.zeros(1, 2, 1, dtype=torch.long), lm_head)
+    states = torch.randn(1, 2, HIDDEN)
+    labels = torch.zeros(1, 2, 1, dtype=torch.long)
+    losses, _ = head_token_loss(partial(heads.token_features, states), labels, lm_head)
     losses.sum().backward()
     assert lm_head.weight.grad is None and lm_head.bias.grad is None
     assert gathered == [lm_head.weight, lm_head.bias]
@@ -96,9 +100,9 @@ def test_autocast_computes_in_bf16_and_sums_in_float32() -> None:
     torch.manual_seed(0)
     heads, lm_head = random_heads(2), nn.Linear(HIDDEN, VOCABULARY, bias=False)
     hidden, labels = torch.randn(2, 5, HIDDEN), torch.randint(0, VOCABULARY, (2, 5, 2))
-    exact, _ = head_token_loss(heads, hidden, labels, lm_head)
+    exact, _ = head_token_loss(partial(heads.token_features, hidden), labels, lm_head)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough, _ = head_token_loss(heads, hidden, labels, lm_head)
+        rough, _ = head_token_loss(partial(heads.token_features, hidden), labels, lm_head)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.02, atol=0)
     assert not torch.equal(rough, exact)
@@ -123,11 +127,103 @@ def test_logit_divisor(config: dict[str, Any], temperature: float, divisor: floa
     assert logit_divisor(PretrainedConfig(**config), temperature) == divisor
 
 
-def test_logit_divisor_reads_the_text_config_and_refuses_caps() -> None:
-    inner = PretrainedConfig(logits_scaling=2.0)
-    assert logit_divisor(SimpleNamespace(get_text_config=lambda: inner)) == 2.0  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="caps its logits .*Leave the token loss out"):
-        logit_divisor(PretrainedConfig(final_logit_softcapping=30.0))
+def test_logit_divisor_and_cap_read_the_text_config() -> None:
+    inner = PretrainedConfig(logits_scaling=2.0, final_logit_softcapping=30.0)
+    outer: Any = SimpleNamespace(get_text_config=lambda: inner)
+    assert logit_divisor(outer) == 2.0 and logit_cap(outer) == 30.0
+    assert logit_cap(PretrainedConfig(logits_soft_cap=20.0)) == logit_cap(PretrainedConfig(output_logit_soft_cap=20))
+    assert logit_cap(PretrainedConfig()) is None and logit_cap(PretrainedConfig(final_logit_softcapping=None)) is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [2**23, 2 * VOCABULARY])
+def test_token_loss_of_capped_logits(bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2: the model's cap stands before the temperature."""
+    monkeypatch.setattr(token_loss, "CHUNK_LOGITS", chunk)
+    torch.manual_seed(0)
+    heads, lm_head = random_heads(2), nn.Linear(HIDDEN, VOCABULARY, bias=bias)
+    hidden = torch.randn(2, 5, HIDDEN, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (2, 5, 2))
+    labels[0, 3:] = -100
+    found, counts = head_token_loss(partial(heads.token_features, hidden), labels, lm_head, temperature=0.7, cap=1.5)
+    expected = []
+    for k, head in enumerate(heads):
+        logits = 1.5 * torch.tanh(F.linear(head(hidden), lm_head.weight.detach(), lm_head.bias) / 1.5) / 0.7
+        expected.append(F.cross_entropy(logits.flatten(0, 1), labels[..., k].flatten(), reduction="sum"))
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert counts.tolist() == [8.0, 8.0]
+    inputs = [hidden, heads.heads[0].down.weight, heads.heads[1].up.weight]
+    for g, e in zip(
+        torch.autograd.grad(found.sum(), inputs),
+        torch.autograd.grad(torch.stack(expected).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(g, e, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_heads_learn_the_distribution_of_the_model(cap: float | None, ahead: int) -> None:
+    """Of the token that a head is to predict, as the model has it in the state where that token was chosen."""
+    torch.manual_seed(0)
+    heads, lm_head = random_heads(2), nn.Linear(HIDDEN, VOCABULARY)
+    hidden, labels = torch.randn(2, 6, HIDDEN, requires_grad=True), torch.randint(0, VOCABULARY, (2, 6, 2))
+    labels[:, 6 - ahead :, 0], labels[:, 6 - 2 * ahead :, 1], labels[0, 1] = -100, -100, -100
+    losses, counts = head_token_loss(
+        partial(heads.token_features, hidden),
+        labels,
+        lm_head,
+        temperature=0.7,
+        cap=cap,
+        teacher=hidden.detach(),
+        ahead=ahead,
+    )
+
+    def log_probs(x: Tensor) -> Tensor:
+        logits = F.linear(x, lm_head.weight.detach(), lm_head.bias.detach())
+        return ((logits if cap is None else cap * torch.tanh(logits / cap)) / 0.7).log_softmax(-1)
+
+    expected = torch.zeros(2)
+    for k, head in enumerate(heads, start=1):
+        for row, column in torch.nonzero(labels[..., k - 1] != -100).tolist():
+            teacher = log_probs(hidden[row, column + k * ahead].detach()).exp()
+            one = F.one_hot(torch.tensor(k - 1), 2)
+            expected = expected - one * (teacher * log_probs(head(hidden[row, column]))).sum()
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    assert counts.tolist() == [11.0 - 2 * ahead, 11.0 - 4 * ahead]
+    inputs = [hidden, heads.heads[0].down.weight]
+    found = torch.autograd.grad(losses.sum(), inputs)
+    for g, e in zip(found, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(g, e, atol=1e-5, rtol=1e-4)
+
+
+def test_a_share_of_the_labels_is_unbiased() -> None:
+    """Of 7 and 3 labels a quarter is 2 and 1: the mean over draws is the whole sum, and its gradient the whole one."""
+    torch.manual_seed(0)
+    heads, lm_head = random_heads(2), nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    hidden, labels = torch.randn(1, 7, HIDDEN), torch.randint(0, VOCABULARY, (1, 7, 2))
+    labels[0, 3:, 1] = -100
+    asked: list[int] = []
+
+    def features(head: int, chosen: tuple[Tensor, Tensor]) -> Tensor:
+        asked.append(len(chosen[0]))
+        return heads.token_features(hidden, head, chosen)
+
+    whole, counts = head_token_loss(features, labels, lm_head)
+    (gradient,) = torch.autograd.grad(whole.sum(), [heads.heads[0].down.weight])
+    draws, gradients = [], []
+    for _ in range(300):
+        torch.rand(1)  # another state of the global generator, which the draws read and leave alone
+        state = torch.get_rng_state()
+        losses, drawn = head_token_loss(features, labels, lm_head, share=0.25)
+        assert torch.equal(drawn, counts) and torch.equal(torch.get_rng_state(), state)
+        draws.append(losses.detach())
+        gradients.append(torch.autograd.grad(losses.sum(), [heads.heads[0].down.weight])[0])
+    assert asked[:4] == [7, 3, 2, 1]
+    spread = torch.stack(draws).std(0) / 300**0.5
+    assert ((torch.stack(draws).mean(0) - whole).abs() < 4 * spread).all() and (spread > 0).all()
+    errors, spreads = torch.stack(gradients).mean(0) - gradient, torch.stack(gradients).std(0) / 300**0.5
+    assert (errors.abs() < 5 * spreads + 1e-7).all()
 
 
 # The run inside a model

@@ -15,7 +15,15 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from rl_plugins.nn import MTPHeads, MTPHeadsConfig, PolyakTarget, attach_mtp_heads, base_model_of, load_mtp_heads
+from rl_plugins.nn import (
+    MTPHeads,
+    MTPHeadsConfig,
+    ParallelHeads,
+    PolyakTarget,
+    attach_mtp_heads,
+    base_model_of,
+    load_mtp_heads,
+)
 
 ModelFactory = Callable[..., Any]
 
@@ -58,7 +66,7 @@ def test_a_fresh_head_repeats_the_main_head_and_says_zero(tiny_model: ModelFacto
 
 
 def test_head_equation() -> None:
-    heads = MTPHeads(MTPHeadsConfig(2, 4, 3))
+    heads = ParallelHeads(MTPHeadsConfig(2, 4, 3))
     randomise(heads)
     h = torch.tensor([1.0, -2.0, 0.5, 3.0])
     for k, head in enumerate(heads):
@@ -126,7 +134,7 @@ def test_attach_refuses_what_cannot_work(tiny_model: ModelFactory) -> None:
     with pytest.raises(ValueError, match="has no LM head. Load the model with AutoModelForCausalLM"):
         attach_mtp_heads(AutoModel.from_config(model.config))
     with pytest.raises(ValueError, match="hidden size 16, but Qwen3ForCausalLM has 32"):
-        attach_mtp_heads(model, heads=MTPHeads(MTPHeadsConfig(2, 16, 16)))
+        attach_mtp_heads(model, heads=ParallelHeads(MTPHeadsConfig(2, 16, 16)))
     with pytest.raises(TypeError, match="got Linear. Unwrap the model"):
         attach_mtp_heads(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no `mtp_heads` to detach"):

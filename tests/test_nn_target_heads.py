@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rl_plugins.nn import MTPHeads, MTPHeadsConfig, PolyakTarget
+from rl_plugins.nn import MTPHeadsConfig, ParallelHeads, PolyakTarget
 
 
-def make_heads(dtype: torch.dtype = torch.float32) -> MTPHeads:
-    heads = MTPHeads(MTPHeadsConfig(2, 4, 3)).to(dtype)
+def make_heads(dtype: torch.dtype = torch.float32) -> ParallelHeads:
+    heads = ParallelHeads(MTPHeadsConfig(2, 4, 3)).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in heads.parameters():
@@ -15,7 +15,7 @@ def make_heads(dtype: torch.dtype = torch.float32) -> MTPHeads:
     return heads
 
 
-def fill(heads: MTPHeads, number: float) -> None:
+def fill(heads: ParallelHeads, number: float) -> None:
     with torch.no_grad():
         for p in heads.parameters():
             p.fill_(number)

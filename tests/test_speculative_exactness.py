@@ -8,13 +8,15 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from rl_plugins.functional.alignment import completion_labels, completion_states
+from rl_plugins.nn import MTPHeads
 from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.rollouts.speculative import verification
 
@@ -32,6 +34,7 @@ class Setting:
     num_drafts: int
     options: dict[str, Any]
     vocabulary: int = 6
+    head_type: str = "parallel"
 
     @property
     def tokens(self) -> int:
@@ -52,6 +55,15 @@ SETTINGS = {
         2,
         {"temperature": 0.8, "top_k": 5, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3},
     ),
+    "sequential": Setting("trained", 1, {}, head_type="sequential"),
+    "sequential_hot": Setting("trained", 3, {"temperature": 1.6}, vocabulary=4, head_type="sequential"),
+    "sequential_random": Setting("random", 2, {"min_p": 0.15, "top_k": 4}, head_type="sequential"),
+    "sequential_all": Setting(
+        "trained",
+        2,
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3},
+        head_type="sequential",
+    ),
 }
 
 
@@ -60,7 +72,7 @@ def make_model(tiny_model: Callable[..., Any], setting: Setting) -> Any:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
     model = tiny_model(seed=3, vocab_size=setting.vocabulary, initializer_range=INITIALIZER, **sizes)
     scale = {"copies": 0.0, "random": 0.5, "hopeless": 30.0, "trained": 0.0, "ending": 0.0}[setting.heads]
-    attach_random_heads(model, setting.num_drafts, scale)
+    attach_random_heads(model, setting.num_drafts, scale, head_type=setting.head_type)
     if setting.heads == "trained":
         fit_heads(model)
     if setting.heads == "ending":
@@ -75,13 +87,17 @@ def fit_heads(model: Any) -> None:
     ids = model.generate(**inputs, do_sample=True, max_new_tokens=8, eos_token_id=None)
     width = inputs["input_ids"].shape[1]
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, width:])], dim=1)
-    hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state.detach()
-    optimizer = torch.optim.Adam(model.mtp_heads.parameters(), lr=1e-2)
+    heads: MTPHeads = model.mtp_heads
+    labels = completion_labels(
+        ids[:, :width], ids[:, width:], mask[:, width:], heads.config.num_heads, ahead=heads.ahead
+    )
+    select = partial(completion_states, num_tokens=labels.shape[1])
+    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2)
     for _ in range(40):
-        loss = torch.zeros(())
-        for k, head in enumerate(model.mtp_heads, start=1):
-            logits = F.linear(head(hidden[:, width - 1 : -1 - k]), model.lm_head.weight.detach())
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), ids[:, width + k :].flatten())
+        with heads.running(select, lm_head=model.lm_head, labels=labels, with_values=False) as run:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        assert run.token_losses is not None and run.token_counts is not None
+        loss = (run.token_losses / run.token_counts).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -211,10 +227,11 @@ def test_sampled_completions_have_the_distribution_of_the_model(tiny_model: Call
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "batches"), [(1, 250), (7, 400), (64, 60)])
+@pytest.mark.parametrize("name", ["all", "sequential_all"])
 def test_small_batches_have_the_distribution_of_the_model(
-    tiny_model: Callable[..., Any], rows: int, batches: int
+    tiny_model: Callable[..., Any], name: str, rows: int, batches: int
 ) -> None:
-    setting = SETTINGS["all"]
+    setting = SETTINGS[name]
     model = make_model(tiny_model, setting)
     exact = Exact.of(model, PROMPTS[:rows], setting)
     torch.manual_seed(0)

@@ -16,13 +16,15 @@ from transformers import (
     StopStringCriteria,
 )
 
-from rl_plugins.nn import PolyakTarget
+from rl_plugins.nn import PolyakTarget, ValueHead
+from rl_plugins.nn.mtp_heads import HEAD_TYPES
 from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, completion_values, speculating
 
 from .helpers.speculative_models import (
     EOS,
     FAMILIES,
     NEW,
+    PARALLEL_ONLY,
     PROMPTS,
     attach_random_heads,
     decode,
@@ -34,10 +36,11 @@ from .helpers.speculative_models import (
 )
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Callable[..., Any]) -> Any:
+@pytest.fixture(scope="module", params=HEAD_TYPES)
+def model(tiny_model: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
     """Tiny model that says something, with three heads of which some drafts are accepted."""
-    return attach_random_heads(tiny_model(seed=1, initializer_range=0.5, tie_word_embeddings=False), 3, 0.05)
+    model = tiny_model(seed=1, initializer_range=0.5, tie_word_embeddings=False)
+    return attach_random_heads(model, 3, 0.05, head_type=request.param)
 
 
 def completions(output: SpeculativeOutput, inputs: dict[str, Tensor]) -> list[list[int]]:
@@ -72,7 +75,7 @@ def test_batches_of_every_size_with_ragged_prompts(model: Any) -> None:
         assert statistics.reached[0] <= statistics.steps
         assert sum(statistics.accepted) <= statistics.tokens <= sum(statistics.accepted) + statistics.steps
     assert len(ends) > 4  # rows end at different places
-    assert accepted >= 6
+    assert accepted >= 5
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -205,15 +208,22 @@ EAGER_ONLY = ("bloom", "gemma2", "gpt_oss")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "attention"),
-    [(f, a) for f in FAMILIES for a in ("eager", "sdpa") if a == "eager" or f not in EAGER_ONLY],
+    ("family", "attention", "head_type"),
+    [
+        (f, a, h)
+        for f in FAMILIES
+        for a in ("eager", "sdpa")
+        for h in HEAD_TYPES
+        if (a == "eager" or f not in EAGER_ONLY) and (h == "parallel" or f not in PARALLEL_ONLY)
+    ],
 )
-def test_families_greedy_tokens_values_and_log_probs(family: str, attention: str) -> None:
-    model, inputs = make(family, FAMILIES[family], attention), padded(PROMPTS)
+def test_families_greedy_tokens_values_and_log_probs(family: str, attention: str, head_type: str) -> None:
+    model, inputs = make(family, FAMILIES[family], attention, head_type=head_type), padded(PROMPTS)
     output, values, _ = decode_with_values(model, inputs)
     assert torch.equal(output.sequences, plain(model, inputs))
     assert some_are_accepted(output)
-    check_values_and_log_probs(model, inputs, output, values)
+    # A decoder layer of its own adds its own rounding.
+    check_values_and_log_probs(model, inputs, output, values, 1e-5 if head_type == "parallel" else 5e-5)
 
 
 def check_values_and_log_probs(
@@ -235,8 +245,9 @@ def check_values_and_log_probs(
         assert not values[row, length:].any()
 
 
-def test_bfloat16() -> None:
-    model, inputs = make("llama", {}, "sdpa").to(torch.bfloat16), padded(PROMPTS)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_bfloat16(head_type: str) -> None:
+    model, inputs = make("llama", {}, "sdpa", head_type=head_type).to(torch.bfloat16), padded(PROMPTS)
     output, values, _ = decode_with_values(model, inputs)
     assert output.log_probs.dtype == values.dtype == torch.float32
     assert some_are_accepted(output)
@@ -262,9 +273,12 @@ def test_values_of_rows_that_leave_the_batch(model: Any, flush_every: int) -> No
     assert torch.equal(values, target_values)
     rows = [row[mask.bool()].tolist() for row, mask in zip(*inputs.values(), strict=True)]
     done = [row[:stop] for row, stop in zip(tails, stops, strict=True)]
+    seen: list[Tensor] = []
     for found, heads in ((online, model.mtp_heads), (slow, target)):
         for row, (prompt, completion) in enumerate(zip(rows, done, strict=True)):
-            hidden = model.model(torch.tensor([prompt + completion])).last_hidden_state[:, -len(completion) - 1 : -1]
+            with model.mtp_heads.watching(lambda h: seen.append(model.mtp_heads.states(h))):
+                model(torch.tensor([prompt + completion]))
+            hidden = seen.pop()[:, -len(completion) - 1 : -1]
             torch.testing.assert_close(found[row, : len(completion)], heads(hidden)[0], atol=1e-5, rtol=1e-5)
             assert not found[row, len(completion) :].any()
     assert (online - slow).abs().max() > 0.1
@@ -284,7 +298,8 @@ def test_a_recorder_holds_the_values_of_one_call(model: Any) -> None:
 
 def test_values_are_only_made_for_a_recorder(model: Any) -> None:
     made: list[int] = []
-    handles = [head.value.register_forward_hook(lambda *args: made.append(1)) for head in model.mtp_heads]
+    of_values = [module for module in model.mtp_heads.modules() if isinstance(module, ValueHead)]
+    handles = [module.register_forward_hook(lambda *args: made.append(1)) for module in of_values]
     output = decode(model, padded(PROMPTS))
     assert not made
     again, *_ = decode_with_values(model, padded(PROMPTS))

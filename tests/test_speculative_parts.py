@@ -231,7 +231,8 @@ def test_new_heads_draft_from_the_distribution_of_the_model(family: str) -> None
         states = model.base_model(ids).last_hidden_state
         drafter, seen = make_drafter(model), []
         valid = torch.tensor([[True, True, False, False], [True, True, True, True]])
-        drafter.observe(Verified(states, ids, None, valid, torch.ones_like(ids), ids[:, 0]))
+        steps, rows = torch.zeros_like(ids), torch.arange(2)
+        drafter.observe(Verified(states, ids, None, valid, torch.ones_like(ids), ids[:, 0], steps, rows))
         drafter.propose(2, lambda logits: seen.append(logits) or logits.argmax(dim=-1))
         drafter.select(torch.tensor([1]), torch.tensor([[0]]))
         drafter.propose(1, lambda logits: seen.append(logits) or logits.argmax(dim=-1))

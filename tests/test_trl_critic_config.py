@@ -19,6 +19,11 @@ BAD = [
     ({"value_loss_type": "l1"}, "Unknown value_loss_type 'l1'; choose one of squared, clipped, huber"),
     ({"num_mtp_heads": 0}, "num_mtp_heads must be at least 1, got 0"),
     ({"mtp_inner_size": 0}, "mtp_inner_size must be at least 1, got 0"),
+    ({"mtp_head_type": "serial"}, "Unknown mtp_head_type 'serial'; choose one of parallel, sequential"),
+    ({"mtp_head_type": "sequential", "mtp_inner_size": 8}, "mtp_inner_size=8 is the width of a parallel head"),
+    ({"mtp_loss_type": "labels"}, "mtp_loss_type"),
+    ({"mtp_loss_share": 0.0}, "mtp_loss_share must be above 0"),
+    ({"mtp_loss_share": 1.5}, "mtp_loss_share"),
     ({"target_update_every": 0}, "target_update_every must be at least 1, got 0"),
     ({"gamma": 1.01}, r"gamma must be in \[0, 1\], got 1.01"),
     ({"gamma": -0.1}, r"gamma must be in \[0, 1\]"),
@@ -101,7 +106,7 @@ def test_json_round_trip(critic_args: ArgsFactory, tmp_path: Path) -> None:
     # The host derives one of these two from the other, and refuses both at once.
     init = {f.name for f in dataclasses.fields(MTPCriticConfig) if f.init} - {"generation_batch_size"}
     again = MTPCriticConfig(**{name: value for name, value in from_json.items() if name in init})
-    assert len(ours) == 38
+    assert len(ours) == 41
     for name in sorted(ours | {"num_generations"}):
         assert getattr(again, name) == getattr(args, name) == from_json[name], name
 
@@ -120,6 +125,9 @@ COMMAND_LINE = {
     "phasic_epochs": ("2", 2),
     "phasic_kl_coef": ("0.5", 0.5),
     "num_mtp_heads": ("3", 3),
+    "mtp_head_type": ("parallel", "parallel"),
+    "mtp_loss_type": ("distribution", "distribution"),
+    "mtp_loss_share": ("0.5", 0.5),
     "mtp_inner_size": ("16", 16),
     "mtp_heads_path": ("heads", "heads"),
     "head_learning_rate": ("1e-3", 1e-3),

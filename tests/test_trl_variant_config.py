@@ -143,6 +143,7 @@ def test_stock_defaults_apart_from_ours(make_args: Args, tmp_path: Path) -> None
     assert {name for name in shared if getattr(ours, name) != getattr(stock, name)} <= {"logging_dir"}
     off = {"max_draws": 10, "replay_buffer_size": 0, "replay_max_age": 8, "draft_cost": 0.2}
     off |= {"num_mtp_heads": 2, "head_learning_rate": 1e-4, "mtp_loss_coef": 0.1, "mtp_detach_trunk": True}
+    off |= {"mtp_head_type": "parallel", "mtp_loss_type": "tokens", "mtp_loss_share": 0.25}
     assert {name: getattr(ours, name) for name in OWN if getattr(ours, name)} == {k: v for k, v in off.items() if v}
     assert not ours.samples and not ours.moves_rows
 
@@ -258,6 +259,9 @@ COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "policy_loss_kwargs": ('{"epsilon_low":0.3}', {"epsilon_low": 0.3}),
     "aggregation": ("constant", "constant"),
     "num_mtp_heads": ("3", 3),
+    "mtp_head_type": ("parallel", "parallel"),
+    "mtp_loss_type": ("distribution", "distribution"),
+    "mtp_loss_share": ("0.5", 0.5),
     "mtp_inner_size": ("16", 16),
     "mtp_heads_path": ("heads", "heads"),
     "head_learning_rate": ("1e-3", 1e-3),

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from rl_plugins.nn import MTPHeads, attach_mtp_heads, attach_native_mtp
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.rollouts import completion_values
 from rl_plugins.trl import (
     GRPOVariantConfig,
@@ -260,11 +260,10 @@ def test_biases_that_are_not_pushed_show(make: Callable[..., Any], engine: Any) 
 
 
 def test_attached_modules_stay_behind_in_any_trainer(make: Callable[..., Any], engine: Any) -> None:
-    """A model that came with heads and native layers, which this trainer does not use."""
+    """A model that came with heads, which this trainer does not use."""
     trainer = make(*VARIANT, make_moe_model("glm4_moe", **MOE_SIZES), num_generations=4, router_aux_loss_coef=0.0)
     plain = {name for name, _ in trainer.model.named_parameters()}
-    attach_mtp_heads(trainer.model, 2)
-    attach_native_mtp(trainer.model, 1)
+    attach_mtp_heads(trainer.model, 2, head_type="sequential")
     names = engine.record_names(trainer)
     trainer.vllm_generation.sync_weights()
     assert names == plain

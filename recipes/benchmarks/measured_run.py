@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-TRAINERS = ("grpo", "critic", "values-only", "speculative", "ppo")
+TRAINERS = ("grpo", "critic", "sequential", "values-only", "speculative", "ppo")
 MIB = 2**20
 
 
@@ -37,6 +37,8 @@ class Settings:
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     temperature: float = field(default=1.0, metadata={"help": "of sampling"})
+    loss_share: float = field(default=0.25, metadata={"help": "share of the tokens in the heads' token loss"})
+    loss: str = field(default="tokens", metadata={"help": "token loss of the heads: tokens or distribution"})
     model: str = field(default="", metadata={"help": "folder of a model with heads and prompts.json"})
 
 
@@ -170,6 +172,9 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
         # One epoch and no KL penalty, so that all three do the same to the policy.
         options |= {"num_iterations": 1, "beta": 0.0, "value_learning_rate": 0.0}
         return PPOTrainer(args=PPOConfig(**options), **shared)
+    options |= {"mtp_loss_share": settings.loss_share, "mtp_loss_type": settings.loss}
+    if name == "sequential":
+        options |= {"mtp_head_type": "sequential", "num_mtp_heads": 1}
     if name == "values-only":
         options["mtp_loss_coef"] = 0.0
     if settings.model:

@@ -18,10 +18,19 @@ tokens per second at batch size 1, 1.3 times at 16, and at least 0.95 times with
 Any other model, whose heads are then trained on its own completions with the trunk frozen:
 
     python recipes/benchmarks/speculative.py --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16
+
+`--head-type sequential --heads 1` trains one decoder layer that also reads the newest token, as DeepSeek-V3 has it, in
+place of parallel heads.
+
+A device that spends the time of a step on reading weights, and not on arithmetic, verifies a draft for nothing. The
+last column says what the measured acceptance by place `a_k` would bring there: `(1 + a_1 + a_1 a_2 + ...) / (1 + c)`,
+where all drafts of a step cost the share c of the model's weights that they read (Leviathan et al., 2211.17192,
+theorem 3.8, which has one acceptance for all places). The column is a projection, and no measurement.
 """
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -34,6 +43,7 @@ import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,8 +55,10 @@ from transformers import (
 )
 
 from rl_plugins.nn import MTPHeads, load_mtp_heads
+from rl_plugins.nn.mtp_heads import HEAD_TYPES
 from rl_plugins.process_group import end_process_group
 from rl_plugins.rollouts import SpeculativeDecoder
+from rl_plugins.signals.options import MTP_LOSS_TYPES
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
 CHARACTERS = "0123456789+-=., abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -106,6 +118,8 @@ def train_heads(model: Any, tokenizer: Any, rows: Dataset, args: argparse.Namesp
         output_dir=str(args.model_dir),
         max_steps=args.steps,
         num_mtp_heads=args.heads,
+        mtp_head_type=args.head_type,
+        mtp_loss_type=args.loss,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 10,
         logging_steps=max(1, args.steps // 10),
@@ -153,18 +167,50 @@ def make_pretrained(args: argparse.Namespace) -> None:
     dice = random.Random(0)
     chats = [
         [{"role": "user", "content": f"Work out {worked_sum(dice, 4)['prompt'][:-1]} step by step."}]
-        for _ in range(args.steps + 64)
+        for _ in range(args.rows + 64)
     ]
     prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    completions = []
-    for start in range(0, args.steps, 16):
-        inputs = encode(tokenizer, prompts[start : start + 16], args.device)
-        output = model.generate(**inputs, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_token_id)
-        completions += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    rows = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=False)]
+    rows = own_completions(model, tokenizer, prompts[: args.rows], args)
     options = {"per_device_train_batch_size": 4, "head_learning_rate": 1e-3, "freeze_trunk": True}
     train_heads(model, tokenizer, Dataset.from_list(rows), args, **options)
-    (args.model_dir / PROMPTS_NAME).write_text(json.dumps(prompts[args.steps :]))
+    (args.model_dir / PROMPTS_NAME).write_text(json.dumps(prompts[args.rows :]))
+
+
+def own_completions(
+    model: Any, tokenizer: Any, prompts: list[str], args: argparse.Namespace
+) -> list[dict[str, list[int]]]:
+    """Sample what the heads learn from, and keep it in a file for heads of another type."""
+    path = args.own_completions or args.model_dir / "completions.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    rows = []
+    for start in tqdm(range(0, len(prompts), 32), "completions"):
+        inputs = encode(tokenizer, prompts[start : start + 32], args.device)
+        torch.manual_seed(start)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=args.new_tokens,
+            do_sample=True,
+            temperature=args.temperature,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        rows += own_rows(inputs, output, tokenizer.eos_token_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows))
+    return rows
+
+
+def own_rows(inputs: dict[str, Tensor], output: Tensor, eos: int) -> list[dict[str, list[int]]]:
+    """Tokens of prompts and completions, each up to its first end of text, which one that was cut has not."""
+    width, rows = inputs["input_ids"].shape[1], []
+    for tokens, mask in zip(output.tolist(), inputs["attention_mask"].tolist(), strict=True):
+        prompt = [token for token, real in zip(tokens, mask, strict=False) if real]
+        tail = tokens[width:]
+        tail = tail[: tail.index(eos) + 1] if eos in tail else tail
+        rows.append({"input_ids": prompt + tail, "completion_mask": [0] * len(prompt) + [1] * len(tail)})
+    return rows
 
 
 # Measuring
@@ -229,8 +275,27 @@ def spoil(heads: nn.Module) -> None:
     """Make every draft a bad one."""
     torch.manual_seed(0)
     for name, param in heads.named_parameters():
-        if name.endswith("down.weight"):
+        if name.endswith(("down.weight", "eh_proj.weight")):
             param.normal_(std=1.0)
+
+
+def draft_cost(model: Any, heads: MTPHeads) -> float:
+    """Weights that all drafts of a step read, in units of those that a step without drafts reads.
+
+    Parallel heads read the LM head once for all drafts, sequential ones once for each.
+    """
+    own = {id(p) for p in heads.parameters()}
+    lm_head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    trunk = sum(p.numel() for p in model.parameters() if id(p) not in own and p is not table and p is not lm_head)
+    of_drafts = sum(p.numel() for name, p in heads.named_parameters() if "value" not in name)
+    lm_reads = heads.config.num_heads if heads.reads_rows else 1
+    return (of_drafts + lm_reads * lm_head.numel()) / (trunk + lm_head.numel())
+
+
+def projection(acceptance: list[float], cost: float) -> float:
+    """Tokens per time on a device that is bound by memory, in units of those without drafts; see the module's text."""
+    tokens = 1.0 + sum(math.prod(acceptance[: k + 1]) for k in range(len(acceptance)))
+    return tokens / (1.0 + cost)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -260,7 +325,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             inputs = encode(tokenizer, (prompts * size)[:size], args.device)
             if args.dtype == "float32":
                 check_greedy(model, inputs, options)
-            results.append({"case": case, "batch": size, **measure(model, inputs, options, args)})
+            measured = measure(model, inputs, options, args)
+            projected = projection(measured["acceptance"], draft_cost(model, heads))
+            results.append({"case": case, "batch": size, **measured, "projection": projected})
             print(f"{case}, batch {size}: {results[-1]['ratio']:.2f}", file=sys.stderr)
     return {"parameters": parameters, "heads": heads.config.num_heads, "results": results}
 
@@ -271,13 +338,14 @@ def print_table(report: dict[str, Any]) -> None:
         f"{'heads':9}{'batch':>6}{'generate':>10}{'speculative':>13}{'ratio':>7}{'range':>13}{'tokens/step':>13}",
         end="",
     )
-    print("   accepted by place")
+    print("   accepted by place / projection")
     for row in report["results"]:
         low, high = row["range"]
         print(
             f"{row['case']:9}{row['batch']:6}{row['generate']:10.0f}{row['speculative']:13.0f}{row['ratio']:7.2f}"
             f"{f'{low:.2f}-{high:.2f}':>13}{row['tokens_per_step']:13.2f}   "
             + " ".join(f"{rate:.2f}" for rate in row["acceptance"])
+            + f" / {row['projection']:.2f}"
         )
     for row in report["results"]:
         goal = GOALS.get((row["case"], row["batch"]))
@@ -293,6 +361,10 @@ def main() -> None:
     parser.add_argument("--gguf-file", help="GGUF file inside --model to load weights from")
     parser.add_argument("--model-dir", type=Path, help="where the model with its heads is kept")
     parser.add_argument("--steps", type=int, default=220, help="training steps")
+    parser.add_argument("--rows", type=int, default=320, help="own completions of --model that its heads learn from")
+    parser.add_argument("--own-completions", type=Path, help="file that keeps them; default: in --model-dir")
+    parser.add_argument("--head-type", choices=HEAD_TYPES, default="parallel", help="of MTP heads")
+    parser.add_argument("--loss", choices=MTP_LOSS_TYPES, default="tokens", help="token loss of the heads")
     parser.add_argument("--heads", type=int, default=4, help="number of MTP heads")
     parser.add_argument("--hidden-size", type=int, default=512, help="width of the new model")
     parser.add_argument("--layers", type=int, default=6, help="depth of the new model")

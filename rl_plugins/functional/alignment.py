@@ -3,6 +3,8 @@
 Arguments that functions here share, and do not list again:
     mask: real tokens `(B, T)`; distances count real tokens only.
     num_heads: `K`, at least 1.
+    ahead: how many tokens further each head looks than the one before it: 1 for parallel heads, which forecast from
+        one hidden state; 0 for sequential heads, which have read the tokens in between.
 
 All raise `ValueError` where shapes do not fit or `num_heads` is out of range.
 """
@@ -70,10 +72,11 @@ def next_state_values(values: Tensor, mask: Tensor) -> Tensor:
     return shift_real(values, mask, 1)[0]
 
 
-def head_targets(targets: Tensor, mask: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Shift the value targets of head 1 to all heads: head `k` learns the return that begins `k - 1` tokens later.
+def head_targets(targets: Tensor, mask: Tensor, num_heads: int, *, ahead: int = 1) -> tuple[Tensor, Tensor]:
+    """Shift the value targets of head 1 to all heads: parallel head `k` learns the return that begins `k - 1` tokens
+    later.
 
-    `Y_k[t] = Y[t + k - 1]`, counted in real tokens and masked past the end.
+    `Y_k[t] = Y[t + (k - 1) ahead]`, counted in real tokens and masked past the end.
 
     Args:
         targets: targets of head 1 `(B, T)`.
@@ -82,15 +85,15 @@ def head_targets(targets: Tensor, mask: Tensor, num_heads: int) -> tuple[Tensor,
         `(targets (B, T, K), target_mask (B, T, K) bool)`.
     """
     _check_heads(num_heads)
-    shifted, valid = zip(*(shift_real(targets, mask, k) for k in range(num_heads)), strict=True)
+    shifted, valid = zip(*(shift_real(targets, mask, k * ahead) for k in range(num_heads)), strict=True)
     return torch.stack(shifted, -1), torch.stack(valid, -1)
 
 
-def lookahead_values(values: Tensor, mask: Tensor, num_heads: int | None = None) -> Tensor:
+def lookahead_values(values: Tensor, mask: Tensor, num_heads: int | None = None, *, ahead: int = 1) -> Tensor:
     """Average all heads' forecasts of `V(s_t)`, made at `t` and before it, into one value.
 
-    `mean_k v_k[t - k + 1]`, counted in real tokens, over those of the first `num_heads` heads (all by default) for
-    which that token exists.
+    `mean_k v_k[t - (k - 1) ahead]`, counted in real tokens, over those of the first `num_heads` heads (all by
+    default) for which that token exists.
 
     Args:
         values: `(B, T, K)`.
@@ -103,15 +106,22 @@ def lookahead_values(values: Tensor, mask: Tensor, num_heads: int | None = None)
     _check_heads(num_heads)
     if values.ndim != 3 or num_heads > available:
         raise ValueError(f"num_heads={num_heads} needs values (B, T, K >= {num_heads}), not {tuple(values.shape)}.")
-    shifted, valid = zip(*(shift_real(values[..., k], mask, -k) for k in range(num_heads)), strict=True)
+    shifted, valid = zip(*(shift_real(values[..., k], mask, -k * ahead) for k in range(num_heads)), strict=True)
     return masked_mean(torch.stack(shifted, -1), torch.stack(valid, -1), dim=-1)
 
 
-def mtp_labels(labels: Tensor, num_heads: int, position_ids: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-    """Make the token labels of the heads: head `k` learns the token `k` places after the main head's.
+def mtp_labels(
+    labels: Tensor,
+    num_heads: int,
+    position_ids: Tensor | None = None,
+    ignore_index: int = -100,
+    *,
+    ahead: int = 1,
+) -> Tensor:
+    """Make the token labels of the heads: parallel head `k` learns the token `k` places after the main head's.
 
-    `labels_k[p] = labels[p + 1 + k]`, where the main head predicts token `p + 1` (DeepSeek-V3, arXiv 2412.19437,
-    section 2.2).
+    `labels_k[p] = labels[p + 1 + k ahead]`, where the main head predicts token `p + 1` (Gloeckle et al., arXiv
+    2404.19737, section 2). A sequential head that has read token `p` learns token `p + 1`, too.
 
     Args:
         labels: `(B, L)`, aligned with the input tokens (not shifted).
@@ -123,14 +133,14 @@ def mtp_labels(labels: Tensor, num_heads: int, position_ids: Tensor | None = Non
     """
     _check_heads(num_heads)
     length = labels.shape[1]
-    ahead = torch.arange(2, num_heads + 2, device=labels.device)  # (K,), 1 + k
-    source = torch.arange(length, device=labels.device)[:, None] + ahead  # (L, K)
+    distance = 1 + ahead * torch.arange(1, num_heads + 1, device=labels.device)  # (K,)
+    source = torch.arange(length, device=labels.device)[:, None] + distance  # (L, K)
     missing = (source >= length).expand(labels.shape[0], -1, -1)
     source = source.clamp(max=max(length - 1, 0))
     if position_ids is not None:
         check_shape("position_ids", position_ids, labels.shape, "give the position of each label")
         # Positions restart with every packed document, so within one they differ by exactly the distance.
-        missing = missing | (position_ids[:, source] != position_ids[..., None] + ahead)
+        missing = missing | (position_ids[:, source] != position_ids[..., None] + distance)
     return labels[:, source].masked_fill(missing, ignore_index)
 
 
@@ -154,8 +164,10 @@ def completion_states(hidden: Tensor, num_tokens: int) -> Tensor:
     return hidden[:, -(num_tokens + 1) : -1]
 
 
-def completion_labels(prompt_ids: Tensor, completion_ids: Tensor, mask: Tensor, num_heads: int) -> Tensor:
-    """Make the token labels of the heads along a completion: at `y_t`, head `k` learns `y_{t+k}`.
+def completion_labels(
+    prompt_ids: Tensor, completion_ids: Tensor, mask: Tensor, num_heads: int, *, ahead: int = 1
+) -> Tensor:
+    """Make the token labels of the heads along a completion: in the state of `y_t`, head `k` learns `y_{t + k ahead}`.
 
     Args:
         prompt_ids: `(B, P)`, at least one token.
@@ -165,7 +177,7 @@ def completion_labels(prompt_ids: Tensor, completion_ids: Tensor, mask: Tensor, 
         `(B, T, K)`, -100 where there is no such token.
     """
     tokens = torch.cat([prompt_ids, completion_ids.masked_fill(~mask.bool(), -100)], dim=1)
-    return completion_states(mtp_labels(tokens, num_heads), completion_ids.shape[1])
+    return completion_states(mtp_labels(tokens, num_heads, ahead=ahead), completion_ids.shape[1])
 
 
 def predicted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:

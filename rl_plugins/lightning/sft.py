@@ -16,7 +16,6 @@ from rl_plugins.lightning.prompts import Row, rows_of
 from rl_plugins.lightning.ranks import mean_over_ranks, sum_over_ranks
 from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.sources import check_language_model
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.rollouts.reward_models import is_conversational
@@ -24,9 +23,8 @@ from rl_plugins.rollouts.rewards import prompt_tokens
 from rl_plugins.signals.checks import check_at_least, check_head_reach
 from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.metrics import Metrics
-from rl_plugins.signals.native_checks import check_native_settings, check_no_rewards
 from rl_plugins.signals.options import SFTHeadOptions, ValueOptions, split_options
-from rl_plugins.signals.supervised import HeadsAlong, NativeAlong, check_row_reward, row_rewards
+from rl_plugins.signals.supervised import HeadsAlong, check_row_reward, row_rewards
 
 
 class MTPSFTModule(LightningModule):
@@ -34,8 +32,9 @@ class MTPSFTModule(LightningModule):
 
     `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)`. Where rows have a `reward` (a number, paid at
     the last token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). With
-    `native_mtp=True`, L_MTP is the loss of the architecture's own MTP layers (DeepSeek-V3, 2412.19437), which
-    `generate(use_mtp=True)` of transformers drafts with after `save_pretrained`.
+    `mtp_head_type="sequential"` the heads are decoder layers (DeepSeek-V3, 2412.19437). Those that DeepSeek-V3 and
+    GLM-4.5 were released with are trained further, and `generate(use_mtp=True)` of transformers drafts with them after
+    `save_pretrained`.
 
     A batch is a list of rows with `prompt` and `completion` (text or messages), or with `text`; or a dictionary of
     tensors `input_ids`, `attention_mask`, `labels` (B, L), and perhaps `reward` (B,), NaN for none.
@@ -56,8 +55,6 @@ class MTPSFTModule(LightningModule):
         max_length: Longest row in tokens; what is beyond is cut off.
         completion_only: Leave the tokens of prompts out of the loss.
         freeze_trunk: Train the heads only.
-        native_mtp: Train the architecture's own MTP layers (deepseek_v3, glm4_moe) instead of parallel heads: those
-            attached, those of the model's checkpoint, or `num_mtp_heads` new ones. They have no values.
         learning_rate: See [`RLModule`], as for the next ones.
         weight_decay: Of AdamW.
         lr_scheduler_type: Name of a schedule.
@@ -82,7 +79,6 @@ class MTPSFTModule(LightningModule):
         max_length: int = 1024,
         completion_only: bool = True,
         freeze_trunk: bool = False,
-        native_mtp: bool = False,
         learning_rate: float = 2e-5,
         weight_decay: float = 0.0,
         lr_scheduler_type: str = "linear",
@@ -106,13 +102,9 @@ class MTPSFTModule(LightningModule):
         check_head_reach(heads.num_mtp_heads, max_length - 1, "max_length - 1")
         self.max_length, self.completion_only = max_length, completion_only
         check_language_model(model, model_init_kwargs)  # before heads are looked for beside it
-        self.along: HeadsAlong | NativeAlong
-        if native_mtp:
-            check_native_settings(heads.mtp_loss_coef, heads.mtp_heads_path)
-            self.along = NativeAlong(heads)
-        else:
-            self.along = HeadsAlong(HeadCritic(heads, values))
-            self.along.critic.prepare(model, model_init_kwargs)
+        self.critic = HeadCritic(heads, values)
+        self.critic.prepare(model, model_init_kwargs)
+        self.along = HeadsAlong(self.critic)
         self.model = load_language_model(model, model_init_kwargs)
         self.tokenizer = load_tokenizer(tokenizer, model)
         if gradient_checkpointing:
@@ -122,24 +114,14 @@ class MTPSFTModule(LightningModule):
         self.language.attached.append((self.along.attach(self.model), heads.head_learning_rate))
 
     @property
-    def critic(self) -> HeadCritic | None:
-        """The heads with their values and targets; `None` for native layers."""
-        return self.along.critic if isinstance(self.along, HeadsAlong) else None
-
-    @property
-    def mtp_heads(self) -> MTPHeads | None:
-        """The heads, which are a submodule of the model; `None` for native layers."""
-        return None if self.critic is None else self.critic.training.heads
-
-    @property
-    def native_mtp(self) -> NativeMTP | None:
-        """The native layers, which are a submodule of the model; `None` for parallel heads."""
-        return self.along.native if isinstance(self.along, NativeAlong) else None
+    def mtp_heads(self) -> MTPHeads:
+        """The heads, which are a submodule of the model."""
+        return self.critic.training.heads
 
     @property
     def polyak_target(self) -> PolyakTarget | None:
-        """The slow heads; `None` for native layers, and before a Trainer has set the module up."""
-        return None if self.critic is None else self.critic.target
+        """The slow heads; `None` before a Trainer has set the module up."""
+        return self.critic.target
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what looks after the module while a Trainer runs it."""
@@ -220,8 +202,6 @@ class MTPSFTModule(LightningModule):
         rewards, num_items = inputs.get("reward"), self._num_items(inputs)
         if rewards is not None and rewards.ndim != 1:
             check_row_reward(rewards[0].tolist())
-        if self.native_mtp is not None:
-            check_no_rewards(rewards is not None)
         with self.along.learning(inputs, rewards, num_items) as run:
             loss, metrics = self._own_loss(inputs, num_items)
         term, learnt = self.along.loss(run, inputs, rewards, num_items, self)
@@ -265,7 +245,7 @@ class MTPSFTModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of every rank, what they share, and what tells one architecture from another."""
-        shared = {} if self.critic is None else self.critic.state_dict()
+        shared = self.critic.state_dict()
         self.language.save_checkpoint(self, checkpoint, {}, shared)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -275,7 +255,7 @@ class MTPSFTModule(LightningModule):
             ValueError: If it was written by another module or architecture.
         """
         shared = self.language.load_checkpoint(self, checkpoint)
-        if self._trainer is not None and self.critic is not None and shared:
+        if self._trainer is not None and shared:
             self.critic.load_state_dict(shared)
 
     def on_train_start(self) -> None:

@@ -52,7 +52,7 @@ class RouterBalancer:
         model: Causal LM, or a PEFT model around one; before or after an engine has wrapped it.
         config: Settings.
         reduce: Sum of a tensor over ranks.
-        extra_modules: More modules with routers, such as native MTP layers. Run those inside [`counting`].
+        extra_modules: More modules with routers, outside the model. Run those inside [`counting`].
 
     Attributes:
         routers: The routers of the model.
@@ -102,6 +102,11 @@ class RouterBalancer:
         self._attach_hooks()
 
     # Set-up
+
+    def lacks_routers(self) -> bool:
+        """Whether the model has routers that came after this balancer, such as those of sequential heads."""
+        known = {id(router.module) for router in self.routers}
+        return any(id(router.module) not in known for router in find_routers(self._model))
 
     def _attach_hooks(self) -> None:
         trunk = self._trunk
@@ -179,7 +184,7 @@ class RouterBalancer:
 
     @contextmanager
     def counting(self, mask: Tensor) -> Iterator[None]:
-        """Count the routers that run in this context although the trunk does not: native MTP layers.
+        """Count the routers that run in this context although the trunk does not: those of extra modules.
 
         Args:
             mask: Real tokens (B, S) of what the routers see.

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rl_plugins.moe.routers import Router, find_routers
+from rl_plugins.moe.routers import Router, find_routers, is_attached
 from rl_plugins.nn.attachment import SELECTION_BIAS_NAME, base_model_of
 
 
@@ -53,8 +53,10 @@ def load_selection_bias(model: nn.Module, directory: str | Path) -> None:
             "selection bias; models with a bias of their own keep it in their checkpoint and need no such file, "
             "unless they are trained in half precision."
         )
-    biases = load_file(path)
     routers = {router.name: router for router in find_routers(model)}
+    # Sequential heads have routers, too. The policy may be loaded without them, or get new ones.
+    biases = {name: bias for name, bias in load_file(path).items() if name in routers or not is_attached(name)}
+    routers = {name: router for name, router in routers.items() if name in biases or not is_attached(name)}
     check_biases_fit(biases, list(routers.values()), whose=str(path))
     for name, bias in biases.items():
         routers[name].add_bias()  # of an architecture's own nothing is added

@@ -15,6 +15,7 @@ from rl_plugins.hooks import BALANCING, require_hooks
 from rl_plugins.moe.float32_bias import Float32Bias, get_float32_bias, stored
 from rl_plugins.moe.selection_bias import SelectionBias, get_selection_bias
 from rl_plugins.nn.attachment import Attachment, base_model_of
+from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sharding import whole_size
 
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -157,12 +158,12 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
     """All routers of a model, in the order of its modules.
 
     They are the modules that transformers records `router_logits` from; in a model that names none, every `gate` or
-    `router` beside `experts`. MTP layers that are part of an architecture's model are found with the rest; those of
-    [`NativeMTP`] are not, since they run after the trunk, where no load is counted.
+    `router` beside `experts`. Those of sequential MTP heads, which are decoder layers of the model's own kind, come
+    last.
 
     Args:
         model: Causal LM, or a PEFT model around one.
-        extra_modules: More modules to search, such as native MTP layers, which transformers keeps outside the model.
+        extra_modules: More modules to search, such as MTP layers that transformers keeps outside the model.
 
     Raises:
         TypeError: If the model has no router, or one whose numbers of experts are not to be read.
@@ -174,7 +175,11 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
     for prefix, root in [("", base), *((f"extra.{i}.", module) for i, module in enumerate(extra_modules))]:
         # A value model beside the policy has a trunk of its own, whose experts are not the policy's.
         foreign = Attachment.names()
-        modules = {name: x for name, x in root.named_modules() if foreign.isdisjoint(name.split("."))}
+        modules = {
+            name: x
+            for name, x in root.named_modules()
+            if foreign.isdisjoint(name.removeprefix(f"{MTPHeads.name}.").split("."))
+        }
         for name, module in _candidates(modules, recorded):
             # The block around the router, past the module that PEFT has put between them.
             parent = modules[re.sub(r"\.modules_to_save\.[^.]+$", "", name).rpartition(".")[0]]
@@ -185,6 +190,11 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
             "`gate` or `router` beside `experts`. There is no load to balance."
         )
     return routers
+
+
+def is_attached(router_name: str) -> bool:
+    """Whether a router is a part of sequential heads, and not of the model as it was loaded."""
+    return router_name.startswith(f"{MTPHeads.name}.")
 
 
 def _recorded_classes(base: PreTrainedModel) -> tuple[type, ...]:

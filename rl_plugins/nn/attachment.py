@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,20 @@ SELECTION_BIAS_NAME = "selection_bias.safetensors"
 Observer = Callable[[Tensor], Iterable[Tensor | None] | None]
 """Receives the trunk's last hidden states (B, S, D) of a forward pass, and returns the tensors with a graph that it
 made of them."""
+
+
+class TrunkInputs(NamedTuple):
+    """Inputs of a forward pass of the trunk.
+
+    Attributes:
+        input_ids: Tokens (B, S); `None` where the caller embedded them.
+        attention_mask: Real tokens (B, L), those of the cache included; `None` for all.
+        position_ids: Positions (B, S) of the tokens; `None` for those that the model counts itself.
+    """
+
+    input_ids: Tensor | None
+    attention_mask: Any
+    position_ids: Tensor | None
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
@@ -113,6 +127,7 @@ class Attachment(nn.Module):
         mark: File, relative to a checkpoint's folder, by which saved weights are recognised; `None` where the weights
             are part of the model's own files, which needs `save`, `load` and `find` of the subclass's own.
         observer: What receives the hidden states; `None` outside [`watching`].
+        inputs: What the watched forward that runs now was given; `None` outside of one.
     """
 
     name: ClassVar[str]
@@ -130,6 +145,7 @@ class Attachment(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.observer: Observer | None = None
+        self.inputs: TrunkInputs | None = None
         self._handles: tuple[RemovableHandle, ...] = ()
 
     @staticmethod
@@ -141,6 +157,11 @@ class Attachment(nn.Module):
     def marks() -> frozenset[str]:
         """Files by which saved weights of any subclass are recognised."""
         return frozenset(Attachment._marks)
+
+    @classmethod
+    def _family(cls) -> str:
+        """Name of the class that the submodule's name is from, for messages."""
+        return next(kind.__name__ for kind in cls.__mro__ if "name" in vars(kind))
 
     # In a model
 
@@ -173,8 +194,8 @@ class Attachment(nn.Module):
         base = base_model_of(model)
         if hasattr(base, self.name):
             raise ValueError(
-                f"{type(base).__name__} has `{self.name}` already. Use {type(self).__name__}.of(model) to reach it, "
-                f"or {type(self).__name__}.detach(model) first."
+                f"{type(base).__name__} has `{self.name}` already. Use {self._family()}.of(model) to reach it, or "
+                f"{self._family()}.detach(model) first."
             )
         self._fit(base)
         base.add_module(self.name, self)
@@ -226,7 +247,11 @@ class Attachment(nn.Module):
         trunk = trunk_of(base_model_of(model))
         if not self._is_hooked(trunk):
             self.unhook()
-            self._handles = (trunk.register_forward_hook(self._on_trunk_forward),)
+            self._handles = (
+                trunk.register_forward_pre_hook(self._on_trunk_inputs, with_kwargs=True),
+                # Before other hooks of the trunk: decoder layers of heads count as a part of its forward.
+                trunk.register_forward_hook(self._on_trunk_forward, prepend=True),
+            )
 
     def _is_hooked(self, module: nn.Module) -> bool:
         live = {*module._forward_pre_hooks, *module._forward_hooks}
@@ -252,12 +277,25 @@ class Attachment(nn.Module):
         finally:
             self.observer = outer
 
+    def states(self, hidden: Tensor) -> Tensor:
+        """Make of the trunk's hidden states (B, S, D) what the module judges, one state for each position.
+
+        They are the hidden states themselves, unless a module reads more than one of them.
+        """
+        return hidden
+
+    def _on_trunk_inputs(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.observer is not None:
+            given = {"input_ids": args[0], **kwargs} if args else kwargs
+            self.inputs = TrunkInputs(*(given.get(name) for name in TrunkInputs._fields))
+
     def _on_trunk_forward(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.observer is None:
             return output
         plain = isinstance(output, tuple)
         hidden: Tensor = output[0] if plain else output.last_hidden_state
         tied = tie(hidden, self.observer(hidden) or ())
+        self.inputs = None
         if plain:
             return (tied, *output[1:])
         output.last_hidden_state = tied
@@ -308,7 +346,7 @@ class Attachment(nn.Module):
                 weights[rest] = x
         if weights.keys() != own.keys():
             raise ValueError(
-                f"state_dict does not hold all weights of {type(self).__name__}; gather the whole model. Missing are "
+                f"state_dict does not hold all weights of {self._family()}; gather the whole model. Missing are "
                 f"{len(own.keys() - weights.keys())} of {len(own)}."
             )
         return weights

@@ -9,12 +9,12 @@ from rl_plugins.nn.gradient import GradientStats
 
 @dataclass
 class HeadRun:
-    """Results of one run of parallel heads, or of native MTP layers, inside a model's forward.
+    """Results of one run of heads inside a model's forward.
 
-    `MTPHeads.running` and `NativeMTP.running` give an empty one, which the next forward of the model fills.
+    `MTPHeads.running` gives an empty one, which the next forward of the model fills.
 
     Attributes:
-        values: Values of the heads (B, T, K), float32, with gradient; `None` for native layers, which have none.
+        values: Values of the heads (B, T, K), float32, with gradient; `None` where heads only draft.
         target_values: Values of slow heads on the same states (B, T, K), without gradient; `None` where no slow heads
             were given.
         token_losses: Summed cross-entropy of each head's tokens (K,); `None` without labels.

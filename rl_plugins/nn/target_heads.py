@@ -11,8 +11,6 @@ from rl_plugins.functional.target_networks import periodic_update, polyak_update
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.settings import check_number
 
-"""File of the target heads in a checkpoint."""
-
 
 def check_polyak(**settings: Any) -> None:
     """Refuse target heads that would never follow the online heads, or not as they should.
@@ -44,8 +42,8 @@ class PolyakTarget(nn.Module):
     """A float32 copy of the heads' value path that follows the online heads slowly.
 
     `theta' <- tau theta + (1 - tau) theta'` after every optimizer step (Lillicrap et al., 1509.02971, algorithm 1), or
-    a hard copy every `period` steps (Mnih et al., 2015). The trunk is not copied: the target heads
-    read the online trunk's hidden states, which is what makes them cheap.
+    a hard copy every `period` steps (Mnih et al., 2015). The trunk is not copied: the target heads read the online
+    trunk's hidden states, or the features that online decoder layers make of them, which is what makes them cheap.
 
     Keep this module outside the model: in float32 a small tau is not lost to rounding, and no engine partitions it.
 
@@ -63,20 +61,21 @@ class PolyakTarget(nn.Module):
         check_polyak(tau=tau, period=period)
         self.tau, self.period = tau, period
         # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
-        skip = {id(heads._handles): (), id(heads.observer): None}
-        self.heads = copy.deepcopy(heads, skip).float().requires_grad_(False)
+        skip = {id(heads._handles): (), id(heads.observer): None, id(heads.inputs): None}
+        self.heads = copy.deepcopy(heads.value_path, skip).float().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Target values (B, T, K) in float32 of trunk states (B, T, D)."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.heads(hidden.float())
+    def forward(self, states: Tensor) -> Tensor:
+        """Target values (B, T, K) in float32 of what the online heads judge: trunk states (B, T, D) for parallel
+        heads, features (B, T, K, D) for sequential ones."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.heads(states.float())
 
     def update(self, online: Iterable[Tensor], *, step: int) -> None:
         """Move towards the online weights after optimizer step number `step`.
 
         Args:
-            online: Full parameters of the online heads, in the order of `heads.parameters()`.
+            online: Full parameters of the online heads' value path, in the order of `value_path.parameters()`.
             step: Number of optimizer steps done; counts for `period` only.
         """
         if self.period is None:

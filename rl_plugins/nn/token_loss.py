@@ -1,132 +1,109 @@
-"""Token losses of parallel heads and of native MTP layers, through the model's own LM head."""
+"""Token losses of MTP heads, through the model's own LM head."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from rl_plugins.functional.alignment import mtp_labels
+from rl_plugins.nn.seeding import draw_beside
 from rl_plugins.nn.sharding import whole_parameters
 
-if TYPE_CHECKING:
-    from rl_plugins.nn.native_mtp import NativeMTP
-
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
-"""Summed cross-entropy of features (N, D) against labels (N,), in float32."""
+"""Summed cross-entropy of features (N, D) against labels (N,) or states (N, D), in float32."""
 
 CHUNK_LOGITS = 2**23
 """Logits held at once by the token loss: 32 MiB in float32, so that the heads add next to nothing to peak memory."""
 
 
 def head_token_loss(
-    heads: Iterable[nn.Module],
-    hidden: Tensor,
+    features: Callable[[int, tuple[Tensor, Tensor]], Tensor],
     labels: Tensor,
     lm_head: nn.Module,
     *,
     temperature: float = 1.0,
+    cap: float | None = None,
+    share: float = 1.0,
+    teacher: Tensor | None = None,
+    ahead: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of each head's token logits, without building (B, T, K, V).
 
-    `L_k = -sum_t ln softmax(W x_k[t] / temperature)[y_{t+k}]` (Gloeckle et al., 2404.19737, equation 2), with the
-    model's own LM head `W` held constant: only the heads learn from the loss.
+    `L_k = -sum_t ln softmax(W x_k[t] / temperature)[label_k[t]]` (Gloeckle et al., 2404.19737, equation 2;
+    DeepSeek-V3, 2412.19437, equation 24), with the model's own LM head `W` held constant: only the heads learn from
+    the loss.
+
+    With a `teacher` a head learns the model's own distribution of the token instead of the token:
+    `L_k = -sum_t sum_y p(y|s) ln q_k(y)`, where `s` is the state in which the token was chosen. For tokens that the
+    model has sampled, both have the same mean, and this one varies less.
+
+    The LM head is most of the cost. With a `share` below 1 each head takes `m = ceil(share n)` of its n labels, drawn
+    at random beside the global random numbers, and the sum is multiplied by `n / m`, whose mean over the draws is the
+    whole sum.
 
     Args:
-        heads: The heads in order, k = 1..K.
-        hidden: Trunk states (B, T, D); detach them to keep the loss out of the trunk.
+        features: Inputs of the LM head (N, D), by the head's index and the rows and columns (N,) of its labels, so
+            that positions without a label cost nothing.
         labels: Token of every head (B, T, K), -100 where there is none.
         lm_head: The model's output embedding.
         temperature: Sampling temperature that the main head's log-probabilities are taken at.
+        cap: Soft cap of the logits, `cap tanh(logits / cap)`; `None` for none.
+        share: Of the labels, above 0 and at most 1.
+        teacher: The model's own states (B, T, D) at the positions of `labels`; `None` learns the tokens.
+        ahead: How many tokens further each head looks than the one before it: head k learns at t what the model says
+            at `t + k ahead`.
 
     Returns:
         Summed losses (K,) and numbers of labels (K,), float32.
     """
     losses, counts = [], []
-    with constant_lm_head(lm_head, temperature=temperature) as cross_entropy:
-        for k, head in enumerate(heads):
-            chosen = labels[..., k] != -100
-            # Select before the block: positions without a label cost nothing.
-            losses.append(cross_entropy(head(hidden[chosen]), labels[..., k][chosen]))
-            counts.append(chosen.sum())
-    return torch.stack(losses), torch.stack(counts).float()
-
-
-def native_token_loss(
-    native: "NativeMTP",
-    hidden: Tensor,
-    input_ids: Tensor,
-    labels: Tensor,
-    lm_head: nn.Module,
-    *,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of each depth's token logits, without building (B, L, K, V).
-
-    `L_k = -sum_p ln softmax(W h^k_p / temperature)[x_{p+1+k}]` (DeepSeek-V3, 2412.19437, equations 24 and 25, which
-    take the mean over tokens and depths), with the model's embedding and LM head `W` held constant, as for the
-    parallel heads.
-
-    Args:
-        native: The layers.
-        hidden: Last hidden states of the trunk (B, L, D); detach them to keep the loss out of the trunk.
-        input_ids: Tokens (B, L).
-        labels: Labels aligned with `input_ids` (B, L), -100 where there is none; depth k takes the one 1 + k ahead.
-        lm_head: The model's output embedding.
-        attention_mask: Real tokens (B, L), padded on either side, without holes; `None` for all.
-        position_ids: Positions of packed rows (B, L), which start again with every document.
-        temperature: What the logits are divided by.
-
-    Returns:
-        Summed losses (K,) and numbers of labels (K,), float32.
-    """
-    targets = mtp_labels(labels, native.num_layers, position_ids)
-    if attention_mask is not None:
-        # With padding on the left, the labels of a row's first tokens are those of padding further back.
-        targets = targets.masked_fill(~attention_mask.bool()[..., None], -100)
-    if position_ids is None:
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    losses, counts = [], []
-    with constant_lm_head(lm_head, temperature=temperature) as cross_entropy:
-        for k in range(native.num_layers):
-            depth = k + 1
-            # The end of a row, or of a document, gets tokens from elsewhere: positions without a label, which no
-            # position with one attends to.
-            hidden = native.run(depth, hidden, input_ids.roll(-depth, dims=1), position_ids + depth, attention_mask)
-            chosen = targets[..., k] != -100
-            losses.append(cross_entropy(hidden[chosen], targets[..., k][chosen]))
-            counts.append(chosen.sum())
-    return torch.stack(losses), torch.stack(counts).float()
+    generator = draw_beside(labels) if share < 1.0 else None
+    with constant_lm_head(lm_head, temperature=temperature, cap=cap) as cross_entropy:
+        for k in range(labels.shape[-1]):
+            rows, columns = torch.nonzero(labels[..., k] != -100, as_tuple=True)
+            count, weight = len(rows), 1.0
+            if share < 1.0 and count:
+                drawn = torch.randperm(count, device=rows.device, generator=generator)[: math.ceil(share * count)]
+                rows, columns, weight = rows[drawn], columns[drawn], count / len(drawn)
+            targets = labels[rows, columns, k] if teacher is None else teacher[rows, columns + (k + 1) * ahead]
+            losses.append(weight * cross_entropy(features(k, (rows, columns)), targets))
+            counts.append(count)
+    return torch.stack(losses), torch.tensor(counts, dtype=torch.float32, device=labels.device)
 
 
 @contextmanager
-def constant_lm_head(lm_head: nn.Module, *, temperature: float = 1.0) -> Iterator[LabelLoss]:
+def constant_lm_head(lm_head: nn.Module, *, temperature: float = 1.0, cap: float | None = None) -> Iterator[LabelLoss]:
     """Cross-entropy through a model's LM head that learns nothing from it, in chunks of bounded logits.
 
     Args:
         lm_head: The model's output embedding.
         temperature: What the features are divided by.
+        cap: Soft cap of the logits, before the temperature; `None` for none.
 
     Yields:
-        `sum_n -ln softmax(W x_n / temperature)[y_n]` of features `x` (N, D) and labels `y` (N,).
+        `sum_n -ln softmax(W x_n / temperature)[y_n]` of features `x` (N, D) and labels `y` (N,), or, for the model's
+        own states `h` (N, D) in place of labels, `-sum_n softmax(W h_n / temperature) . ln softmax(W x_n /
+        temperature)`.
     """
     weight, bias = cast(Tensor, lm_head.weight), cast(Tensor | None, getattr(lm_head, "bias", None))
     with whole_parameters([p for p in (weight, bias) if p is not None]) as (weight, *rest):
-        bias = rest[0] if rest else None
         dtype = _compute_dtype(weight)
-        table = weight.detach().to(dtype)
-        offset = None if bias is None else bias.detach().to(dtype) / temperature
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK_LOGITS // table.shape[0]))
+        table, offset = weight.detach().to(dtype), rest[0].detach().to(dtype) if rest else None
+        rows = max(1, CHUNK_LOGITS // table.shape[0])
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
 
-        def cross_entropy(features: Tensor, labels: Tensor) -> Tensor:
+        def cross_entropy(features: Tensor, targets: Tensor) -> Tensor:
+            if cap is not None or targets.is_floating_point():
+                whole = features.to(dtype), table, offset, targets.detach()
+                return cast(Tensor, _CrossEntropy.apply(*whole, temperature, cap, rows))
             scaled = (features / temperature).to(dtype)
+            shift = None if offset is None else offset / temperature
             return F.linear_cross_entropy(
-                scaled, table, labels, linear_bias=offset, reduction="sum", options=options
+                scaled, table, targets, linear_bias=shift, reduction="sum", options=options
             ).float()
 
         yield cross_entropy
@@ -137,17 +114,63 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def logit_divisor(config: PretrainedConfig, temperature: float = 1.0) -> float:
-    """Divisor of the features before the LM head: temperature over the model's own logit multiplier.
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of capped logits, or with a distribution in place of a label, for which torch has no function.
 
-    Raises:
-        ValueError: If the model caps its logits (Gemma 2), which a linear cross-entropy cannot express.
+    The gradient is made in the forward pass, chunk by chunk, so that logits are computed once and none are kept.
     """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        table: Tensor,
+        offset: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        cap: float | None,
+        rows: int,
+    ) -> Tensor:
+        def scores(x: Tensor) -> tuple[Tensor, Tensor | float]:
+            """Capped and divided logits, and their derivative by the logits."""
+            logits = F.linear(x, table, offset).float()
+            if cap is None:
+                return logits / temperature, 1.0 / temperature
+            tanh = torch.tanh(logits / cap)
+            return cap * tanh / temperature, (1.0 - tanh.square()) / temperature
+
+        loss, gradient = torch.zeros((), device=features.device), torch.empty_like(features)
+        chunks = zip(features.split(rows), targets.split(rows), gradient.split(rows), strict=True)
+        for x, y, out in chunks:
+            score, slope = scores(x)
+            log_probs = score.log_softmax(-1)
+            errors = log_probs.exp()
+            if y.is_floating_point():
+                wanted = scores(y.to(table.dtype))[0].softmax(-1)
+                loss = loss - (wanted * log_probs).sum()
+                errors -= wanted
+            else:
+                loss = loss - log_probs.gather(1, y[:, None]).sum()
+                errors.scatter_add_(1, y[:, None], -torch.ones_like(y[:, None], dtype=errors.dtype))
+            out.copy_((errors * slope).to(table.dtype) @ table)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (grads[0] * gradient).to(gradient.dtype), None, None, None, None, None, None
+
+
+def logit_cap(config: PretrainedConfig) -> float | None:
+    """Soft cap of a model's logits (Gemma 2, RecurrentGemma, xLSTM); `None` where there is none."""
     text_config = config.get_text_config()
-    if getattr(text_config, "final_logit_softcapping", None):
-        raise ValueError(
-            f"{text_config.model_type} caps its logits (final_logit_softcapping), which the heads' token loss does "
-            "not support. Leave the token loss out and train the values only."
-        )
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((float(cap) for name in names if (cap := getattr(text_config, name, None))), None)
+
+
+def logit_divisor(config: PretrainedConfig, temperature: float = 1.0) -> float:
+    """Divisor of the features before the LM head: temperature over the model's own logit multiplier."""
+    text_config = config.get_text_config()
     scale = getattr(text_config, "logit_scale", None) or getattr(text_config, "lm_head_multiplier", None) or 1.0
     return temperature * float(getattr(text_config, "logits_scaling", None) or 1.0) / float(scale)

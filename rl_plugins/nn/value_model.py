@@ -13,9 +13,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from rl_plugins.nn.attachment import Attachment, base_model_of, find_file, has_soft_prompt, trunk_of
 from rl_plugins.nn.gradient import tie
-from rl_plugins.nn.mtp_heads import ValueHead
 from rl_plugins.nn.sharding import whole_parameters
 from rl_plugins.nn.sources import check_source
+from rl_plugins.nn.value_head import ValueHead
 
 HEAD_NAME = "value_head.safetensors"
 """File of the head, in the folder of the trunk."""

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from rl_plugins.functional.alignment import completion_states
-from rl_plugins.nn.attachment import Attachment, base_model_of
+from rl_plugins.nn.attachment import Attachment, TrunkInputs, base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.sequential_heads import SequentialHeads
 from rl_plugins.nn.sharding import whole_module
 
 ToValues = Callable[[Tensor], Tensor]
@@ -27,6 +28,8 @@ class ValueRecord:
 
     Args:
         module: Makes values of states: MTP heads, any other [`~rl_plugins.nn.Attachment`] that does, or a function.
+            The states are what [`~rl_plugins.nn.Attachment.states`] says: hidden states, or features of sequential
+            heads.
         target: Slow copy of the module, run on the same states; `None` records the online values twice.
         flush_every: Calls of `add` per run of the module.
 
@@ -50,7 +53,7 @@ class ValueRecord:
         """Take states; this and [`finish`] are all that runs the module without gradient.
 
         Args:
-            hidden: States (A, S, D).
+            hidden: States (A, S, ...).
             steps: For which token t of its completion each is the state `h_t` (A, S); below 0 for none.
             rows: Which rows of the batch they belong to (A,); the same tensor as in the last call, where those are
                 the same rows.
@@ -69,13 +72,10 @@ class ValueRecord:
         if not self._states:
             return
         assert self._rows is not None
-        hidden, steps = torch.cat(self._states, dim=1), torch.cat(self._steps, dim=1)
+        states, steps = torch.cat(self._states, dim=1), torch.cat(self._steps, dim=1)
         self._states, self._steps = [], []
-        # The last flush is outside the model's forward.
-        whole = whole_module(self.module, hidden.dtype) if isinstance(self.module, nn.Module) else nullcontext()
-        with whole:
-            values = self.module(hidden)
-        self._chunks.append((values, values if self.target is None else self.target(hidden), steps, self._rows))
+        values = run_alone(self.module, states)
+        self._chunks.append((values, values if self.target is None else self.target(states), steps, self._rows))
 
     def finish(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
         """Online and target values (B, num_tokens, K), zero where no state was recorded; `None` if states
@@ -98,6 +98,13 @@ class ValueRecord:
         return both[0, :, :num_tokens], both[1, :, :num_tokens]
 
 
+def run_alone(module: ToValues, states: Tensor) -> Tensor:
+    """Make values of states, perhaps outside the forward of the model that shards the module."""
+    path = module.value_path if isinstance(module, MTPHeads) else module
+    with whole_module(path, states.dtype) if isinstance(path, nn.Module) else nullcontext():
+        return path(states)
+
+
 class EachStep:
     """Feeds a record from the forward passes of the model's own `generate`, so the critic needs no forward of its own.
 
@@ -107,12 +114,16 @@ class EachStep:
     time) make the record unusable. Speculative decoding, which settles several tokens in one pass, feeds a record by
     itself.
 
+    Sequential heads read whole rows. Passes of the model wait until `record.flush_every` of them share one run of the
+    heads, whose keys and values stay in a cache of their own.
+
     Args:
         record: Takes the states.
     """
 
     def __init__(self, record: ValueRecord) -> None:
         self.record = record
+        self._rows_in_pieces = _RowsInPieces(record.module) if isinstance(record.module, SequentialHeads) else None
         # The newest state waits for the next pass, since only afterwards is known whether a token was chosen from it.
         self._newest: tuple[Tensor, int] | None = None
         self._rows: Tensor | None = None
@@ -163,6 +174,8 @@ class EachStep:
         criteria = [*(kwargs.pop("stopping_criteria", None) or []), _TokenChosen(self)]
         output = generate(*args, **kwargs, stopping_criteria=StoppingCriteriaList(criteria))
         self._hand_over()
+        if self._rows_in_pieces is not None:
+            self._read_on()
         self._passes = []
         self._sequences = output if isinstance(output, Tensor) else output.sequences
         return output
@@ -180,6 +193,12 @@ class EachStep:
             return
         self._hand_over()
         self._newest = hidden[:, -1:].detach(), -1
+        if self._rows_in_pieces is not None:
+            assert isinstance(self.record.module, SequentialHeads)
+            # Before the pass is stored, so that something is left for the last run.
+            if len(self._rows_in_pieces) >= self.record.flush_every:
+                self._read_on()
+            self.record.complete &= self._rows_in_pieces.add(hidden.detach(), self.record.module.inputs)
 
     def _hand_over(self) -> None:
         if self._newest is None:
@@ -187,7 +206,19 @@ class EachStep:
         (state, step), self._newest = self._newest, None
         if self._rows is None:
             self._rows = torch.arange(len(state), device=state.device)
+        if self._rows_in_pieces is not None:
+            self._rows_in_pieces.steps.append(step)
+            return
         self.record.add(state, self._rows.new_full((len(state), 1), step), self._rows)
+
+    def _read_on(self) -> None:
+        """Run sequential heads on the passes that wait, and hand over the states that tokens were chosen in."""
+        if not self.record.complete or self._rows is None:
+            return
+        assert self._rows_in_pieces is not None
+        features, steps = self._rows_in_pieces.read()
+        self.record.add(features, torch.tensor(steps, device=features.device).expand(len(features), -1), self._rows)
+        self.record.flush()
 
     def _choose(self, rows: int, length: int) -> None:
         """Keep the state that the newest token was chosen from, if the account is right.
@@ -224,6 +255,53 @@ class EachStep:
         return bool(((ours[:, :width] == completion_ids[:, :width]) | (mask[:, :width] == 0)).all())
 
 
+class _RowsInPieces:
+    """Passes of `generate` over rows that grow, until sequential heads read them.
+
+    Args:
+        heads: Of the model.
+    """
+
+    def __init__(self, heads: SequentialHeads) -> None:
+        self._stream = heads.stream()
+        self.steps: list[int] = []  # for which step the last state of each pass is
+        self._passes: list[tuple[Tensor, TrunkInputs]] = []
+        self._width = 0  # of the rows so far
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def add(self, hidden: Tensor, inputs: TrunkInputs | None) -> bool:
+        """Take a pass; returns whether its rows can be read."""
+        ids, mask, positions = inputs or TrunkInputs(None, None, None)
+        if ids is None or ids.shape != hidden.shape[:2]:
+            return False
+        if self._width and ids.shape[1] > self._width:  # without a cache every pass brings whole rows
+            new = slice(self._width, None)
+            hidden, ids, positions = hidden[:, new], ids[:, new], None if positions is None else positions[..., new]
+        self._width += ids.shape[1]
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(ids), self._width)):
+            return False
+        self._passes.append((hidden, TrunkInputs(ids, mask, positions)))
+        return True
+
+    def read(self) -> tuple[Tensor, list[int]]:
+        """Features (B, N, K, D) of the last state of each of the N passes that waited, and their steps."""
+        passes, steps = self._passes[: len(self.steps)], self.steps
+        self._passes, self.steps = self._passes[len(steps) :], []
+        hidden = torch.cat([states for states, _ in passes], dim=1)
+        ids = torch.cat([cast(Tensor, given.input_ids) for _, given in passes], dim=1)
+        positions = [given.position_ids for _, given in passes if given.position_ids is not None]
+        features = self._stream(
+            hidden,
+            ids,
+            passes[-1][1].attention_mask,
+            torch.cat([x.expand(*x.shape[:-2], len(ids), -1) for x in positions], dim=-1) if positions else None,
+        )
+        last = torch.tensor([states.shape[1] for states, _ in passes], device=hidden.device).cumsum(0) - 1
+        return features[:, last], steps
+
+
 class _TokenChosen(StoppingCriteria):
     """Stops nothing, and tells an observer that a token has been chosen."""
 
@@ -253,6 +331,9 @@ class WholeRows:
 
     def __call__(self, hidden: Tensor) -> None:
         """Take the completion's states from the hidden states (B, P+T, D) of one chunk of rows."""
+        module = self.record.module
+        if isinstance(module, Attachment):
+            hidden = module.states(hidden)
         states = completion_states(hidden, self.num_tokens)
         rows = torch.arange(self._num_rows, self._num_rows + len(states), device=states.device)
         self._num_rows += len(states)
@@ -270,9 +351,7 @@ class WholeRows:
         """
         states = torch.cat(self._ends)
         module = self.record.module if self.record.target is None else self.record.target
-        whole = whole_module(module, states.dtype) if isinstance(module, nn.Module) else nullcontext()
-        with whole:
-            beyond = module(states)[..., 0].to(target_values.dtype)  # (B, 1)
+        beyond = run_alone(module, states)[..., 0].to(target_values.dtype)  # (B, 1)
         values = torch.cat([target_values[..., 0], beyond], dim=1)
         lengths = (completion_mask.bool() * torch.arange(1, values.shape[1], device=values.device)).amax(1)
         return values.gather(1, lengths[:, None]).squeeze(1)

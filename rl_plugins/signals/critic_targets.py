@@ -93,6 +93,7 @@ def critic_targets(
     lam_value: float = 1.0,
     length_alpha: float | None = None,
     lookahead: bool = False,
+    ahead: int = 1,
     time_unit: str = "token",
     after: Tensor | None = None,
 ) -> CriticTargets:
@@ -118,6 +119,7 @@ def critic_targets(
         lam_value: Lambda of the value targets (`gae` only).
         length_alpha: Use VAPO's length-adaptive lambda for the policy with this alpha.
         lookahead: Bootstrap from the mean of all heads' forecasts of `V(s_{t+1})` instead of head 1's alone.
+        ahead: How many tokens further each head looks than the one before it, see [`~rl_plugins.nn.MTPHeads`].
         time_unit: `token`, or `turn`: gamma and the lambdas act where a turn ends, and inside a turn both are 1.
         after: Values of the states after the last tokens (B,), 0 where an episode has ended there; by default all
             have. The observed return of an episode that goes on ends with this value.
@@ -136,7 +138,7 @@ def critic_targets(
         check_discount(gamma)
         factors = tuple(at_turn_ends(factor, mask, dtype=dtype) for factor in factors)
     discount, lam_advantage, lam_target = factors
-    bootstrap = lookahead_values(target_values, mask) if lookahead else target_values[..., 0]
+    bootstrap = lookahead_values(target_values, mask, ahead=ahead) if lookahead else target_values[..., 0]
     next_values, observed = next_state_values(bootstrap, mask), rewards
     if after is not None:
         beyond = torch.where(last_real(mask), upcast(after)[:, None], 0.0)
@@ -208,11 +210,12 @@ def value_loss(
     num_items: Tensor | float,
     loss: ValueLoss,
     old_values: Tensor,
+    ahead: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value loss of all heads: head k at t regresses on the target of head 1 at t+k-1, in the time index of
-    [`rl_plugins.functional`].
+    """Value loss of all heads: parallel head k at t regresses on the target of head 1 at t+k-1, in the time index of
+    [`rl_plugins.functional`]; every sequential head at t on that at t.
 
-    `L_TD = 1 / (K N) sum_k sum_t l(v_k[t], sg(Y_{t+k-1}))`.
+    `L_TD = 1 / (K N) sum_k sum_t l(v_k[t], sg(Y_{t + (k-1) ahead}))`.
 
     Args:
         values: Online values with gradient (B, T, K).
@@ -221,11 +224,12 @@ def value_loss(
         num_items: N, real tokens that the loss is averaged over.
         loss: Elementwise loss.
         old_values: Values when the completion was made (B, T, K), for the clipped loss.
+        ahead: How many tokens further each head looks than the one before it.
 
     Returns:
         The loss (0-d), its sum per head (K,) and the number of targets per head (K,), the latter two detached.
     """
-    targets, target_mask = head_targets(returns, mask, values.shape[-1])
+    targets, target_mask = head_targets(returns, mask, values.shape[-1], ahead=ahead)
     # Before the loss: NaN in padding that is masked only afterwards is still NaN in the gradient.
     error = loss(zero_masked(values, target_mask), targets.detach(), zero_masked(old_values, target_mask))
     per_head = masked_sum(error, target_mask, dim=0).sum(0)
@@ -243,18 +247,21 @@ def rollout_metrics(
     target_values: Tensor,
     mask: Tensor,
     *,
+    ahead: int = 1,
     reduce: Reduce | None = None,
 ) -> dict[str, Tensor]:
     """Measure how good the saved values were, before this batch is learnt from.
 
     `critic/explained_variance` is `1 - Var(G - v) / Var(G)` against the observed return G, so 1 is a perfect forecast,
-    0 is no better than a constant, and it cannot be gamed by bootstrapping. Per head k the return is that of `t+k-1`.
+    0 is no better than a constant, and it cannot be gamed by bootstrapping. Per head k the return is that of `t +
+    (k-1) ahead`.
 
     Args:
         targets: From [`critic_targets`].
         values: (B, T, K).
         target_values: (B, T, K).
         mask: Real tokens that count (B, T).
+        ahead: How many tokens further each head looks than the one before it.
         reduce: Sums statistics over ranks.
 
     Returns:
@@ -271,7 +278,7 @@ def rollout_metrics(
     metrics["critic/td_error_abs"] = masked_moments(targets.td_errors.abs(), mask, reduce=reduce)[0]
     gap = (upcast(values[..., 0]) - upcast(target_values[..., 0])).abs()
     metrics["critic/target_gap"] = masked_moments(gap, mask, reduce=reduce)[0]
-    goals, goal_mask = head_targets(targets.monte_carlo, mask, values.shape[-1])
+    goals, goal_mask = head_targets(targets.monte_carlo, mask, values.shape[-1], ahead=ahead)
     for k in range(values.shape[-1]):
         score = explained_variance(values[..., k], goals[..., k], goal_mask[..., k], reduce=reduce)
         metrics[f"critic/explained_variance/head_{k + 1}"] = score
@@ -320,7 +327,8 @@ def critic_signal(
         dtype = advantages.dtype
         discount = at_turn_ends(gamma, mask, dtype=dtype) if options.get("time_unit") == "turn" else gamma
         advantages = advantages * discount_factors(mask, gamma=discount, dtype=dtype)
-    metrics = rollout_metrics(targets, values, target_values, mask, reduce=reduce)
+    ahead = options.get("ahead", 1)
+    metrics = rollout_metrics(targets, values, target_values, mask, ahead=ahead, reduce=reduce)
     skipped = (~mask.any(dim=1)).sum().float().view(1)
     metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]
     return targets, advantages, metrics

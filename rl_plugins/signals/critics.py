@@ -29,6 +29,7 @@ from rl_plugins.functional.rewards import kl_shaped_rewards
 from rl_plugins.nn.attachment import Attachment
 from rl_plugins.nn.gradient import GradientStats
 from rl_plugins.nn.head_run import HeadRun
+from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sharding import whole_module, whole_parameters
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.nn.value_model import ValueModel
@@ -79,6 +80,8 @@ class Critic(ABC):
 
     lookahead = False
     """Whether the mean of all heads' forecasts bootstraps, instead of head 1's alone."""
+    ahead = 1
+    """How many tokens further each of its values looks than the one before it."""
     learning_rate: float | None = None
     """Learning rate of the module; `None` for the policy's."""
 
@@ -165,6 +168,7 @@ class Critic(ABC):
             num_items=num_items,
             loss=value_losses(options.value_clip_range)[options.value_loss_type],
             old_values=old_values,
+            ahead=self.ahead,
         )
         return options.value_loss_coef * loss, head_metrics("critic/value_loss", sums, counts, ranks.sum_over_ranks)
 
@@ -193,7 +197,8 @@ class Critic(ABC):
 
 
 class TrunkCritic(Critic):
-    """A critic whose module reads the hidden states of the policy's trunk: `module(h (B, T, D)) -> values (B, T, K)`.
+    """A critic whose module reads the hidden states of the policy's trunk: `module(states) -> values (B, T, K)`, where
+    the states are hidden states (B, T, D), or what [`Attachment.states`] makes of them.
 
     A subclass attaches the module; everything else is here. Values are saved while the model's own `generate` makes
     the completions; for other engines, several turns and the like they come from the pass for the old
@@ -284,7 +289,7 @@ class TrunkCritic(Critic):
         def observe(hidden: Tensor) -> tuple[Tensor | None, ...]:
             if run.values is not None:
                 return ()
-            run.values = self.module(completion_states(hidden, num_tokens))
+            run.values = self.module(completion_states(self.module.states(hidden), num_tokens))
             return (run.values,)
 
         with self.module.watching(observe):
@@ -302,6 +307,8 @@ class HeadCritic(TrunkCritic):
         temperature: Of sampling.
     """
 
+    module: MTPHeads
+
     def __init__(self, options: ValueHeadOptions, values: ValueOptions, *, temperature: float = 1.0) -> None:
         super().__init__(values)
         self.options = self.draft_options = options
@@ -317,6 +324,7 @@ class HeadCritic(TrunkCritic):
     def attach(self, model: nn.Module, *, seed: int = 0) -> Attachment:
         """Give the policy heads, or go on with those that it has."""
         self.module = self.training.attach(model, seed=seed)
+        self.ahead = self.module.ahead
         return self.module
 
     @contextmanager
@@ -395,7 +403,7 @@ class HeadCritic(TrunkCritic):
     def copy(self) -> None:
         """Make the target heads."""
         heads, options = self.training.heads, self.options
-        with whole_parameters(list(heads.parameters())), whole_module(heads):
+        with whole_parameters(list(heads.value_path.parameters())), whole_module(heads.value_path):
             self.target = PolyakTarget(heads, tau=options.target_tau, period=options.target_update_every)
 
     def place(self, device: torch.device) -> None:
@@ -406,7 +414,7 @@ class HeadCritic(TrunkCritic):
     def follow(self, step: int) -> None:
         """Move the target heads."""
         assert self.target is not None
-        with whole_parameters(list(self.module.parameters())) as online:
+        with whole_parameters(list(self.module.value_path.parameters())) as online:
             self.target.update(online, step=step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -565,6 +573,7 @@ class CriticSignal(Signal):
             lam_value=options.lam_value,
             length_alpha=options.length_adaptive_alpha,
             lookahead=self.critic.lookahead,
+            ahead=self.critic.ahead,
             discounted_objective=options.discounted_objective,
         )
         batch["advantages"], batch["returns"], batch["td_errors"] = advantages, targets.returns, targets.td_errors

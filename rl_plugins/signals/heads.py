@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from rl_plugins.functional.alignment import completion_labels, completion_states
+from rl_plugins.nn.attaching import prepare_mtp_heads
 from rl_plugins.nn.attachment import base_model_of
 from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.token_loss import logit_divisor
+from rl_plugins.nn.token_loss import logit_cap, logit_divisor
 from rl_plugins.rollouts.batch import Batch, loss_mask
 from rl_plugins.signals.host import Ranks
 from rl_plugins.signals.metrics import Metrics, head_metrics
@@ -56,12 +57,17 @@ class HeadTraining:
             ValueError: If the heads that there are do not fit the options.
         """
         options = self.options
-        self.heads = MTPHeads.prepare(
-            model, options.num_mtp_heads, inner_size=options.mtp_inner_size, path=self._saved, seed=seed
+        self.heads = prepare_mtp_heads(
+            model,
+            options.num_mtp_heads,
+            head_type=options.mtp_head_type,
+            inner_size=options.mtp_inner_size,
+            path=self._saved,
+            seed=seed,
         )
         base = base_model_of(model)
         self._lm_head: Any = base.get_output_embeddings
-        self._divisor = logit_divisor(base.config, self.temperature) if options.mtp_loss_coef else 1.0
+        self._divisor, self._cap = logit_divisor(base.config, self.temperature), logit_cap(base.config)
         if self.draft_only:
             self.heads.draft_only()
             if not options.mtp_loss_coef:
@@ -84,6 +90,9 @@ class HeadTraining:
             lm_head=self._lm_head(),
             labels=labels if self.options.mtp_loss_coef else None,
             divisor=self._divisor,
+            cap=self._cap,
+            share=self.options.mtp_loss_share,
+            distilled=self.options.mtp_loss_type == "distribution",
             detach_tokens=alone or self.options.mtp_detach_trunk,
             with_values=not self.draft_only,
             **values,
@@ -93,8 +102,9 @@ class HeadTraining:
         """Pick the states of a batch of completions, and label them with the tokens of each head."""
         num_tokens, labels = batch["completion_ids"].shape[1], None
         if self.options.mtp_loss_coef:
-            num_heads = self.heads.config.num_heads
-            labels = completion_labels(batch["prompt_ids"], batch["completion_ids"], loss_mask(batch), num_heads)
+            num_heads, ahead = self.heads.config.num_heads, self.heads.ahead
+            mask = loss_mask(batch)
+            labels = completion_labels(batch["prompt_ids"], batch["completion_ids"], mask, num_heads, ahead=ahead)
         return partial(completion_states, num_tokens=num_tokens), labels
 
     def loss(self, run: HeadRun, num_items: Tensor, ranks: Ranks) -> tuple[Tensor | float, Metrics]:
@@ -105,12 +115,7 @@ class HeadTraining:
             num_items: N, real tokens that the loss is averaged over.
             ranks: Sums over ranks.
         """
-        return token_term(run, self.options.mtp_loss_coef, num_items, ranks)
-
-
-def token_term(run: HeadRun, coef: float, num_items: Tensor, ranks: Ranks) -> tuple[Tensor | float, Metrics]:
-    """Weigh the token losses of heads or native layers; arguments as for [`HeadTraining.loss`]."""
-    if run.token_losses is None or run.token_counts is None:
-        return 0.0, Metrics()
-    metrics = head_metrics("mtp/token_loss", run.token_losses.detach(), run.token_counts, ranks.sum_over_ranks)
-    return coef * run.token_losses.sum() / (len(run.token_losses) * num_items), metrics
+        if run.token_losses is None or run.token_counts is None:
+            return 0.0, Metrics()
+        metrics = head_metrics("mtp/token_loss", run.token_losses.detach(), run.token_counts, ranks.sum_over_ranks)
+        return self.options.mtp_loss_coef * run.token_losses.sum() / (len(run.token_losses) * num_items), metrics

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS
+from rl_plugins.nn.mtp_heads import HEAD_TYPES
 from rl_plugins.nn.target_heads import check_polyak
 from rl_plugins.settings import settle_numbers, with_numbers
 from rl_plugins.signals.advantages import ADVANTAGES, check_advantage
@@ -24,6 +25,8 @@ from rl_plugins.signals.checks import (
 )
 from rl_plugins.signals.critic_targets import ESTIMATORS, SCALINGS, TIME_UNITS, value_losses
 from rl_plugins.signals.policy import POLICY_LOSSES, PolicyLoss
+
+MTP_LOSS_TYPES = ("tokens", "distribution")
 
 
 def option(default: Any, text: str, choices: Iterable[str] | None = None) -> Any:
@@ -120,11 +123,19 @@ def split_options(given: dict[str, Any], **kinds: Options | None) -> dict[str, A
 class HeadOptions(Options):
     """Multi-token-prediction heads, and how they learn to predict tokens."""
 
+    mtp_head_type: str = option(
+        "parallel",
+        "parallel (small blocks that read one hidden state) or sequential (decoder layers that also read the tokens, "
+        "as DeepSeek-V3 has them).",
+        HEAD_TYPES,
+    )
     num_mtp_heads: int = option(
-        2, "K, number of heads. Head k predicts token t+k, and a critic's the value of state t+k-1."
+        2,
+        "K, number of heads. Parallel head k predicts token t+k, and a critic's the value of state t+k-1; every "
+        "sequential head predicts token t and the value of state t, from the trunk's state k tokens before.",
     )
     mtp_inner_size: int | None = option(
-        None, "Width of each head's residual block; the model's hidden size by default."
+        None, "Width of each parallel head's residual block; the model's hidden size by default."
     )
     mtp_heads_path: str | None = option(
         None,
@@ -135,10 +146,30 @@ class HeadOptions(Options):
         1e-4, "Learning rate of the heads; None for the policy's. Fresh heads need more than the policy does."
     )
     mtp_loss_coef: float = option(0.1, "lambda_1, weight of the heads' token loss.")
+    mtp_loss_type: str = option(
+        "tokens",
+        "tokens (cross-entropy with the next tokens) or distribution (cross-entropy with the model's own distribution "
+        "of them, which makes better drafters for the same number of tokens).",
+        MTP_LOSS_TYPES,
+    )
+    mtp_loss_share: float = option(
+        0.25,
+        "Share of the tokens, drawn at random in every step, that the heads' token loss is taken at. The loss is "
+        "scaled up, so that its mean is that over all tokens; the LM head costs that much less.",
+    )
     mtp_detach_trunk: bool = option(True, "Whether to keep the heads' token loss out of the trunk.")
 
     def check(self) -> None:
         """Refuse heads that cannot be made or trained."""
+        check_choice("mtp_head_type", self.mtp_head_type, HEAD_TYPES)
+        if self.mtp_head_type == "sequential" and self.mtp_inner_size is not None:
+            raise ValueError(
+                f"mtp_inner_size={self.mtp_inner_size} is the width of a parallel head. Sequential heads are decoder "
+                "layers of the model's own shape: leave it out, or set mtp_head_type='parallel'."
+            )
+        check_choice("mtp_loss_type", self.mtp_loss_type, MTP_LOSS_TYPES)
+        check_unit_interval(mtp_loss_share=self.mtp_loss_share)
+        check_above(0, mtp_loss_share=self.mtp_loss_share)
         check_at_least(1, num_mtp_heads=self.num_mtp_heads, mtp_inner_size=self.mtp_inner_size)
         check_whole(num_mtp_heads=self.num_mtp_heads, mtp_inner_size=self.mtp_inner_size)
         check_at_least(0, mtp_loss_coef=self.mtp_loss_coef, head_learning_rate=self.head_learning_rate)
@@ -181,6 +212,7 @@ class SFTHeadOptions(ValueHeadOptions):
     with 0.3 and ends with 0.1)."""
 
     mtp_loss_coef: float = with_default(ValueHeadOptions, "mtp_loss_coef", 0.3)
+    mtp_loss_share: float = with_default(ValueHeadOptions, "mtp_loss_share", 1.0)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Heads and native layers that learn along with supervised fine-tuning, from the same forward pass."""
+"""Heads that learn along with supervised fine-tuning, from the same forward pass."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,12 @@ from torch import Tensor, nn
 
 from rl_plugins.functional.alignment import completion_states, mtp_labels, predicted_mask
 from rl_plugins.functional.rewards import terminal_rewards
-from rl_plugins.nn.attachment import Attachment, base_model_of
+from rl_plugins.nn.attachment import Attachment
 from rl_plugins.nn.head_run import HeadRun
-from rl_plugins.nn.native_mtp import NativeMTP
-from rl_plugins.nn.token_loss import logit_divisor
 from rl_plugins.signals.critic_targets import critic_targets, rollout_metrics
 from rl_plugins.signals.critics import HeadCritic
-from rl_plugins.signals.heads import token_term
 from rl_plugins.signals.host import Ranks
 from rl_plugins.signals.metrics import Metrics
-from rl_plugins.signals.options import HeadOptions
 
 Inputs = Mapping[str, Any]
 """Tensors of a batch: `input_ids`, `labels` (B, L), and perhaps `attention_mask` and `position_ids` (B, L)."""
@@ -80,7 +76,8 @@ class HeadsAlong:
         options, labels = self.critic.options, None
         select = partial(completion_states, num_tokens=inputs["labels"].shape[1] - 1)
         if options.mtp_loss_coef:
-            labels = select(mtp_labels(inputs["labels"], options.num_mtp_heads, inputs.get("position_ids")))
+            positions, ahead = inputs.get("position_ids"), self.critic.ahead
+            labels = select(mtp_labels(inputs["labels"], options.num_mtp_heads, positions, ahead=ahead))
         target = None if rewards is None else self.critic.target
         return self.critic.running(select, labels, num_items, target=target)
 
@@ -114,52 +111,13 @@ class HeadsAlong:
             lam_value=options.lam_value,
             time_unit=options.time_unit,
             lookahead=self.critic.lookahead,
+            ahead=self.critic.ahead,
         )
+        reduce, ahead = ranks.sum_over_ranks, self.critic.ahead
         metrics = Metrics(
-            rollout_metrics(targets, old_values, target_values, mask, reduce=ranks.sum_over_ranks),
+            rollout_metrics(targets, old_values, target_values, mask, ahead=ahead, reduce=reduce),
             ranks.sum_over_ranks(mask.sum().float()),
         )
         term, value_metrics = self.critic.value_term(values, targets.returns, mask, num_items, old_values, ranks)
         metrics.add(value_metrics)
-        return term, metrics
-
-
-class NativeAlong:
-    """Native MTP layers that learn from demonstrations: `lambda_1 L_MTP` (DeepSeek-V3, 2412.19437).
-
-    Args:
-        options: How many layers, and the weight of their loss.
-    """
-
-    native: NativeMTP
-
-    def __init__(self, options: HeadOptions) -> None:
-        self.options = options
-
-    def attach(self, model: nn.Module, *, seed: int = 0) -> Attachment:
-        """Give the model native layers, or go on with those that it or its checkpoint has."""
-        self.native = NativeMTP.prepare(model, self.options.num_mtp_heads, seed=seed)
-        base = base_model_of(model)
-        self._lm_head: Any = base.get_output_embeddings
-        self._divisor = logit_divisor(base.config)
-        return self.native
-
-    def learning(self, inputs: Inputs, rewards: Tensor | None, num_items: Tensor) -> AbstractContextManager[HeadRun]:
-        """Run the layers in the model's next forward; arguments as for [`HeadsAlong`], without rewards."""
-        return self.native.running(
-            self._lm_head(),
-            inputs["input_ids"],
-            inputs["labels"],
-            inputs.get("attention_mask"),
-            inputs.get("position_ids"),
-            divisor=self._divisor,
-            detach_trunk=self.options.mtp_detach_trunk,
-        )
-
-    def loss(
-        self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
-    ) -> tuple[Tensor, Metrics]:
-        """The layers' loss in a run, and its metrics."""
-        term, metrics = token_term(run, self.options.mtp_loss_coef, num_items, ranks)
-        assert isinstance(term, Tensor)
         return term, metrics

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from rl_plugins.moe.balancer import get_router_balancer
 from rl_plugins.moe.config import BalancingConfig
 from rl_plugins.moe.load_log import LOAD_FILE_NAME
+from rl_plugins.moe.routers import is_attached
 from rl_plugins.moe.run import BalancingRun
 from rl_plugins.trl.callbacks import TrainerOnly
 from rl_plugins.trl.host import own_router_loss, stream_biases_to_vllm
@@ -59,10 +60,13 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         """
         again = self._trainer is trainer
         self._connect(trainer)
+        if self.run is not None and self.run.balancer.lacks_routers():
+            self._detach()  # the model has got sequential heads since
         routers = self._run_on(trainer.model).balancer.routers
         generation = getattr(trainer, "vllm_generation", None)
         if generation is not None and not again:
-            stream_biases_to_vllm(generation, [router for router in routers if router.has_bias])
+            biased = [router for router in routers if router.has_bias]
+            stream_biases_to_vllm(generation, [router for router in biased if not is_attached(router.name)])
         return self
 
     def add_loss(self, coef: float) -> "MoEBalancingCallback":

@@ -9,7 +9,6 @@ from trl import GRPOConfig, SFTConfig
 
 from rl_plugins.signals.advantages import ADVANTAGES
 from rl_plugins.signals.checks import check_head_reach
-from rl_plugins.signals.native_checks import check_native_settings
 from rl_plugins.signals.options import (
     DraftOptions,
     HeadOptions,
@@ -460,22 +459,15 @@ class MTPSFTConfig(RemembersSetFields, SFTHeadOptions, ValueOptions, SFTConfig):
         freeze_trunk (`bool`, *optional*, defaults to `False`):
             Whether to train the heads only. This gives heads to a finished model, and pretrains the critic on scored
             completions without imitating the bad ones.
-        native_mtp (`bool`, *optional*, defaults to `False`):
-            Whether to train the architecture's own MTP layers (deepseek_v3, glm4_moe) instead of parallel heads: those
-            of the model's checkpoint, or `num_mtp_heads` new ones. They have no values, and are saved where
-            `generate(use_mtp=True)` reads them.
     """
 
     freeze_trunk: bool = option(False, "Whether to train the heads only.")
-    native_mtp: bool = option(False, "Whether to train the architecture's own MTP layers instead of parallel heads.")
 
     def __post_init__(self) -> None:
         settle_options(self)
         check_options(self)
         if self.max_length is not None:
             check_head_reach(self.num_mtp_heads, self.max_length - 1, "max_length - 1")
-        if self.native_mtp:
-            check_native_settings(self.mtp_loss_coef, self.mtp_heads_path)
         SFTConfig.__post_init__(self)
         if self.freeze_trunk and self.ddp_find_unused_parameters is None:
             # The heads are all that learns, and run in every forward, which no longer has a graph to look for them in.

@@ -23,7 +23,7 @@ def log_metrics(trainer: Any, metrics: Mapping[str, Tensor]) -> None:
 
 
 def without_attachments(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Drop heads, native MTP layers, value model and the like from a stream of named parameters; every parameter is
+    """Drop heads, value model and the like from a stream of named parameters; every parameter is
     still consumed, since gathering it is collective."""
     names = Attachment.names()
     for name, tensor in stream:

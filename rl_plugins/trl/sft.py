@@ -16,15 +16,13 @@ from trl.data_utils import get_dataset_column_names
 
 from rl_plugins.functional.alignment import predicted_mask
 from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.native_mtp import NativeMTP
 from rl_plugins.nn.sharding import announce_loss
 from rl_plugins.nn.sources import check_trainable_dtype
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.signals.critics import HeadCritic
 from rl_plugins.signals.metrics import gradient_metrics
-from rl_plugins.signals.native_checks import check_no_rewards
 from rl_plugins.signals.options import SFTHeadOptions, ValueOptions
-from rl_plugins.signals.supervised import HeadsAlong, NativeAlong, check_row_reward, row_rewards
+from rl_plugins.signals.supervised import HeadsAlong, check_row_reward, row_rewards
 from rl_plugins.trl.attachments import TrainedAttachments, parameters_without
 from rl_plugins.trl.callbacks import AfterStep
 from rl_plugins.trl.checkpoints import STATE_NAME, RenamedWeights, check_start, checkpoint_folder
@@ -74,16 +72,17 @@ class MTPSFTTrainer(SFTTrainer):
     token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). Examples whose
     reward is `None`, NaN or infinite teach no values.
 
-    With `native_mtp=True`, L_MTP is the loss of the architecture's own MTP layers (DeepSeek-V3, 2412.19437), which
-    `generate(use_mtp=True)` of transformers drafts with after `save_model`.
+    With `mtp_head_type="sequential"` the heads are decoder layers (DeepSeek-V3, 2412.19437). Those that DeepSeek-V3
+    and GLM-4.5 were released with are trained further, and `generate(use_mtp=True)` of transformers drafts with them
+    after `save_model`.
 
     Takes the arguments of [`~trl.SFTTrainer`], with an [`MTPSFTConfig`] for `args`; an [`~trl.SFTConfig`] or
     [`~transformers.TrainingArguments`] is completed with the defaults of the heads.
 
     Raises:
         TypeError: If `args` is none of these.
-        ValueError: If the model has no LM head, its heads do not fit the config, scored examples are packed or meet
-            native layers, or a frozen trunk leaves nothing to train.
+        ValueError: If the model has no LM head, its heads do not fit the config, scored examples are packed, or a
+            frozen trunk leaves nothing to train.
     """
 
     _tag_names = ["trl", "mtp-sft"]
@@ -109,24 +108,20 @@ class MTPSFTTrainer(SFTTrainer):
         **host_kwargs: Any,
     ) -> None:
         args = complete_args(with_head_options(args), MTPSFTConfig, model)
-        self._along: HeadsAlong | NativeAlong
-        if args.native_mtp:
-            self._along = NativeAlong(SFTHeadOptions.of(args))
-        else:
-            self._along = HeadsAlong(HeadCritic(SFTHeadOptions.of(args), ValueOptions.of(args)))
-            self._along.critic.prepare(model, args.model_init_kwargs)
+        self.critic = HeadCritic(SFTHeadOptions.of(args), ValueOptions.of(args))
+        self.critic.prepare(model, args.model_init_kwargs)
+        self._along = HeadsAlong(self.critic)
         given = inspect.signature(super().__init__).bind(model, args, *host_args, **host_kwargs)
         check_inputs(given.arguments, args)
         super().__init__(model, args, *host_args, **host_kwargs)
         if not self.is_deepspeed_enabled:  # whose engine keeps float32 copies
             check_trainable_dtype(self.model)
-        connect_balancing(self)
         self._attached, self._renamed = TrainedAttachments(self), RenamedWeights(self)
         self._attached.add(self._along.attach(self.model, seed=args.seed), args.head_learning_rate)
-        if isinstance(self._along, HeadsAlong):
-            self._along.critic.copy()
-            self._along.critic.place(self.accelerator.device)
-            self.add_callback(AfterStep(self._along.critic.follow))
+        connect_balancing(self)
+        self.critic.copy()
+        self.critic.place(self.accelerator.device)
+        self.add_callback(AfterStep(self.critic.follow))
         if REWARD_COLUMN in get_dataset_column_names(self.train_dataset):
             self.data_collator: Any = RewardCollator(self.data_collator)
         elif args.freeze_trunk and not args.mtp_loss_coef:
@@ -136,24 +131,14 @@ class MTPSFTTrainer(SFTTrainer):
             )
 
     @property
-    def critic(self) -> HeadCritic | None:
-        """The heads with their values and targets; `None` for native layers."""
-        return self._along.critic if isinstance(self._along, HeadsAlong) else None
-
-    @property
-    def mtp_heads(self) -> MTPHeads | None:
-        """The heads; `None` for native layers."""
-        return None if self.critic is None else self.critic.training.heads
-
-    @property
-    def native_mtp(self) -> NativeMTP | None:
-        """The native layers; `None` for parallel heads."""
-        return self._along.native if isinstance(self._along, NativeAlong) else None
+    def mtp_heads(self) -> MTPHeads:
+        """The heads, which are a submodule of the model."""
+        return self.critic.training.heads
 
     @property
     def polyak_target(self) -> PolyakTarget | None:
-        """The slow heads; `None` for native layers."""
-        return None if self.critic is None else self.critic.target
+        """The slow heads."""
+        return self.critic.target
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, if it is one of transformers' `Trainer`.
@@ -186,8 +171,6 @@ class MTPSFTTrainer(SFTTrainer):
         self, dataset: Any, processing_class: Any, args: MTPSFTConfig, packing: bool, *rest: Any, **kwargs: Any
     ) -> Any:
         has_rewards = REWARD_COLUMN in get_dataset_column_names(dataset)
-        if args.native_mtp:
-            check_no_rewards(has_rewards)
         if has_rewards:  # before rows are packed, tokenized or trained on
             first = next(iter(dataset), None)
             check_row_reward(None if first is None else first[REWARD_COLUMN])
@@ -247,7 +230,7 @@ class MTPSFTTrainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the host's step, then log what the backward pass showed of the value gradient."""
         loss = super().training_step(*args, **kwargs)
-        totals = None if self.critic is None else self.critic.gradient_totals(self)
+        totals = self.critic.gradient_totals(self)
         if totals is not None:
             log_metrics(self, gradient_metrics(totals))
         return loss
@@ -264,17 +247,17 @@ class MTPSFTTrainer(SFTTrainer):
 
     def _own_files(self) -> dict[str, bool]:
         """Files that this trainer writes into a checkpoint, and whether they have to be there."""
-        return {**self._attached.files(), **({} if self.critic is None else {STATE_NAME: True})}
+        return {**self._attached.files(), STATE_NAME: True}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.critic is not None and self.args.should_save:
+        if self.args.should_save:
             torch.save(self.critic.state_dict(), checkpoint_folder(self, trial) / STATE_NAME)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Called on every backend, while DeepSpeed skips _load_from_checkpoint.
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.critic is not None:
+        if checkpoint is not None:
             path = Path(checkpoint) / STATE_NAME
             self.critic.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 

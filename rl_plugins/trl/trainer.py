@@ -128,15 +128,15 @@ class RLTrainer(GRPOTrainer):
         args.reward_weights = given_weights  # for another trainer with the same config
         self._check_environments()
         self._check_host(args)
-        connect_balancing(self)
         self.train_dataset: Any = filling(self.train_dataset, args.generation_batch_size // self.num_generations)
-        if self.use_vllm:  # the model may have come with heads or native layers
+        if self.use_vllm:  # the model may have come with heads
             hide_attachments_from_vllm(self.vllm_generation)
 
         self._policy_loss = args.make_policy_loss()
         self._warn_of_inert_loss()
         self._set_up_rollouts(args)
         self._attach(args)
+        connect_balancing(self)
 
     @staticmethod
     def _with_reward(reward_funcs: Any, func: Any, args: RLConfig, host_kwargs: dict[str, Any]) -> list[Any]:

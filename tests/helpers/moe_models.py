@@ -135,13 +135,25 @@ def spread_routers(model: nn.Module) -> None:
 def make_moe_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of a family of `MOE_FAMILIES`; `overrides` go to its config. Leaves the global RNG alone."""
     options = {"model_type": family, **MOE_FAMILIES[family], **overrides}
-    kind = CONFIG_MAPPING[options.pop("model_type")]
+    return make_random_model(options, seed, attn_implementation="eager")
+
+
+def make_random_model(options: dict[str, Any], seed: int = 0, **loading: Any) -> PreTrainedModel:
+    """A random model with the options of its config, of which `...` stands for the family's own default.
+
+    Args:
+        options: `model_type`, and what differs from `COMMON`.
+        seed: Of the weights.
+        loading: Keyword arguments of `from_config`.
+    """
+    kind = CONFIG_MAPPING[options["model_type"]]
     # A config keeps any option, so that one with a foreign name would look like the family's own.
     common = {key: value for key, value in COMMON.items() if hasattr(kind, key) or key in kind.attribute_map}
-    config = kind(**common | options)
+    given = {key: value for key, value in {**common, **options}.items() if value is not ... and key != "model_type"}
+    config = kind(**given)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **loading)
         spread_routers(model)
     return model
 

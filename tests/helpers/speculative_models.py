@@ -4,10 +4,10 @@ decoding."""
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel
 
-from rl_plugins.nn import MTPHeads, PolyakTarget, attach_mtp_heads
+from rl_plugins.nn import DepthModule, MTPHead, PolyakTarget, ValueHead, attach_mtp_heads
 from rl_plugins.rollouts import SpeculativeDecoder, SpeculativeOutput, ValueRecord
 
 PAD, EOS = 0, 1
@@ -15,19 +15,34 @@ PROMPTS = [[3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13, 14, 15, 2], [4], [5, 5, 6, 
 NEW = 16
 
 
-def randomise_heads(heads: MTPHeads, scale: float, seed: int = 0) -> MTPHeads:
-    """Give the heads random blocks, which differ from the main head the more the larger `scale` is, and values."""
+def randomise_heads(heads: nn.Module, scale: float, seed: int = 0) -> nn.Module:
+    """Give heads, or the value path of sequential ones, random values, and blocks that differ from the main head the
+    more the larger `scale` is."""
     generator = torch.Generator().manual_seed(seed)
+
+    def randomise(weight: Tensor, size: float) -> None:
+        weight.copy_(torch.randn(weight.shape, generator=generator) * size)
+
     with torch.no_grad():
-        for head in heads:
-            for weight, size in ((head.down.weight, scale), (head.value.weight, 0.3), (head.value.bias, 1.0)):
-                weight.copy_(torch.randn(weight.shape, generator=generator) * size)
+        for module in heads.modules():
+            if isinstance(module, MTPHead):
+                randomise(module.down.weight, scale)
+            if isinstance(module, DepthModule):
+                # Little but the trunk's state, which often leads where the trunk goes.
+                size = module.eh_proj.weight.shape[0]
+                randomise(module.eh_proj.weight, scale)
+                module.eh_proj.weight[:, size:] += 8.0 * torch.eye(size)
+            if isinstance(module, ValueHead):
+                randomise(module.weight, 0.3)
+                randomise(module.bias, 1.0)
     return heads
 
 
-def attach_random_heads(model: PreTrainedModel, num_heads: int, scale: float, seed: int = 0) -> PreTrainedModel:
+def attach_random_heads(
+    model: PreTrainedModel, num_heads: int, scale: float, seed: int = 0, head_type: str = "parallel"
+) -> PreTrainedModel:
     """The model, with random heads, in evaluation mode."""
-    randomise_heads(attach_mtp_heads(model, num_heads), scale, seed)
+    randomise_heads(attach_mtp_heads(model, num_heads, head_type=head_type), scale, seed)
     return model.eval()
 
 
@@ -124,10 +139,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.7},
     "cohere": {"logit_scale": 0.5},
 }
+PARALLEL_ONLY = ("bloom", "falcon")
+"""Models with ALiBi, which only their trunk makes."""
 
 
-def make(family: str, config: dict[str, Any], attention: str, num_heads: int = 3) -> PreTrainedModel:
+def make(
+    family: str, config: dict[str, Any], attention: str, num_heads: int = 3, head_type: str = "parallel"
+) -> PreTrainedModel:
     settings = {key: value for key, value in {**COMMON, **config}.items() if value is not ...}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), attn_implementation=attention)
-    return attach_random_heads(model, num_heads, 0.1)
+    return attach_random_heads(model, num_heads, 0.1, head_type=head_type)

@@ -189,14 +189,13 @@ def write_results(trainer: Any, out: Path) -> None:
         name, named = "policy", dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     else:
         name = "value_model" if isinstance(trainer, PPOTrainer) else "heads"
-        native = trainer.native_mtp if isinstance(trainer, MTPSFTTrainer) else None
-        named = dict((trainer.critic.module if native is None else native).named_parameters())
+        named = dict(trainer.critic.module.named_parameters())
     params = list(named.values())
     sharded = all(isinstance(p, DTensor) or (hasattr(p, "ds_id") and p.numel() == 0) for p in params)
     with whole_parameters(params) as whole:
         weights = {key: p.detach().clone() for key, p in zip(named, whole, strict=True)}
         save_file(weights, out / f"{name}_{RANK}.safetensors")
-    if name == "heads" and trainer.mtp_heads is not None:
+    if name == "heads":
         save_file(trainer.polyak_target.state_dict(), out / f"target_{RANK}.safetensors")
     if Sums.played:
         (out / f"episodes_{RANK}.json").write_text(json.dumps(Sums.played))

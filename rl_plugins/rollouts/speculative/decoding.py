@@ -136,7 +136,8 @@ class Decoding:
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.drafter, self.draft_length = model, drafter, draft_length
-        self.processor, self.stopping, self.config, self.recorder = processor, stopping, config, recorder
+        self.processor, self.stopping, self.config = processor, stopping, config
+        self.recorder = drafter.follow(recorder)  # `None` where the drafter feeds it
         self.kwargs = dict(model_kwargs)
         self.cache = rollback_cache(
             self.kwargs.pop(cache_name(), None), getattr(model.config.get_text_config(), "layer_types", None)
@@ -176,6 +177,7 @@ class Decoding:
             self._prefill()
             while (num_drafts := self._plan(listener)) is not None:
                 self._step(num_drafts)
+        self.drafter.finish()
         return self._output()
 
     # The model
@@ -206,7 +208,8 @@ class Decoding:
         logits, hidden = self._forward(tokens, self.positions, is_first_iteration=True)
         self._settle(logits[:, -1:], hidden[:, -1:], self._new_drafts())
         self.num_unfinished = int((~self.ended).sum())
-        self._inform_drafter(hidden, tokens, self.positions, self.mask.bool())
+        columns = torch.arange(self.prompt_length, device=tokens.device).expand_as(tokens)
+        self._inform_drafter(hidden, tokens, self.positions, self.mask.bool(), columns)
 
     def _step(self, num_drafts: int) -> None:
         """Draft, verify, and keep what each row accepts: the drawing at the top of this module."""
@@ -249,7 +252,8 @@ class Decoding:
             self.mask = torch.cat([self.mask[:, :-slots], kept.long()], dim=1)
         self.has_holes |= least < most
         positions = positions if positions is None else positions[..., :most]
-        self._inform_drafter(hidden[:, :most], tokens[:, :most], positions, kept)
+        columns = (lengths - 1)[:, None] + offset[:most]
+        self._inform_drafter(hidden[:, :most], tokens[:, :most], positions, kept, columns)
 
     def _settle(self, logits: Tensor, hidden: Tensor, drafts: Drafts) -> tuple[Verdict, Tensor]:
         """Choose tokens by the logits (A, S, V) and write them down; returns the verdict and how many are new (A,)."""
@@ -278,10 +282,26 @@ class Decoding:
         self.ended = self.ended.index_put((active,), self._of_active_rows(self.ended) | ended)
         return verdict, num_new
 
-    def _inform_drafter(self, hidden: Tensor, tokens: Tensor, positions: Tensor | None, valid: Tensor) -> None:
-        """Give the drafter the slots of a pass that were kept, and the tokens that are pending now."""
-        pending = self.ids[self.active, self._of_active_rows(self.lengths) - 1]
-        self.drafter.observe(Verified(hidden, tokens, positions, valid, self.mask, pending))
+    def _inform_drafter(
+        self, hidden: Tensor, tokens: Tensor, positions: Tensor | None, valid: Tensor, columns: Tensor
+    ) -> None:
+        """Give the drafter the slots of a pass that were kept, and the tokens that are pending now.
+
+        Args:
+            hidden: States (A, S, D).
+            tokens: Tokens of the pass (A, S).
+            positions: Their positions (A, S).
+            valid: Which of them stay (A, S).
+            columns: Where they stand in `ids` (A, S).
+        """
+        lengths = self._of_active_rows(self.lengths)
+        pending = self.ids[self.active, lengths - 1]
+        # Token y_j leads to s_{j+1}, in which the next one is chosen, and the token behind it to s_{j+2}. A row that
+        # has ended needs no state after its last token.
+        steps = columns - self.prompt_length + 2
+        needed = steps < (lengths - self.prompt_length + (~self._of_active_rows(self.ended)).long())[:, None]
+        steps = steps.masked_fill(~(valid & needed), -1)
+        self.drafter.observe(Verified(hidden, tokens, positions, valid, self.mask, pending, steps, self.active))
 
     # How many drafts
 
