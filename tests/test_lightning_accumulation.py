@@ -71,6 +71,8 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, reward: Any) -> Make:
     factory = module_factory(tiny_model, tokenizer, reward)
 
     def moved(kind: str, *args: Any, **options: Any) -> Any:
+        if kind == "critic":  # the token loss at all tokens, because every micro-batch draws its own
+            options = {"mtp_loss_share": 1.0, **options}
         module = factory(kind, *args, cls=scripted(kind), **options)
         perturb(module)
         return module

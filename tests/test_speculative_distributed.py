@@ -51,6 +51,7 @@ class Workplace(distributed.Workplace):  # type: ignore[misc]
             "max_steps": STEPS,
             "max_completion_length": 8,
             "speculative": True,
+            "mtp_loss_share": 1.0,  # because every rank draws its own tokens
             **GREEDY,
             **options,
         }
@@ -63,7 +64,7 @@ class Workplace(distributed.Workplace):  # type: ignore[misc]
             "out": str(self.root / name),
             "model": str(self.root / "model"),
             "kind": kind,
-            "module": {"max_completion_length": 8, "speculative": True, **module},
+            "module": {"max_completion_length": 8, "speculative": True, "mtp_loss_share": 1.0, **module},
             "backend": backend,
             "batch": prompts if backend == "one" else prompts // 2,
             **options,
