@@ -324,7 +324,7 @@ def test_steps_compared_in_a_group(make: Make) -> None:
 @pytest.mark.slow
 def test_heads_that_draft(make: Make) -> None:
     options = {"policy_loss": "dapo", "advantage": "reward", "num_generations": 1, "speculative": True}
-    numbers = assert_all_cuts_agree(make, "grpo", **options, mtp_detach_trunk=False)
+    numbers = assert_all_cuts_agree(make, "grpo", **options, mtp_detach_trunk=False, mtp_loss_share=1.0)
     assert "mtp/token_loss/head_1" in numbers
 
 
