@@ -428,7 +428,10 @@ def test_the_trunk_learns_as_without_them_in_lightning(make_module: Callable[...
     for coef in (0.0, 3.0):
         module = make_module(make_model("qwen3"), mtp_loss_coef=coef)
         module.model.train()
+        calls: list[int] = []
+        heads_of(module.model).layers[1].register_forward_hook(lambda *args, calls=calls: calls.append(1))
         module.loss(module.tensors(sums()))[0].backward()
+        assert len(calls) == 1  # for the tokens and, without rewards, for the values
         gradients.append({n: p.grad for n, p in module.model.named_parameters() if "mtp_heads" not in n})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     assert all(p.grad.any() for p in heads_of(module.model).layers.parameters())
