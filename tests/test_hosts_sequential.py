@@ -331,6 +331,7 @@ def test_loss_of_fine_tuning_by_hand(
 DRAWS = [(1.0, "distribution"), (0.4, "tokens"), (0.4, "distribution")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "loss_type"), DRAWS)
 @pytest.mark.parametrize("host", HOSTS)
 def test_share_and_type_of_the_token_loss_in_fine_tuning(
@@ -795,6 +796,7 @@ def test_values_belong_to_their_tokens_however_they_are_generated(
     assert len(calls) == 2 * passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_rejected_drafts_leave_no_values(online: Callable[..., Any], host: str) -> None:
     """Of heads and of their slow copies, in rows that end at different steps."""
@@ -816,6 +818,7 @@ def test_rejected_drafts_leave_no_values(online: Callable[..., Any], host: str) 
     assert (kept[0].target - kept[0].online)[mask].abs().max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_episodes_that_go_on_are_worth_the_state_after_them(online: Callable[..., Any], host: str) -> None:
     critic = online(host, "critic", bootstrap_truncated=True)
@@ -830,6 +833,23 @@ def test_episodes_that_go_on_are_worth_the_state_after_them(online: Callable[...
     ends = features[torch.arange(8), first + lengths - 1]
     expected = critic.polyak_target(ends[:, None])[:, 0, 0]
     torch.testing.assert_close(kept[0].after[cut], expected[cut], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"speculative": True}, {"generation_kwargs": {"num_beams": 2}}], ids=str)
+@pytest.mark.parametrize("host", HOSTS)
+def test_values_of_a_policy_with_adapters(online: Callable[..., Any], host: str, options: dict[str, Any]) -> None:
+    """The reference, which is the policy without its adapters, leaves none."""
+    model = get_peft_model(talkative(), LORA)
+    perturb(model, 0.05)
+    critic = online(host, "critic", model, beta=0.2, **options)
+    batch = rollout(critic)
+    assert_values_are_those_of_the_finished_rows(critic, batch)
+    values = values_by_hand(critic.model, batch)
+    with critic.model.disable_adapter():
+        assert (values_by_hand(critic.model, batch) - values).abs().max() > 1e-2
+    layer: Any = heads_of(critic.model).layers[0].mtp_block
+    assert type(layer.self_attn.q_proj) is torch.nn.Linear
 
 
 # Online: losses
@@ -867,6 +887,7 @@ def test_losses_of_the_critic_by_hand(online: Callable[..., Any], host: str) -> 
     assert (loss - without).item() == pytest.approx(COEF * sum(tokens) / (K * items), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "loss_type"), [(0.25, "tokens"), *DRAWS])
 @pytest.mark.parametrize("host", HOSTS)
 def test_share_and_type_of_the_token_loss_online(
@@ -924,6 +945,31 @@ def test_drafting_heads_give_the_policy_nothing_back(online: Callable[..., Any],
     means = [our_metrics[f"mtp/token_loss/head_{k + 1}"] for k in range(K)]
     assert means == pytest.approx([t / n for t, n in zip(tokens, counts, strict=True)], rel=1e-5)
     assert our_loss - loss == pytest.approx(0.1 * sum(tokens) / (K * counts[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_gradient_checkpointing_changes_nothing_online(online: Callable[..., Any], host: str) -> None:
+    found = []
+    batch: dict[str, Any] = {}
+    for checkpointing in (False, True):
+        critic = online(host, "critic", gradient_checkpointing=checkpointing, mtp_detach_trunk=False)
+        batch = batch or rollout(critic)
+        model, calls = critic.model, []
+        model.train()
+        if checkpointing and host == "trl":  # `train` does it
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        block: Any = heads_of(model).layers[1].mtp_block
+        block.mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
+        torch.manual_seed(4)
+        loss = loss_of(critic, batch)[0]
+        loss.backward()
+        assert len(calls) == 2 * (1 + checkpointing)  # values and tokens send different gradients into the trunk
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (plain, gradients), (again, recomputed) = found
+    assert torch.equal(plain, again)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.slow
