@@ -255,7 +255,16 @@ def test_supervised_fine_tuning(start: str, tokenizer: Any, tmp_path: Path, name
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "critic": ("critic", {"num_iterations": 2, "beta": 0.1, "value_warmup_steps": 1, "weight_decay": 0.1}),
     "critic_accumulated": ("critic", {"steps_per_generation": 2, "num_iterations": 2, "head_learning_rate": 1e-2}),
-    "critic_sequential": ("critic", {"mtp_head_type": "sequential", "num_iterations": 2, "beta": 0.1}),
+    "critic_sequential": (
+        "critic",
+        {
+            "mtp_head_type": "sequential",
+            "num_iterations": 2,
+            "beta": 0.1,
+            "value_warmup_steps": 1,
+            "weight_decay": 0.1,
+        },
+    ),
     "ppo_accumulated": ("ppo", {"steps_per_generation": 2, "num_iterations": 2, "weight_decay": 0.1}),
     "grpo": ("grpo", {"advantage": "group_centered", "policy_loss": "dr_grpo", "num_iterations": 2, "beta": 0.1}),
     "tracker": ("grpo", {"advantage": "value_tracker", "policy_loss": "dapo", "num_generations": 1}),
