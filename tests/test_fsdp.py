@@ -41,10 +41,17 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen": {**SFT, "reward": "scored", "model": "untied", "freeze_trunk": True, "gradient_checkpointing": False},
     "sequential": {**SFT, "reward": "scored", "model": "experts", "mtp_head_type": "sequential", "num_mtp_heads": 2,
                    "mtp_detach_trunk": False},
+    "sequential_critic": {**ONLINE, "batch": 2, "head_learning_rate": 0.05, "mtp_head_type": "sequential"},
 }  # fmt: skip
 PARAMETERS = {"ppo": "value_model", "variant": "policy"}
 """Which parameters a case trains, if not heads."""
+
 HELD: dict[str, Any] = {"full": (fsdp(), distributed.MID_CYCLE), "sharded": (fsdp("SHARDED"), {"phasic_every": 2})}
+
+
+def name_of(case: str) -> str:
+    """What a case trains."""
+    return PARAMETERS.get(case, "heads")
 
 
 class Workplace(Base):
@@ -98,7 +105,7 @@ class TestTwoRanksEqualOneProcess:
 
     def test_weights(self, two: Workplace, case: str) -> None:
         assert two.log(f"{case}_fsdp")["sharded"] and not two.log(f"{case}_one")["sharded"]
-        name = PARAMETERS.get(case, "heads")
+        name = name_of(case)
         expected = two.tensors(f"{case}_one", name)
         for what in (name, *(("target",) if name == "heads" else ())):
             first, second = (two.tensors(f"{case}_fsdp", what, rank) for rank in (0, 1))
@@ -106,7 +113,9 @@ class TestTwoRanksEqualOneProcess:
             print("GAPS", case, what, gap(first, two.tensors(f"{case}_one", what)))
             assert gap(first, two.tensors(f"{case}_one", what)) < 1e-6
         if name == "heads":
-            path = "value_heads." if case == "sequential" else ""  # of sequential heads, what makes values alone
+            path = (
+                "value_heads." if case.startswith("sequential") else ""
+            )  # of sequential heads, what makes values alone
             heads = {f"heads.{key.removeprefix(path)}": x for key, x in expected.items() if key.startswith(path)}
             assert gap(two.tensors(f"{case}_one", "target"), heads) > 1e-4  # the copies are slow
 
@@ -163,7 +172,7 @@ class TestSavedModel:
             assert not info["unexpected_keys"]
         start = AutoModelForCausalLM.from_pretrained(two.root / CASES[case].get("model", "tied")).state_dict()
         assert (gap(model.state_dict(), start) > 0.0) == (case != "frozen")
-        if case in ("critic", "episodes", "sft", "frozen", "sequential"):
+        if name_of(case) == "heads":
             heads = dict(load_mtp_heads(model, final).named_parameters())
             assert gap(heads, two.tensors(f"{case}_fsdp", "heads")) == 0.0
         if case == "ppo":

@@ -96,6 +96,15 @@ CRITICS: dict[str, dict[str, Any]] = {
     "truncated": {"mask_truncated_completions": True, "policy_loss": "grpo", "temperature": 0.7},
     "long": {"overlong_shaping": True, "overlong_cache": 4},
     "cut": {"bootstrap_truncated": True, "lam_value": 0.7, "time_unit": "turn", "gamma": 0.9},
+    "sequential": {"mtp_head_type": "sequential", "beta": 0.2, "mtp_detach_trunk": False, "lam_value": 0.7},
+    "sequential_lookahead": {
+        "mtp_head_type": "sequential",
+        "bootstrap_lookahead": True,
+        "bootstrap_truncated": True,
+        "advantage_estimator": "td",
+        "mtp_loss_type": "distribution",
+        "value_grad_clip": 0.1,
+    },
 }
 
 
@@ -211,6 +220,7 @@ SFTS: dict[str, dict[str, Any]] = {
     "tokens": {},
     "td": {"advantage_estimator": "td", "gamma": 0.9, "value_loss_type": "huber", "num_mtp_heads": 3},
     "trunk": {"mtp_detach_trunk": False, "value_grad_scale": 0.5, "value_grad_clip": None, "lam_value": 0.8},
+    "sequential": {"mtp_head_type": "sequential", "lam_value": 0.8, "mtp_loss_share": 0.4},
 }
 
 
@@ -245,6 +255,16 @@ def test_supervised_fine_tuning(start: str, tokenizer: Any, tmp_path: Path, name
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "critic": ("critic", {"num_iterations": 2, "beta": 0.1, "value_warmup_steps": 1, "weight_decay": 0.1}),
     "critic_accumulated": ("critic", {"steps_per_generation": 2, "num_iterations": 2, "head_learning_rate": 1e-2}),
+    "critic_sequential": (
+        "critic",
+        {
+            "mtp_head_type": "sequential",
+            "num_iterations": 2,
+            "beta": 0.1,
+            "value_warmup_steps": 1,
+            "weight_decay": 0.1,
+        },
+    ),
     "ppo_accumulated": ("ppo", {"steps_per_generation": 2, "num_iterations": 2, "weight_decay": 0.1}),
     "grpo": ("grpo", {"advantage": "group_centered", "policy_loss": "dr_grpo", "num_iterations": 2, "beta": 0.1}),
     "tracker": ("grpo", {"advantage": "value_tracker", "policy_loss": "dapo", "num_generations": 1}),
@@ -273,7 +293,7 @@ def assert_same_logs(trainer: Any, numbers: Numbers, window: int) -> None:
             assert ours[0][key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
 
 
-SLOW = ("critic_accumulated", "ppo_accumulated")
+SLOW = ("critic_accumulated", "critic_sequential", "ppo_accumulated")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RUNS])

@@ -43,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     "steps": {"kind": "critic", "module": {"num_iterations": 2, "bootstrap_truncated": True}, "reward": "steps"},
     "process": {"kind": "grpo", "module": {"advantage": "process_normalized"}, "reward": "steps"},
     "episodes": {"kind": "critic", "module": {"max_completion_length": LENGTH}, "reward": "episodes"},
+    "sequential": {"kind": "critic", "module": {"num_iterations": 2, "mtp_head_type": "sequential"}},
+    "sequentialsft": {"kind": "sft", "model": "untied", "module": {"mtp_head_type": "sequential"}},
 }
 BACKENDS = {
     "critic": ("ddp", "zero1", "zero2", "zero3"),
@@ -54,6 +56,8 @@ BACKENDS = {
     "steps": ("zero2",),
     "process": ("ddp",),
     "episodes": ("ddp", "zero3"),
+    "sequential": ("ddp", "zero3"),
+    "sequentialsft": ("zero2",),
 }
 NAMES = [f"{case}_{backend}" for case, backends in BACKENDS.items() for backend in backends]
 SHARDED = [name for name in NAMES if name.startswith("critic_zero")]
@@ -209,11 +213,8 @@ def test_polyak_targets_equal_those_of_one_process(two: Workplace, name: str) ->
     first, second = (two.tensors(name, "target", rank) for rank in (0, 1))
     assert gap(first, second) == 0.0
     assert gap(first, two.tensors(reference(name), "target")) < 1e-5  # a fifth of what AdamW makes of the weights
-    heads = {
-        f"heads.{key.split('mtp_heads.')[1]}": x
-        for key, x in two.tensors(name, "weights").items()
-        if "mtp_heads" in key
-    }
+    path = "mtp_heads.value_heads." if name.startswith("sequential") else "mtp_heads."  # what makes the values
+    heads = {f"heads.{key.split(path)[1]}": x for key, x in two.tensors(name, "weights").items() if path in key}
     assert gap(first, heads) > 1e-4
 
 

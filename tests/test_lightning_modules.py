@@ -249,17 +249,18 @@ def test_target_heads_are_copied_every_few_steps(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_a_callback_of_ones_own_leaves_the_target_heads_alone(make: Make) -> None:
+@pytest.mark.parametrize("head_type", ["parallel", "sequential"])
+def test_a_callback_of_ones_own_leaves_the_target_heads_alone(make: Make, head_type: str) -> None:
     """The callback is for other modules: it copies the heads once more, and the critic's own targets go on as ever."""
     states = []
     for callbacks in ([], [own := PolyakCallback(tau=1.0)]):
         torch.manual_seed(0)
-        module = make("critic", target_tau=0.1, head_learning_rate=1e-2)
+        module = make("critic", target_tau=0.1, head_learning_rate=1e-2, mtp_head_type=head_type)
         trainer = fit(module, PromptDataModule(prompts(), batch_size=2), *callbacks, max_steps=2)
         assert module.polyak_target is module.critic.target is not own.target
         states.append(state_of(trainer))
     assert_equal_states(*states)
-    for target, head in zip(own.target.parameters(), module.mtp_heads.parameters(), strict=True):
+    for target, head in zip(own.target.parameters(), module.mtp_heads.value_path.parameters(), strict=True):
         torch.testing.assert_close(target, head, rtol=0.0, atol=1e-7)
     assert not torch.equal(next(iter(own.target.parameters())), next(iter(module.polyak_target.parameters())))
 

@@ -59,7 +59,8 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any) -> Make:
 
     def speculative(kind: str, model: Any = None, **options: Any) -> Any:
         model = talkative(tiny_model) if model is None else model
-        options = {"max_completion_length": 8, "speculative": True, **options}
+        # The token loss at all tokens: what is drawn depends on how often dice were thrown before.
+        options = {"max_completion_length": 8, "speculative": True, "mtp_loss_share": 1.0, **options}
         if kind == "ppo":
             options = {"num_iterations": 1, "value_learning_rate": 2e-2, **options}
         return factory(kind, model, **options)

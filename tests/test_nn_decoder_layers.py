@@ -90,19 +90,21 @@ def padding(family: str) -> None:
 
 
 def stream(family: str) -> None:
-    """Features of rows in pieces are those of whole rows, padded ones among them."""
+    """Features of rows in pieces are those of whole rows, padded ones among them. Without padding `generate` gives
+    the model no mask, but positions, as packed rows have them."""
     model, heads = made(family)
-    positions = positions_of(MASK)
-    with torch.no_grad():
-        hidden = trunk_states(model, IDS, MASK)
-        whole = heads.deepen(hidden, IDS, MASK, positions)
-    for cuts in ((0, 3, 4, LENGTH), (0, 1, 2, LENGTH)):
-        pieces = heads.stream()
-        found = [
-            pieces(hidden[:, a:b], IDS[:, a:b], MASK[:, :b], positions[:, a:b])
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
-        close(torch.cat(found, dim=1), whole)
+    for mask, given in ((MASK, MASK), (torch.ones_like(MASK), None)):
+        positions = positions_of(mask)
+        with torch.no_grad():
+            hidden = trunk_states(model, IDS, mask)
+            whole = heads.deepen(hidden, IDS, mask, positions)
+        for cuts in ((0, 3, 4, LENGTH), (0, 1, 2, LENGTH)):
+            pieces = heads.stream()
+            found = [
+                pieces(hidden[:, a:b], IDS[:, a:b], given if given is None else given[:, :b], positions[:, a:b])
+                for a, b in zip(cuts, cuts[1:], strict=False)
+            ]
+            close(torch.cat(found, dim=1), whole)
 
 
 def gradients(family: str) -> None:

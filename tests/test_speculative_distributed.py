@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rl_plugins.nn import MTPHeads, attach_mtp_heads
+from rl_plugins.nn import attach_mtp_heads
 
 from .helpers import distributed
 from .helpers.distributed import gap
@@ -24,17 +24,20 @@ STEPS, BATCH = 2, 8  # optimizer steps; completions of all ranks
 CHECKPOINT, KILL_AT = 2, 3
 GREEDY: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
 FSDP = distributed.fsdp()
+SEQUENTIAL = {"mtp_head_type": "sequential"}
 WHOLE, PARTS = {"ds3_gather_for_generation": True}, {"ds3_gather_for_generation": False}
 # Options of TRL's trainers and the backends that they run on.
 TRL: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "critic": ("mtp", {}, {"ddp": {}, "zero3": PARTS, "zero3whole": WHOLE, "fsdp": FSDP}),
     "grpo": ("variant", {"num_generations": 2}, {"ddp": {}, "zero3": PARTS, "fsdp": FSDP}),
     "ppo": ("ppo", {"num_iterations": 1, "beta": 0.0, "value_warmup_steps": 1}, {"ddp": {}}),
+    "sequential": ("mtp", SEQUENTIAL, {"ddp": {}, "zero3": PARTS, "fsdp": FSDP}),
 }
 LIGHTNING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "critic": ({}, ("ddp", "zero3")),
     "grpo": ({"num_generations": 2}, ("ddp", "zero3")),
     "ppo": ({"num_iterations": 1, "value_warmup_steps": 1}, ("ddp",)),
+    "sequentialgrpo": ({"num_generations": 2, **SEQUENTIAL}, ("zero3",)),
 }
 
 
@@ -42,6 +45,10 @@ class Workplace(distributed.Workplace):  # type: ignore[misc]
     """Runs of both hosts, in one worker."""
 
     worker = Path(__file__).parent / "workers" / "speculative_worker.py"
+
+    def model(self, options: dict[str, Any]) -> str:
+        """A policy with heads of the type that is asked for."""
+        return str(self.root / options.get("mtp_head_type", "parallel"))
 
     def trl(self, name: str, backend: str, trainer: str, **options: Any) -> Run:
         if backend.startswith("zero"):
@@ -51,19 +58,20 @@ class Workplace(distributed.Workplace):  # type: ignore[misc]
             "max_steps": STEPS,
             "max_completion_length": 8,
             "speculative": True,
+            "mtp_loss_share": 1.0,  # because every rank draws its own tokens
             **GREEDY,
             **options,
         }
-        out = {"out": str(self.root / name), "model": str(self.root / "model")}
+        out = {"out": str(self.root / name), "model": self.model(options)}
         return {**out, "host": "trl", "backend": backend, "trainer": trainer, "reward": "spread", "args": args}
 
     def lightning(self, name: str, backend: str, kind: str, module: dict[str, Any], **options: Any) -> Run:
         prompts = BATCH // module.get("num_generations", 1)
         return {
             "out": str(self.root / name),
-            "model": str(self.root / "model"),
+            "model": self.model(module),
             "kind": kind,
-            "module": {"max_completion_length": 8, "speculative": True, **module},
+            "module": {"max_completion_length": 8, "speculative": True, "mtp_loss_share": 1.0, **module},
             "backend": backend,
             "batch": prompts if backend == "one" else prompts // 2,
             **options,
@@ -92,17 +100,19 @@ def two(
     """All runs, those of one process among them."""
     place = Workplace(tmp_path_factory.mktemp("speculative"))
     # Weights so large that greedy completions differ in length, and heads of whose drafts some are accepted.
-    model = tiny_model(6, initializer_range=0.25)
-    randomise_heads(attach_mtp_heads(model, 2), 0.01)
-    model.save_pretrained(place.root / "model")
-    MTPHeads.of(model).save(place.root / "model")
-    tokenizer.save_pretrained(place.root / "model")
+    for head_type, seed in (("parallel", 6), ("sequential", 3)):
+        model = tiny_model(seed, initializer_range=0.25)
+        heads = randomise_heads(attach_mtp_heads(model, 2, head_type=head_type), 0.01)
+        model.save_pretrained(place.root / head_type)
+        heads.save(place.root / head_type)
+        tokenizer.save_pretrained(place.root / head_type)
     runs = []
     for name, (trainer, options, backends) in TRL.items():
         runs.append(place.trl(f"trl_{name}_one", "one", trainer, **options))
         runs += [place.trl(f"trl_{name}_{key}", key, trainer, **options, **own) for key, own in backends.items()]
     for name, (module, keys) in LIGHTNING.items():
-        runs += [place.lightning(f"lightning_{name}_{key}", key, name, module) for key in ("one", *keys)]
+        kind = name.removeprefix("sequential")
+        runs += [place.lightning(f"lightning_{name}_{key}", key, kind, module) for key in ("one", *keys)]
     frozen = {"num_generations": 2, "mtp_loss_coef": 0.0}
     runs.append(place.lightning("frozen_lightning", "ddp", "grpo", frozen))
     runs.append(place.trl("frozen_trl", "ddp", "variant", num_generations=2, mtp_loss_coef=0.0))

@@ -15,13 +15,13 @@ from rl_plugins.nn import attach_mtp_heads
 from rl_plugins.nn.cache_name import cache_name
 from rl_plugins.rollouts import DraftStatistics, SpeculativeDecoder
 from rl_plugins.rollouts.speculative.cache import SPARE_SLOTS, RollbackCache, RollbackLayer, kept_slots
-from rl_plugins.rollouts.speculative.decoding import SPARE_SHARE
+from rl_plugins.rollouts.speculative.decoding import SPARE_SHARE, Decoding
 from rl_plugins.rollouts.speculative.drafters import Verified, make_drafter
 from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 from rl_plugins.rollouts.speculative.stopping import Stopping
 from rl_plugins.rollouts.speculative.verification import Drafts, verify
 
-from .helpers.speculative_models import FAMILIES, attach_random_heads, make, padded, processors_of
+from .helpers.speculative_models import FAMILIES, PROMPTS, attach_random_heads, decode, make, padded, processors_of
 
 # The cache
 
@@ -347,3 +347,26 @@ def test_the_cache_does_not_fill_up_with_rejected_drafts(tiny_model: Callable[..
     rejected = sum(decoder.last.statistics.reached) - sum(decoder.last.statistics.accepted)
     assert rejected > new  # they would be many
     assert max(slots) <= (4 + new) / (1.0 - SPARE_SHARE) + 3
+
+
+@pytest.mark.parametrize("head_type", ["parallel", "sequential"])
+def test_rows_that_have_all_ended_keep_no_slot_of_a_draft(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, head_type: str
+) -> None:
+    """A rank whose rows have ended takes steps with the others, of as many drafts as they make."""
+    model = attach_random_heads(tiny_model(initializer_range=0.3), 2, 0.05, head_type=head_type)
+    expected = decode(model, padded(PROMPTS)).sequences
+    plan, sizes = Decoding._plan, []
+
+    def go_on(self: Decoding, listener: Any) -> int | None:
+        num_drafts = plan(self, listener) if self.num_unfinished else None
+        if num_drafts is not None:
+            return num_drafts
+        self.synced = True  # and so keeps all rows
+        sizes.append((self.mask.shape[1], self.cache.get_seq_length()))
+        return 2 if len(sizes) < 4 else None
+
+    monkeypatch.setattr(Decoding, "_plan", go_on)
+    assert torch.equal(decode(model, padded(PROMPTS)).sequences, expected)
+    assert all(width == cached for width, cached in sizes)
+    assert [after[0] - before[0] for before, after in pairwise(sizes)] == [1, 1, 1]

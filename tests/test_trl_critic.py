@@ -338,6 +338,7 @@ def test_accumulation_changes_nothing(make: Make, options: dict[str, Any]) -> No
             max_grad_norm=0.0,
             value_grad_clip=0.5,
             mtp_detach_trunk=False,
+            mtp_loss_share=1.0,  # every micro-batch draws its own
             **{"reward_funcs": number_in_prompt, **options},
         )
         before = weights(trainer)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 # Some completions end by themselves, and the others are worth what would follow.
 STEPWISE = {"reward": "steps", "bootstrap_truncated": True}
+SEQUENTIAL = {"mtp_head_type": "sequential"}
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,7 @@ def one(place: Workplace) -> Workplace:
         place.run("one_iterations", model="untied", **GREEDY, **ITERATIONS),
         place.run("one_steps", **GREEDY, **STEPWISE),
         place.run("one_episodes", **GREEDY, **EPISODES),
+        place.run("one_sequential", **GREEDY, **SEQUENTIAL),
         *place.resumed("plain", batch=8),
         *place.resumed("mid_cycle", batch=4, **MID_CYCLE),
         *place.resumed("phasic", batch=4, phasic_every=2),
@@ -76,7 +78,11 @@ def two(one: Workplace) -> Workplace:
         one.run("zero2_steps", batch=4, deepspeed=zero(2), **GREEDY, **STEPWISE),
         one.run("ddp_episodes", batch=4, **GREEDY, **EPISODES),
         one.run("zero3_episodes", batch=4, deepspeed=zero(3), **GREEDY, **EPISODES),
+        one.run("ddp_sequential", batch=4, **GREEDY, **SEQUENTIAL),
+        one.run("zero2_sequential", batch=4, deepspeed=zero(2), **GREEDY, **SEQUENTIAL),
+        one.run("zero3_sequential", batch=4, deepspeed=zero(3), **GREEDY, **SEQUENTIAL),
         *one.resumed("zero3_mid_cycle", batch=4, deepspeed=zero(3), **MID_CYCLE, **STEPWISE),
+        *one.resumed("zero3_sequential", batch=4, deepspeed=zero(3), **SEQUENTIAL),
     ]
     one.start(runs, ranks=2)
     return one
@@ -93,6 +99,9 @@ PAIRS = [
     ("zero2_steps", "one_steps"),
     ("ddp_episodes", "one_episodes"),
     ("zero3_episodes", "one_episodes"),
+    ("ddp_sequential", "one_sequential"),
+    ("zero2_sequential", "one_sequential"),
+    ("zero3_sequential", "one_sequential"),
 ]
 
 
@@ -124,7 +133,8 @@ class TestTwoRanksEqualOneProcess:
         for name in expected:
             assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], expected[name], atol=1e-5, rtol=0.0)
-        assert any(not torch.equal(first[f"heads.{name}"], heads[name]) for name in heads)
+        path = "value_heads." if "sequential" in backend else ""  # of sequential heads, what makes values alone
+        assert any(not torch.equal(x, heads[path + name.removeprefix("heads.")]) for name, x in first.items())
 
     @pytest.mark.parametrize("backend", [pair[0] for pair in PAIRS])
     def test_values_are_saved(self, two: Workplace, backend: str) -> None:
@@ -168,10 +178,11 @@ class TestResume:
     def test_one_process(self, one: Workplace, name: str) -> None:
         self.check(one, name, ranks=1)
 
-    def test_zero3(self, two: Workplace) -> None:
-        self.check(two, "zero3_mid_cycle", ranks=2)
+    @pytest.mark.parametrize("name", ["zero3_mid_cycle", "zero3_sequential"])
+    def test_zero3(self, two: Workplace, name: str) -> None:
+        self.check(two, name, ranks=2)
 
-    @pytest.mark.parametrize("name", [*RESUMED, "zero3_mid_cycle"])
+    @pytest.mark.parametrize("name", [*RESUMED, "zero3_mid_cycle", "zero3_sequential"])
     def test_the_killed_run_was_killed(self, two: Workplace, name: str) -> None:
         killed = two.root / f"{name}_killed"
         assert (killed / f"checkpoint-{CHECKPOINT}").is_dir()

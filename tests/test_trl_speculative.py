@@ -68,6 +68,8 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_p
                 "learning_rate": 1e-3,
                 "head_learning_rate": 1e-2,
                 "speculative": True,
+                # The token loss at all tokens: what is drawn depends on how often dice were thrown before.
+                "mtp_loss_share": 1.0,
                 **own,
                 **options,
             }

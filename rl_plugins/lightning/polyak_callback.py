@@ -13,11 +13,12 @@ from rl_plugins.nn.target_heads import PolyakTarget, check_polyak
 
 
 class PolyakCallback(LightningOnly, Callback):
-    """Keeps a float32 copy of the MTP heads that follows them slowly, `theta' <- tau theta + (1 - tau) theta'`.
+    """Keeps a float32 copy of the part of the MTP heads that makes values, which follows them slowly:
+    `theta' <- tau theta + (1 - tau) theta'`.
 
     ```python
     polyak = PolyakCallback(tau=0.05)
-    Trainer(callbacks=[polyak]).fit(module)  # in training_step: polyak.target(hidden_states)
+    Trainer(callbacks=[polyak]).fit(module)  # where the heads run: polyak.target(heads.states(hidden_states))
     ```
 
     [`MTPSFTModule`] and [`MTPCriticModule`] have target heads of their own; this is for a module of yours.
@@ -51,7 +52,7 @@ class PolyakCallback(LightningOnly, Callback):
         heads = None if model is None else MTPHeads.of(model)
         if self.target is None and heads is not None:
             self._heads = heads
-            with whole_parameters(list(heads.parameters())), whole_module(heads):
+            with whole_parameters(list(heads.value_path.parameters())), whole_module(heads.value_path):
                 self.target = PolyakTarget(heads, tau=self.tau, period=self.period)
             if self._saved is not None:
                 self.target.load_state_dict(self._saved)
@@ -83,7 +84,7 @@ class PolyakCallback(LightningOnly, Callback):
             return
         self._step = trainer.global_step
         assert self._heads is not None and self.target is not None
-        with whole_parameters(list(self._heads.parameters())) as online:
+        with whole_parameters(list(self._heads.value_path.parameters())) as online:
             self.target.update(online, step=self._step)
 
     def state_dict(self) -> dict[str, Any]:

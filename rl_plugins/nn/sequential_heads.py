@@ -94,19 +94,23 @@ class _Slots(NamedTuple):
     positions: Tensor | None
 
     @classmethod
-    def of(cls, mask: Tensor | None, positions: Tensor | None, batch: int, width: int, past: int) -> "_Slots":
+    def of(
+        cls, mask: Tensor | None, positions: Tensor | None, batch: int, width: int, past: int | None = None
+    ) -> "_Slots":
+        """Look at rows of which `past` slots are in a cache; `None` where there is no cache, without which rows may be
+        packed: transformers takes no row with a cache for one."""
         device = mask.device if mask is not None else None if positions is None else positions.device
         if mask is not None:
             real = mask.bool()
             return cls((real.cumsum(1) - 1).masked_fill(~real, -1)[:, -width:], real, None)
-        if positions is not None and positions.ndim == 2 and not past:
+        if positions is not None and positions.ndim == 2 and past is None:
             # Positions start again with every packed document: 0 1 2 0 1 has its second document from slot 3 on.
             slot = torch.arange(width, device=device)
             starts = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
             first = torch.where(starts, slot, 0).cummax(1).values
             return cls((slot - first).expand(batch, -1), None, positions.expand(batch, -1))
-        real = torch.ones(batch, past + width, dtype=torch.bool, device=device)
-        return cls(real.cumsum(1)[:, past:] - 1, real, None)
+        real = torch.ones(batch, (past or 0) + width, dtype=torch.bool, device=device)
+        return cls(real.cumsum(1)[:, -width:] - 1, real, None)
 
     def for_depth(self, depth: int) -> tuple[Tensor | None, Tensor | None]:
         """Mask and positions from which attention masks are made: those without the first slots of every row, at
@@ -294,10 +298,12 @@ class SequentialHeads(MTPHeads):
                 by those for the next call.
         """
         batch, width = input_ids.shape
-        past = 0 if cache is None else int(cache.get_seq_length(0))
+        past = None if cache is None else int(cache.get_seq_length(0))
         slots = _Slots.of(attention_mask, position_ids, batch, width, past)
         if position_ids is None:
-            position_ids = torch.arange(past, past + width, device=input_ids.device).expand(batch, -1)
+            first_position = past or 0
+            position_ids = torch.arange(first_position, first_position + width, device=input_ids.device)
+            position_ids = position_ids.expand(batch, -1)
         below, features = hidden, []
         for k in range(1, self.config.num_heads + 1):
             before = None if last is None else last[k - 1]
@@ -331,7 +337,7 @@ class SequentialHeads(MTPHeads):
         """Mark the positions at which depth k has read k tokens."""
         ids, mask, positions = self._row_inputs()
         batch, width = ids.shape
-        rank = _Slots.of(mask, positions, batch, width, 0).rank.to(ids.device)
+        rank = _Slots.of(mask, positions, batch, width).rank.to(ids.device)
         return rank[..., None] >= torch.arange(1, self.config.num_heads + 1, device=ids.device)
 
     def _row_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:

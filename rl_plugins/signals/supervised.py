@@ -78,8 +78,10 @@ class HeadsAlong:
         if options.mtp_loss_coef:
             positions, ahead = inputs.get("position_ids"), self.critic.ahead
             labels = select(mtp_labels(inputs["labels"], options.num_mtp_heads, positions, ahead=ahead))
-        target = None if rewards is None else self.critic.target
-        return self.critic.running(select, labels, num_items, target=target)
+        if rewards is None:
+            # Values learn nothing and send nothing into the trunk, so heads that are decoder layers run once.
+            return self.critic.running(select, labels, num_items, scale=0.0)
+        return self.critic.running(select, labels, num_items, target=self.critic.target)
 
     def loss(
         self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks

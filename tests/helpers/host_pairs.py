@@ -118,7 +118,7 @@ def pair_factory(start: str, dataset: Dataset, reward: Any, tmp_path: Path) -> M
         trainer.current_gradient_accumulation_steps = accumulation
         if not (not scripted_rollouts if attached is None else attached):
             if name == "critic":  # the module's target heads are copied when training starts
-                trainer.polyak_target.heads.load_state_dict(trainer.mtp_heads.state_dict())
+                trainer.polyak_target.heads.load_state_dict(trainer.mtp_heads.value_path.state_dict())
             return trainer, module
         attach_trainer(module, accumulation)
         if name == "critic":

@@ -122,7 +122,8 @@ def twisted(ids: list[int], place: int) -> list[int]:
 
 
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "mtp": (MTPCriticTrainer, MTPCriticConfig, {**ONLINE, "head_learning_rate": 1e-2}),
+    # The token loss at all tokens, because every rank draws its own.
+    "mtp": (MTPCriticTrainer, MTPCriticConfig, {**ONLINE, "head_learning_rate": 1e-2, "mtp_loss_share": 1.0}),
     "ppo": (PPOTrainer, PPOConfig, {**ONLINE, "value_learning_rate": 1e-2}),
     "variant": (SteadyVariantTrainer, GRPOVariantConfig, ONLINE),
     "sft": (MTPSFTTrainer, MTPSFTConfig, {"head_learning_rate": 1e-2}),

@@ -37,14 +37,16 @@ from tests.helpers.vision_models import lessons, looks, vision_language
 # Completions of one length, so that two ranks, and one process in two micro-steps, weigh tokens alike.
 SAMPLING = {"max_completion_length": 4, "generation_kwargs": {"do_sample": False, "min_new_tokens": 4}}
 ONLINE = {**SAMPLING, "shuffle_dataset": False, "log_multimodal": False, "steps_per_generation": 1}
+# The token loss at all tokens, because every rank draws its own.
+HEADS = {"mtp_loss_share": 1.0}
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "stock": (GRPOTrainer, GRPOConfig, {**ONLINE, "num_generations": 2, "scale_rewards": "none"}),
-    "critic": (MTPCriticTrainer, MTPCriticConfig, {**ONLINE, "advantage_scaling": "none"}),
+    "critic": (MTPCriticTrainer, MTPCriticConfig, {**ONLINE, **HEADS, "advantage_scaling": "none"}),
     "ppo": (PPOTrainer, PPOConfig, {**ONLINE, "advantage_scaling": "none", "beta": 0.0, "num_iterations": 1}),
     "variant": (
         GRPOVariantTrainer,
         GRPOVariantConfig,
-        {**ONLINE, "num_generations": 1, "advantage": "reward", "policy_loss": "dapo", "speculative": True},
+        {**ONLINE, **HEADS, "num_generations": 1, "advantage": "reward", "policy_loss": "dapo", "speculative": True},
     ),
     "sft": (MTPSFTTrainer, MTPSFTConfig, {"train_sampling_strategy": "sequential", "max_length": None}),
 }

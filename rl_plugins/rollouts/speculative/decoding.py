@@ -347,10 +347,11 @@ class Decoding:
         draft = torch.arange(num_drafts, device=num_new.device)
         reached = draft < num_new[:, None]
         accepted = (draft < verdict.num_accepted[:, None]) & reached
-        # Rows that have ended keep their slots for nothing, and so do not count in either bound.
+        # Rows that have ended keep their slots for nothing, and so do not count in either bound. Where all have, on a
+        # rank that goes on with the others, each keeps the slot of its pending token.
         kept = verdict.num_accepted + 1
         most_kept = kept.masked_fill(~unfinished, 1).max()
-        least_kept = kept.masked_fill(~unfinished, num_drafts + 1).min()
+        least_kept = kept.masked_fill(~unfinished, num_drafts + 1).min().minimum(most_kept)
         single, reached_by, accepted_by, acceptance = _to_host(
             torch.stack([(~self.ended).sum(), num_new.sum(), most_kept, least_kept]),
             reached.sum(0),
