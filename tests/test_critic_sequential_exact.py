@@ -144,8 +144,8 @@ def test_rollouts_save_one_baseline_for_all_tokens_of_a_state(head_type: str, sp
     torch.testing.assert_close(recorded[0], passed, rtol=0, atol=1e-5)
     several = 0
     for t in range(4):
-        for prefix in tokens[:, :t].unique(dim=0):
-            rows = (tokens[:, :t] == prefix).all(1)
+        for state in output[:, : 3 + t].unique(dim=0):
+            rows = (output[:, : 3 + t] == state).all(1)
             assert (recorded[0][rows, t] - recorded[0][rows, t][0]).abs().max() < 1e-5
             several += len(tokens[rows, t].unique()) > 1
     assert several >= 8, "states in which several tokens were drawn"

@@ -287,7 +287,7 @@ class SequentialHeads(MTPHeads):
             hidden: The trunk's states (B, S, D).
             input_ids: The tokens at these positions (B, S).
             attention_mask: Real tokens (B, L), those of the cache included, padded on either side, without holes;
-                `None` for all, and for packed rows.
+                `None` for all, and for packed rows, which have no cache.
             position_ids: Positions (B, S), which start again with every document of packed rows.
             cache: Of the slots before these.
             last: For every depth, the state that it reads at the first position (B, 1, D), `None` for none; replaced
@@ -295,6 +295,9 @@ class SequentialHeads(MTPHeads):
         """
         batch, width = input_ids.shape
         past = 0 if cache is None else int(cache.get_seq_length(0))
+        if cache is not None and attention_mask is None:
+            # Positions without a mask tell packed documents apart, which never come with a cache.
+            attention_mask = input_ids.new_ones(batch, past + width)
         slots = _Slots.of(attention_mask, position_ids, batch, width, past)
         if position_ids is None:
             position_ids = torch.arange(past, past + width, device=input_ids.device).expand(batch, -1)
