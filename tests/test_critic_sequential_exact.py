@@ -25,7 +25,7 @@ from .helpers.exact_cases import (
 )
 from .helpers.speculative_models import randomise_heads
 
-STEPS = 200
+STEPS, STRINGS = 300, 96  # many small steps: a decoder layer starts from further away than a parallel head
 
 
 def pairs(strings: Tensor) -> Tensor:
@@ -54,7 +54,8 @@ def train_and_score(case: Case, head_type: str, estimator: str, num_heads: int =
     inner_size = 128 if head_type == "parallel" else None
     heads = attach_mtp_heads(model, num_heads, head_type=head_type, inner_size=inner_size)
     assert max(accuracy(model, heads, mdp, prompt_length=prompt_length)) < 0.05, "fresh heads know nothing"
-    train_heads(model, heads, mdp, estimator=estimator, steps=case.steps, prompt_length=prompt_length)
+    lengths = {"steps": case.steps, "strings": STRINGS, "prompt_length": prompt_length}
+    train_heads(model, heads, mdp, estimator=estimator, **lengths)
     return accuracy(model, heads, mdp, prompt_length=prompt_length)
 
 
@@ -71,7 +72,7 @@ def test_one_head_finds_the_exact_values(name: str, estimator: str) -> None:
 @pytest.mark.slow
 def test_both_of_two_heads_judge_the_same_state() -> None:
     """The second reads the trunk two tokens before, and both have read all tokens since."""
-    case = Case(pairs, vocab_size=4, max_length=5, prompt_length=3, steps=150)
+    case = Case(pairs, vocab_size=4, max_length=5, prompt_length=3, steps=200)
     scores = train_and_score(case, "sequential", "td", num_heads=2)
     print(scores)
     assert min(scores) >= ENOUGH, scores

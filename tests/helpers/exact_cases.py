@@ -102,21 +102,30 @@ def run_heads(
 
 
 def train_heads(
-    model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, *, estimator: str, steps: int, lr: float = 5e-3, prompt_length: int = 1
+    model: Qwen3ForCausalLM,
+    heads: MTPHeads,
+    mdp: TokenMDP,
+    *,
+    estimator: str,
+    steps: int,
+    strings: int = 256,
+    prompt_length: int = 1,
 ) -> None:
     """The package's own pieces in a plain loop; only the heads learn.
 
     Args:
         estimator: Of the targets; `exact` regresses on the exact values.
+        steps: Of the optimizer.
+        strings: Drawn for each step.
     """
     model.requires_grad_(False)
     heads.requires_grad_(True)
     target = PolyakTarget(heads, tau=0.1)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=5e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=steps)
     generator = torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
-        tokens, mask, _ = mdp.sample(256, generator)
+        tokens, mask, _ = mdp.sample(strings, generator)
         run, states = run_heads(model, heads, tokens, prompt_length=prompt_length)
         assert run.values is not None
         returns = mdp.state_values(tokens).float()
