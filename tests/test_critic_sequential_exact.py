@@ -43,7 +43,6 @@ CASES = {
     "eos, every step, discounted": Case(
         election, vocab_size=5, max_length=6, eos_token_id=4, gamma=0.9, step_reward=lead, steps=STEPS
     ),
-    "pairs": Case(pairs, vocab_size=4, max_length=6, steps=STEPS),
 }
 
 

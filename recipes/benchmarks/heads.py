@@ -199,6 +199,7 @@ def make_config(output_dir: Path, seed: int, args: argparse.Namespace, **options
         eval_steps=args.max_steps // 4,
         logging_steps=args.max_steps // 4,
         learning_rate=args.learning_rate,
+        value_grad_scale=args.value_grad_scale,
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         **options,
@@ -379,6 +380,7 @@ def main() -> None:
     parser.add_argument("--head-steps", type=int, default=400, help="supervised steps of the heads")
     parser.add_argument("--max-steps", type=int, default=1200, help="steps of reinforcement learning")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the trunk; 0 compares on one policy")
+    parser.add_argument("--value-grad-scale", type=float, default=1.0, help="of the value gradient into the trunk")
     parser.add_argument("--train-items", type=int, default=20_000, help="items to train on")
     parser.add_argument("--eval-items", type=int, default=512, help="held-out items")
     parser.add_argument("--hidden-size", type=int, default=64, help="width of the recipe's model")
@@ -396,7 +398,14 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     sums.ignore_known_warnings()
-    runs: list[dict[str, Any]] = json.loads(args.json.read_text())["runs"] if args.json.is_file() else []
+    chosen = ("parts", "heads", "seeds", "folder", "json")
+    settings = {name: value for name, value in vars(args).items() if name not in chosen}
+    runs: list[dict[str, Any]] = []
+    if args.json.is_file():
+        report = json.loads(args.json.read_text())
+        runs = report["runs"]
+        if report["settings"] != settings:
+            parser.error(f"{args.json} holds figures of other settings: {report['settings']}")
     args.json.parent.mkdir(parents=True, exist_ok=True)
 
     def measure(key: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
@@ -405,7 +414,8 @@ def main() -> None:
         start = time.perf_counter()
         runs.append({**key, **call(), "minutes": (time.perf_counter() - start) / 60})
         print(json.dumps(runs[-1]), file=sys.stderr)
-        args.json.write_text(json.dumps({"rows": summarise(runs), "runs": runs}, indent=1))
+        report = {"settings": settings, "rows": summarise(runs), "runs": runs}
+        args.json.write_text(json.dumps(report, indent=1))
 
     for seed, (head_type, k) in itertools.product(args.seeds, cells):
         key = {"heads": head_type, "K": k, "seed": seed}
