@@ -25,7 +25,8 @@ from .helpers.exact_cases import (
 )
 from .helpers.speculative_models import randomise_heads
 
-STEPS, STRINGS = 300, 96  # many small steps: a decoder layer starts from further away than a parallel head
+STEPS = 300
+STRINGS = {"exact": 96, "td": 96, "gae": 96, "mc": 256}  # few per step, but where the targets are noisy
 
 
 def pairs(strings: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ CASES = {
     "eos, every step, discounted": Case(
         election, vocab_size=5, max_length=6, eos_token_id=4, gamma=0.9, step_reward=lead, steps=STEPS
     ),
+    "pairs": Case(pairs, vocab_size=4, max_length=6, steps=STEPS),
 }
 
 
@@ -53,14 +55,23 @@ def train_and_score(case: Case, head_type: str, estimator: str, num_heads: int =
     inner_size = 128 if head_type == "parallel" else None
     heads = attach_mtp_heads(model, num_heads, head_type=head_type, inner_size=inner_size)
     assert max(accuracy(model, heads, mdp, prompt_length=prompt_length)) < 0.05, "fresh heads know nothing"
-    lengths = {"steps": case.steps, "strings": STRINGS, "prompt_length": prompt_length}
+    lengths = {"steps": case.steps, "strings": STRINGS[estimator], "prompt_length": prompt_length}
     train_heads(model, heads, mdp, estimator=estimator, **lengths)
     return accuracy(model, heads, mdp, prompt_length=prompt_length)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["td", "gae", "mc"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("fixed length", "td"),
+        ("fixed length", "gae"),
+        ("eos, every step, discounted", "td"),
+        ("eos, every step, discounted", "gae"),
+        ("eos, every step, discounted", "mc"),
+        ("pairs", "mc"),
+    ],
+)
 def test_one_head_finds_the_exact_values(name: str, estimator: str) -> None:
     """Also in the first state, where it has not read a token before: the prompt is one token long."""
     (score,) = train_and_score(CASES[name], "sequential", estimator)
