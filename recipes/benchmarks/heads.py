@@ -240,10 +240,11 @@ def explained(history: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Explained variance out of the trainer's log: of held-out items at a quarter and at the end, and of training
     batches over the whole run."""
     held_out = {row["step"]: row[f"eval_{VALUE}"] for row in history if f"eval_{VALUE}" in row}
+    training = [row[VALUE] for row in history if VALUE in row]
     return {
         "quarter": held_out.get(steps // 4, float("nan")),  # undefined where all completions are right, or wrong
         "end": held_out.get(steps, float("nan")),
-        "training": statistics.mean(row[VALUE] for row in history if VALUE in row),
+        "training": statistics.mean(training) if training else float("nan"),
     }
 
 
@@ -392,8 +393,8 @@ def main() -> None:
         cells = read_cells(args.heads)
     except ValueError as error:
         parser.error(str(error))
-    if args.max_steps % 4:
-        parser.error("--max-steps must be a multiple of 4, so that there is a quarter")
+    if args.max_steps % 4 or args.max_steps < 8:
+        parser.error("--max-steps must be a multiple of 4, so that there is a quarter, and at least two rollouts, 8")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
