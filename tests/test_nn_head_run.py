@@ -197,6 +197,7 @@ def test_heads_learn_the_distribution_of_the_model(cap: float | None, ahead: int
         torch.testing.assert_close(g, e, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_share_of_the_labels_is_unbiased() -> None:
     """Of 7 and 3 labels a quarter is 2 and 1: the mean over draws is the whole sum, and its gradient the whole one."""
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from rl_plugins.nn import MTPHeads
 from rl_plugins.rollouts import SpeculativeDecoder
 from rl_plugins.rollouts.speculative import verification
 
-from .helpers.speculative_models import EOS, attach_random_heads, padded, processors_of
+from .helpers.speculative_models import EOS, FAMILIES, attach_random_heads, make_plain, padded, processors_of
 
 PROMPTS = [[3, 2], [2, 3, 2, 3], [3], [2, 2, 3]]
 INITIALIZER = 0.8
@@ -35,6 +35,7 @@ class Setting:
     options: dict[str, Any]
     vocabulary: int = 6
     head_type: str = "parallel"
+    family: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -64,13 +65,21 @@ SETTINGS = {
         {"temperature": 0.8, "top_k": 5, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3},
         head_type="sequential",
     ),
+    **{
+        f"sequential_{family}": Setting("trained", 2, {"temperature": 1.2}, 5, "sequential", family)
+        for family in ("mistral", "gemma2", "qwen3_moe", "deepseek_v3")
+    },
 }
 
 
 def make_model(tiny_model: Callable[..., Any], setting: Setting) -> Any:
     """Tiny model whose next token depends on what came before, with heads of some quality."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
-    model = tiny_model(seed=3, vocab_size=setting.vocabulary, initializer_range=INITIALIZER, **sizes)
+    options = {"vocab_size": setting.vocabulary, "initializer_range": INITIALIZER}
+    if setting.family is None:
+        model = tiny_model(seed=3, **sizes, **options)
+    else:
+        model = make_plain(setting.family, {**FAMILIES[setting.family], **options}, "eager")
     scale = {"copies": 0.0, "random": 0.5, "hopeless": 30.0, "trained": 0.0, "ending": 0.0}[setting.heads]
     attach_random_heads(model, setting.num_drafts, scale, head_type=setting.head_type)
     if setting.heads == "trained":

@@ -120,6 +120,7 @@ def train_heads(model: Any, tokenizer: Any, rows: Dataset, args: argparse.Namesp
         num_mtp_heads=args.heads,
         mtp_head_type=args.head_type,
         mtp_loss_type=args.loss,
+        mtp_loss_share=args.loss_share,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 10,
         logging_steps=max(1, args.steps // 10),
@@ -365,6 +366,7 @@ def main() -> None:
     parser.add_argument("--own-completions", type=Path, help="file that keeps them; default: in --model-dir")
     parser.add_argument("--head-type", choices=HEAD_TYPES, default="parallel", help="of MTP heads")
     parser.add_argument("--loss", choices=MTP_LOSS_TYPES, default="tokens", help="token loss of the heads")
+    parser.add_argument("--loss-share", type=float, default=1.0, help="share of the tokens in the heads' token loss")
     parser.add_argument("--heads", type=int, default=4, help="number of MTP heads")
     parser.add_argument("--hidden-size", type=int, default=512, help="width of the new model")
     parser.add_argument("--layers", type=int, default=6, help="depth of the new model")

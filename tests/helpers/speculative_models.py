@@ -143,10 +143,14 @@ PARALLEL_ONLY = ("bloom", "falcon")
 """Models with ALiBi, which only their trunk makes."""
 
 
+def make_plain(family: str, config: dict[str, Any], attention: str) -> Any:
+    """A random model of a family, without heads."""
+    settings = {key: value for key, value in {**COMMON, **config}.items() if value is not ...}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), attn_implementation=attention).eval()
+
+
 def make(
     family: str, config: dict[str, Any], attention: str, num_heads: int = 3, head_type: str = "parallel"
 ) -> PreTrainedModel:
-    settings = {key: value for key, value in {**COMMON, **config}.items() if value is not ...}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), attn_implementation=attention)
-    return attach_random_heads(model, num_heads, 0.1, head_type=head_type)
+    return attach_random_heads(make_plain(family, config, attention), num_heads, 0.1, head_type=head_type)
