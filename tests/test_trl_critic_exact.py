@@ -6,11 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
 
-from rl_plugins.nn import MTPHeads, PolyakTarget, attach_mtp_heads
-from rl_plugins.signals import critic_targets, value_loss, value_losses
-from rl_plugins.tabular import TokenMDP
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
 
 from .helpers.exact_cases import (
@@ -23,7 +20,7 @@ from .helpers.exact_cases import (
     exact_mdp,
     lead,
     random_policy,
-    run_heads,
+    train_heads,
 )
 
 pytestmark = pytest.mark.slow
@@ -49,42 +46,6 @@ CASES = {
     "every step": Case(election, vocab_size=5, max_length=6, eos_token_id=4, gamma=0.9, step_reward=lead),
     "eos, discounted": Case(ordered_pairs, vocab_size=6, max_length=6, eos_token_id=5, gamma=0.9),
 }
-
-
-def train_heads(model: Qwen3ForCausalLM, heads: MTPHeads, mdp: TokenMDP, *, estimator: str, steps: int) -> None:
-    """The package's own pieces in a plain loop; only the heads learn."""
-    model.requires_grad_(False)
-    heads.requires_grad_(True)
-    target = PolyakTarget(heads, tau=0.1)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=5e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=steps)
-    generator = torch.Generator().manual_seed(1)
-    for step in range(1, steps + 1):
-        tokens, mask, _ = mdp.sample(256, generator)
-        run, states = run_heads(model, heads, tokens)
-        assert run.values is not None
-        goals = critic_targets(
-            mdp.token_rewards(tokens).float(),
-            run.values.detach(),
-            target(states),
-            mask,
-            estimator=estimator,
-            gamma=mdp.gamma,
-            lam_value=0.7,
-        )
-        loss, _, _ = value_loss(
-            run.values,
-            goals.returns,
-            mask,
-            num_items=mask.sum(),
-            loss=value_losses()["squared"],
-            old_values=run.values.detach(),
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        target.update(heads.parameters(), step=step)
 
 
 @pytest.mark.parametrize("estimator", ["td", "gae", "mc"])
