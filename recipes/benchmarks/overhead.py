@@ -19,13 +19,14 @@ next to each other share what else the machine is doing.
     memory    peak above what the process held once the model was loaded: resident memory, or CUDA's allocations
     cpu       processor time of the same steps, which depends less on what else the machine runs
 
-Goals: a step at most 1.06 times GRPO's, and memory at most 1.05 times. `--trainers grpo critic sequential` adds a critic
-with one sequential head, a decoder layer more: a step at most 1.15 times GRPO's, and memory at most 1.08 times.
+Goals: a step at most 1.06 times GRPO's, and memory at most 1.05 times. `--trainers grpo critic sequential` adds a
+critic with one sequential head, a decoder layer more: a step at most 1.15 times GRPO's, and memory at most 1.08 times.
 
 What it costs is the heads' token loss: each head multiplies its features with the LM head once forward and once
 backward, so the overhead grows with the embedding's share of the parameters (0.31 here, 0.26 in Qwen3-0.6B, less in
-larger models) and shrinks with the share of generation. `--loss-share` says at how many of the tokens the loss is taken,
-a quarter by default. `--trainers grpo critic values-only` adds a critic with `mtp_loss_coef=0`, which has no such loss.
+larger models) and shrinks with the share of generation. `--loss-share` says at how many of the tokens the loss is
+taken, a quarter by default. `--trainers grpo critic values-only` adds a critic with `mtp_loss_coef=0`, which has no
+such loss.
 
 The critic whose heads also draft the completions needs heads that know the task: those of `speculative.py`.
 
