@@ -209,7 +209,7 @@ def warm_start(script: Script, args: Any, train: Dataset) -> str:
         per_device_train_batch_size=64,
         learning_rate=4e-3,
         head_learning_rate=getattr(args, "head_learning_rate", 1e-3),  # recipes without heads start alike
-        num_mtp_heads=getattr(args, "num_mtp_heads", 2),
+        num_mtp_heads=getattr(args, "num_mtp_heads", 1),
         mtp_head_type=getattr(args, "mtp_head_type", "parallel"),
         lr_scheduler_type="cosine",
         warmup_steps=20,

@@ -311,8 +311,8 @@ def test_warm_up_moves_the_critic_only(make: Make, tmp_path: Path, kind: str, cr
 @pytest.mark.parametrize("kind", KINDS)
 def test_rates_and_decay_are_those_of_trl(make: Make, kind: str, tmp_path: Path, request: Any) -> None:
     rate = {
-        "critic": {"head_learning_rate": 0.03},
-        "sft": {"head_learning_rate": 0.03},
+        "critic": {"head_learning_rate": 0.03, "num_mtp_heads": 2},
+        "sft": {"head_learning_rate": 0.03, "num_mtp_heads": 2},
         "ppo": {"value_learning_rate": 0.03},
     }
     options = {"weight_decay": 0.1, "learning_rate": 0.01, **rate.get(kind, {})}

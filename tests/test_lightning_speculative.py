@@ -60,7 +60,9 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any) -> Make:
     def speculative(kind: str, model: Any = None, **options: Any) -> Any:
         model = talkative(tiny_model) if model is None else model
         # The token loss at all tokens: what is drawn depends on how often dice were thrown before.
-        options = {"max_completion_length": 8, "speculative": True, "mtp_loss_share": 1.0, **options}
+        shared = {"max_completion_length": 8, "speculative": True, "mtp_loss_share": 1.0}
+        heads = {} if "heads" in options else {"num_mtp_heads": 2}
+        options = {**shared, **heads, **options}
         if kind == "ppo":
             options = {"num_iterations": 1, "value_learning_rate": 2e-2, **options}
         return factory(kind, model, **options)
@@ -231,6 +233,8 @@ def test_the_loss_is_that_of_trl(
         beta=0.0,
         temperature=0.8,
         speculative=True,
+        num_mtp_heads=2,
+        mtp_loss_share=1.0,
         mtp_loss_coef=0.5,
         mtp_detach_trunk=False,
         **({} if kind == "grpo" else {"num_iterations": 1}),

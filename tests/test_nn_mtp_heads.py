@@ -99,8 +99,8 @@ def test_values_are_float32_in_a_bf16_model(tiny_model: ModelFactory) -> None:
 def test_seed_decides_the_heads_and_leaves_the_random_state_alone(tiny_model: ModelFactory) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    same = [attach_mtp_heads(tiny_model(), seed=3).state_dict() for _ in range(2)]
-    other = attach_mtp_heads(tiny_model(), seed=4).state_dict()
+    same = [attach_mtp_heads(tiny_model(), 2, seed=3).state_dict() for _ in range(2)]
+    other = attach_mtp_heads(tiny_model(), 2, seed=4).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(same[0][key], same[1][key]) for key in same[0])
     assert not torch.equal(same[0]["heads.0.up.weight"], other["heads.0.up.weight"])
@@ -180,7 +180,7 @@ def test_logits_and_generation_are_bit_identical(tiny_model: ModelFactory, tied:
 def test_detach_restores_the_model(tiny_model: ModelFactory) -> None:
     model = tiny_model()
     keys, hooks = list(model.state_dict()), len(model.base_model._forward_hooks)
-    heads = attach_mtp_heads(model)
+    heads = attach_mtp_heads(model, 2)
     assert [key for key in model.state_dict() if "mtp_heads" not in key] == keys
     assert len(model.state_dict()) == len(keys) + 12
     assert MTPHeads.detach(model) is heads

@@ -292,7 +292,7 @@ def test_attach_refuses_what_does_not_fit(tiny_model: Any) -> None:
     with pytest.raises(ValueError, match="Unknown head_type 'serial'; choose one of parallel, sequential"):
         attach_mtp_heads(model, head_type="serial")
     assert MTPHeads.of(model) is None
-    assert attach_mtp_heads(model, head_type="sequential").config == MTPHeadsConfig(2, 32, head_type="sequential")
+    assert attach_mtp_heads(model, 2, head_type="sequential").config == MTPHeadsConfig(2, 32, head_type="sequential")
     with pytest.raises(ValueError, match=r"has `mtp_heads` already. Use MTPHeads.of\(model\)"):
         attach(model)
     with pytest.raises(ValueError, match="comes with 2 MTP heads, but 3 are asked for. Ask for 2"):

@@ -149,7 +149,7 @@ def test_options_are_sorted_into_their_dataclasses() -> None:
         "heads": ValueHeadOptions(mtp_loss_coef=0.7, num_mtp_heads=3),
         "values": OnlineValueOptions(lam_policy=0.4, gamma=0.5),
     }
-    assert (heads.num_mtp_heads, values.gamma) == (2, 1.0)
+    assert (heads.num_mtp_heads, values.gamma) == (1, 1.0)
     assert OnlineValueOptions.of(PPOValueOptions(gamma=0.3)) == OnlineValueOptions(
         gamma=0.3, value_loss_type="clipped", kl_in_reward=True
     )

@@ -63,6 +63,7 @@ def make(tiny_model: Model, tokenizer: Any, tmp_path: Path) -> Make:
                 "max_steps": 2,
                 "logging_steps": 1,
                 "learning_rate": 1e-2,
+                **({"num_mtp_heads": 2} if config_class is MTPSFTConfig else {}),
                 **options,
             }
         )

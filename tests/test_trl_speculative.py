@@ -68,6 +68,7 @@ def make(tiny_model: Callable[..., Any], tokenizer: Any, dataset: Dataset, tmp_p
                 "learning_rate": 1e-3,
                 "head_learning_rate": 1e-2,
                 "speculative": True,
+                "num_mtp_heads": 2,
                 # The token loss at all tokens: what is drawn depends on how often dice were thrown before.
                 "mtp_loss_share": 1.0,
                 **own,

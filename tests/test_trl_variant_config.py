@@ -142,7 +142,7 @@ def test_stock_defaults_apart_from_ours(make_args: Args, tmp_path: Path) -> None
     shared = {f.name for f in dataclasses.fields(GRPOConfig)}
     assert {name for name in shared if getattr(ours, name) != getattr(stock, name)} <= {"logging_dir"}
     off = {"max_draws": 10, "replay_buffer_size": 0, "replay_max_age": 8, "draft_cost": 0.2}
-    off |= {"num_mtp_heads": 2, "head_learning_rate": 1e-4, "mtp_loss_coef": 0.1, "mtp_detach_trunk": True}
+    off |= {"num_mtp_heads": 1, "head_learning_rate": 1e-4, "mtp_loss_coef": 0.1, "mtp_detach_trunk": True}
     off |= {"mtp_head_type": "parallel", "mtp_loss_type": "tokens", "mtp_loss_share": 0.25}
     assert {name: getattr(ours, name) for name in OWN if getattr(ours, name)} == {k: v for k, v in off.items() if v}
     assert not ours.samples and not ours.moves_rows

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def attach_mtp_heads(
     model: nn.Module,
-    num_heads: int = 2,
+    num_heads: int = 1,
     *,
     head_type: str = "parallel",
     inner_size: int | None = None,

@@ -130,7 +130,7 @@ class HeadOptions(Options):
         HEAD_TYPES,
     )
     num_mtp_heads: int = option(
-        2,
+        1,
         "K, number of heads. Parallel head k predicts token t+k, and a critic's the value of state t+k-1; every "
         "sequential head predicts token t and the value of state t, from the trunk's state k tokens before.",
     )
@@ -201,6 +201,11 @@ class ValueHeadOptions(HeadOptions):
     def check(self) -> None:
         """Refuse heads that cannot be made or trained, and targets that would not follow them."""
         HeadOptions.check(self)
+        if self.bootstrap_lookahead and self.num_mtp_heads == 1:
+            raise ValueError(
+                "bootstrap_lookahead averages the forecasts of several heads, and num_mtp_heads is 1. Set "
+                "num_mtp_heads=2 or more, or leave it out."
+            )
         check_at_least(1, target_update_every=self.target_update_every)
         check_polyak(target_tau=self.target_tau, target_update_every=self.target_update_every)
         check_at_least(0, value_grad_scale=self.value_grad_scale, value_grad_clip=self.value_grad_clip)

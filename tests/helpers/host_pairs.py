@@ -97,7 +97,8 @@ def pair_factory(start: str, dataset: Dataset, reward: Any, tmp_path: Path) -> M
         config_class, trainer_class, module_class = HOSTS[name]
         slices = options.get("steps_per_generation", 1)
         group = options.get("num_generations", 4 if name in ("grpo", "plain") else 1)
-        shared = {"max_completion_length": 6, "learning_rate": 1e-3, "num_generations": group, **options}
+        heads = {"num_mtp_heads": 2} if name == "critic" else {}
+        shared = {"max_completion_length": 6, "learning_rate": 1e-3, "num_generations": group, **heads, **options}
         args = config_class(
             str(tmp_path / "trl"),
             per_device_train_batch_size=prompts * group // slices,

@@ -22,7 +22,9 @@ def module_factory(tiny_model: Callable[..., Any], tokenizer: Any, reward: Any) 
 
     def factory(kind: str, model: Any = None, reward_funcs: Any = reward, cls: Any = None, **options: Any) -> Any:
         model = tiny_model(initializer_range=0.2) if model is None else model
-        cls, options = cls or KINDS[kind], {"learning_rate": 1e-2, "lr_scheduler_type": "constant", **options}
+        heads = {"num_mtp_heads": 2} if kind in ("critic", "sft") and "heads" not in options else {}
+        options = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", **heads, **options}
+        cls = cls or KINDS[kind]
         if kind == "sft":
             return cls(model, tokenizer, **options)
         options = {

@@ -51,5 +51,4 @@ UNSUITABLE: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Generate without speculation",
     ),
-    "gemma2": ({}, "caps its logits"),
 }

@@ -84,6 +84,7 @@ def make_critic_args(output_dir: Path | str, **overrides: Any) -> Any:
         **{
             "output_dir": str(output_dir),
             **ON_CPU,
+            "num_mtp_heads": 2,
             "per_device_train_batch_size": 8,
             "max_completion_length": 6,
             "max_steps": 2,

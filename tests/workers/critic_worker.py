@@ -53,7 +53,7 @@ from rl_plugins.trl import (
 )
 from tests.helpers.step_rewards import LIMITS, Sums, per_token
 
-TRL_DEFAULTS = {**DEFAULTS, "model_init_kwargs": {"dtype": "float32"}}
+TRL_DEFAULTS = {**DEFAULTS, "model_init_kwargs": {"dtype": "float32"}, "num_mtp_heads": 2}
 ONLINE: dict[str, Any] = {"max_completion_length": 6}
 finished: list[bool] = []
 """Of every finished record, of `generate` or of a pass: whether it had the values of the whole completion."""

@@ -89,14 +89,14 @@ class FixedCritic(MTPCriticModule):
 ONLINE: dict[str, Any] = {"max_completion_length": 6}
 GREEDY: dict[str, Any] = {**ONLINE, "top_k": 1}
 # The heads' token loss at all tokens, because every rank draws its own.
-CRITIC: dict[str, Any] = {"head_learning_rate": 1e-2, "mtp_loss_share": 1.0}
+CRITIC: dict[str, Any] = {"num_mtp_heads": 2, "head_learning_rate": 1e-2, "mtp_loss_share": 1.0}
 MODULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "critic": (MTPCriticModule, {**GREEDY, **CRITIC}),
     "sampling_critic": (MTPCriticModule, {**ONLINE, **CRITIC}),
-    "fixed_critic": (FixedCritic, {**ONLINE, "mtp_loss_share": 1.0}),
+    "fixed_critic": (FixedCritic, {**ONLINE, "num_mtp_heads": 2, "mtp_loss_share": 1.0}),
     "grpo": (TwistedGRPO, {**GREEDY, "num_generations": 3}),
     "ppo": (PPOModule, {**GREEDY, "value_learning_rate": 1e-2}),
-    "sft": (MTPSFTModule, {"head_learning_rate": 1e-2}),
+    "sft": (MTPSFTModule, {"num_mtp_heads": 2, "head_learning_rate": 1e-2}),
 }
 
 

@@ -42,7 +42,7 @@ from rl_plugins.trl import MoEBalancingCallback, MTPCriticConfig, MTPCriticTrain
 
 # Not Adam, which hides the scale of gradients and makes steps of rounding errors; no clipping, which hides it too.
 STEPS = {**DEFAULTS, "optim": "sgd", "learning_rate": 0.03, "max_grad_norm": 1e4, "prediction_loss_only": True}
-GENERATION = {**DEFAULTS, "max_completion_length": 6, "head_learning_rate": 1e-2}
+GENERATION = {**DEFAULTS, "max_completion_length": 6, "num_mtp_heads": 2, "head_learning_rate": 1e-2}
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": (TrainingArguments, STEPS),
     "sft": (SFTConfig, {**STEPS, "router_aux_loss_coef": 0.0}),

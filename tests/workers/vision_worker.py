@@ -38,7 +38,7 @@ from tests.helpers.vision_models import lessons, looks, vision_language
 SAMPLING = {"max_completion_length": 4, "generation_kwargs": {"do_sample": False, "min_new_tokens": 4}}
 ONLINE = {**SAMPLING, "shuffle_dataset": False, "log_multimodal": False, "steps_per_generation": 1}
 # The token loss at all tokens, because every rank draws its own.
-HEADS = {"mtp_loss_share": 1.0}
+HEADS = {"num_mtp_heads": 2, "mtp_loss_share": 1.0}
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "stock": (GRPOTrainer, GRPOConfig, {**ONLINE, "num_generations": 2, "scale_rewards": "none"}),
     "critic": (MTPCriticTrainer, MTPCriticConfig, {**ONLINE, **HEADS, "advantage_scaling": "none"}),
