@@ -1,5 +1,6 @@
 """The benchmarks: they compare like with like, and their figures are figures."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+from rl_plugins.functional import mtp_labels
+from rl_plugins.nn import MTPHeads, attach_mtp_heads
 from rl_plugins.signals import POLICY_LOSSES
 
 from .helpers.processes import run_script
+from .helpers.speculative_models import randomise_heads
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "benchmarks"
 SCRIPT = FOLDER / "overhead.py"
@@ -120,6 +125,60 @@ def test_drafting_is_compared_in_generate_and_in_training(tmp_path: Path) -> Non
     assert "identical completions in all 2 runs" in done.stdout
     grpo, speculative = json.loads(path.read_text())["runs"]
     assert grpo["completions"] == speculative["completions"] and speculative["trainer"] == "speculative"
+
+
+@pytest.mark.parametrize("loss", ["tokens", "distribution"])
+@pytest.mark.parametrize("head_type", ["parallel", "sequential"])
+def test_heads_learn_from_saved_states_as_in_a_forward(
+    tiny_model: Callable[..., Any], head_type: str, loss: str
+) -> None:
+    """Rows of different lengths, of which the first is the shorter one."""
+    model = tiny_model(initializer_range=0.3)
+    heads = randomise_heads(attach_mtp_heads(model, 2, head_type=head_type), 0.1)
+    rows = [
+        {"input_ids": [3, 4, 5, 6, 7, 8], "completion_mask": [0, 0, 0, 1, 1, 1]},
+        {"input_ids": [2, 9, 8, 7, 6, 5, 4], "completion_mask": [0, 0, 0, 0, 1, 1, 1]},
+    ]
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 0], [2, 9, 8, 7, 6, 5, 4]])
+    mask = torch.tensor([[1] * 6 + [0], [1] * 7])
+    labels = torch.full_like(ids, -100)
+    labels[0, 3:6], labels[1, 4:] = ids[0, 3:6], ids[1, 4:]
+    labels = mtp_labels(labels, 2, ahead=heads.ahead)
+    options = {"lm_head": model.lm_head, "labels": labels, "distilled": loss == "distribution"}
+    with torch.no_grad():
+        states = [model.model(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0] for row in rows]
+        with heads.running(lambda x: x, with_values=False, **options) as run:
+            model(input_ids=ids, attention_mask=mask)
+        args = argparse.Namespace(device="cpu", loss=loss, loss_share=1.0)
+        losses, counts = load("speculative").state_loss(model, heads, rows, states, args)
+    torch.testing.assert_close(losses, run.token_losses, rtol=1e-5, atol=1e-5)
+    assert torch.equal(counts, run.token_counts)
+    assert counts.tolist() == [6, 6]
+
+
+def test_own_rows_end_with_the_first_end_of_text() -> None:
+    inputs = {"input_ids": torch.tensor([[0, 5], [6, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
+    output = torch.tensor([[0, 5, 8, 1, 1], [6, 7, 8, 9, 8]])
+    assert load("speculative").own_rows(inputs, output, eos=1) == [
+        {"input_ids": [5, 8, 1], "completion_mask": [0, 1, 1]},
+        {"input_ids": [6, 7, 8, 9, 8], "completion_mask": [0, 0, 1, 1, 1]},
+    ]
+
+
+def test_the_projection_of_measured_acceptance(tiny_model: Callable[..., Any]) -> None:
+    """1 + .8 + .8 * .5 = 2.2 tokens for the weights of 1.1 passes. All parallel drafts read the LM head once."""
+    speculative = load("speculative")
+    assert speculative.projection([0.8, 0.5], 0.1) == pytest.approx(2.0)
+    model = tiny_model()
+    blocks = sum(p.numel() for name, p in model.named_parameters() if "layers" in name or name == "model.norm.weight")
+    lm_head = model.lm_head.weight.numel()
+    heads = attach_mtp_heads(model, 2)
+    own = sum(p.numel() for name, p in heads.named_parameters() if "value" not in name)
+    assert speculative.draft_cost(model, heads) == pytest.approx((own + lm_head) / (blocks + lm_head))
+    MTPHeads.detach(model)
+    heads = attach_mtp_heads(model, 2, head_type="sequential")
+    own = sum(p.numel() for name, p in heads.named_parameters() if "value" not in name)
+    assert speculative.draft_cost(model, heads) == pytest.approx((own + 2 * lm_head) / (blocks + lm_head))
 
 
 def test_other_completions_are_no_error_where_others_are_drawn(overhead: ModuleType) -> None:

@@ -35,6 +35,7 @@ import random
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -51,10 +53,20 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    get_cosine_schedule_with_warmup,
     set_seed,
 )
 
-from rl_plugins.nn import MTPHeads, load_mtp_heads
+from rl_plugins.functional import mtp_labels
+from rl_plugins.nn import (
+    MTPHeads,
+    SequentialHeads,
+    attach_mtp_heads,
+    head_token_loss,
+    load_mtp_heads,
+    logit_cap,
+    logit_divisor,
+)
 from rl_plugins.nn.mtp_heads import HEAD_TYPES
 from rl_plugins.process_group import end_process_group
 from rl_plugins.rollouts import SpeculativeDecoder
@@ -172,8 +184,9 @@ def make_pretrained(args: argparse.Namespace) -> None:
     ]
     prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     rows = own_completions(model, tokenizer, prompts[: args.rows], args)
-    options = {"per_device_train_batch_size": 4, "head_learning_rate": 1e-3, "freeze_trunk": True}
-    train_heads(model, tokenizer, Dataset.from_list(rows), args, **options)
+    train_on_states(model, rows, args)
+    model.save_pretrained(args.model_dir)
+    tokenizer.save_pretrained(args.model_dir)
     (args.model_dir / PROMPTS_NAME).write_text(json.dumps(prompts[args.rows :]))
 
 
@@ -212,6 +225,65 @@ def own_rows(inputs: dict[str, Tensor], output: Tensor, eos: int) -> list[dict[s
         tail = tail[: tail.index(eos) + 1] if eos in tail else tail
         rows.append({"input_ids": prompt + tail, "completion_mask": [0] * len(prompt) + [1] * len(tail)})
     return rows
+
+
+def train_on_states(model: Any, rows: list[dict[str, list[int]]], args: argparse.Namespace) -> None:
+    """Train heads on the states of a frozen trunk, which are computed once.
+
+    `MTPSFTTrainer` with `freeze_trunk=True` learns from the same loss. It runs the trunk in every step, which would be
+    most of the work here: a head of one layer meets every row several times.
+    """
+    model.requires_grad_(False)
+    heads = attach_mtp_heads(model, args.heads, head_type=args.head_type).requires_grad_(True)
+    heads.draft_only()
+    with torch.no_grad():
+        ids = [torch.tensor([row["input_ids"]], device=args.device) for row in rows]
+        hidden = [model.base_model(input_ids=x).last_hidden_state[0] for x in tqdm(ids, "states")]
+    learning = [p for p in heads.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    dice = torch.Generator().manual_seed(0)
+    bar = tqdm(range(args.steps), "heads")
+    for step in bar:
+        start = step * args.batch_rows % len(rows)
+        if start < args.batch_rows:
+            order = torch.randperm(len(rows), generator=dice).tolist()
+        taken = order[start : start + args.batch_rows]
+        losses, counts = state_loss(model, heads, [rows[i] for i in taken], [hidden[i] for i in taken], args)
+        loss = losses.sum() / counts.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def state_loss(
+    model: Any, heads: MTPHeads, rows: list[dict[str, list[int]]], hidden: list[Tensor], args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """Token loss of each head on some rows, and the numbers of its labels (K,), from the trunk's states (L, D)."""
+
+    def padded(rows: list[Any], value: float) -> Tensor:
+        return pad_sequence([torch.as_tensor(row, device=args.device) for row in rows], True, value)
+
+    ids, states = padded([row["input_ids"] for row in rows], 0), padded(hidden, 0.0)
+    real = padded([[1] * len(row["input_ids"]) for row in rows], 0)
+    said = padded([row["completion_mask"] for row in rows], 0)
+    labels = mtp_labels(torch.where(said == 1, ids, -100), heads.config.num_heads, ahead=heads.ahead)
+    read = states
+    if isinstance(heads, SequentialHeads):
+        read = heads.deepen(states, ids, real, None)
+    return head_token_loss(
+        partial(heads.token_features, read),
+        labels,
+        model.get_output_embeddings(),
+        temperature=logit_divisor(model.config),
+        cap=logit_cap(model.config),
+        share=args.loss_share,
+        teacher=states if args.loss == "distribution" else None,
+        ahead=heads.ahead,
+    )
 
 
 # Measuring
@@ -367,6 +439,10 @@ def main() -> None:
     parser.add_argument("--head-type", choices=HEAD_TYPES, default="parallel", help="of MTP heads")
     parser.add_argument("--loss", choices=MTP_LOSS_TYPES, default="tokens", help="token loss of the heads")
     parser.add_argument("--loss-share", type=float, default=1.0, help="share of the tokens in the heads' token loss")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the heads of --model")
+    parser.add_argument(
+        "--batch-rows", type=int, default=4, help="completions that the heads of --model learn from at once"
+    )
     parser.add_argument("--heads", type=int, default=4, help="number of MTP heads")
     parser.add_argument("--hidden-size", type=int, default=512, help="width of the new model")
     parser.add_argument("--layers", type=int, default=6, help="depth of the new model")
