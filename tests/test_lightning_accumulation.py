@@ -145,7 +145,8 @@ def test_sequential_heads(tokenizer: Any) -> None:
 
     def module() -> MTPSFTModule:
         model = make_moe_model("deepseek_v3")
-        found = MTPSFTModule(model, tokenizer, mtp_head_type="sequential", lr_scheduler_type="constant")
+        options = {"mtp_head_type": "sequential", "num_mtp_heads": 2, "lr_scheduler_type": "constant"}
+        found = MTPSFTModule(model, tokenizer, **options)
         perturb(found)
         return found
 

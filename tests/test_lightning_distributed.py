@@ -319,7 +319,7 @@ def test_checkpoint_converts_to_plain_weights(two: Workplace, name: str, tmp_pat
     two.log(name)
     checkpoint, file = two.root / name / f"step={STEPS}.ckpt", tmp_path / "plain.ckpt"
     convert_zero_checkpoint_to_fp32_state_dict(checkpoint, file)
-    module = MTPCriticModule(str(two.root / "other"), reward_funcs=lambda **kwargs: [])
+    module = MTPCriticModule(str(two.root / "other"), reward_funcs=lambda **kwargs: [], num_mtp_heads=2)
     module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
     assert_has_weights(module.model, two.tensors(name, "weights"))
 

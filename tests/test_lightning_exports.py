@@ -72,7 +72,7 @@ HOSTS: dict[str, tuple[Any, Any]] = {"critic": (MTPCriticConfig, MTPCriticTraine
 def test_there_and_back(make: Make, reward: Any, dataset: Dataset, tmp_path: Path, kind: str) -> None:
     """Lightning -> TRL -> Lightning: every weight, those of the critic too."""
     config, trainer_class = HOSTS[kind]
-    module = make(kind, num_iterations=1)
+    module = make(kind, num_iterations=1, **({"num_mtp_heads": 1} if kind == "critic" else {}))
     fit(module, PromptDataModule(prompts(), batch_size=4), max_steps=2)
     module.save_pretrained(tmp_path / "out")
     ids = torch.tensor([[3, 4, 12, 5]])
@@ -303,8 +303,8 @@ def test_the_critic_finds_the_exact_values_of_a_frozen_policy() -> None:
 
     module = MTPCriticModule(
         model, digits_tokenizer(case.vocab_size, case.eos_token_id), score, learning_rate=0.0, head_learning_rate=1e-2,
-        gamma=case.gamma, value_grad_scale=0.0, mtp_inner_size=128, mtp_loss_coef=0.0, target_tau=0.1, lam_value=0.7,
-        max_completion_length=case.max_length, num_iterations=4,
+        gamma=case.gamma, value_grad_scale=0.0, num_mtp_heads=2, mtp_inner_size=128, mtp_loss_coef=0.0, target_tau=0.1,
+        lam_value=0.7, max_completion_length=case.max_length, num_iterations=4,
     )  # fmt: skip
     torch.manual_seed(0)
     fit(module, PromptDataModule([{"prompt": str(PROMPT)}] * 128, batch_size=128), max_steps=120)

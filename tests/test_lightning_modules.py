@@ -158,7 +158,7 @@ def test_weights_of_a_checkpoint_in_a_new_run(
     state = torch.load(tmp_path / "step=3.ckpt")
     state["rl_plugins"]["ranks"] *= 2
     torch.save(state, checkpoint := tmp_path / "two_processes.ckpt")
-    options = {"max_completion_length": 5, **CYCLE}
+    options = {"max_completion_length": 5, "num_mtp_heads": 2, **CYCLE}
     loaded = MTPCriticModule.load_from_checkpoint(
         checkpoint, model=tiny_model(), tokenizer=tokenizer, reward_funcs=reward, **options
     )

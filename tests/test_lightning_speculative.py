@@ -313,7 +313,7 @@ def test_heads_are_saved_beside_the_model_and_found_again(make: Make, tmp_path: 
     with pytest.raises(ValueError, match="Ask for 2 heads with inner size 32"):
         make(kind, str(tmp_path), num_mtp_heads=1)
     # A critic goes on with them.
-    critic = MTPCriticModule(str(tmp_path), reward_funcs=spread)
+    critic = MTPCriticModule(str(tmp_path), reward_funcs=spread, num_mtp_heads=2)
     found = dict(critic.mtp_heads.named_parameters())
     assert not changed(dict(module.draft_heads.named_parameters()), found)
 

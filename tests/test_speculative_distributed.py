@@ -41,6 +41,10 @@ LIGHTNING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+# The token loss at all tokens, because every rank draws its own.
+DRAFTS = {"max_completion_length": 8, "speculative": True, "num_mtp_heads": 2, "mtp_loss_share": 1.0}
+
+
 class Workplace(distributed.Workplace):  # type: ignore[misc]
     """Runs of both hosts, in one worker."""
 
@@ -71,7 +75,7 @@ class Workplace(distributed.Workplace):  # type: ignore[misc]
             "out": str(self.root / name),
             "model": self.model(module),
             "kind": kind,
-            "module": {"max_completion_length": 8, "speculative": True, "mtp_loss_share": 1.0, **module},
+            "module": {**DRAFTS, **module},
             "backend": backend,
             "batch": prompts if backend == "one" else prompts // 2,
             **options,

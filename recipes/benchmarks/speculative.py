@@ -312,10 +312,10 @@ def measure(
     """Tokens per second of both decoders on one batch, their ratio, and what became of the drafts."""
     tokens = len(inputs["input_ids"]) * args.new_tokens
     speeds: dict[str, list[float]] = {"generate": [], "speculative": []}
-    decoder = SpeculativeDecoder()
+    decoder = SpeculativeDecoder(draft_cost=args.draft_cost)
     for repeat in range(args.repeats + 1):  # the first is not counted
         for name in list(speeds) if repeat % 2 == 0 else list(speeds)[::-1]:
-            decoder = SpeculativeDecoder() if name == "speculative" else decoder
+            decoder = SpeculativeDecoder(draft_cost=args.draft_cost) if name == "speculative" else decoder
             torch.manual_seed(repeat)
             extra = {"custom_generate": decoder} if name == "speculative" else {}
             elapsed, output = seconds(lambda extra=extra: model.generate(**inputs, **options, **extra), args.device)
@@ -449,6 +449,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="rows per batch")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens per row")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling")
+    parser.add_argument("--draft-cost", type=float, help="0 always drafts; by default the clock decides when it pays")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each decoder")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
