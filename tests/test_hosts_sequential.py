@@ -102,6 +102,16 @@ def talkative(seed: int = 0) -> Any:
     return model
 
 
+def assert_recomputed_alike(
+    kept: tuple[Tensor, dict[str, Tensor]], recomputed: tuple[Tensor, dict[str, Tensor]]
+) -> None:
+    """Loss and gradients are those of a run that keeps its activations, and every weight gets one."""
+    assert torch.equal(kept[0], recomputed[0])
+    for name, gradient in kept[1].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(recomputed[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
 @pytest.fixture
 def make(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     """Factory: a trainer of supervised fine-tuning; other keywords go to the config."""
@@ -397,11 +407,7 @@ def test_gradient_checkpointing_changes_nothing(
         loss.backward()
         assert len(calls) == forwards * (1 + checkpointing)
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    (plain, gradients), (again, recomputed) = found
-    assert torch.equal(plain, again)
-    for name, gradient in gradients.items():
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    assert_recomputed_alike(*found)
 
 
 # Supervised fine-tuning: what learns
@@ -965,11 +971,7 @@ def test_gradient_checkpointing_changes_nothing_online(online: Callable[..., Any
         loss.backward()
         assert len(calls) == 2 * (1 + checkpointing)  # values and tokens send different gradients into the trunk
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    (plain, gradients), (again, recomputed) = found
-    assert torch.equal(plain, again)
-    for name, gradient in gradients.items():
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    assert_recomputed_alike(*found)
 
 
 @pytest.mark.slow

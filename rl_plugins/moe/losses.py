@@ -161,7 +161,7 @@ class RouterLosses:
     # Backward
 
     def _attach(self, i: int, current: RoutingCounts, logits: Tensor, indices: Tensor) -> bool:
-        """Have the gradient added on the way back, if there will be one."""
+        """Hook the gradient of the loss into the backward pass, if there will be one."""
         if logits.requires_grad:
             # The hook keeps detached logits: with the graph behind them they would keep themselves alive.
             logits.register_hook(partial(self._add_gradient, i, current, logits.detach(), indices))

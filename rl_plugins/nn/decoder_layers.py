@@ -38,14 +38,14 @@ IDLE_ARGUMENTS = (
     "conv_mask",
     "mamba_attention_mask",
 )
-"""What layers take besides for other uses: reports, encoders, layers of other types."""
+"""Arguments of layers for uses that heads do not have: reports, encoders, layers of other types."""
 
 SWITCHED_ARGUMENTS = {
     "alibi": "alibi",
     "per_layer_input": "hidden_size_per_layer_input",
     "shared_kv_states": "num_kv_shared_layers",
 }
-"""What layers take where an option of the config asks for it, with the option's name."""
+"""Arguments of layers that an option of the config turns on, with the option's name."""
 
 OTHER_LOGITS = ("modernbert-decoder",)
 """Model types with more than a projection between the trunk's last hidden state and the logits."""

@@ -123,7 +123,7 @@ def read_released_layers(base: PreTrainedModel, path: str, num_layers: int) -> d
 
 @contextmanager
 def _as_checkpoint(base: PreTrainedModel, path: str) -> Iterator[None]:
-    """Have transformers read `path` for a model, in the dtype that the model has now."""
+    """Let transformers read `path` for a model, in the dtype that the model has now."""
     config: Any = base.config
     before = config.name_or_path, config.dtype
     config.name_or_path, config.dtype = path, base.dtype

@@ -43,7 +43,7 @@ class DepthModule(nn.Module):
 
     @torch.no_grad()
     def start_as_main_head(self, final_norm: nn.Module) -> None:
-        """Have a new depth hand on what it reads, so that the LM head begins with what it says of that state.
+        """Make a new depth pass on the state that it reads, so that the LM head begins with its logits of that state.
 
         The trunk's last states have been through its final norm, `h = g x / rms(x)`. The depth divides by the gain g,
         adds what it reads of the token and what its block makes of both, and ends with the same norm.

@@ -109,8 +109,10 @@ def whole_module(module: nn.Module, dtype: torch.dtype | None = None) -> Iterato
 
 
 def show_trained(model: nn.Module) -> None:
-    """Have modules show the parameters that are trained: FSDP2 leaves whole copies in place after some passes, and
-    what is written into those is lost."""
+    """Put the parameters that are trained back into the modules.
+
+    FSDP2 leaves whole copies in place after some passes, and what is written into those is lost.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
