@@ -29,9 +29,11 @@ CHANGED = 4
 
 @cache
 def made(family: str) -> tuple[Any, SequentialHeads]:
-    """A model with heads, which the tests leave as they are."""
+    """A model with heads, whose blocks have the weights of the last layer; the tests leave both as they are."""
     model = make_decoder(family)
-    heads = SequentialHeads(model, K, from_last_layer=True).attach(model)
+    heads = SequentialHeads(model, K).attach(model)
+    for depth in heads:
+        depth.mtp_block.load_state_dict(DecoderStack(model).last.state_dict())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in heads.value_heads.parameters():
@@ -127,7 +129,7 @@ def gradients(family: str) -> None:
 
 
 def last_layer(family: str) -> None:
-    """A block is a copy of the trunk's last layer, and is called as the trunk calls that."""
+    """A block is a layer like the trunk's last one, and is called as the trunk calls that."""
     model, heads = made(family)
     stack, seen = DecoderStack(model), {}
 
@@ -293,16 +295,14 @@ def move(model: Any) -> None:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
-def test_heads_on_an_adapted_model_start_from_its_own_weights(tiny_model: Any) -> None:
-    """Blocks copy the last layer without its adapters, read what the adapted trunk makes, and learn beside them."""
+def test_heads_on_an_adapted_model_have_no_adapters(tiny_model: Any) -> None:
+    """Blocks are those of the model without adapters, read what the adapted trunk makes, and learn beside them."""
     model, plain = lora(tiny_model()), tiny_model()
     move(model)
-    heads = SequentialHeads(base_model_of(model), 2, from_last_layer=True).attach(model)
-    expected = SequentialHeads(plain, 2, from_last_layer=True)
+    heads = SequentialHeads(base_model_of(model), 2).attach(model)
+    expected = SequentialHeads(plain, 2)
     assert heads.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(x, expected.state_dict()[name]) for name, x in heads.state_dict().items())
-    own = dict(plain.model.layers[-1].named_parameters())
-    assert all(torch.equal(p, own[name]) for name, p in heads.layers[1].mtp_block.named_parameters())
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "mtp_heads" not in name}
     assert trained and all("lora_" in name for name in trained)
     assert all(p.requires_grad for p in heads.parameters())
@@ -340,14 +340,13 @@ def test_adapters_that_come_after_the_heads_are_taken_out_of_them(head_type: str
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-def test_blocks_start_new_or_as_copies(family: str) -> None:
+def test_blocks_start_as_new_layers(family: str) -> None:
     model = make_decoder(family)
-    last = dict(DecoderStack(model).last.named_parameters())
-    new, copied = (SequentialHeads(model, 2, from_last_layer=from_last) for from_last in (False, True))
-    for name, p in last.items():
-        fresh, copy = (dict(heads.layers[0].mtp_block.named_parameters())[name] for heads in (new, copied))
-        assert torch.equal(copy, p), name
-        assert torch.equal(fresh, p) == bool((p == p.flatten()[0]).all()), name  # norms and biases
+    new = SequentialHeads(model, 2)
+    fresh = dict(new.layers[0].mtp_block.named_parameters())
+    for name, p in DecoderStack(model).last.named_parameters():
+        assert fresh[name].shape == p.shape
+        assert torch.equal(fresh[name], p) == bool((p == p.flatten()[0]).all()), name  # norms and biases
     attached = attach_mtp_heads(model, 2, head_type="sequential")
     assert all(torch.equal(x, new.state_dict()[name]) for name, x in attached.state_dict().items())
 

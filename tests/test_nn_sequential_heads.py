@@ -256,8 +256,7 @@ def test_new_layers_are_seeded_and_initialised_as_the_models_own(family: str, mo
     seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     first, same, other = (
-        attach_mtp_heads(m, heads=SequentialHeads(m, 2, seed=seed, from_last_layer=False))
-        for m, seed in zip(models, (1, 1, 2), strict=True)
+        attach_mtp_heads(m, heads=SequentialHeads(m, 2, seed=seed)) for m, seed in zip(models, (1, 1, 2), strict=True)
     )
     assert torch.equal(torch.rand(1), expected) and not seeds, "generators of GPUs included"
     for name, p in first.named_parameters():

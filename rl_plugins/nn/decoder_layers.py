@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -213,21 +212,6 @@ class DecoderStack:
                     setattr(module, name, index)
         return layer
 
-    @torch.no_grad()
-    def copy_last_layer(self, layer: nn.Module) -> None:
-        """Copy the weights of the last layer, without those of adapters.
-
-        Weights that are not plain numbers (quantised ones) are left out: the new layer keeps its own there.
-        """
-        tensors = [*self.last.named_parameters(), *self.last.named_buffers()]
-        named: dict[str, Tensor] = {_plain_name(name): x for name, x in tensors if not _of_adapter(name)}
-        own: dict[str, Tensor] = dict([*layer.named_parameters(), *layer.named_buffers()])
-        names = [name for name in own if name in named]
-        with whole_parameters([named[name] for name in names]) as whole:
-            for name, x in zip(names, whole, strict=True):
-                if x.shape == own[name].shape and x.is_floating_point():
-                    own[name].copy_(x)
-
     # Calling
 
     def context(
@@ -295,13 +279,3 @@ def _without_engine(module: nn.Module) -> nn.Module:
             if param is not None:
                 owner._parameters[name] = nn.Parameter(param.detach().clone())
     return module
-
-
-def _of_adapter(name: str) -> bool:
-    """Whether PEFT added the weight of this name."""
-    return "lora_" in name or "modules_to_save" in name
-
-
-def _plain_name(name: str) -> str:
-    """The name that a weight had before PEFT wrapped its module."""
-    return name.replace(".base_layer", "").replace(".original_module", "")

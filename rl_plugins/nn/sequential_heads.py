@@ -169,7 +169,6 @@ class SequentialHeads(MTPHeads):
         base: The causal LM that the heads are for.
         num_heads: K.
         seed: Seed of the initial weights; equal on all ranks. The caller's random state is left alone.
-        from_last_layer: Whether the blocks start as copies of the model's last layer, and not as new layers do.
 
     Raises:
         ValueError: If the model's trunk is no stack of decoder layers that can be built once more, with the reason.
@@ -178,9 +177,7 @@ class SequentialHeads(MTPHeads):
     ahead = 0
     reads_rows = True
 
-    def __init__(
-        self, base: PreTrainedModel, num_heads: int = 1, *, seed: int = 0, from_last_layer: bool = False
-    ) -> None:
+    def __init__(self, base: PreTrainedModel, num_heads: int = 1, *, seed: int = 0) -> None:
         super().__init__()
         stack = DecoderStack(base)
         stack.check(base)
@@ -194,8 +191,6 @@ class SequentialHeads(MTPHeads):
         final_norm = stack.new_norm()
         for depth in self:
             depth.start_as_main_head(final_norm)
-            if from_last_layer:
-                stack.copy_last_layer(depth.mtp_block)
         # Selection biases of experts, which no gradient reaches, so that DDP would wait for one.
         self._constant = frozenset(name for name, p in self.named_parameters() if not p.requires_grad)
         # In a tuple, so that it is no submodule; a deep copy of the model still refers to the copy.
