@@ -14,7 +14,8 @@ from rl_plugins.nn.value_model import ValueModel
 from rl_plugins.rollouts.batch import Batch, num_rows, reordered
 from rl_plugins.rollouts.rewards import RewardFunc
 from rl_plugins.signals.checks import check_head_reach
-from rl_plugins.signals.critics import CriticSignal, HeadCritic, ValueModelCritic
+from rl_plugins.signals.critics import CriticSignal
+from rl_plugins.signals.head_critic import HeadCritic
 from rl_plugins.signals.options import (
     OnlineValueOptions,
     Options,
@@ -24,6 +25,7 @@ from rl_plugins.signals.options import (
     SamplingOptions,
     ValueHeadOptions,
     ValueModelOptions,
+    ValueReplayOptions,
     VariantOptions,
     split_options,
 )
@@ -31,6 +33,7 @@ from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.signals.policy import PolicyLoss
 from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS, Preset, find_preset
 from rl_plugins.signals.signals import GroupSignal
+from rl_plugins.signals.value_model_critic import ValueModelCritic
 from rl_plugins.signals.value_tracker import ValueTracker
 
 RewardFuncs: TypeAlias = RewardFunc | PreTrainedModel | str | list[RewardFunc | PreTrainedModel | str] | None
@@ -93,9 +96,10 @@ class MTPCriticModule(RLModule):
         reward_funcs: See [`RLModule`].
         heads: The heads; they draft, too, where rollouts are speculative.
         values: Value targets, advantages and value loss.
+        replay: The replay of values.
         phasic: The phasic mode.
         num_generations: Completions per prompt; a critic needs one.
-        kwargs: For [`RLModule`], or fields of `heads`, `values` and `phasic`.
+        kwargs: For [`RLModule`], or fields of `heads`, `values`, `replay` and `phasic`.
 
     Raises:
         TypeError: As [`RLModule`].
@@ -110,12 +114,14 @@ class MTPCriticModule(RLModule):
         *,
         heads: ValueHeadOptions = ValueHeadOptions(),  # noqa: B008  # frozen
         values: OnlineValueOptions = OnlineValueOptions(),  # noqa: B008
+        replay: ValueReplayOptions = ValueReplayOptions(),  # noqa: B008
         phasic: PhasicOptions = PhasicOptions(),  # noqa: B008
         num_generations: int = 1,
         **kwargs: Any,
     ) -> None:
-        made = split_options(kwargs, heads=heads, values=values, phasic=phasic)
-        critic = HeadCritic(made["heads"], made["values"], temperature=kwargs.get("temperature", 1.0))
+        made = split_options(kwargs, heads=heads, values=values, replay=replay, phasic=phasic)
+        temperature = kwargs.get("temperature", 1.0)
+        critic = HeadCritic(made["heads"], made["values"], made["replay"], temperature=temperature)
         signal = CriticSignal(critic)
         super().__init__(model, tokenizer, reward_funcs, signal=signal, num_generations=num_generations, **kwargs)
         made["values"].check_online(self.beta, self.policy_loss, "GRPOModule")
@@ -131,9 +137,10 @@ class MTPCriticModule(RLModule):
 
     @property
     def polyak_target(self) -> PolyakTarget | None:
-        """The slow heads; `None` before a Trainer has set the module up, where the online heads stand in for them."""
+        """The slow heads; `None` where a replay teaches the copy of the heads, and before a Trainer has set the module
+        up, where the online heads stand in for them."""
         assert isinstance(self.critic, HeadCritic)
-        return self.critic.target
+        return self.critic.polyak_target
 
 
 class PPOModule(RLModule):

@@ -21,7 +21,7 @@ from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.rollouts.reward_models import is_conversational
 from rl_plugins.rollouts.rewards import prompt_tokens
 from rl_plugins.signals.checks import check_at_least, check_head_reach
-from rl_plugins.signals.critics import HeadCritic
+from rl_plugins.signals.head_critic import HeadCritic
 from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.options import SFTHeadOptions, ValueOptions, split_options
 from rl_plugins.signals.supervised import HeadsAlong, check_row_reward, row_rewards
@@ -121,7 +121,7 @@ class MTPSFTModule(LightningModule):
     @property
     def polyak_target(self) -> PolyakTarget | None:
         """The slow heads; `None` before a Trainer has set the module up."""
-        return self.critic.target
+        return self.critic.polyak_target
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what looks after the module while a Trainer runs it."""

@@ -38,14 +38,35 @@ def check_polyak(**settings: Any) -> None:
         )
 
 
-class PolyakTarget(nn.Module):
-    """A float32 copy of the heads' value path that follows the online heads slowly.
+class ValueCopy(nn.Module):
+    """A float32 copy of the heads' value path, the part that makes values.
+
+    The trunk is not copied: the copy reads the online trunk's hidden states, or the features that online decoder
+    layers make of them, which is what makes it cheap. Keep this module outside the model: in float32 a small step is
+    not lost to rounding, and no engine partitions it.
+
+    Args:
+        heads: Online heads with full (gathered) weights.
+    """
+
+    def __init__(self, heads: MTPHeads) -> None:
+        super().__init__()
+        # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
+        skip = {id(heads._handles): (), id(heads.observer): None, id(heads.inputs): None}
+        self.heads = copy.deepcopy(heads.value_path, skip).float().requires_grad_(False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Values (B, T, K) in float32 of what the online heads judge: trunk states (B, T, D) for parallel heads,
+        features (B, T, K, D) for sequential ones."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.heads(states.float())
+
+
+class PolyakTarget(ValueCopy):
+    """A copy of the heads' value path that follows the online heads slowly.
 
     `theta' <- tau theta + (1 - tau) theta'` after every optimizer step (Lillicrap et al., 1509.02971, algorithm 1), or
-    a hard copy every `period` steps (Mnih et al., 2015). The trunk is not copied: the target heads read the online
-    trunk's hidden states, or the features that online decoder layers make of them, which is what makes them cheap.
-
-    Keep this module outside the model: in float32 a small tau is not lost to rounding, and no engine partitions it.
+    a hard copy every `period` steps (Mnih et al., 2015).
 
     Args:
         heads: Online heads with full (gathered) weights.
@@ -57,19 +78,14 @@ class PolyakTarget(nn.Module):
     """
 
     def __init__(self, heads: MTPHeads, *, tau: float = 0.05, period: int | None = None) -> None:
-        super().__init__()
+        super().__init__(heads)
         check_polyak(tau=tau, period=period)
         self.tau, self.period = tau, period
-        # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
-        skip = {id(heads._handles): (), id(heads.observer): None, id(heads.inputs): None}
-        self.heads = copy.deepcopy(heads.value_path, skip).float().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, states: Tensor) -> Tensor:
-        """Target values (B, T, K) in float32 of what the online heads judge: trunk states (B, T, D) for parallel
-        heads, features (B, T, K, D) for sequential ones."""
-        with torch.autocast(states.device.type, enabled=False):
-            return self.heads(states.float())
+        """Values without gradient, see [`ValueCopy.forward`]."""
+        return super().forward(states)
 
     def update(self, online: Iterable[Tensor], *, step: int) -> None:
         """Move towards the online weights after optimizer step number `step`.

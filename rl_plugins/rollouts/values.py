@@ -14,6 +14,7 @@ from rl_plugins.nn.attachment import Attachment, TrunkInputs, base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sequential_heads import SequentialHeads
 from rl_plugins.nn.sharding import whole_module
+from rl_plugins.rollouts.kept_states import KeptStates
 
 ToValues = Callable[[Tensor], Tensor]
 """Values (B, S, K), float32, of states (B, S, ...)."""
@@ -32,13 +33,21 @@ class ValueRecord:
             heads.
         target: Slow copy of the module, run on the same states; `None` records the online values twice.
         flush_every: Calls of `add` per run of the module.
+        kept: Takes the states as well, for whoever wants them later.
 
     Attributes:
         complete: Whether no state was missed, as far as whoever feeds the record knows.
     """
 
-    def __init__(self, module: ToValues, target: ToValues | None = None, *, flush_every: int = 64) -> None:
-        self.module, self.target, self.flush_every = module, target, flush_every
+    def __init__(
+        self,
+        module: ToValues,
+        target: ToValues | None = None,
+        *,
+        flush_every: int = 64,
+        kept: KeptStates | None = None,
+    ) -> None:
+        self.module, self.target, self.flush_every, self.kept = module, target, flush_every, kept
         self.reset()
 
     def reset(self) -> None:
@@ -48,6 +57,8 @@ class ValueRecord:
         self._rows: Tensor | None = None
         self._chunks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.complete = True
+        if self.kept is not None:
+            self.kept.reset()
 
     def add(self, hidden: Tensor, steps: Tensor, rows: Tensor) -> None:
         """Take states; this and [`finish`] are all that runs the module without gradient.
@@ -76,6 +87,8 @@ class ValueRecord:
         self._states, self._steps = [], []
         values = run_alone(self.module, states)
         self._chunks.append((values, values if self.target is None else self.target(states), steps, self._rows))
+        if self.kept is not None:
+            self.kept.add(states, steps, self._rows)
 
     def finish(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
         """Online and target values (B, num_tokens, K), zero where no state was recorded; `None` if states

@@ -23,7 +23,8 @@ from rl_plugins.signals.critic_targets import (
     value_loss,
     value_losses,
 )
-from rl_plugins.signals.critics import Critic, CriticSignal, HeadCritic, TrunkCritic, ValueModelCritic
+from rl_plugins.signals.critics import Critic, CriticSignal, TrunkCritic
+from rl_plugins.signals.head_critic import HeadCritic
 from rl_plugins.signals.host import Host
 from rl_plugins.signals.metrics import (
     Metrics,
@@ -48,11 +49,14 @@ from rl_plugins.signals.options import (
     ValueHeadOptions,
     ValueModelOptions,
     ValueOptions,
+    ValueReplayOptions,
     VariantOptions,
 )
 from rl_plugins.signals.policy import POLICY_LOSSES, LossEntry, PolicyLoss, clip_shares, policy_loss
 from rl_plugins.signals.presets import GRPO_PRESETS, PPO_PRESETS
 from rl_plugins.signals.signals import GroupSignal, Signal
+from rl_plugins.signals.value_model_critic import ValueModelCritic
+from rl_plugins.signals.value_replay import ValueReplay
 from rl_plugins.signals.value_tracker import ValueTracker, prompt_key
 
 __all__ = [
@@ -87,6 +91,8 @@ __all__ = [
     "ValueHeadOptions",
     "ValueModelCritic",
     "ValueModelOptions",
+    "ValueReplay",
+    "ValueReplayOptions",
     "ValueOptions",
     "ValueTracker",
     "VariantOptions",

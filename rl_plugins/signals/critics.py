@@ -9,12 +9,15 @@ A critic lives through five moments, in the order of this file:
 4. **loss**: the values regress on their targets;
 5. **follow**: after the optimizer's step, slow copies of the values move.
 
-[`HeadCritic`] has its values from heads inside the policy, [`ValueModelCritic`] from a second network. Another critic
-is another subclass: [`TrunkCritic`] does everything for a module that reads the hidden states of the policy's trunk.
+With a replay, a copy of the values also learns between two rollouts, from cached states ([`ValueReplay`]).
+
+[`HeadCritic`] has its values from heads inside the policy, [`ValueModelCritic`] from a second network; each has a file
+of its own. Another critic is another subclass: [`TrunkCritic`] does everything for a module that reads the hidden
+states of the policy's trunk.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,26 +30,20 @@ from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.masking import masked_moments, zero_masked
 from rl_plugins.functional.rewards import kl_shaped_rewards
 from rl_plugins.nn.attachment import Attachment
-from rl_plugins.nn.gradient import GradientStats
-from rl_plugins.nn.head_run import HeadRun
-from rl_plugins.nn.mtp_heads import MTPHeads
-from rl_plugins.nn.sharding import whole_module, whole_parameters
-from rl_plugins.nn.target_heads import PolyakTarget
-from rl_plugins.nn.value_model import ValueModel
+from rl_plugins.nn.target_heads import ValueCopy
 from rl_plugins.rollouts.batch import Batch, loss_mask
+from rl_plugins.rollouts.kept_states import KeptStates
 from rl_plugins.rollouts.values import EachStep, ValueRecord, WholeRows
-from rl_plugins.signals.critic_targets import critic_signal, value_loss, value_losses
-from rl_plugins.signals.heads import HeadTraining
+from rl_plugins.signals.critic_targets import critic_signal, critic_targets, value_loss, value_losses
 from rl_plugins.signals.host import Host, Ranks
 from rl_plugins.signals.metrics import Metrics, head_metrics
 from rl_plugins.signals.options import (
     HeadOptions,
     OnlineValueOptions,
-    ValueHeadOptions,
-    ValueModelOptions,
     ValueOptions,
 )
 from rl_plugins.signals.signals import Signal
+from rl_plugins.signals.value_replay import KeptRollout, Targets, ValueReplay
 
 
 class Values(NamedTuple):
@@ -88,8 +85,10 @@ class Critic(ABC):
     draft_options: HeadOptions | None = None
     """Options of its heads, if it has heads that can draft."""
 
-    target: PolyakTarget | None = None
-    """Slow copies of what gives the values, once [`copy`] has made them."""
+    target: ValueCopy | None = None
+    """A copy of what gives the values, slow or replayed, once [`copy`] has made it."""
+    replay: ValueReplay | None = None
+    """Teaches that copy between rollouts, if there is a replay."""
 
     def __init__(self, values: ValueOptions) -> None:
         self.values = values
@@ -131,6 +130,20 @@ class Critic(ABC):
     @abstractmethod
     def recorded(self, batch: Batch, host: Host) -> Values:
         """Give the values of a batch just generated, from a pass of their own where none were saved."""
+
+    def replay_states(
+        self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: Targets, ranks: Ranks
+    ) -> Metrics:
+        """Let a copy of the values learn from the states of the batch just generated and of those before.
+
+        Args:
+            rewards: (B, T), 0 at masked positions.
+            after: Values of the states after the last tokens (B,), 0 where an episode has ended there.
+            mask: Tokens that the values learn from (B, T).
+            targets: Makes value targets.
+            ranks: All ranks call this at the same time.
+        """
+        return Metrics()
 
     # 3. Learn
 
@@ -195,6 +208,15 @@ class Critic(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore [`state_dict`]."""
 
+    def rank_state(self) -> dict[str, Any]:
+        """State for a checkpoint that every rank has its own of."""
+        return {} if self.replay is None else self.replay.rank_state()
+
+    def load_rank_state(self, state: Mapping[str, Any]) -> None:
+        """Restore [`rank_state`]."""
+        if self.replay is not None:
+            self.replay.load_rank_state(state)
+
 
 class TrunkCritic(Critic):
     """A critic whose module reads the hidden states of the policy's trunk: `module(states) -> values (B, T, K)`, where
@@ -215,11 +237,17 @@ class TrunkCritic(Critic):
         """Forget the records of the last rollout."""
         self._turns: list[tuple[ValueRecord, EachStep | None]] = []
         self._passes: list[WholeRows] = []
+        self._kept: KeptStates | None = None
+
+    def _record(self) -> ValueRecord:
+        """Begin a record, which keeps its states for a replay."""
+        kept = None if self.replay is None else KeptStates(self.replay.options.value_replay_size)
+        return ValueRecord(self.module, self.target, kept=kept)
 
     @contextmanager
     def generating(self, model: nn.Module, decoder: Any = None) -> Iterator[None]:
         """Save the values of every state from which a token is chosen inside the block."""
-        record = ValueRecord(self.module, self.target)
+        record = self._record()
         if decoder is not None:
             self._turns.append((record, None))
             decoder.recorder = record
@@ -236,7 +264,7 @@ class TrunkCritic(Critic):
     @contextmanager
     def scoring(self, num_tokens: int) -> Iterator[None]:
         """Save the values of whole rows that go through the model inside the block."""
-        rows = WholeRows(ValueRecord(self.module, self.target), num_tokens)
+        rows = WholeRows(self._record(), num_tokens)
         self._passes.append(rows)
         with self.module.watching(rows):
             yield
@@ -262,11 +290,28 @@ class TrunkCritic(Critic):
                 f"{type(self.module).__name__} has seen no hidden states of the policy: its hook was taken off, as "
                 "Lightning's DeepSpeed strategy does before an evaluation. Put it back with `hook(model)`."
             )
-        return Values(*values, rows.after(values[1], batch["completion_mask"]) if cut else None)
+        return self._values(rows.record, *values, rows.after(values[1], batch["completion_mask"]) if cut else None)
+
+    def _values(self, record: ValueRecord, online: Tensor, target: Tensor, after: Tensor | None = None) -> Values:
+        """Values of a record, which are all those of the copy where that is what a replay teaches."""
+        self._kept = record.kept
+        return Values(online if self.replay is None else target, target, after)
+
+    def replay_states(
+        self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: Targets, ranks: Ranks
+    ) -> Metrics:
+        """Let the copy learn, where there is a replay."""
+        if self.replay is None:
+            return Metrics()
+        assert self._kept is not None
+        states, rows = self._kept.of(mask)
+        self._kept = None
+        kept = KeptRollout(states, rewards[:rows], mask[:rows], None if after is None else after[:rows])
+        return self.replay.learn(kept, targets, ranks)
 
     def _saved(self, batch: Batch, host: Host) -> Values | None:
         """Values saved while generating, if every rank has those of these very completions."""
-        saved = None
+        saved = record = None
         if len(self._turns) == 1:  # several turns do not make one completion
             record, steps = self._turns[0]
             saved = record.finish(batch["completion_ids"].shape[1])
@@ -274,7 +319,9 @@ class TrunkCritic(Critic):
                 saved = None
         # Together, since the pass that takes their place is one of all ranks.
         missing = torch.tensor([float(saved is None)], device=host.device)
-        return None if host.sum_over_ranks(missing) > 0 or saved is None else Values(*saved)
+        if host.sum_over_ranks(missing) > 0 or saved is None or record is None:
+            return None
+        return self._values(record, *saved)
 
     def learning(
         self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
@@ -294,224 +341,6 @@ class TrunkCritic(Critic):
 
         with self.module.watching(observe):
             yield run
-
-
-class HeadCritic(TrunkCritic):
-    """The critic inside the policy: multi-token-prediction heads that also output a value, with slow copies.
-
-    `L = lambda_2 L_TD + lambda_1 L_MTP`: the heads predict tokens, too, which sharpens them as drafters.
-
-    Args:
-        options: Heads, value gradient and targets.
-        values: Targets and loss of the values.
-        temperature: Of sampling.
-    """
-
-    module: MTPHeads
-
-    def __init__(self, options: ValueHeadOptions, values: ValueOptions, *, temperature: float = 1.0) -> None:
-        super().__init__(values)
-        self.options = self.draft_options = options
-        self.training = HeadTraining(options, temperature=temperature)
-        self.lookahead, self.learning_rate = options.bootstrap_lookahead, options.head_learning_rate
-        self._stats: GradientStats | None = None
-        self._limit: Tensor | None = None
-
-    def prepare(self, policy: Any, init_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Find saved heads."""
-        self.training.prepare(policy, (init_kwargs or {}).get("revision"))
-
-    def attach(self, model: nn.Module, *, seed: int = 0) -> Attachment:
-        """Give the policy heads, or go on with those that it has."""
-        self.module = self.training.attach(model, seed=seed)
-        self.ahead = self.module.ahead
-        return self.module
-
-    @contextmanager
-    def learning(
-        self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
-    ) -> Iterator[HeadRun]:
-        """Run the heads in the policy's forward; `scale` replaces `value_grad_scale`."""
-        select, labels = self.training.completions(batch)
-        with self.running(select, labels, num_items, alone=alone, scale=scale) as run:
-            yield run
-
-    @contextmanager
-    def running(
-        self,
-        select: Callable[[Tensor], Tensor],
-        labels: Tensor | None,
-        num_items: Tensor,
-        *,
-        alone: bool = False,
-        scale: float | None = None,
-        target: PolyakTarget | None = None,
-    ) -> Iterator[HeadRun]:
-        """Run the heads on any states of the policy's next forward.
-
-        Args:
-            select: Picks the states from the trunk's hidden states.
-            labels: Token of each head (B, T, K), -100 where there is none.
-            num_items: Real tokens that the losses are averaged over.
-            alone: Keep all gradient out of the trunk.
-            scale: Replaces `value_grad_scale`.
-            target: Slow heads to run on the same states, where the bootstrap is not from a rollout.
-        """
-        options, clip = self.options, self.options.value_grad_clip
-        # One token's squared error of 1 has this gradient, so the clip is in units of the unweighted error.
-        self._limit = None if clip is None else (clip * self.values.value_loss_coef / num_items).float()
-        own = options.value_grad_scale if scale is None else scale
-        with self.training.running(
-            select,
-            labels,
-            alone=alone,
-            value_grad_scale=0.0 if alone else own,
-            value_grad_norm=self._limit,
-            target=target,
-        ) as run:
-            self._stats = run.stats
-            yield run
-
-    def loss(self, run: Any, batch: Batch, num_items: Tensor, ranks: Ranks) -> tuple[Tensor, Metrics]:
-        """lambda_2 L_TD + lambda_1 L_MTP of a run, and their metrics."""
-        values, metrics = self.value_term(
-            run.values, batch["returns"], batch["critic_mask"], num_items, batch["old_values"], ranks
-        )
-        tokens, token_metrics = self.training.loss(run, num_items, ranks)
-        metrics.add(token_metrics)
-        return values + tokens, metrics
-
-    def value_term(
-        self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor, ranks: Ranks
-    ) -> tuple[Tensor, Metrics]:
-        """lambda_2 L_TD of values (B, T, K), whose clamp keeps its units whatever the host does to the loss."""
-        term, metrics = Critic.value_term(self, values, returns, mask, num_items, old_values, ranks)
-        limit, self._limit = self._limit, None
-        if limit is not None and term.requires_grad:
-            # Hosts scale a loss before its backward pass: by one over the number of micro-batches, DeepSpeed by that
-            # once more, float16 by its loss scale. The clamp's limit has to grow alike. The gradient of this term is
-            # that factor; it is known before the clamp runs, which lies further back in the same graph:
-            #     loss --factor--> term (this hook) --> values --> heads --> clamp (reads `limit`) --> trunk
-            term.register_hook(lambda grad: limit.mul_(grad.float()) and None)
-        return term, metrics
-
-    def gradient_totals(self, ranks: Ranks) -> Tensor | None:
-        """Say what the clamp saw in the last backward pass."""
-        stats, self._stats = self._stats, None
-        return None if stats is None else ranks.sum_over_ranks(stats.totals(ranks.device))
-
-    def copy(self) -> None:
-        """Make the target heads."""
-        heads, options = self.training.heads, self.options
-        with whole_parameters(list(heads.value_path.parameters())), whole_module(heads.value_path):
-            self.target = PolyakTarget(heads, tau=options.target_tau, period=options.target_update_every)
-
-    def place(self, device: torch.device) -> None:
-        """Move the target heads to a device."""
-        assert self.target is not None
-        self.target.to(device)
-
-    def follow(self, step: int) -> None:
-        """Move the target heads."""
-        assert self.target is not None
-        with whole_parameters(list(self.module.value_path.parameters())) as online:
-            self.target.update(online, step=step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The target heads."""
-        assert self.target is not None
-        return {key: value.cpu() for key, value in self.target.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the target heads."""
-        assert self.target is not None
-        self.target.load_state_dict(dict(state))
-
-
-class ValueModelCritic(Critic):
-    """A critic that is a network of its own, run inside the policy's forward (PPO).
-
-    Args:
-        options: Where the network comes from.
-        values: Targets and loss of the values.
-        source: A [`ValueModel`], a transformers model whose trunk is copied, or a path or hub id; by default
-            `options.value_model_path`, else the one attached to or saved with the policy, else a copy of its trunk.
-        checkpointing: Keyword arguments of gradient checkpointing; `None` for none.
-    """
-
-    module: ValueModel
-
-    def __init__(
-        self,
-        options: ValueModelOptions,
-        values: ValueOptions,
-        source: Any = None,
-        *,
-        checkpointing: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(values)
-        self.options, self.source, self.checkpointing = options, source, checkpointing
-        self.learning_rate = options.value_learning_rate
-        self._chunks: list[Tensor] | None = None
-
-    def prepare(self, policy: Any, init_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Load the network, or copy it from the policy as it is before training."""
-        own: Any = self.options.value_model_init_kwargs
-        self.module = ValueModel.prepare(
-            self.source or self.options.value_model_path, policy, policy_init_kwargs=init_kwargs, init_kwargs=own
-        )
-
-    def attach(self, model: nn.Module, *, seed: int = 0) -> Attachment:
-        """Put the network into the policy."""
-        self.module.attach(model)
-        if self.checkpointing is not None:
-            self.module.trunk.gradient_checkpointing_enable(dict(self.checkpointing) or None)
-        return self.module
-
-    def start(self) -> None:
-        """Forget the values of the last rollout."""
-        self._chunks = None
-
-    @contextmanager
-    def scoring(self, num_tokens: int) -> Iterator[None]:
-        """Save the values of the first pass: the policy's, or that of a PEFT model's reference, which is as good."""
-        if self._chunks is not None:
-            yield
-            return
-        self._chunks = []
-        with self.module.watching(self._chunks.append):
-            yield
-
-    def recorded(self, batch: Batch, host: Host) -> Values:
-        """Give the values of the pass for the old log-probabilities."""
-        if self._chunks is None:
-            batch["old_per_token_logps"] = host.log_probs(batch)
-        assert self._chunks is not None
-        whole = torch.cat(self._chunks)
-        values, after = _of_completions(whole, batch), None
-        if "truncated" in batch:
-            mask = batch["completion_mask"].bool()
-            lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1, keepdim=True)
-            after = whole[:, -(mask.shape[1] + 1) :].gather(1, lengths).squeeze(1)
-        return Values(values, values, after)
-
-    @contextmanager
-    def learning(
-        self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
-    ) -> Iterator[CriticRun]:
-        """Run the network in the policy's forward; it has no gradient into the policy."""
-        run = CriticRun()
-
-        def observe(values: Tensor) -> None:
-            run.values = _of_completions(values, batch)
-
-        with self.module.watching(observe):
-            yield run
-
-
-def _of_completions(values: Tensor, batch: Batch) -> Tensor:
-    """Values (B, S) of whole rows as those of the completions' states (B, T, 1)."""
-    return completion_states(values, batch["completion_ids"].shape[1]).unsqueeze(-1)
 
 
 class CriticSignal(Signal):
@@ -557,6 +386,7 @@ class CriticSignal(Signal):
             logps, ref_logps = batch["old_per_token_logps"], batch["ref_per_token_logps"]
             kl["kl"] = masked_moments(kl_k1(logps, ref_logps), mask, reduce=host.sum_over_ranks)[0]
             rewards = kl_shaped_rewards(rewards, logps, ref_logps, mask, beta=host.beta)
+        after = None if after is None else after * batch["truncated"]
         targets, advantages, metrics = critic_signal(
             rewards,
             values,
@@ -565,20 +395,34 @@ class CriticSignal(Signal):
             scaling=options.advantage_scaling,
             reward_range=(options.reward_range[0], options.reward_range[1]),
             reduce=host.sum_over_ranks,
-            estimator=options.advantage_estimator,
-            time_unit=options.time_unit,
-            after=None if after is None else after * batch["truncated"],
-            gamma=options.gamma,
-            lam_policy=options.lam_policy,
-            lam_value=options.lam_value,
-            length_alpha=options.length_adaptive_alpha,
-            lookahead=self.critic.lookahead,
-            ahead=self.critic.ahead,
+            after=after,
             discounted_objective=options.discounted_objective,
+            **self._estimation(),
         )
         batch["advantages"], batch["returns"], batch["td_errors"] = advantages, targets.returns, targets.td_errors
         batch["old_values"], batch["critic_mask"] = values, mask
-        return Metrics({**metrics, **kl})
+        learned = Metrics()
+        if host.training:
+            learned = self.critic.replay_states(rewards, after, mask, self._value_targets, host)
+        return Metrics({**metrics, **kl, **learned})
+
+    def _estimation(self) -> dict[str, Any]:
+        """How rewards and values become targets: keyword arguments of [`critic_targets`]."""
+        options = self.options
+        return {
+            "estimator": options.advantage_estimator,
+            "time_unit": options.time_unit,
+            "gamma": options.gamma,
+            "lam_policy": options.lam_policy,
+            "lam_value": options.lam_value,
+            "length_alpha": options.length_adaptive_alpha,
+            "lookahead": self.critic.lookahead,
+            "ahead": self.critic.ahead,
+        }
+
+    def _value_targets(self, rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
+        """Targets of head 1 (B, T) that bootstrap from values (B, T, K)."""
+        return critic_targets(rewards, values, values, mask, after=after, **self._estimation()).returns
 
     def state_dict(self) -> dict[str, Any]:
         """State of the critic."""
@@ -587,3 +431,11 @@ class CriticSignal(Signal):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the critic."""
         self.critic.load_state_dict(state)
+
+    def rank_state(self) -> dict[str, Any]:
+        """What this rank's critic keeps of its rollouts."""
+        return self.critic.rank_state()
+
+    def load_rank_state(self, state: Mapping[str, Any]) -> None:
+        """Restore that."""
+        self.critic.load_rank_state(state)

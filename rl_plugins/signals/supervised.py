@@ -15,7 +15,7 @@ from rl_plugins.functional.rewards import terminal_rewards
 from rl_plugins.nn.attachment import Attachment
 from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.signals.critic_targets import critic_targets, rollout_metrics
-from rl_plugins.signals.critics import HeadCritic
+from rl_plugins.signals.head_critic import HeadCritic
 from rl_plugins.signals.host import Ranks
 from rl_plugins.signals.metrics import Metrics
 

@@ -23,6 +23,7 @@ from rl_plugins.signals.options import (
     ValueHeadOptions,
     ValueModelOptions,
     ValueOptions,
+    ValueReplayOptions,
     VariantOptions,
     option,
 )
@@ -266,14 +267,14 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, Len
 
 
 @dataclass
-class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, PhasicOptions, RLConfig):
+class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, ValueReplayOptions, PhasicOptions, RLConfig):
     r"""
     Configuration class for the [`MTPCriticTrainer`].
 
     Has the parameters of [`~trl.GRPOConfig`], [`~rl_plugins.signals.ValueHeadOptions`],
-    [`~rl_plugins.signals.OnlineValueOptions`], [`~rl_plugins.signals.PhasicOptions`],
-    [`~rl_plugins.signals.PolicyOptions`], [`~rl_plugins.signals.LengthOptions`] and
-    [`~rl_plugins.signals.DraftOptions`].
+    [`~rl_plugins.signals.OnlineValueOptions`], [`~rl_plugins.signals.ValueReplayOptions`],
+    [`~rl_plugins.signals.PhasicOptions`], [`~rl_plugins.signals.PolicyOptions`],
+    [`~rl_plugins.signals.LengthOptions`] and [`~rl_plugins.signals.DraftOptions`].
 
     Parameters:
         use_critic (`bool`, *optional*, defaults to `True`):
@@ -318,6 +319,7 @@ class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, PhasicOptions, RLCon
             return
         self.check_online(self.beta, self.make_policy_loss(), "GRPOVariantConfig")
         self.check_reference("a critic")
+        self.check_values(self)
         check_head_reach(self.num_mtp_heads, self.max_completion_length, "max_completion_length")
         assert self.steps_per_generation is not None
         self.check_cycles(self.steps_per_generation, self.num_iterations, self.gradient_accumulation_steps)

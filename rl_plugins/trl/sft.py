@@ -19,7 +19,7 @@ from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sharding import announce_loss
 from rl_plugins.nn.sources import check_trainable_dtype
 from rl_plugins.nn.target_heads import PolyakTarget
-from rl_plugins.signals.critics import HeadCritic
+from rl_plugins.signals.head_critic import HeadCritic
 from rl_plugins.signals.metrics import gradient_metrics
 from rl_plugins.signals.options import SFTHeadOptions, ValueOptions
 from rl_plugins.signals.supervised import HeadsAlong, check_row_reward, row_rewards
@@ -138,7 +138,7 @@ class MTPSFTTrainer(SFTTrainer):
     @property
     def polyak_target(self) -> PolyakTarget | None:
         """The slow heads."""
-        return self.critic.target
+        return self.critic.polyak_target
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, if it is one of transformers' `Trainer`.

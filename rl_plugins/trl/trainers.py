@@ -11,7 +11,8 @@ from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.nn.value_model import ValueModel
 from rl_plugins.rollouts.batch import num_rows, reordered
-from rl_plugins.signals.critics import CriticSignal, HeadCritic, ValueModelCritic
+from rl_plugins.signals.critics import CriticSignal
+from rl_plugins.signals.head_critic import HeadCritic
 from rl_plugins.signals.options import (
     OnlineValueOptions,
     PhasicOptions,
@@ -19,12 +20,14 @@ from rl_plugins.signals.options import (
     SamplingOptions,
     ValueHeadOptions,
     ValueModelOptions,
+    ValueReplayOptions,
     VariantOptions,
 )
 from rl_plugins.signals.phasic import PhasicSchedule
 from rl_plugins.signals.replay import ReplayBuffer
 from rl_plugins.signals.sampling import GroupSampling
 from rl_plugins.signals.signals import GroupSignal, Signal
+from rl_plugins.signals.value_model_critic import ValueModelCritic
 from rl_plugins.signals.value_tracker import ValueTracker
 from rl_plugins.trl.configs import GRPOVariantConfig, MTPCriticConfig, PPOConfig
 from rl_plugins.trl.trainer import RLTrainer
@@ -86,8 +89,8 @@ class MTPCriticTrainer(RLTrainer):
         """Make the critic inside the policy; TRL's own advantages with `use_critic=False`."""
         if not args.use_critic:
             return super().make_signal(args)
-        heads, values = ValueHeadOptions.of(args), OnlineValueOptions.of(args)
-        return CriticSignal(HeadCritic(heads, values, temperature=args.temperature))
+        heads, values, replay = ValueHeadOptions.of(args), OnlineValueOptions.of(args), ValueReplayOptions.of(args)
+        return CriticSignal(HeadCritic(heads, values, replay, temperature=args.temperature))
 
     def make_phasic(self, args: MTPCriticConfig) -> PhasicSchedule | None:
         """Make the schedule of the phasic mode, if it is on."""
@@ -102,8 +105,8 @@ class MTPCriticTrainer(RLTrainer):
 
     @property
     def polyak_target(self) -> PolyakTarget | None:
-        """The slow heads; `None` without a critic."""
-        return self.critic.target if isinstance(self.critic, HeadCritic) else None
+        """The slow heads; `None` without a critic, and where a replay teaches the copy of the heads."""
+        return self.critic.polyak_target if isinstance(self.critic, HeadCritic) else None
 
 
 class PPOTrainer(RLTrainer):

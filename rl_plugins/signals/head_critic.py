@@ -1,0 +1,184 @@
+"""The critic inside the policy: multi-token-prediction heads that also output a value."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rl_plugins.nn.attachment import Attachment
+from rl_plugins.nn.gradient import GradientStats
+from rl_plugins.nn.head_run import HeadRun
+from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.sharding import whole_module, whole_parameters
+from rl_plugins.nn.target_heads import PolyakTarget, ValueCopy
+from rl_plugins.rollouts.batch import Batch
+from rl_plugins.signals.critic_targets import value_losses
+from rl_plugins.signals.critics import Critic, TrunkCritic
+from rl_plugins.signals.heads import HeadTraining
+from rl_plugins.signals.host import Ranks
+from rl_plugins.signals.metrics import Metrics
+from rl_plugins.signals.options import ValueHeadOptions, ValueOptions, ValueReplayOptions
+from rl_plugins.signals.value_replay import ValueReplay
+
+
+class HeadCritic(TrunkCritic):
+    """The critic inside the policy: multi-token-prediction heads that also output a value, with slow copies.
+
+    `L = lambda_2 L_TD + lambda_1 L_MTP`: the heads predict tokens, too, which sharpens them as drafters.
+
+    Args:
+        options: Heads, value gradient and targets.
+        values: Targets and loss of the values.
+        replay: How a copy of the value path learns from cached states; by default it does not.
+        temperature: Of sampling.
+
+    Raises:
+        ValueError: If the value loss does not go with a replay.
+    """
+
+    module: MTPHeads
+
+    def __init__(
+        self,
+        options: ValueHeadOptions,
+        values: ValueOptions,
+        replay: ValueReplayOptions | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(values)
+        self.options = self.draft_options = options
+        self.replay_options = ValueReplayOptions() if replay is None else replay
+        self.replay_options.check_values(values)
+        self.training = HeadTraining(options, temperature=temperature)
+        self.lookahead, self.learning_rate = options.bootstrap_lookahead, options.head_learning_rate
+        self._stats: GradientStats | None = None
+        self._limit: Tensor | None = None
+
+    @property
+    def polyak_target(self) -> PolyakTarget | None:
+        """The slow heads; `None` where a replay teaches the copy of the heads, and before there is a copy."""
+        return self.target if isinstance(self.target, PolyakTarget) else None
+
+    def prepare(self, policy: Any, init_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Find saved heads."""
+        self.training.prepare(policy, (init_kwargs or {}).get("revision"))
+
+    def attach(self, model: nn.Module, *, seed: int = 0) -> Attachment:
+        """Give the policy heads, or go on with those that it has."""
+        self.module = self.training.attach(model, seed=seed)
+        self.ahead, self._seed = self.module.ahead, seed
+        return self.module
+
+    @contextmanager
+    def learning(
+        self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
+    ) -> Iterator[HeadRun]:
+        """Run the heads in the policy's forward; `scale` replaces `value_grad_scale`."""
+        select, labels = self.training.completions(batch)
+        with self.running(select, labels, num_items, alone=alone, scale=scale) as run:
+            yield run
+
+    @contextmanager
+    def running(
+        self,
+        select: Callable[[Tensor], Tensor],
+        labels: Tensor | None,
+        num_items: Tensor,
+        *,
+        alone: bool = False,
+        scale: float | None = None,
+        target: ValueCopy | None = None,
+    ) -> Iterator[HeadRun]:
+        """Run the heads on any states of the policy's next forward.
+
+        Args:
+            select: Picks the states from the trunk's hidden states.
+            labels: Token of each head (B, T, K), -100 where there is none.
+            num_items: Real tokens that the losses are averaged over.
+            alone: Keep all gradient out of the trunk.
+            scale: Replaces `value_grad_scale`.
+            target: Slow heads to run on the same states, where the bootstrap is not from a rollout.
+        """
+        options, clip = self.options, self.options.value_grad_clip
+        # One token's squared error of 1 has this gradient, so the clip is in units of the unweighted error.
+        self._limit = None if clip is None else (clip * self.values.value_loss_coef / num_items).float()
+        own = options.value_grad_scale if scale is None else scale
+        with self.training.running(
+            select,
+            labels,
+            alone=alone,
+            value_grad_scale=0.0 if alone else own,
+            value_grad_norm=self._limit,
+            target=target,
+        ) as run:
+            self._stats = run.stats
+            yield run
+
+    def loss(self, run: Any, batch: Batch, num_items: Tensor, ranks: Ranks) -> tuple[Tensor, Metrics]:
+        """lambda_2 L_TD + lambda_1 L_MTP of a run, and their metrics."""
+        values, metrics = self.value_term(
+            run.values, batch["returns"], batch["critic_mask"], num_items, batch["old_values"], ranks
+        )
+        tokens, token_metrics = self.training.loss(run, num_items, ranks)
+        metrics.add(token_metrics)
+        return values + tokens, metrics
+
+    def value_term(
+        self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor, ranks: Ranks
+    ) -> tuple[Tensor, Metrics]:
+        """lambda_2 L_TD of values (B, T, K), whose clamp keeps its units whatever the host does to the loss."""
+        term, metrics = Critic.value_term(self, values, returns, mask, num_items, old_values, ranks)
+        limit, self._limit = self._limit, None
+        if limit is not None and term.requires_grad:
+            # Hosts scale a loss before its backward pass: by one over the number of micro-batches, DeepSpeed by that
+            # once more, float16 by its loss scale. The clamp's limit has to grow alike. The gradient of this term is
+            # that factor; it is known before the clamp runs, which lies further back in the same graph:
+            #     loss --factor--> term (this hook) --> values --> heads --> clamp (reads `limit`) --> trunk
+            term.register_hook(lambda grad: limit.mul_(grad.float()) and None)
+        return term, metrics
+
+    def gradient_totals(self, ranks: Ranks) -> Tensor | None:
+        """Say what the clamp saw in the last backward pass."""
+        stats, self._stats = self._stats, None
+        return None if stats is None else ranks.sum_over_ranks(stats.totals(ranks.device))
+
+    def copy(self) -> None:
+        """Make the target heads, or the copy that a replay teaches."""
+        heads, options, replay = self.training.heads, self.options, self.replay_options
+        with whole_parameters(list(heads.value_path.parameters())), whole_module(heads.value_path):
+            if replay.value_replay:
+                self.target = ValueCopy(heads)
+            else:
+                self.target = PolyakTarget(heads, tau=options.target_tau, period=options.target_update_every)
+        if replay.value_replay:
+            loss = value_losses()[self.values.value_loss_type]
+            self.replay = ValueReplay(self.target, replay, loss=loss, ahead=self.ahead, seed=self._seed)
+
+    def place(self, device: torch.device) -> None:
+        """Move the target heads to a device."""
+        assert self.target is not None
+        self.target.to(device)
+
+    def follow(self, step: int) -> None:
+        """Move the target heads, unless a replay teaches them."""
+        if isinstance(self.target, PolyakTarget):
+            with whole_parameters(list(self.module.value_path.parameters())) as online:
+                self.target.update(online, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The target heads, and what a replay has of them."""
+        if self.replay is not None:
+            return self.replay.state_dict()
+        assert self.target is not None
+        return {key: value.cpu() for key, value in self.target.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the target heads."""
+        if self.replay is not None:
+            self.replay.load_state_dict(state)
+            return
+        assert self.target is not None
+        self.target.load_state_dict(dict(state))
