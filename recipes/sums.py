@@ -36,7 +36,7 @@ from trl import TrlParser
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves, traces_from_rollout, write_token_values_html
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 
-CHARACTERS = "0123456789+-*/=()., ~"
+CHARACTERS = "0123456789+-*/=()., ~abcdefghijklmnopqrstuvwxyz"
 HELD_OUT_SEED = 1_000_000_000  # reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items
 
 

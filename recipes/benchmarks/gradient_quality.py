@@ -1,0 +1,544 @@
+"""Compare policy gradients with the exact one, at equal tokens: a learned critic beside methods without a critic.
+
+    OMP_NUM_THREADS=1 python recipes/benchmarks/gradient_quality.py --output_dir outputs/gradient_quality
+
+32 prompts of mixed difficulty ask for strings of six tokens over four symbols. The policy is a small Qwen3, which
+`MTPCriticTrainer` trains from random weights with the defaults of the package. After 50, 100 and 200 updates all is
+measured for the policy as it is then: all strings are enumerated (`rl_plugins.tabular.TokenMDP`), so that values and
+the gradient of the expected reward are exact. 40 batches of 256 completions, eight of each prompt, are drawn. Every
+method makes its gradient of the very same completions.
+
+    at the end   1 if the prompt's one to four key tokens are right, else 0
+    every step   a share of it for each right key token, paid at once
+
+Methods: GRPO, RLOO, REINFORCE++ and SPO (whose tracker has seen every rollout of the run), PPO's value model (a
+network of its own that has learned from every rollout of the run), the critic with its learned values, and exact
+values as the ceiling, of the prompt alone and of every token.
+
+    SNR      length of the mean along the exact gradient's direction, by the root mean square of all else: what is off
+             in other directions, and what varies along this one. Bias counts as noise.
+    cosine   of one batch's gradient to the exact gradient, mean over the batches
+    bias     1 - cosine of the mean of all batches' gradients to the exact gradient, an upper bound: 40 batches have
+             noise left
+
+Writes `gradient_quality.json` and `gradient_quality.png`, and prints a table.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback, set_seed
+
+from rl_plugins.functional.alignment import completion_states
+from rl_plugins.nn import ValueModel
+from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
+from rl_plugins.signals import OnlineValueOptions, PPOValueOptions, advantages_of, critic_targets, scale_advantages
+from rl_plugins.signals.value_tracker import TrackedAdvantages
+from rl_plugins.tabular import TokenMDP
+from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
+
+SYMBOLS, LENGTH, PROMPTS, PROMPT_LENGTH = 4, 6, 32, 3
+GROUP = 8
+KEY_PLACES = (0, 2, 3, 5)
+MOMENTS = (50, 100, 200)
+EXACT_LAMBDAS = (1.0, 0.95, 0.5, 0.0)
+
+
+# The task
+
+
+class Task:
+    """Strings that each prompt asks for.
+
+    Args:
+        every_step: Whether each right key token is paid at once, instead of all of them at the end.
+    """
+
+    def __init__(self, every_step: bool = False) -> None:
+        self.every_step = every_step
+        generator = torch.Generator().manual_seed(0)
+        self.prompts = torch.cartesian_prod(*[torch.arange(SYMBOLS)] * PROMPT_LENGTH)
+        self.prompts = self.prompts[torch.randperm(len(self.prompts), generator=generator)[:PROMPTS]]
+        self.goals = torch.randint(SYMBOLS, (PROMPTS, LENGTH), generator=generator)
+        self.num_keys = torch.arange(PROMPTS) % len(KEY_PLACES) + 1
+
+    def step_rewards(self, prompt: int, strings: Tensor) -> Tensor:
+        """Rewards (N, d) after each token of strings (N, d) that answer a prompt."""
+        paid = torch.zeros(strings.shape, dtype=torch.float64)
+        count = int(self.num_keys[prompt])
+        for place in KEY_PLACES[:count]:
+            if place < strings.shape[1]:
+                paid[:, place] = (strings[:, place] == self.goals[prompt, place]).double() / count
+        return paid
+
+    def total(self, prompt: int, strings: Tensor) -> Tensor:
+        """What finished strings (N, T) earn in all (N,)."""
+        shares = self.step_rewards(prompt, strings).sum(1)
+        return shares if self.every_step else (shares > 1 - 1e-9).double()
+
+    def language(self, prompt: int, policy: Callable[[Tensor], Tensor]) -> TokenMDP:
+        """Every string that a policy may answer a prompt with."""
+
+        def last(strings: Tensor) -> Tensor:
+            if self.every_step:
+                return self.step_rewards(prompt, strings)[:, -1]
+            return self.total(prompt, strings)
+
+        sizes = {"vocab_size": SYMBOLS, "max_length": LENGTH}
+        step_reward = (lambda s: self.step_rewards(prompt, s)[:, -1]) if self.every_step else None
+        return TokenMDP(policy, last, step_reward=step_reward, **sizes)
+
+    def spelled(self) -> list[str]:
+        """The prompts as text."""
+        return ["".join(map(str, prompt)) for prompt in self.prompts.tolist()]
+
+    def reward(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[Any]:
+        """Reward function of the trainers."""
+        rows, numbers = [], {text: i for i, text in enumerate(self.spelled())}
+        for prompt, ids in zip(prompts, completion_ids, strict=True):
+            string = torch.tensor([ids])
+            steps = self.step_rewards(numbers[prompt], string)[0].tolist()
+            rows.append(steps if self.every_step else float(self.total(numbers[prompt], string)))
+        return rows
+
+
+def symbol_tokenizer() -> FastTokenizer:
+    """One token per symbol. Padding and end-of-text have ids that the model does not have: nothing is ever padded."""
+    vocabulary = {str(i): i for i in range(SYMBOLS)} | {"<eos>": SYMBOLS, "<pad>": SYMBOLS + 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return FastTokenizer(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def small_policy(longest: int = 32) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights, for rows of up to `longest` tokens."""
+    config = Qwen3Config(
+        vocab_size=SYMBOLS,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=longest,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+# Exact values and the exact gradient
+
+
+class Exact:
+    """All strings of a policy, with their values.
+
+    Tables are (prompts, 4^d) for the states of depth d, or (prompts, 4^d, 4) for the actions in them.
+
+    Args:
+        model: The policy.
+        task: The task.
+    """
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        self.model, self.task = model, task
+        with torch.no_grad():
+            languages = [task.language(i, self._policy(prompt)) for i, prompt in enumerate(task.prompts)]
+        self.probabilities = [
+            torch.stack(tables) for tables in zip(*(x.probabilities for x in languages), strict=True)
+        ]
+        self.action_values = [
+            torch.stack(tables) for tables in zip(*(x.action_values for x in languages), strict=True)
+        ]
+        self.values = [torch.stack(tables) for tables in zip(*(x.values for x in languages), strict=True)][:LENGTH]
+        self.rewards = [torch.stack(tables) for tables in zip(*(x.rewards for x in languages), strict=True)]
+        # Every state of every depth is a prefix of one of these; the first one of each is followed by 0s.
+        self.strings = torch.cartesian_prod(*[torch.arange(SYMBOLS)] * (LENGTH - 1))
+
+    def _policy(self, prompt: Tensor) -> Callable[[Tensor], Tensor]:
+        def policy(prefixes: Tensor) -> Tensor:
+            ids = torch.cat([prompt.expand(len(prefixes), -1), prefixes], dim=1)
+            return self.model(input_ids=ids, use_cache=False).logits[:, -1].double().softmax(-1)
+
+        return policy
+
+    @property
+    def score(self) -> float:
+        """Expected reward, mean over the prompts."""
+        return float(self.values[0].mean())
+
+    def gradient(self) -> Tensor:
+        """Gradient of the expected reward, flat: `E_s[sum_a pi(a|s) Q(s, a) grad ln pi(a|s)]`, summed over the states
+        of a string (Sutton et al., 1999)."""
+        reached = torch.ones(PROMPTS, 1, dtype=torch.float64)
+        weights = []
+        for depth in range(LENGTH):
+            chosen = reached[..., None] * self.probabilities[depth]
+            weights.append(chosen * (self.action_values[depth] - self.values[depth][..., None]))
+            reached = chosen.flatten(1)
+        total = torch.zeros(len(flat_parameters(self.model)), dtype=torch.float64)
+        for i, prompt in enumerate(self.task.prompts):
+            ids = torch.cat([prompt.expand(len(self.strings), -1), self.strings], dim=1)
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, PROMPT_LENGTH - 1 :]
+            terms = [
+                (weights[depth][i] * logits[:: SYMBOLS ** (LENGTH - 1 - depth), depth].double().log_softmax(-1)).sum()
+                for depth in range(LENGTH)
+            ]
+            total += flat_gradient(torch.stack(terms).sum(), self.model)
+        return total / PROMPTS
+
+    @torch.no_grad()
+    def tables_of(self, values: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Learned values of all states, as tables.
+
+        Args:
+            values: Gives values (N, LENGTH) of the states of rows of token ids (N, PROMPT_LENGTH + LENGTH - 1).
+        """
+        tables: list[list[Tensor]] = [[] for _ in range(LENGTH)]
+        for prompt in self.task.prompts:
+            found = values(torch.cat([prompt.expand(len(self.strings), -1), self.strings], dim=1)).double()
+            for depth in range(LENGTH):
+                tables[depth].append(found[:: SYMBOLS ** (LENGTH - 1 - depth), depth])
+        return [torch.stack(rows) for rows in tables]
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Draw `GROUP` strings for every prompt.
+
+        Returns:
+            Strings (N, T), rewards of their tokens (N, T), and the rows of their states in the tables, T of (N,).
+        """
+        prompt = torch.arange(PROMPTS).repeat_interleave(GROUP)
+        row = torch.zeros(len(prompt), dtype=torch.long)
+        tokens, rewards, rows = [], [], []
+        for depth in range(LENGTH):
+            rows.append(row)
+            action = torch.multinomial(self.probabilities[depth][prompt, row], 1, generator=generator).squeeze(1)
+            rewards.append(self.rewards[depth][prompt, row, action])
+            tokens.append(action)
+            row = row * SYMBOLS + action
+        return torch.stack(tokens, 1), torch.stack(rewards, 1).float(), rows
+
+
+def look_up(tables: list[Tensor], rows: list[Tensor]) -> Tensor:
+    """Values (N, T) of drawn strings."""
+    prompt = torch.arange(PROMPTS).repeat_interleave(GROUP)
+    return torch.stack([table[prompt, row] for table, row in zip(tables, rows, strict=True)], dim=1).float()
+
+
+def policy_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The policy's own, without those of the heads inside it."""
+    return [p for name, p in model.named_parameters() if "mtp_heads" not in name]
+
+
+def flat_parameters(model: nn.Module) -> Tensor:
+    """The policy's own weights in one row."""
+    return torch.cat([p.detach().flatten() for p in policy_parameters(model)])
+
+
+def flat_gradient(total: Tensor, model: nn.Module, keep: bool = False) -> Tensor:
+    """Gradient with respect to the policy's own weights, in one row, float64."""
+    found = torch.autograd.grad(total, policy_parameters(model), retain_graph=keep, allow_unused=True)
+    whole = [torch.zeros_like(p) if g is None else g for p, g in zip(policy_parameters(model), found, strict=True)]
+    return torch.cat([g.double().flatten() for g in whole])
+
+
+# Methods: advantages (N,) or (N, T) of one batch of completions
+
+
+def advantages_by_method(
+    task: Task,
+    rewards: Tensor,
+    rows: list[Tensor],
+    tables: dict[str, list[Tensor]],
+    tracked: TrackedAdvantages,
+    keys: list[str],
+) -> dict[str, Tensor]:
+    """What every method makes of the same completions.
+
+    Args:
+        task: The task.
+        rewards: Of the tokens (N, T).
+        rows: Of the states in the tables.
+        tables: Values by name: `exact`, `critic` and `ppo`.
+        tracked: SPO's tracker.
+        keys: Prompt of every completion, as the tracker knows it.
+    """
+    mask, scores = torch.ones(rewards.shape, dtype=torch.bool), rewards.sum(1)
+    found = {
+        "GRPO": advantages_of("group_normalized", scores, GROUP, mask, options={}),
+        "RLOO": advantages_of("leave_one_out", scores, GROUP, mask, options={}),
+        "REINFORCE++": advantages_of("batch_normalized", scores, 1, mask, options={}),
+        "SPO": tracked.advantages(keys, scores)[0],
+    }
+
+    def of_values(name: str, options: OnlineValueOptions, **changes: Any) -> Tensor:
+        values = look_up(tables[name], rows)
+        given = {"lam_policy": options.lam_policy, "lam_value": options.lam_value, **changes}
+        targets = critic_targets(rewards, values[..., None], values[..., None], mask, **given)
+        return scale_advantages(targets.advantages, values, mask, scaling=options.advantage_scaling)
+
+    found["PPO's value model"] = of_values("ppo", PPOValueOptions())
+    found["critic"] = of_values("critic", OnlineValueOptions())
+    for lam in EXACT_LAMBDAS:
+        found[f"critic, lambda {lam:g}"] = of_values("critic", OnlineValueOptions(), lam_policy=lam)
+    baseline = look_up(tables["exact"], rows)[:, :1]
+    found["exact V(s_0)"] = scale_advantages((scores[:, None] - baseline).expand_as(rewards), baseline, mask)
+    for lam in EXACT_LAMBDAS:
+        found[f"exact values, lambda {lam:g}"] = of_values("exact", OnlineValueOptions(), lam_policy=lam)
+    return found
+
+
+# Measuring
+
+
+def explained(tables: list[Tensor], exact: Exact) -> float:
+    """`1 - MSE / Var` of learned values against exact ones, over the states that the policy visits."""
+    reached, errors, squares, means, total = torch.ones(PROMPTS, 1, dtype=torch.float64), 0.0, 0.0, 0.0, 0.0
+    for depth in range(LENGTH):
+        errors += float((reached * (tables[depth] - exact.values[depth]) ** 2).sum())
+        squares += float((reached * exact.values[depth] ** 2).sum())
+        means += float((reached * exact.values[depth]).sum())
+        total += float(reached.sum())
+        reached = (reached[..., None] * exact.probabilities[depth]).flatten(1)
+    return 1.0 - errors / (squares - means**2 / total)
+
+
+def measure(
+    model: nn.Module,
+    task: Task,
+    learned: dict[str, Callable[[Tensor], Tensor]],
+    tracked: TrackedAdvantages,
+    batches: int,
+) -> dict[str, Any]:
+    """Compare the gradients of all methods for the policy as it is.
+
+    Args:
+        model: The policy.
+        task: The task.
+        learned: Values by name, see [`Exact.tables_of`].
+        tracked: SPO's tracker.
+        batches: How many to draw.
+    """
+    exact = Exact(model, task)
+    goal = exact.gradient()
+    tables = {"exact": exact.values, **{name: exact.tables_of(values) for name, values in learned.items()}}
+    keys = [key for key in tracked_keys(task) for _ in range(GROUP)]
+    prompts = task.prompts.repeat_interleave(GROUP, dim=0)
+    generator, gradients = torch.Generator().manual_seed(0), {}
+    for _ in range(batches):
+        tokens, rewards, rows = exact.draw(generator)
+        logits = model(input_ids=torch.cat([prompts, tokens[:, :-1]], dim=1), use_cache=False).logits
+        chosen = logits[:, PROMPT_LENGTH - 1 :].log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        for method, advantages in advantages_by_method(task, rewards, rows, tables, tracked, keys).items():
+            per_token = advantages if advantages.ndim == 2 else advantages[:, None]
+            gradients.setdefault(method, []).append(flat_gradient((per_token * chosen).mean(), model, keep=True))
+    quality = {method: compare(torch.stack(found), goal) for method, found in gradients.items()}
+    return {
+        "score": exact.score,
+        "explained_variance": {name: explained(tables[name], exact) for name in learned},
+        "methods": quality,
+    }
+
+
+def compare(gradients: Tensor, goal: Tensor) -> dict[str, float]:
+    """SNR, cosine and bias of gradients (N, P) of batches beside the exact one (P,)."""
+    unit = goal / goal.norm()
+    along = gradients @ unit
+    rest = gradients - along.mean() * unit
+    cosines = along / gradients.norm(dim=1).clamp(min=1e-12)
+    mean = gradients.mean(0)
+    return {
+        "snr": float(along.mean() / rest.square().sum(1).mean().sqrt().clamp(min=1e-12)),
+        "cosine": float(cosines.mean()),
+        "bias": 1.0 - float(mean @ unit / mean.norm().clamp(min=1e-12)),
+    }
+
+
+def tracked_keys(task: Task) -> list[str]:
+    """The prompts as the tracker knows them."""
+    return task.spelled()
+
+
+# Training
+
+
+class Observer(TrainerCallback):
+    """Lets the other methods learn from every rollout of the run, and measures at some moments.
+
+    Args:
+        task: The task.
+        options: Of the command line.
+    """
+
+    def __init__(self, task: Task, options: argparse.Namespace) -> None:
+        self.task, self.options = task, options
+        self.tracked = TrackedAdvantages({"forget": 0.9})
+        self.found: dict[int, dict[str, Any]] = {}
+
+    def begin(self, trainer: MTPCriticTrainer) -> None:
+        """Take a look at the policy, of which PPO's value model is a copy."""
+        self.trainer = trainer
+        config = PPOValueOptions()
+        self.value_model = ValueModel.prepare(None, trainer.model)
+        self.optimizer = torch.optim.AdamW(self.value_model.parameters(), lr=self.options.value_learning_rate)
+        self.clip = config.value_clip_range
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Learn from the rollout, and measure if it is time."""
+        batch = self.trainer.last_rollout
+        texts = self.trainer.processing_class.batch_decode(batch["prompt_ids"])
+        keys = [text.replace(" ", "") for text in texts]
+        self.tracked.remember(keys, batch["scores"], None)
+        self.tracked.absorb(lambda rows: torch.zeros(0))
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        targets = batch["rewards"].flip(1).cumsum(1).flip(1)
+        for _ in range(self.options.value_updates):
+            values = completion_states(self.value_model(ids), LENGTH)
+            loss = (values - targets).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        if state.global_step in self.options.moments:
+            began = time.time()
+            learned = {"critic": self._critic, "ppo": self._value_model}
+            model = self.trainer.model.eval()
+            self.found[state.global_step] = measure(model, self.task, learned, self.tracked, self.options.batches)
+            model.train()
+            print(f"{state.global_step} updates, measured in {time.time() - began:.0f} s", file=sys.stderr)
+
+    def _critic(self, ids: Tensor) -> Tensor:
+        critic, states = self.trainer.critic, []
+        assert critic is not None and critic.target is not None
+        with critic.module.watching(lambda hidden: states.append(critic.module.states(hidden))):
+            self.trainer.model(input_ids=ids, use_cache=False)
+        return critic.target(states[0][:, PROMPT_LENGTH - 1 :])[..., 0]
+
+    def _value_model(self, ids: Tensor) -> Tensor:
+        return self.value_model(ids)[:, PROMPT_LENGTH - 1 :]
+
+
+def run(task: Task, seed: int, options: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """Train a policy from random weights and measure on the way."""
+    set_seed(seed)
+    observer = Observer(task, options)
+    args = MTPCriticConfig(
+        output_dir=str(options.output_dir / "run"),
+        per_device_train_batch_size=PROMPTS * GROUP,
+        steps_per_generation=1,
+        max_completion_length=LENGTH,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        max_steps=max(options.moments),
+        logging_steps=50,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        seed=seed,
+        **options.critic,
+    )
+    trainer = MTPCriticTrainer(
+        small_policy(),
+        task.reward,
+        args,
+        train_dataset=Dataset.from_dict({"prompt": task.spelled() * GROUP}),
+        processing_class=symbol_tokenizer(),
+        callbacks=[observer],
+    )
+    trainer.remove_callback(PrinterCallback)
+    observer.begin(trainer)
+    trainer.train()
+    return observer.found
+
+
+# The report
+
+
+def table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: SNR of every method at every moment, in units of GRPO's, means over the seeds."""
+    lines = []
+    for name, moments in found.items():
+        steps = [*moments]
+        lines += ["", f"Reward {name}. SNR of one batch, and in brackets in units of GRPO's:", ""]
+        lines.append("| method | " + " | ".join(f"{step} updates" for step in steps) + " | cosine | bias |")
+        lines.append("|---|" + "---|" * (len(steps) + 2))
+        for method in moments[steps[0]][0]["methods"]:
+            cells = []
+            for step in steps:
+                own = mean_of(moments[step], method, "snr")
+                cells.append(f"{own:.2f} ({own / mean_of(moments[step], 'GRPO', 'snr'):.1f})")
+            last = [f"{mean_of(moments[steps[-1]], method, key):.2f}" for key in ("cosine", "bias")]
+            lines.append(f"| {method} | " + " | ".join([*cells, *last]) + " |")
+        for key, title in (("critic", "critic"), ("ppo", "PPO's value model")):
+            cells = [f"{statistics.fmean(x['explained_variance'][key] for x in moments[step]):.2f}" for step in steps]
+            lines.append(f"| explained variance, {title} | " + " | ".join(cells) + " | | |")
+        scores = [f"{statistics.fmean(x['score'] for x in moments[step]):.2f}" for step in steps]
+        lines.append("| expected reward of the policy | " + " | ".join(scores) + " | | |")
+    return lines
+
+
+def mean_of(runs: list[dict[str, Any]], method: str, key: str) -> float:
+    """Mean over the seeds."""
+    return statistics.fmean(run["methods"][method][key] for run in runs)
+
+
+SHOWN = ("GRPO", "RLOO", "REINFORCE++", "SPO", "PPO's value model", "critic", "exact V(s_0)", "exact values, lambda 1")
+
+
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """SNR over updates, a panel for each kind of reward."""
+    figure = new_figure(10, 4.2)
+    for number, (name, moments) in enumerate(found.items()):
+        axes = figure.add_subplot(1, len(found), number + 1)
+        for index, method in enumerate(SHOWN):
+            heights = [mean_of(runs, method, "snr") for runs in moments.values()]
+            color, style = COLORS[index % len(COLORS)], LINE_STYLES[index % len(LINE_STYLES)]
+            axes.plot([*moments], heights, style, color=color, label=method, linewidth=2)
+        axes.set(xlabel="updates of policy and critic", ylabel="signal-to-noise of a batch's gradient")
+        axes.set_title(f"reward {name}", fontsize=11)
+        axes.set_ylim(bottom=0)
+        style_axes(axes)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    save_png(figure, path)
+
+
+def main() -> None:
+    """Train, measure, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/gradient_quality"), help="where to write")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a run for each")
+    parser.add_argument("--moments", nargs="+", type=int, default=[*MOMENTS], help="updates after which to measure")
+    parser.add_argument("--batches", type=int, default=40, help="batches of 256 completions for each moment")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the policy")
+    parser.add_argument("--value_learning_rate", type=float, default=1e-3, help="of PPO's value model")
+    parser.add_argument("--value_updates", type=int, default=1, help="of PPO's value model on each rollout")
+    parser.add_argument("--critic", type=json.loads, default={}, help="options of the critic, as JSON")
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
+    found: dict[str, dict[str, Any]] = {}
+    for name, every_step in (("at the end", False), ("every step", True)):
+        runs = [run(Task(every_step), seed, options) for seed in options.seeds]
+        found[name] = {step: [each[step] for each in runs] for step in options.moments}
+    (options.output_dir / "gradient_quality.json").write_text(json.dumps(found, indent=1))
+    print("\n".join(table(found)))
+    draw(found, options.output_dir / "gradient_quality.png")
+
+
+if __name__ == "__main__":
+    main()
