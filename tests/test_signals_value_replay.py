@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from rl_plugins.nn import attach_mtp_heads
-from rl_plugins.nn.target_heads import ValueCopy
+from rl_plugins.nn.target_heads import RowCopy, ValueCopy
+from rl_plugins.rollouts.kept_rows import Rows
 from rl_plugins.signals import critic_targets, value_losses
 from rl_plugins.signals.options import OnlineValueOptions, ValueReplayOptions
-from rl_plugins.signals.value_replay import KeptRollout, ValueReplay
+from rl_plugins.signals.value_replay import RolloutOfRows, RolloutOfStates, ValueReplay, ValueTargets
 
 from .helpers.exact_cases import ENOUGH, Case, accuracy, election, exact_mdp, random_policy, run_heads
 from .helpers.tiny import make_tiny_model
@@ -45,12 +46,15 @@ class Pair:
         return total
 
 
-def observed(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
+def make_observed(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
     return critic_targets(rewards, values, values, mask, after=after, lam_value=1.0).returns
 
 
-def one_step(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
+def make_one_step(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
     return critic_targets(rewards, values, values, mask, after=after, estimator="td").returns
+
+
+OBSERVED, ONE_STEP = ValueTargets(make_observed, False), ValueTargets(make_one_step, True)
 
 
 def make_replay(num_heads: int = 1, head_type: str = "parallel", ahead: int = 1, **options: Any) -> ValueReplay:
@@ -62,12 +66,12 @@ def make_replay(num_heads: int = 1, head_type: str = "parallel", ahead: int = 1,
     return ValueReplay(ValueCopy(heads), ValueReplayOptions(**given), loss=value_losses()["squared"], ahead=ahead)
 
 
-def make_rollout(seed: int, rows: int = 3, width: int = 5, features: tuple[int, ...] = (32,)) -> KeptRollout:
+def make_rollout(seed: int, rows: int = 3, width: int = 5, features: tuple[int, ...] = (32,)) -> RolloutOfStates:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, width + 1, (rows, 1), generator=g)
     mask = torch.arange(width) < lengths
     rewards = torch.randn(rows, width, generator=g) * mask
-    return KeptRollout(torch.randn(int(mask.sum()), *features, generator=g), rewards, mask)
+    return RolloutOfStates(torch.randn(int(mask.sum()), *features, generator=g), rewards, mask)
 
 
 def weights(replay: ValueReplay) -> list[Tensor]:
@@ -80,7 +84,7 @@ def test_a_pass_is_a_step_of_adam_on_the_mean_squared_error(num_heads: int) -> N
     replay, rollout = make_replay(num_heads, value_replay_learning_rate=1e-2), make_rollout(0)
     by_hand = copy.deepcopy(replay.values)
     optimizer = torch.optim.Adam(by_hand.parameters(), lr=1e-2)
-    metrics = replay.learn(rollout, observed, Alone())
+    metrics = replay.learn(rollout, OBSERVED, Alone())
 
     errors, place = [], 0
     for rewards, mask in zip(rollout.rewards, rollout.mask, strict=True):
@@ -104,7 +108,7 @@ def test_targets_bootstrap_from_the_copy_before_each_pass() -> None:
     targets: list[Tensor] = []
 
     def noted(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
-        targets.append(one_step(rewards, values, mask, after))
+        targets.append(make_one_step(rewards, values, mask, after))
         expected = torch.zeros_like(rewards)
         for row, length in enumerate(mask.sum(1).tolist()):
             for t in range(length):
@@ -112,7 +116,7 @@ def test_targets_bootstrap_from_the_copy_before_each_pass() -> None:
         torch.testing.assert_close(targets[-1] * mask, expected)
         return targets[-1]
 
-    twice.learn(rollout, noted, Alone())
+    twice.learn(rollout, ValueTargets(noted, True), Alone())
     assert len(targets) == 2
     assert not torch.equal(*targets)
 
@@ -124,9 +128,9 @@ def test_the_value_after_a_cut_counts() -> None:
 
     def noted(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
         seen.append(after)
-        return observed(rewards, values, mask, after)
+        return make_observed(rewards, values, mask, after)
 
-    make_replay().learn(rollout, noted, Alone())
+    make_replay().learn(rollout, ValueTargets(noted, True), Alone())
     assert seen[0] is rollout.after
 
 
@@ -134,8 +138,8 @@ def test_garbage_in_padding_changes_nothing() -> None:
     clean, dirty = make_replay(), make_replay()
     rollout, spoilt = make_rollout(3), make_rollout(3)
     spoilt.rewards = spoilt.rewards.masked_fill(~spoilt.mask, torch.nan)
-    clean.learn(rollout, observed, Alone())
-    dirty.learn(spoilt, observed, Alone())
+    clean.learn(rollout, OBSERVED, Alone())
+    dirty.learn(spoilt, OBSERVED, Alone())
     assert all(torch.equal(a, b) for a, b in zip(weights(clean), weights(dirty), strict=True))
 
 
@@ -143,22 +147,13 @@ def test_only_the_newest_rollouts_are_kept() -> None:
     replay = make_replay(value_replay_rollouts=2)
     rollouts = [make_rollout(seed) for seed in range(4)]
     for rollout in rollouts:
-        replay.learn(rollout, observed, Alone())
+        replay.learn(rollout, OBSERVED, Alone())
     assert [kept is rollout for kept, rollout in zip(replay.rollouts, rollouts[2:], strict=True)] == [True, True]
 
 
-def test_states_are_bounded_and_the_newest_rollout_stays() -> None:
-    rollouts = [make_rollout(seed, rows=4) for seed in range(4)]
-    size = len(rollouts[2].states) + len(rollouts[3].states)
-    replay = make_replay(value_replay_size=size)
-    for rollout in rollouts:
-        replay.learn(rollout, observed, Alone())
-        assert sum(len(kept.states) for kept in replay.rollouts) <= size
-    assert replay.rollouts == rollouts[2:]
-    small = make_replay(value_replay_size=1)
-    for rollout in rollouts:
-        small.learn(rollout, observed, Alone())
-    assert small.rollouts == rollouts[3:]
+def test_the_room_of_a_rollout_is_its_share_of_the_memory() -> None:
+    assert make_replay(value_replay_size=100, value_replay_rollouts=8).room == 12
+    assert make_replay(value_replay_size=1, value_replay_rollouts=8).room == 1
 
 
 def test_many_states_make_many_steps() -> None:
@@ -167,7 +162,7 @@ def test_many_states_make_many_steps() -> None:
     first, same, other = make_replay(), make_replay(), make_replay()
     other.seed = 1
     for replay in (first, same, other):
-        replay.learn(rollout, observed, Alone())
+        replay.learn(rollout, OBSERVED, Alone())
     steps = round(len(rollout.states) / 1024)
     assert steps == 3
     assert all(state["step"] == steps for state in first.optimizer.state.values())
@@ -184,7 +179,7 @@ def test_two_ranks_are_one_process_with_the_rows_of_both() -> None:
 
     def work(rank: int) -> None:
         for both in rollouts:
-            ranks[rank].learn(copy.copy(both[rank]), observed, Pair(rank))
+            ranks[rank].learn(copy.copy(both[rank]), OBSERVED, Pair(rank))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -193,12 +188,12 @@ def test_two_ranks_are_one_process_with_the_rows_of_both() -> None:
         thread.join()
     alone = make_replay(value_replay=2)
     for one, two in rollouts:
-        joined = KeptRollout(
+        joined = RolloutOfStates(
             torch.cat([one.states, two.states]),
             torch.cat([one.rewards, two.rewards]),
             torch.cat([one.mask, two.mask]),
         )
-        alone.learn(joined, observed, Alone())
+        alone.learn(joined, OBSERVED, Alone())
     assert all(torch.equal(a, b) for a, b in zip(weights(ranks[0]), weights(ranks[1]), strict=True))
     torch.testing.assert_close(weights(ranks[0]), weights(alone), rtol=1e-4, atol=1e-6)
 
@@ -207,7 +202,7 @@ def test_a_resumed_replay_goes_on_as_if_nothing_had_happened(tmp_path: Any) -> N
     through, killed = make_replay(value_replay=2), make_replay(value_replay=2)
     for replay in (through, killed):
         for seed in range(3):
-            replay.learn(make_rollout(seed, rows=400), observed, Alone())
+            replay.learn(make_rollout(seed, rows=400), OBSERVED, Alone())
     torch.save({"all": killed.state_dict(), "rank": killed.rank_state()}, tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = make_replay(value_replay=2)
@@ -215,24 +210,113 @@ def test_a_resumed_replay_goes_on_as_if_nothing_had_happened(tmp_path: Any) -> N
     resumed.load_rank_state(saved["rank"])
     for replay in (through, resumed):
         for seed in (3, 4):
-            replay.learn(make_rollout(seed, rows=400), one_step, Alone())
+            replay.learn(make_rollout(seed, rows=400), ONE_STEP, Alone())
     assert all(torch.equal(a, b) for a, b in zip(weights(through), weights(resumed), strict=True))
 
 
-@pytest.mark.parametrize("head_type", ["parallel", "sequential"])
-def test_only_the_copy_learns(head_type: str) -> None:
-    """A replay of sequential heads teaches the projection, on features that the online blocks have made."""
-    heads = attach_mtp_heads(make_tiny_model(), 2, head_type=head_type)
+def test_only_the_copy_learns() -> None:
+    heads = attach_mtp_heads(make_tiny_model(), 2)
     before = {name: p.clone() for name, p in heads.named_parameters()}
-    replay = ValueReplay(
-        ValueCopy(heads), ValueReplayOptions(value_replay=1), loss=value_losses()["squared"], ahead=heads.ahead
-    )
+    replay = ValueReplay(ValueCopy(heads), ValueReplayOptions(value_replay=1), loss=value_losses()["squared"])
     started = weights(replay)
-    shape = (32,) if head_type == "parallel" else (2, 32)
-    replay.learn(make_rollout(9, features=shape), observed, Alone())
+    replay.learn(make_rollout(9), OBSERVED, Alone())
     assert any(not torch.equal(a, b) for a, b in zip(started, weights(replay), strict=True))
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in heads.named_parameters())
-    assert len(started) == len(list(heads.value_path.parameters()))
+
+
+# Rows
+
+
+def make_row_replay(**options: Any) -> ValueReplay:
+    model = make_tiny_model()
+    heads = attach_mtp_heads(model, 2, head_type="sequential")
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    given = ValueReplayOptions(**{"value_replay": 1, **options})
+    return ValueReplay(RowCopy(heads), given, loss=value_losses()["squared"], ahead=heads.ahead)
+
+
+def make_rows(seed: int, count: int = 3, prompt: int = 4, width: int = 5, padding: float = 0.0) -> RolloutOfRows:
+    """Rows of prompts that are padded on the left, and of completions that are padded on the right."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(width) < torch.randint(1, width + 1, (count, 1), generator=g)
+    prompt_mask = torch.arange(prompt).flip(0) < torch.randint(1, prompt + 1, (count, 1), generator=g)
+    whole = torch.cat([prompt_mask, mask], dim=1)
+    hidden = torch.randn(count, prompt + width, 32, generator=g).masked_fill(~whole[..., None], padding)
+    ids = torch.randint(2, 16, whole.shape, generator=g).masked_fill(~whole, 0)
+    positions = (whole.cumsum(1) - 1).clamp(min=0)
+    rewards = torch.randn(count, width, generator=g) * mask
+    return RolloutOfRows(Rows(hidden, ids, whole.long(), positions), rewards, mask)
+
+
+def test_a_pass_over_rows_is_a_step_of_adam_for_layers_and_values() -> None:
+    """Every row alone, without padding, and both heads judge the state at their own place."""
+    replay, rollout = make_row_replay(value_replay_learning_rate=1e-2), make_rows(0)
+    by_hand = copy.deepcopy(replay.values)
+    learning = [p for p in by_hand.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=1e-2)
+    metrics = replay.learn(rollout, OBSERVED, Alone())
+
+    errors, (hidden, ids, whole, _) = [], rollout.rows
+    for i, mask in enumerate(rollout.mask):
+        real, length = whole[i].bool(), int(mask.sum())
+        values = by_hand(hidden[i, real][None], ids[i, real][None], None, None)[0]
+        first = int(real.sum()) - length - 1  # the prompt's last token
+        for t in range(length):
+            errors.append((values[first + t] - rollout.rewards[i, t:length].sum()) ** 2)
+    loss = torch.stack(errors).mean()
+    loss.backward()
+    optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learning)
+    torch.testing.assert_close(metrics["critic/replay_loss"], loss.detach())
+    # A step of Adam has the size of its learning rate whatever the gradient's, so that rounding of the smallest shows.
+    torch.testing.assert_close(weights(replay), [p.detach() for p in by_hand.parameters()], atol=1e-4, rtol=1e-3)
+
+
+def test_garbage_in_the_padding_of_rows_changes_nothing() -> None:
+    clean, dirty = make_row_replay(value_replay=2), make_row_replay(value_replay=2)
+    clean.learn(make_rows(1), OBSERVED, Alone())
+    dirty.learn(make_rows(1, padding=1e3), OBSERVED, Alone())
+    torch.testing.assert_close(weights(clean), weights(dirty), atol=1e-6, rtol=1e-5)
+
+
+def test_a_resumed_replay_of_rows_goes_on_as_if_nothing_had_happened(tmp_path: Any) -> None:
+    through, killed = make_row_replay(value_replay=2), make_row_replay(value_replay=2)
+    for replay in (through, killed):
+        for seed in range(3):
+            replay.learn(make_rows(seed, count=40), OBSERVED, Alone())
+    torch.save({"all": killed.state_dict(), "rank": killed.rank_state()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = make_row_replay(value_replay=2)
+    resumed.load_state_dict(saved["all"])
+    resumed.load_rank_state(saved["rank"])
+    for replay in (through, resumed):
+        for seed in (3, 4):
+            replay.learn(make_rows(seed, count=40, prompt=6), ONE_STEP, Alone())
+    assert all(torch.equal(a, b) for a, b in zip(weights(through), weights(resumed), strict=True))
+
+
+def test_the_copy_of_the_layers_leaves_the_model_alone() -> None:
+    replay = make_row_replay(value_replay=2)
+    model = replay.values.heads._base[0]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    started = weights(replay)
+    replay.learn(make_rows(2), OBSERVED, Alone())
+    changed = [not torch.equal(a, b) for a, b in zip(started, weights(replay), strict=True)]
+    assert all(changed)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_rows_in_half_precision_are_judged_as_in_single(tmp_path: Any) -> None:
+    replay, rollout = make_row_replay(), make_rows(3)
+    hidden, *others = rollout.rows
+    with torch.no_grad():
+        single = replay.values(hidden, *others)
+        half = replay.values(hidden.bfloat16(), *others)
+    assert half.dtype == torch.float32 and all(p.dtype == torch.float32 for p in replay.values.parameters())
+    mask = others[1].bool()
+    assert (half - single)[mask].abs().max() < 0.05 * single[mask].abs().max()
 
 
 @pytest.mark.parametrize(
@@ -258,7 +342,7 @@ def test_the_clipped_loss_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [observed, one_step])
+@pytest.mark.parametrize("targets", [OBSERVED, ONE_STEP], ids=["observed", "one_step"])
 def test_replayed_values_are_exact_after_few_rollouts(targets: Any) -> None:
     """On a frozen policy: 16 rollouts of 256 strings, where the heads alone take 250 or more (test_trl_critic_exact).
     One-step targets bootstrap from the copy itself, and find the exact values as well."""
@@ -273,8 +357,8 @@ def test_replayed_values_are_exact_after_few_rollouts(targets: Any) -> None:
         tokens, mask, _ = mdp.sample(256, generator)
         with torch.no_grad():
             _, states = run_heads(model, heads, tokens)
-        replay.learn(KeptRollout(states[mask], mdp.token_rewards(tokens).float(), mask), targets, Alone())
+        replay.learn(RolloutOfStates(states[mask], mdp.token_rewards(tokens).float(), mask), targets, Alone())
     heads.load_state_dict(replay.values.heads.state_dict())
     (score,) = accuracy(model, heads, mdp)
-    print(targets.__name__, score)
+    print(targets.bootstraps, score)
     assert score >= ENOUGH

@@ -5,7 +5,7 @@
 32 prompts of mixed difficulty ask for strings of six tokens over four symbols. The policy is a small Qwen3, which
 `MTPCriticTrainer` trains from random weights with the defaults of the package. After 50, 100 and 200 updates all is
 measured for the policy as it is then: all strings are enumerated (`rl_plugins.tabular.TokenMDP`), so that values and
-the gradient of the expected reward are exact. 40 batches of 256 completions, eight of each prompt, are drawn. Every
+the gradient of the expected reward are exact. 20 batches of 256 completions, eight of each prompt, are drawn. Every
 method makes its gradient of the very same completions.
 
     at the end   1 if the prompt's one to four key tokens are right, else 0
@@ -18,7 +18,7 @@ values as the ceiling, of the prompt alone and of every token.
     SNR      length of the mean along the exact gradient's direction, by the root mean square of all else: what is off
              in other directions, and what varies along this one. Bias counts as noise.
     cosine   of one batch's gradient to the exact gradient, mean over the batches
-    bias     1 - cosine of the mean of all batches' gradients to the exact gradient, an upper bound: 40 batches have
+    bias     1 - cosine of the mean of all batches' gradients to the exact gradient, an upper bound: 20 batches have
              noise left
 
 Writes `gradient_quality.json` and `gradient_quality.png`, and prints a table.
@@ -523,7 +523,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/gradient_quality"), help="where to write")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a run for each")
     parser.add_argument("--moments", nargs="+", type=int, default=[*MOMENTS], help="updates after which to measure")
-    parser.add_argument("--batches", type=int, default=40, help="batches of 256 completions for each moment")
+    parser.add_argument("--batches", type=int, default=20, help="batches of 256 completions for each moment")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the policy")
     parser.add_argument("--value_learning_rate", type=float, default=1e-3, help="of PPO's value model")
     parser.add_argument("--value_updates", type=int, default=1, help="of PPO's value model on each rollout")

@@ -1,7 +1,8 @@
 """Slow copies of the heads, the stable bootstrap of the temporal difference."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from rl_plugins.functional.target_networks import periodic_update, polyak_update
 from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.sequential_heads import SequentialHeads
+from rl_plugins.nn.sharding import whole_module, whole_parameters
 from rl_plugins.settings import check_number
 
 
@@ -60,6 +63,47 @@ class ValueCopy(nn.Module):
         features (B, T, K, D) for sequential ones."""
         with torch.autocast(states.device.type, enabled=False):
             return self.heads(states.float())
+
+
+class RowCopy(nn.Module):
+    """A float32 copy of sequential heads as a whole, decoder layers and values, which judges rows of trunk states.
+
+    Where [`ValueCopy`] reads features that the online layers make, this copy makes its own. So its layers can learn
+    from states that were kept. Embedding and rotary embedding stay the model's, which holds the tokens' embeddings
+    constant. The layers compute in the precision of the states that they are given, the weights stay float32.
+
+    Args:
+        heads: Online heads with full (gathered) weights.
+    """
+
+    def __init__(self, heads: SequentialHeads) -> None:
+        super().__init__()
+        kept = {id(heads._base): heads._base}  # the model itself, which the heads know and do not own
+        skip = {id(heads._handles): (), id(heads.observer): None, id(heads.inputs): None}
+        self.heads: SequentialHeads = copy.deepcopy(heads, {**kept, **skip}).float().requires_grad_(False)
+
+    def forward(
+        self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        """Values (B, S, K), float32, at every position of rows.
+
+        Args:
+            hidden: States of the trunk (B, S, D).
+            input_ids: The tokens there (B, S).
+            attention_mask: Real tokens (B, S); `None` for all.
+            positions: Of the tokens (B, S); `None` for their places in the row.
+        """
+        half = hidden.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(hidden.device.type, dtype=hidden.dtype if half else None, enabled=half):
+            features = self.heads.deepen(hidden, input_ids, attention_mask, positions)
+        return self.heads(features)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Make the model's embedding whole, to run outside of the model's forward; a collective operation."""
+        embedding = self.heads._base[0].get_input_embeddings()
+        with whole_parameters(list(embedding.parameters())), whole_module(embedding):
+            yield
 
 
 class PolyakTarget(ValueCopy):

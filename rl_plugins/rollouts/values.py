@@ -365,9 +365,20 @@ class WholeRows:
         states = torch.cat(self._ends)
         module = self.record.module if self.record.target is None else self.record.target
         beyond = run_alone(module, states)[..., 0].to(target_values.dtype)  # (B, 1)
-        values = torch.cat([target_values[..., 0], beyond], dim=1)
-        lengths = (completion_mask.bool() * torch.arange(1, values.shape[1], device=values.device)).amax(1)
-        return values.gather(1, lengths[:, None]).squeeze(1)
+        return value_after(target_values[..., 0], beyond, completion_mask)
+
+
+def value_after(values: Tensor, beyond: Tensor, mask: Tensor) -> Tensor:
+    """Value of the state after each completion's last token (B,), which is the state of the next column.
+
+    Args:
+        values: Of the states in which the tokens were chosen (B, T).
+        beyond: Of the state after the last column (B, 1).
+        mask: 1 for the tokens of a completion (B, T).
+    """
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    lengths = (mask.bool() * columns).amax(1)
+    return torch.cat([values, beyond], dim=1).gather(1, lengths[:, None]).squeeze(1)
 
 
 @torch.no_grad()

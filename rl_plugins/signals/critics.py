@@ -30,7 +30,7 @@ from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.masking import masked_moments, zero_masked
 from rl_plugins.functional.rewards import kl_shaped_rewards
 from rl_plugins.nn.attachment import Attachment
-from rl_plugins.nn.target_heads import ValueCopy
+from rl_plugins.nn.target_heads import RowCopy, ValueCopy
 from rl_plugins.rollouts.batch import Batch, loss_mask
 from rl_plugins.rollouts.kept_states import KeptStates
 from rl_plugins.rollouts.values import EachStep, ValueRecord, WholeRows
@@ -43,7 +43,12 @@ from rl_plugins.signals.options import (
     ValueOptions,
 )
 from rl_plugins.signals.signals import Signal
-from rl_plugins.signals.value_replay import KeptRollout, Targets, ValueReplay
+from rl_plugins.signals.value_replay import KeptRollout, RolloutOfStates, ValueReplay, ValueTargets
+
+HOOK_IS_OFF = (
+    "{} has seen no hidden states of the policy: its hook was taken off, as Lightning's DeepSpeed strategy does "
+    "before an evaluation. Put it back with `hook(model)`."
+)
 
 
 class Values(NamedTuple):
@@ -85,7 +90,7 @@ class Critic(ABC):
     draft_options: HeadOptions | None = None
     """Options of its heads, if it has heads that can draft."""
 
-    target: ValueCopy | None = None
+    target: ValueCopy | RowCopy | None = None
     """A copy of what gives the values, slow or replayed, once [`copy`] has made it."""
     replay: ValueReplay | None = None
     """Teaches that copy between rollouts, if there is a replay."""
@@ -132,7 +137,7 @@ class Critic(ABC):
         """Give the values of a batch just generated, from a pass of their own where none were saved."""
 
     def replay_states(
-        self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: Targets, ranks: Ranks
+        self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: ValueTargets, ranks: Ranks
     ) -> Metrics:
         """Let a copy of the values learn from the states of the batch just generated and of those before.
 
@@ -241,12 +246,15 @@ class TrunkCritic(Critic):
 
     def _record(self) -> ValueRecord:
         """Begin a record, which keeps its states for a replay."""
-        kept = None if self.replay is None else KeptStates(self.replay.options.value_replay_size)
+        kept = None if self.replay is None else KeptStates(self.replay.room)
         return ValueRecord(self.module, self.target, kept=kept)
 
-    @contextmanager
-    def generating(self, model: nn.Module, decoder: Any = None) -> Iterator[None]:
+    def generating(self, model: nn.Module, decoder: Any = None) -> AbstractContextManager[None]:
         """Save the values of every state from which a token is chosen inside the block."""
+        return self._generating(model, decoder)
+
+    @contextmanager
+    def _generating(self, model: nn.Module, decoder: Any) -> Iterator[None]:
         record = self._record()
         if decoder is not None:
             self._turns.append((record, None))
@@ -286,10 +294,7 @@ class TrunkCritic(Critic):
         rows = self._passes[0]
         values = rows.record.finish(batch["completion_ids"].shape[1])
         if values is None:
-            raise RuntimeError(
-                f"{type(self.module).__name__} has seen no hidden states of the policy: its hook was taken off, as "
-                "Lightning's DeepSpeed strategy does before an evaluation. Put it back with `hook(model)`."
-            )
+            raise RuntimeError(HOOK_IS_OFF.format(type(self.module).__name__))
         return self._values(rows.record, *values, rows.after(values[1], batch["completion_mask"]) if cut else None)
 
     def _values(self, record: ValueRecord, online: Tensor, target: Tensor, after: Tensor | None = None) -> Values:
@@ -298,16 +303,19 @@ class TrunkCritic(Critic):
         return Values(online if self.replay is None else target, target, after)
 
     def replay_states(
-        self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: Targets, ranks: Ranks
+        self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: ValueTargets, ranks: Ranks
     ) -> Metrics:
         """Let the copy learn, where there is a replay."""
         if self.replay is None:
             return Metrics()
+        return self.replay.learn(self._kept_rollout(rewards, mask, after), targets, ranks)
+
+    def _kept_rollout(self, rewards: Tensor, mask: Tensor, after: Tensor | None) -> KeptRollout:
+        """Hand over the states of the batch just generated, which are kept no longer here."""
         assert self._kept is not None
         states, rows = self._kept.of(mask)
         self._kept = None
-        kept = KeptRollout(states, rewards[:rows], mask[:rows], None if after is None else after[:rows])
-        return self.replay.learn(kept, targets, ranks)
+        return RolloutOfStates(states, rewards[:rows], mask[:rows], None if after is None else after[:rows])
 
     def _saved(self, batch: Batch, host: Host) -> Values | None:
         """Values saved while generating, if every rank has those of these very completions."""
@@ -403,7 +411,7 @@ class CriticSignal(Signal):
         batch["old_values"], batch["critic_mask"] = values, mask
         learned = Metrics()
         if host.training:
-            learned = self.critic.replay_states(rewards, after, mask, self._value_targets, host)
+            learned = self.critic.replay_states(rewards, after, mask, self._value_targets(), host)
         return Metrics({**metrics, **kl, **learned})
 
     def _estimation(self) -> dict[str, Any]:
@@ -420,9 +428,17 @@ class CriticSignal(Signal):
             "ahead": self.critic.ahead,
         }
 
-    def _value_targets(self, rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
-        """Targets of head 1 (B, T) that bootstrap from values (B, T, K)."""
-        return critic_targets(rewards, values, values, mask, after=after, **self._estimation()).returns
+    def _value_targets(self) -> ValueTargets:
+        """How rewards become targets of a replay, which bootstrap from its own values."""
+        options, estimation = self.options, self._estimation()
+
+        def make(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
+            return critic_targets(rewards, values, values, mask, after=after, **estimation).returns
+
+        observed = options.advantage_estimator == "mc" or (
+            options.advantage_estimator == "gae" and options.lam_value == 1.0
+        )
+        return ValueTargets(make, not observed)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the critic."""

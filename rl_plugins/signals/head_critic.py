@@ -1,7 +1,7 @@
 """The critic inside the policy: multi-token-prediction heads that also output a value."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,16 +11,19 @@ from rl_plugins.nn.attachment import Attachment
 from rl_plugins.nn.gradient import GradientStats
 from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.sequential_heads import SequentialHeads
 from rl_plugins.nn.sharding import whole_module, whole_parameters
-from rl_plugins.nn.target_heads import PolyakTarget, ValueCopy
+from rl_plugins.nn.target_heads import PolyakTarget, RowCopy, ValueCopy
 from rl_plugins.rollouts.batch import Batch
+from rl_plugins.rollouts.kept_rows import JudgedRows
+from rl_plugins.rollouts.values import value_after
 from rl_plugins.signals.critic_targets import value_losses
-from rl_plugins.signals.critics import Critic, TrunkCritic
+from rl_plugins.signals.critics import HOOK_IS_OFF, Critic, TrunkCritic, Values
 from rl_plugins.signals.heads import HeadTraining
-from rl_plugins.signals.host import Ranks
+from rl_plugins.signals.host import Host, Ranks
 from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.options import ValueHeadOptions, ValueOptions, ValueReplayOptions
-from rl_plugins.signals.value_replay import ValueReplay
+from rl_plugins.signals.value_replay import KeptRollout, RolloutOfRows, ValueReplay
 
 
 class HeadCritic(TrunkCritic):
@@ -72,6 +75,55 @@ class HeadCritic(TrunkCritic):
         self.ahead, self._seed = self.module.ahead, seed
         return self.module
 
+    # 1. Record: a replay of sequential heads judges whole rows, of which a pass is needed
+
+    @property
+    def _judges_rows(self) -> bool:
+        return isinstance(self.target, RowCopy)
+
+    def start(self) -> None:
+        """Forget the records of the last rollout."""
+        super().start()
+        self._judged: list[JudgedRows] = []
+
+    def generating(self, model: nn.Module, decoder: Any = None) -> AbstractContextManager[None]:
+        """Save values while the model generates, where single states are judged."""
+        return nullcontext() if self._judges_rows else super().generating(model, decoder)
+
+    @contextmanager
+    def scoring(self, num_tokens: int) -> Iterator[None]:
+        """Save the values of whole rows that go through the model inside the block."""
+        if not self._judges_rows:
+            with super().scoring(num_tokens):
+                yield
+            return
+        assert isinstance(self.target, RowCopy) and isinstance(self.module, SequentialHeads) and self.replay
+        self._judged.append(JudgedRows(self.module, self.target, num_tokens, self.replay.room))
+        with self.module.watching(self._judged[-1]):
+            yield
+
+    def recorded(self, batch: Batch, host: Host) -> Values:
+        """Give the values of a batch just generated, see [`TrunkCritic.recorded`]; those of rows are from a pass."""
+        if not self._judges_rows:
+            return super().recorded(batch, host)
+        if "old_per_token_logps" not in batch:
+            self._judged.clear()
+            batch["old_per_token_logps"] = host.log_probs(batch)
+        found = self._judged[0].values()
+        if found is None:
+            raise RuntimeError(HOOK_IS_OFF.format(type(self.module).__name__))
+        values, beyond = found
+        after = value_after(values[..., 0], beyond[..., 0], batch["completion_mask"]) if "truncated" in batch else None
+        return Values(values, values, after)
+
+    def _kept_rollout(self, rewards: Tensor, mask: Tensor, after: Tensor | None) -> KeptRollout:
+        if not self._judges_rows:
+            return super()._kept_rollout(rewards, mask, after)
+        rows = self._judged[0].kept()
+        self._judged = []
+        count = len(rows.input_ids)
+        return RolloutOfRows(rows, rewards[:count], mask[:count], None if after is None else after[:count])
+
     @contextmanager
     def learning(
         self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
@@ -90,7 +142,7 @@ class HeadCritic(TrunkCritic):
         *,
         alone: bool = False,
         scale: float | None = None,
-        target: ValueCopy | None = None,
+        target: PolyakTarget | None = None,
     ) -> Iterator[HeadRun]:
         """Run the heads on any states of the policy's next forward.
 
@@ -148,11 +200,14 @@ class HeadCritic(TrunkCritic):
     def copy(self) -> None:
         """Make the target heads, or the copy that a replay teaches."""
         heads, options, replay = self.training.heads, self.options, self.replay_options
-        with whole_parameters(list(heads.value_path.parameters())), whole_module(heads.value_path):
-            if replay.value_replay:
-                self.target = ValueCopy(heads)
-            else:
+        copied = heads if replay.value_replay and isinstance(heads, SequentialHeads) else heads.value_path
+        with whole_parameters(list(copied.parameters())), whole_module(copied):
+            if not replay.value_replay:
                 self.target = PolyakTarget(heads, tau=options.target_tau, period=options.target_update_every)
+            elif isinstance(heads, SequentialHeads):
+                self.target = RowCopy(heads)
+            else:
+                self.target = ValueCopy(heads)
         if replay.value_replay:
             loss = value_losses()[self.values.value_loss_type]
             self.replay = ValueReplay(self.target, replay, loss=loss, ahead=self.ahead, seed=self._seed)

@@ -81,7 +81,7 @@ class HeadsAlong:
         if rewards is None:
             # Values learn nothing and send nothing into the trunk, so heads that are decoder layers run once.
             return self.critic.running(select, labels, num_items, scale=0.0)
-        return self.critic.running(select, labels, num_items, target=self.critic.target)
+        return self.critic.running(select, labels, num_items, target=self.critic.polyak_target)
 
     def loss(
         self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks

@@ -1,15 +1,17 @@
-"""Replay of values: a copy of the value path that learns many times from the hidden states of the last rollouts."""
+"""Replay of values: a copy of the heads learns values many times from the hidden states of the last rollouts."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rl_plugins.functional.alignment import head_targets
+from rl_plugins.functional.alignment import completion_states, head_targets
 from rl_plugins.functional.masking import zero_masked
-from rl_plugins.nn.target_heads import ValueCopy
+from rl_plugins.nn.target_heads import RowCopy
+from rl_plugins.rollouts.kept_rows import Rows
 from rl_plugins.signals.critic_targets import ValueLoss
 from rl_plugins.signals.host import Ranks
 from rl_plugins.signals.metrics import Metrics
@@ -19,35 +21,147 @@ STATES_PER_STEP = 1024
 """States of all ranks in one step of the copy's optimizer."""
 
 
-@dataclass
-class KeptRollout:
-    """What the values learn from a rollout of R completions with N real tokens in all.
+class ValueTargets(NamedTuple):
+    """How rewards become value targets.
 
     Attributes:
-        states: What the heads judge (N, ...), row by row.
+        make: `(rewards (R, T), values (R, T, K), mask (R, T), after (R,) or None) -> targets of head 1 (R, T)`.
+        bootstraps: Whether the targets depend on the values, so that they change while those learn.
+    """
+
+    make: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    bootstraps: bool
+
+
+class KeptRollout(ABC):
+    """What the values learn from a rollout of R completions.
+
+    Args:
         rewards: (R, T), 0 at masked positions.
         mask: Real tokens (R, T), bool.
         after: Values of the states after the last tokens (R,), 0 where an episode has ended there; `None` where all
             have.
     """
 
-    states: Tensor
-    rewards: Tensor
-    mask: Tensor
-    after: Tensor | None = None
+    kinds: ClassVar[dict[str, type["KeptRollout"]]] = {}
+    kind: ClassVar[str]
+    num_steps = 1
+    """Steps of the optimizer in a pass over it, equal on all ranks."""
+    goals: tuple[Tensor, Tensor] | None = None
+    """Targets that do not change, once they have been made."""
+
+    def __init_subclass__(cls) -> None:
+        KeptRollout.kinds[cls.kind] = cls
+
+    def __init__(self, rewards: Tensor, mask: Tensor, after: Tensor | None = None) -> None:
+        self.rewards, self.mask, self.after = rewards, mask, after
+
+    @property
+    @abstractmethod
+    def num_units(self) -> int:
+        """Units, which are drawn at random: states, or rows."""
+
+    @abstractmethod
+    def judge(self, copy: nn.Module, units: Tensor | slice) -> Tensor:
+        """Values of some units (n, ..., K)."""
+
+    @abstractmethod
+    def by_unit(self, x: Tensor) -> Tensor:
+        """What stands at the tokens (R, T, K), unit by unit (units, ..., K)."""
+
+    @abstractmethod
+    def by_token(self, values: Tensor) -> Tensor:
+        """Values unit by unit as those of the tokens (R, T, K)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers for a checkpoint."""
+        kept = {name: x for name, x in vars(self).items() if name != "goals"}
+        return {"kind": self.kind, **{name: tuple(x) if isinstance(x, tuple) else x for name, x in kept.items()}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "KeptRollout":
+        """Make a rollout of what [`state_dict`] gave."""
+        kept = object.__new__(cls.kinds[state["kind"]])
+        vars(kept).update({name: x for name, x in state.items() if name != "kind"})
+        return kept
 
 
-Targets = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""`(rewards (R, T), values (R, T, K), mask (R, T), after (R,) or None) -> targets of head 1 (R, T)`."""
+class RolloutOfStates(KeptRollout):
+    """A rollout whose every state is judged by itself.
+
+    Args:
+        states: What the heads judge (N, ...), row by row.
+        rewards, mask, after: See [`KeptRollout`].
+    """
+
+    kind = "states"
+
+    def __init__(self, states: Tensor, rewards: Tensor, mask: Tensor, after: Tensor | None = None) -> None:
+        super().__init__(rewards, mask, after)
+        self.states = states
+
+    @property
+    def num_units(self) -> int:
+        """States."""
+        return len(self.states)
+
+    def judge(self, copy: nn.Module, units: Tensor | slice) -> Tensor:
+        """Values (n, K) of some states."""
+        return copy(self.states[units])
+
+    def by_unit(self, x: Tensor) -> Tensor:
+        """Those of the real tokens (N, K)."""
+        return x[self.mask]
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """Values (R, T, K), 0 at masked positions."""
+        found = values.new_zeros(*self.mask.shape, values.shape[-1])
+        found[self.mask] = values
+        return found
+
+
+class RolloutOfRows(KeptRollout):
+    """A rollout whose rows are judged as wholes, since a state's value depends on the tokens before it.
+
+    Args:
+        rows: Prompts and completions.
+        rewards, mask, after: See [`KeptRollout`].
+    """
+
+    kind = "rows"
+
+    def __init__(self, rows: Rows, rewards: Tensor, mask: Tensor, after: Tensor | None = None) -> None:
+        super().__init__(rewards, mask, after)
+        self.rows: tuple[Tensor, ...] = rows
+
+    @property
+    def num_units(self) -> int:
+        """Rows."""
+        return len(self.mask)
+
+    def judge(self, copy: nn.Module, units: Tensor | slice) -> Tensor:
+        """Values (n, T, K) of the completions of some rows."""
+        return completion_states(copy(*Rows(*self.rows).choose(units)), self.mask.shape[1])
+
+    def by_unit(self, x: Tensor) -> Tensor:
+        """The same."""
+        return x
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """The same."""
+        return values
 
 
 class ValueReplay:
-    """Trains a float32 copy of the heads' value path on cached hidden states, between two rollouts.
+    """Trains a float32 copy of the heads' values on cached hidden states, between two rollouts.
 
-    Heads are small and read hidden states only. So the states of the last rollouts teach them many times without a
-    forward pass of the trunk: a fast critic beside a slow actor. The copy's values are the baseline of the
-    advantages, and what they bootstrap from. The heads inside the policy go on to learn in its training forward, where
-    their gradient shapes the trunk and their token loss keeps them good drafters.
+    Heads are small beside the trunk. So the states of the last rollouts teach them many times without a forward pass
+    of the trunk: a fast critic beside a slow actor. The copy's values are the baseline of the advantages, and what
+    they bootstrap from. The heads inside the policy go on to learn in its training forward, where their gradient
+    shapes the trunk and their token loss keeps them good drafters.
+
+    Of parallel heads the copy learns from single states. Of sequential heads it learns from whole rows, so that its
+    decoder layers learn as well ([`~rl_plugins.nn.target_heads.RowCopy`]).
 
     A rollout is judged before the copy learns from it, so that its baselines have not seen its rewards. Every rank
     keeps its own rollouts; gradients are summed over ranks, so that all copies stay alike.
@@ -61,78 +175,97 @@ class ValueReplay:
     """
 
     def __init__(
-        self, values: ValueCopy, options: ValueReplayOptions, *, loss: ValueLoss, ahead: int = 1, seed: int = 0
+        self, values: nn.Module, options: ValueReplayOptions, *, loss: ValueLoss, ahead: int = 1, seed: int = 0
     ) -> None:
         self.values, self.options, self.loss, self.ahead, self.seed = values, options, loss, ahead, seed
         values.requires_grad_(True)
-        self._parameters = list(values.parameters())
+        if isinstance(values, RowCopy):
+            values.heads.requires_grad_(True)  # but for what never learns
+        self._parameters = [p for p in values.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self._parameters, lr=options.value_replay_learning_rate)
         self.rollouts: list[KeptRollout] = []
         self.num_learned = 0
 
-    def learn(self, newest: KeptRollout, targets: Targets, ranks: Ranks) -> Metrics:
+    @property
+    def room(self) -> int:
+        """Most states of one rollout that fit."""
+        return max(1, self.options.value_replay_size // self.options.value_replay_rollouts)
+
+    def learn(self, newest: KeptRollout, targets: ValueTargets, ranks: Ranks) -> Metrics:
         """Take a rollout in, and pass over all that are kept.
 
         Args:
             newest: The rollout.
-            targets: Makes value targets; they bootstrap from the copy as it is before each pass.
+            targets: Makes value targets; where they bootstrap, it is from the copy as it is before each pass.
             ranks: All other ranks call this at the same time.
 
         Returns:
             `critic/replay_loss`, the mean loss per state and head in the last pass, and `critic/replay_states`, the
             states of all ranks.
         """
-        self.rollouts.append(newest)
-        self._forget()
-        states = torch.cat([kept.states for kept in self.rollouts])
-        total = self._sum(float(len(states)), ranks)
-        num_steps = max(1, round(total / STATES_PER_STEP))
+        self.rollouts = [*self.rollouts, newest][-self.options.value_replay_rollouts :]
+        newest.num_steps = max(1, round(self._sum(float(newest.mask.sum()), ranks) / STATES_PER_STEP))
         generator = torch.Generator().manual_seed(self.seed + self.num_learned)
         self.num_learned += 1
-        mean = states.new_zeros((), dtype=torch.float32)
-        for _ in range(self.options.value_replay):
-            goals, valid = self._goals(targets)
-            order = torch.randperm(len(states), generator=generator).to(states.device)
-            losses = [self._step(states[i], goals[i], valid[i], ranks) for i in order.tensor_split(num_steps)]
-            sums = torch.stack(losses).sum(0)
-            mean = sums[0] / sums[1].clamp(min=1.0)
-        return Metrics({"critic/replay_loss": mean, "critic/replay_states": torch.tensor(total)})
+        outside = self.values.outside() if isinstance(self.values, RowCopy) else nullcontext()
+        sums = torch.zeros(2, device=newest.rewards.device)
+        with outside:
+            for _ in range(self.options.value_replay):
+                sums = self._pass(targets, generator, ranks)
+        states = self._sum(float(sum(int(kept.mask.sum()) for kept in self.rollouts)), ranks)
+        return Metrics(
+            {"critic/replay_loss": sums[0] / sums[1].clamp(min=1.0), "critic/replay_states": torch.tensor(states)}
+        )
 
-    def _forget(self) -> None:
-        """Drop the oldest rollouts that exceed a bound."""
-        options = self.options
-        del self.rollouts[: -options.value_replay_rollouts]
-        while len(self.rollouts) > 1 and sum(len(kept.states) for kept in self.rollouts) > options.value_replay_size:
-            del self.rollouts[0]
+    def _pass(self, targets: ValueTargets, generator: torch.Generator, ranks: Ranks) -> Tensor:
+        """Learn from every kept unit once; gives the sum of the losses and their number (2,)."""
+        goals = [self._goals(kept, targets) for kept in self.rollouts]
+        turns = [i for i, kept in enumerate(self.rollouts) for _ in range(kept.num_steps)]
+        order = [turns[i] for i in torch.randperm(len(turns), generator=generator)]
+        chunks = []
+        for kept in self.rollouts:
+            units = torch.randperm(kept.num_units, generator=generator).to(kept.mask.device)
+            chunks.append(list(units.tensor_split(kept.num_steps)))
+        total = torch.zeros(2, device=ranks.device)
+        for i in order:
+            units = chunks[i].pop()
+            total += self._step(self.rollouts[i], units, goals[i][0][units], goals[i][1][units], ranks)
+        return total
 
     @torch.no_grad()
-    def _goals(self, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Targets of all heads at every state (N, K), and where they exist (N, K)."""
-        goals, valid = [], []
-        for kept in self.rollouts:
-            judged = self.values(kept.states)
-            values = judged.new_zeros(*kept.mask.shape, judged.shape[-1])
-            values[kept.mask] = judged
-            returns = targets(kept.rewards, values, kept.mask, kept.after)
-            of_heads, exists = head_targets(returns, kept.mask, values.shape[-1], ahead=self.ahead)
-            goals.append(of_heads[kept.mask])
-            valid.append(exists[kept.mask])
-        return torch.cat(goals), torch.cat(valid)
+    def _goals(self, kept: KeptRollout, targets: ValueTargets) -> tuple[Tensor, Tensor]:
+        """Targets of all heads and where they exist, unit by unit (units, ..., K)."""
+        if kept.goals is not None and not targets.bootstraps:
+            return kept.goals
+        # With rows in pieces, as the steps have them: all of a rollout at once may not fit.
+        pieces = torch.arange(kept.num_units, device=kept.mask.device).tensor_split(kept.num_steps)
+        first = kept.judge(self.values, pieces[0])
+        values = first.new_zeros(kept.num_units, *first.shape[1:])
+        if targets.bootstraps:
+            values = torch.cat([first, *(kept.judge(self.values, piece) for piece in pieces[1:])])
+        values = kept.by_token(values)
+        returns = targets.make(kept.rewards, values, kept.mask, kept.after)
+        of_heads, exists = head_targets(returns, kept.mask, values.shape[-1], ahead=self.ahead)
+        goals = kept.by_unit(of_heads), kept.by_unit(exists)
+        if not targets.bootstraps:
+            kept.goals = goals
+        return goals
 
     @torch.enable_grad()
-    def _step(self, states: Tensor, goals: Tensor, valid: Tensor, ranks: Ranks) -> Tensor:
+    def _step(self, kept: KeptRollout, units: Tensor, goals: Tensor, valid: Tensor, ranks: Ranks) -> Tensor:
         """Make one step of the optimizer, and give the sum of the losses and their number (2,)."""
-        values = self.values(states)
-        error = zero_masked(self.loss(values, goals, values.detach()), valid).sum()
         self.optimizer.zero_grad()
-        error.backward()
+        error = torch.zeros((), device=ranks.device)
+        if len(units):
+            values = kept.judge(self.values, units)
+            error = zero_masked(self.loss(values, goals, values.detach()), valid).sum()
+            error.backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         sums = torch.stack([error.detach().float(), valid.sum().float()])
         flat = ranks.sum_over_ranks(torch.cat([*(g.flatten() for g in gradients), sums]))
         flat, sums = flat[:-2] / flat[-1].clamp(min=1.0), flat[-2:]
-        for parameter, gradient in zip(
-            self._parameters, flat.split([p.numel() for p in self._parameters]), strict=True
-        ):
+        sizes = [p.numel() for p in self._parameters]
+        for parameter, gradient in zip(self._parameters, flat.split(sizes), strict=True):
             parameter.grad = gradient.view_as(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -160,8 +293,8 @@ class ValueReplay:
 
     def rank_state(self) -> dict[str, Any]:
         """The rollouts of this rank."""
-        return {"rollouts": [vars(kept).copy() for kept in self.rollouts]}
+        return {"rollouts": [kept.state_dict() for kept in self.rollouts]}
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         """Restore [`rank_state`]."""
-        self.rollouts = [KeptRollout(**kept) for kept in state["rollouts"]]
+        self.rollouts = [KeptRollout.of(kept) for kept in state["rollouts"]]
