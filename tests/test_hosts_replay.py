@@ -227,15 +227,10 @@ def test_an_evaluation_teaches_nothing(make: Callable[..., Any], host: str) -> N
 
 @pytest.mark.parametrize("head_type", HEADS)
 def test_both_hosts_learn_the_same(make: Callable[..., Any], head_type: str) -> None:
-    trl, lightning = make("trl", head_type), make("lightning", head_type)
+    trl, lightning = make("trl", head_type, seed=0), make("lightning", head_type)
     for seed in range(3):
         batches = [rollout(host, seed=seed) for host in (trl, lightning)]
         assert torch.equal(batches[0]["completion_ids"], batches[1]["completion_ids"])
-        print(
-            seed,
-            (batches[0]["old_values"] - batches[1]["old_values"]).abs().max(),
-            (batches[0]["returns"] - batches[1]["returns"]).abs().max(),
-        )
         torch.testing.assert_close(batches[0]["advantages"], batches[1]["advantages"])
     states = [host.critic.state_dict()["values"] for host in (trl, lightning)]
     for name, x in states[0].items():
