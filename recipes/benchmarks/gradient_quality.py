@@ -43,6 +43,7 @@ from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Trainer
 
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.nn import ValueModel
+from rl_plugins.nn.target_heads import RowCopy
 from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
 from rl_plugins.signals import OnlineValueOptions, PPOValueOptions, advantages_of, critic_targets, scale_advantages
 from rl_plugins.signals.value_tracker import TrackedAdvantages
@@ -421,11 +422,18 @@ class Observer(TrainerCallback):
             print(f"{state.global_step} updates, measured in {time.time() - began:.0f} s", file=sys.stderr)
 
     def _critic(self, ids: Tensor) -> Tensor:
-        critic, states = self.trainer.critic, []
-        assert critic is not None and critic.target is not None
-        with critic.module.watching(lambda hidden: states.append(critic.module.states(hidden))):
+        critic: Any = self.trainer.critic
+        found: list[Tensor] = []
+
+        def observe(hidden: Tensor) -> None:
+            if isinstance(critic.target, RowCopy):
+                found.append(critic.target(hidden, ids, None, None))
+            else:
+                found.append(critic.target(critic.module.states(hidden)))
+
+        with critic.module.watching(observe):
             self.trainer.model(input_ids=ids, use_cache=False)
-        return critic.target(states[0][:, PROMPT_LENGTH - 1 :])[..., 0]
+        return found[0][:, PROMPT_LENGTH - 1 :, 0]
 
     def _value_model(self, ids: Tensor) -> Tensor:
         return self.value_model(ids)[:, PROMPT_LENGTH - 1 :]

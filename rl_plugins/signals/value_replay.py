@@ -205,26 +205,28 @@ class ValueReplay:
         """
         self.rollouts = [*self.rollouts, newest][-self.options.value_replay_rollouts :]
         newest.num_steps = max(1, round(self._sum(float(newest.mask.sum()), ranks) / STATES_PER_STEP))
-        generator = torch.Generator().manual_seed(self.seed + self.num_learned)
+        # Two sources of random numbers: all ranks take the rollouts in one order, though each has other numbers of
+        # units to shuffle, which use up more or fewer of the numbers.
+        shared, own = (torch.Generator().manual_seed(2 * (self.seed + self.num_learned) + i) for i in range(2))
         self.num_learned += 1
         outside = self.values.outside() if isinstance(self.values, RowCopy) else nullcontext()
         sums = torch.zeros(2, device=newest.rewards.device)
         with outside:
             for _ in range(self.options.value_replay):
-                sums = self._pass(targets, generator, ranks)
+                sums = self._pass(targets, shared, own, ranks)
         states = self._sum(float(sum(int(kept.mask.sum()) for kept in self.rollouts)), ranks)
         return Metrics(
             {"critic/replay_loss": sums[0] / sums[1].clamp(min=1.0), "critic/replay_states": torch.tensor(states)}
         )
 
-    def _pass(self, targets: ValueTargets, generator: torch.Generator, ranks: Ranks) -> Tensor:
+    def _pass(self, targets: ValueTargets, shared: torch.Generator, own: torch.Generator, ranks: Ranks) -> Tensor:
         """Learn from every kept unit once; gives the sum of the losses and their number (2,)."""
         goals = [self._goals(kept, targets) for kept in self.rollouts]
         turns = [i for i, kept in enumerate(self.rollouts) for _ in range(kept.num_steps)]
-        order = [turns[i] for i in torch.randperm(len(turns), generator=generator)]
+        order = [turns[i] for i in torch.randperm(len(turns), generator=shared)]
         chunks = []
         for kept in self.rollouts:
-            units = torch.randperm(kept.num_units, generator=generator).to(kept.mask.device)
+            units = torch.randperm(kept.num_units, generator=own).to(kept.mask.device)
             chunks.append(list(units.tensor_split(kept.num_steps)))
         total = torch.zeros(2, device=ranks.device)
         for i in order:

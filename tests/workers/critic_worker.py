@@ -197,7 +197,7 @@ def write_results(trainer: Any, out: Path) -> None:
         weights = {key: p.detach().clone() for key, p in zip(named, whole, strict=True)}
         save_file(weights, out / f"{name}_{RANK}.safetensors")
     if name == "heads":
-        save_file(trainer.polyak_target.state_dict(), out / f"target_{RANK}.safetensors")
+        save_file(trainer.critic.target.state_dict(), out / f"target_{RANK}.safetensors")
     if Sums.played:
         (out / f"episodes_{RANK}.json").write_text(json.dumps(Sums.played))
     if isinstance(trainer, SteadyVariantTrainer):
