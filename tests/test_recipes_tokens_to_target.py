@@ -1,0 +1,107 @@
+"""The benchmark of tokens to a target: what it counts, how it chooses and compares, and how it goes on."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+    import tokens_to_target as bench
+
+
+def curve(heights: list[float], tokens: int = 10) -> list[tuple[int, float]]:
+    return [((i + 1) * tokens, height) for i, height in enumerate(heights)]
+
+
+def test_measures_by_hand() -> None:
+    points = curve([0.0] * 10 + [1.0] * 10)
+    assert bench.smoothed(points, 4)[8:13] == [0.0, 0.0, 0.25, 0.5, 0.75]
+    assert bench.ending(points) == 1.0
+    assert bench.area(points) == 0.5
+    assert bench.tokens_until(points, 0.5) == 150  # five of the last ten updates
+    assert bench.tokens_until(points, 1.1) is None
+    assert bench.used({"curve": points}, 0.5) == (150, True)
+    assert bench.used({"curve": points}, 1.1) == (200, False)
+
+
+def test_bootstrap_interval() -> None:
+    assert bench.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    low, high = bench.interval([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert 0.6 <= low <= 1.0 and 3.0 <= high <= 3.4
+    assert bench.interval([0.0, 1.0, 2.0]) == bench.interval([0.0, 1.0, 2.0])
+
+
+def test_the_meter_counts_all_that_is_generated() -> None:
+    """Dynamic sampling calls the reward function several times for one update."""
+    meter = bench.Meter()
+    meter.note(30, [0.0, 1.0])
+    meter.note(20, [1.0, 1.0])
+    meter.end_update()
+    meter.end_update()  # another pass over the same completions
+    meter.note(10, [0.5])
+    meter.end_update()
+    assert meter.curve == [(50, 0.75), (60, 0.5)]
+
+
+def keep(output: Path, method: str, rate: float, seed: int, heights: list[float], tokens: int = 10) -> None:
+    path = bench.run_file(output, "delay_16", method, rate, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = {"curve": curve(heights, tokens), "seconds": 2.0 * len(heights), "mib": 100.0}
+    path.write_text(json.dumps({**run, "learning_rate": rate, "seed": seed, "explained_variance": []}))
+
+
+def test_rates_are_chosen_on_the_tuning_seed_and_compared_on_the_others(tmp_path: Path) -> None:
+    for rate, height in ((1e-3, 0.4), (3e-3, 0.6)):
+        keep(tmp_path, "grpo", rate, bench.TUNING_SEED, [height] * 20)
+    keep(tmp_path, "critic", 1e-3, bench.TUNING_SEED, [0.9] * 20)
+    assert bench.best_rate(tmp_path, "delay_16", "grpo", [1e-3, 3e-3]) == 3e-3
+    assert bench.best_rate(tmp_path, "delay_16", "critic", [1e-3, 3e-3]) is None
+    keep(tmp_path, "critic", 3e-3, bench.TUNING_SEED, [0.1] * 20)
+    for seed in (1, 2):
+        keep(tmp_path, "grpo", 3e-3, seed, [0.0] * 10 + [1.0] * 10)
+        keep(tmp_path, "critic", 1e-3, seed, [0.0] * (2 * seed) + [1.0] * (20 - 2 * seed))
+    options = argparse.Namespace(
+        tasks=["delay_16"], methods=["critic", "grpo", "spo"], learning_rates=[1e-3, 3e-3], seeds=[1, 2, 3]
+    )
+    critic, grpo = bench.summarise(tmp_path, options)["delay_16"]
+    assert (grpo["target"], grpo["tokens"], grpo["share"], grpo["reached"]) == (1.0, 200.0, 1.0, 2)
+    # The mean of ten updates is 1 after 12 and after 14 of them.
+    assert (critic["learning_rate"], critic["tokens"], critic["reached"], critic["seeds"]) == (1e-3, 130.0, 2, 2)
+    assert critic["share"] == pytest.approx(0.65)
+    assert critic["share_interval"] == pytest.approx((0.6, 0.7))
+    lines = bench.markdown({"delay_16": [critic, grpo]})
+    assert any(line.startswith("| critic | 0.001 | 0.65 (0.60 to 0.70) | 2 of 2 | 1.000") for line in lines)
+
+
+def test_the_delay_pays_for_the_first_token_alone() -> None:
+    meter = bench.Meter()
+    setting = bench.delay(4, 10)(meter, 0, Path())
+    prompts = [row["prompt"] for row in setting.prompts[:4]]
+    first = setting.reward(prompts, [[token, 0, 1, 2] for token in (0, 1, 2, 3)])
+    second = setting.reward(prompts, [[token, 3, 3, 3] for token in (0, 1, 2, 3)])
+    assert first == second and set(first) <= {0.0, 1.0}
+    whole = [setting.reward([prompts[0]], [[token, 0, 0, 0]])[0] for token in range(4)]
+    assert sorted(whole) == [0.0, 0.0, 0.0, 1.0]
+    assert meter.tokens == 32 + 16
+
+
+@pytest.mark.slow
+def test_runs_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(bench.TASKS, "delay_16", bench.delay(4, 3))
+    arguments = ["--tasks", "delay_16", "--methods", "critic", "grpo", "--seeds", "1", "2", "--learning_rates", "1e-3"]
+    monkeypatch.setattr(sys, "argv", ["tokens_to_target.py", "--output_dir", str(tmp_path), *arguments, "--jobs", "2"])
+    bench.main()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
+    assert len(files) == 6
+    table = capsys.readouterr().out
+    assert "| critic | 0.001 | " in table and "of 2 |" in table
+    assert (tmp_path / "tokens_to_target.png").stat().st_size > 10_000
+    bench.main()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")} == files
+    assert capsys.readouterr().out == table
+    run = json.loads((tmp_path / "runs" / "delay_16" / "critic_0.001_1.json").read_text())
+    assert [tokens for tokens, _ in run["curve"]] == [256, 512, 768] and run["mib"] > 0
