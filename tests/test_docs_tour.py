@@ -217,8 +217,9 @@ def shown(x: Tensor, mask: Tensor | None = None) -> list[float | None]:
 
 def test_the_numbers_of_the_example(tokenizer: Any) -> None:
     rows, steps = table(0), table(1)
-    heads, values = ValueHeadOptions(), OnlineValueOptions()
-    assert (values.gamma, values.lam_policy, values.lam_value, heads.num_mtp_heads) == (1.0, 0.95, 1.0, 1)
+    heads, values = ValueHeadOptions(), OnlineValueOptions(lam_policy=0.95)
+    assert "`lam_policy` is 0.95 instead of 1" in TOUR.read_text() and OnlineValueOptions().lam_policy == 1.0
+    assert (values.gamma, values.lam_value, heads.num_mtp_heads) == (1.0, 1.0, 1)
     assert (values.value_loss_coef, heads.value_grad_clip, heads.target_tau) == (0.1, 1.0, 0.05)
     mask = torch.ones(1, 3)
     given = [[float(x) for x in rows[f"value of head {k}"]] for k in (1, 2)]

@@ -308,6 +308,20 @@ def test_the_copy_of_the_layers_leaves_the_model_alone() -> None:
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
+def test_new_layers_begin_alike_everywhere_and_larger() -> None:
+    """Of width 32, so with a size of 0.18 instead of 0.02; the caller's random numbers are left alone."""
+    copies = [make_row_replay().values for _ in range(3)]
+    before = torch.get_rng_state()
+    for judge, seed in zip(copies, (0, 0, 1), strict=True):
+        judge.begin_afresh(seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    first, same, other = ([p.detach() for p in judge.parameters()] for judge in copies)
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    query = copies[0].heads.layers[0].mtp_block.self_attn.q_proj.weight
+    assert float(query.std()) == pytest.approx(32**-0.5, rel=0.1)
+
+
 def test_rows_in_half_precision_are_judged_as_in_single(tmp_path: Any) -> None:
     replay, rollout = make_row_replay(), make_rows(3)
     hidden, *others = rollout.rows

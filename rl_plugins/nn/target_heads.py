@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rl_plugins.functional.target_networks import periodic_update, polyak_update
 from rl_plugins.nn.mtp_heads import MTPHeads
+from rl_plugins.nn.seeding import fixed_seed
 from rl_plugins.nn.sequential_heads import SequentialHeads
 from rl_plugins.nn.sharding import whole_module, whole_parameters
 from rl_plugins.settings import check_number
@@ -97,6 +98,25 @@ class RowCopy(nn.Module):
         with torch.autocast(hidden.device.type, dtype=hidden.dtype if half else None, enabled=half):
             features = self.heads.deepen(hidden, input_ids, attention_mask, positions)
         return self.heads(features)
+
+    @torch.no_grad()
+    def begin_afresh(self, seed: int) -> None:
+        """Give layers that have never learned weights that learn values sooner.
+
+        The layers of a model begin with weights of size 0.02 whatever their width. In narrow models these do next to
+        nothing, and values that are learned within some dozen rollouts wait for them. Here they have the size
+        `1 / sqrt(inputs)`, and the layers read the embedding of a token as much as the trunk's state.
+
+        Args:
+            seed: Of the weights; equal on all ranks.
+        """
+        with fixed_seed(seed):
+            for depth in self.heads:
+                size = depth.eh_proj.out_features
+                depth.eh_proj.weight[:, :size] += torch.eye(size).to(depth.eh_proj.weight)
+                for module in depth.mtp_block.modules():
+                    if isinstance(module, nn.Linear):  # drawn on the CPU, whose generator alone has this seed
+                        module.weight.copy_(torch.randn(module.weight.shape) * module.in_features**-0.5)
 
     @contextmanager
     def outside(self) -> Iterator[None]:

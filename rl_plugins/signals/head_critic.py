@@ -206,6 +206,8 @@ class HeadCritic(TrunkCritic):
                 self.target = PolyakTarget(heads, tau=options.target_tau, period=options.target_update_every)
             elif isinstance(heads, SequentialHeads):
                 self.target = RowCopy(heads)
+                if self.training.fresh:
+                    self.target.begin_afresh(self._seed)
             else:
                 self.target = ValueCopy(heads)
         if replay.value_replay:

@@ -26,9 +26,14 @@ class HeadTraining:
         options: Which heads, and how they learn tokens.
         temperature: Of sampling, at which log-probabilities are taken.
         draft_only: Whether the heads only draft, so that their values stay as they are.
+
+    Attributes:
+        heads: The heads, once they are attached.
+        fresh: Whether they were made then, with weights that have never learned.
     """
 
     heads: MTPHeads
+    fresh = False
 
     def __init__(self, options: HeadOptions, *, temperature: float = 1.0, draft_only: bool = False) -> None:
         self.options, self.temperature, self.draft_only = options, temperature, draft_only
@@ -57,6 +62,7 @@ class HeadTraining:
             ValueError: If the heads that there are do not fit the options.
         """
         options = self.options
+        self.fresh = self._saved is None and MTPHeads.of(model) is None
         self.heads = prepare_mtp_heads(
             model,
             options.num_mtp_heads,

@@ -253,7 +253,11 @@ class ValueOptions(Options):
 class OnlineValueOptions(ValueOptions):
     """Values in online training: how they become advantages, and how the loss of the critic is weighed."""
 
-    lam_policy: float = option(0.95, "Lambda of the policy's advantages.")
+    lam_policy: float = option(
+        1.0,
+        "Lambda of the policy's advantages. 1 uses values as a baseline alone. Below 1 they take the place of what "
+        "was observed, which pays where they are nearly exact and harms where they are not.",
+    )
     length_adaptive_alpha: float | None = option(
         None, "Replaces lam_policy by VAPO's 1 - 1 / (alpha * length); the paper uses 0.05."
     )
@@ -353,9 +357,10 @@ class ValueReplayOptions(Options):
 
 @dataclass
 class PPOValueOptions(OnlineValueOptions):
-    """Values in PPO: a clipped value loss, and the KL in the rewards."""
+    """Values in PPO: a clipped value loss, the lambda of GAE, and the KL in the rewards."""
 
     value_loss_type: str = with_default(OnlineValueOptions, "value_loss_type", "clipped")
+    lam_policy: float = with_default(OnlineValueOptions, "lam_policy", 0.95)
     kl_in_reward: bool = with_default(OnlineValueOptions, "kl_in_reward", True)
 
 
