@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python recipes/benchmarks/gradient_quality.py --output_dir outputs/gradient_quality
 
 32 prompts of mixed difficulty ask for strings of six tokens over four symbols. The policy is a small Qwen3, which
-`MTPCriticTrainer` trains from random weights with the defaults of the package. After 50, 100 and 200 updates all is
-measured for the policy as it is then: all strings are enumerated (`rl_plugins.tabular.TokenMDP`), so that values and
-the gradient of the expected reward are exact. 20 batches of 256 completions, eight of each prompt, are drawn. Every
-method makes its gradient of the very same completions.
+`MTPCriticTrainer` trains from random weights, with a sequential head and a replay of its values. After 50, 100 and 200
+updates all is measured for the policy as it is then: all strings are enumerated (`rl_plugins.tabular.TokenMDP`), so
+that values and the gradient of the expected reward are exact. 20 batches of 256 completions, eight of each prompt, are
+drawn. Every method makes its gradient of the very same completions.
 
     at the end   1 if the prompt's one to four key tokens are right, else 0
     every step   a share of it for each right key token, paid at once
@@ -54,6 +54,8 @@ SYMBOLS, LENGTH, PROMPTS, PROMPT_LENGTH = 4, 6, 32, 3
 GROUP = 8
 KEY_PLACES = (0, 2, 3, 5)
 MOMENTS = (50, 100, 200)
+CRITIC = {"mtp_head_type": "sequential", "value_replay": 2, "head_learning_rate": 1e-3}
+"""The critic that learns best, see docs/experiments.md."""
 EXACT_LAMBDAS = (1.0, 0.95, 0.5, 0.0)
 
 
@@ -85,7 +87,7 @@ class Task:
         return paid
 
     def total(self, prompt: int, strings: Tensor) -> Tensor:
-        """What finished strings (N, T) earn in all (N,)."""
+        """Add up the rewards of finished strings (N, T) -> (N,)."""
         shares = self.step_rewards(prompt, strings).sum(1)
         return shares if self.every_step else (shares > 1 - 1e-9).double()
 
@@ -268,7 +270,7 @@ def advantages_by_method(
     tracked: TrackedAdvantages,
     keys: list[str],
 ) -> dict[str, Tensor]:
-    """What every method makes of the same completions.
+    """Make the advantages of every method from one batch of completions.
 
     Args:
         task: The task.
@@ -458,7 +460,7 @@ def run(task: Task, seed: int, options: argparse.Namespace) -> dict[int, dict[st
         use_cpu=True,
         report_to="none",
         seed=seed,
-        **options.critic,
+        **{**CRITIC, **options.critic},
     )
     trainer = MTPCriticTrainer(
         small_policy(),
@@ -529,13 +531,13 @@ def main() -> None:
     """Train, measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/gradient_quality"), help="where to write")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a run for each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="a run for each")
     parser.add_argument("--moments", nargs="+", type=int, default=[*MOMENTS], help="updates after which to measure")
     parser.add_argument("--batches", type=int, default=20, help="batches of 256 completions for each moment")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the policy")
     parser.add_argument("--value_learning_rate", type=float, default=1e-3, help="of PPO's value model")
     parser.add_argument("--value_updates", type=int, default=1, help="of PPO's value model on each rollout")
-    parser.add_argument("--critic", type=json.loads, default={}, help="options of the critic, as JSON")
+    parser.add_argument("--critic", type=json.loads, default={}, help="further options of the critic, as JSON")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)

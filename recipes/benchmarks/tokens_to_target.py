@@ -11,7 +11,8 @@
     random       a coin decides the reward of `delay_16`, the control: no method can learn anything
 
 All methods generate 64 completions for an update, with one policy, one schedule and no KL term. What is theirs is the
-number of completions per prompt, the advantage and the loss, as papers or package have them by default. GRPO, DAPO and
+number of completions per prompt, the advantage and the loss, as papers or package have them by default. The critic has
+a sequential head and a replay of its values. GRPO, DAPO and
 RLOO compare eight completions of a prompt; `reward_to_go` is REINFORCE++ on the rewards that follow each token. Every
 method has a learning rate of its own for every task, the best of three by the mean score over the run, on a seed that
 is not reported. DAPO goes without its penalty on length, since lengths are given or short. Tokens that are drawn and
@@ -59,7 +60,7 @@ from rl_plugins.trl import (
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import multi_turn
 import sums
-from gradient_quality import small_policy, symbol_tokenizer
+from gradient_quality import CRITIC, small_policy, symbol_tokenizer
 
 BATCH = 64
 TUNING_SEED = 100
@@ -68,7 +69,7 @@ TUNING_SEED = 100
 GROUPS = {"num_generations": 8}
 SINGLE = {"num_generations": 1}
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "critic": (MTPCriticTrainer, MTPCriticConfig, {"head_learning_rate": 1e-3}),
+    "critic": (MTPCriticTrainer, MTPCriticConfig, CRITIC),
     "grpo": (GRPOVariantTrainer, GRPOVariantConfig, GROUPS),
     "dapo": (GRPOVariantTrainer, GRPOVariantConfig, {**GROUPS, "preset": "dapo", "overlong_shaping": False}),
     "reinforce++": (
@@ -242,7 +243,7 @@ def warm_start(task: str, script: sums.Script, train: Dataset, output: Path) -> 
 
 
 def sums_config(folder: Path) -> MTPCriticConfig:
-    """What `sums.warm_start` wants to know of a run."""
+    """Config that `sums.warm_start` reads its options from."""
     return MTPCriticConfig(
         output_dir=str(folder), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, seed=0
     )

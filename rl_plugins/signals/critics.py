@@ -415,7 +415,7 @@ class CriticSignal(Signal):
         return Metrics({**metrics, **kl, **learned})
 
     def _estimation(self) -> dict[str, Any]:
-        """How rewards and values become targets: keyword arguments of [`critic_targets`]."""
+        """Give the options by which rewards and values become targets, keyword arguments of [`critic_targets`]."""
         options = self.options
         return {
             "estimator": options.advantage_estimator,
@@ -429,7 +429,7 @@ class CriticSignal(Signal):
         }
 
     def _value_targets(self) -> ValueTargets:
-        """How rewards become targets of a replay, which bootstrap from its own values."""
+        """Make targets of a replay from rewards; they bootstrap from the replay's own values."""
         options, estimation = self.options, self._estimation()
 
         def make(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
@@ -449,7 +449,7 @@ class CriticSignal(Signal):
         self.critic.load_state_dict(state)
 
     def rank_state(self) -> dict[str, Any]:
-        """What this rank's critic keeps of its rollouts."""
+        """Rollouts that this rank's critic keeps."""
         return self.critic.rank_state()
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ STATES_PER_STEP = 1024
 
 
 class ValueTargets(NamedTuple):
-    """How rewards become value targets.
+    """Value targets of a replay.
 
     Attributes:
         make: `(rewards (R, T), values (R, T, K), mask (R, T), after (R,) or None) -> targets of head 1 (R, T)`.
@@ -34,7 +34,7 @@ class ValueTargets(NamedTuple):
 
 
 class KeptRollout(ABC):
-    """What the values learn from a rollout of R completions.
+    """A rollout of R completions that values learn from.
 
     Args:
         rewards: (R, T), 0 at masked positions.
@@ -67,11 +67,11 @@ class KeptRollout(ABC):
 
     @abstractmethod
     def by_unit(self, x: Tensor) -> Tensor:
-        """What stands at the tokens (R, T, K), unit by unit (units, ..., K)."""
+        """Arrange what stands at the tokens (R, T, K) unit by unit (units, ..., K)."""
 
     @abstractmethod
     def by_token(self, values: Tensor) -> Tensor:
-        """Values unit by unit as those of the tokens (R, T, K)."""
+        """Arrange values of all units as those of the tokens (R, T, K)."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers for a checkpoint."""
@@ -110,7 +110,7 @@ class RolloutOfStates(KeptRollout):
         return copy(self.states[units])
 
     def by_unit(self, x: Tensor) -> Tensor:
-        """Those of the real tokens (N, K)."""
+        """Pick those of the real tokens (N, K)."""
         return x[self.mask]
 
     def by_token(self, values: Tensor) -> Tensor:
@@ -144,11 +144,11 @@ class RolloutOfRows(KeptRollout):
         return completion_states(copy(*Rows(*self.rows).choose(units)), self.mask.shape[1])
 
     def by_unit(self, x: Tensor) -> Tensor:
-        """The same."""
+        """Leave it as it is."""
         return x
 
     def by_token(self, values: Tensor) -> Tensor:
-        """The same."""
+        """Leave them as they are."""
         return values
 
 
@@ -280,7 +280,7 @@ class ValueReplay:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What is the same on every rank: the copy, its optimizer, and how often it has learned."""
+        """State that is the same on every rank: the copy, its optimizer, and how often it has learned."""
         return {
             "values": {name: x.detach().cpu().clone() for name, x in self.values.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
