@@ -106,7 +106,7 @@ def test_json_round_trip(critic_args: ArgsFactory, tmp_path: Path) -> None:
     # The host derives one of these two from the other, and refuses both at once.
     init = {f.name for f in dataclasses.fields(MTPCriticConfig) if f.init} - {"generation_batch_size"}
     again = MTPCriticConfig(**{name: value for name, value in from_json.items() if name in init})
-    assert len(ours) == 41
+    assert len(ours) == 45
     for name in sorted(ours | {"num_generations"}):
         assert getattr(again, name) == getattr(args, name) == from_json[name], name
 
@@ -121,6 +121,10 @@ COMMAND_LINE = {
     "reward_range": ("-1.0 2.0", [-1.0, 2.0]),
     "kl_in_reward": ("True", True),
     "value_warmup_steps": ("3", 3),
+    "value_replay": ("2", 2),
+    "value_replay_rollouts": ("4", 4),
+    "value_replay_size": ("1000", 1000),
+    "value_replay_learning_rate": ("1e-2", 1e-2),
     "phasic_every": ("4", 4),
     "phasic_epochs": ("2", 2),
     "phasic_kl_coef": ("0.5", 0.5),

@@ -1,4 +1,4 @@
-"""Compare policy gradients with the exact one, at equal tokens: a learned critic beside methods without a critic.
+"""Compare policy gradients with the exact one: a learned critic beside other methods (with `symbols.py`).
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/gradient_quality.py --output_dir outputs/gradient_quality
 
@@ -36,29 +36,25 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from symbols import CRITIC, SYMBOLS, small_policy, symbol_tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast as FastTokenizer
-from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from rl_plugins.functional.alignment import completion_states
 from rl_plugins.nn import ValueModel
 from rl_plugins.nn.target_heads import RowCopy
+from rl_plugins.process_group import end_process_group
 from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
 from rl_plugins.signals import OnlineValueOptions, PPOValueOptions, advantages_of, critic_targets, scale_advantages
 from rl_plugins.signals.value_tracker import TrackedAdvantages
 from rl_plugins.tabular import TokenMDP
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
 
-SYMBOLS, LENGTH, PROMPTS, PROMPT_LENGTH = 4, 6, 32, 3
+LENGTH, PROMPTS, PROMPT_LENGTH = 6, 32, 3
 GROUP = 8
 KEY_PLACES = (0, 2, 3, 5)
 MOMENTS = (50, 100, 200)
-CRITIC = {"mtp_head_type": "sequential", "value_replay": 2, "head_learning_rate": 1e-3}
-"""The critic that learns best, see docs/experiments.md."""
 EXACT_LAMBDAS = (1.0, 0.95, 0.5, 0.0)
-
-
 # The task
 
 
@@ -115,33 +111,6 @@ class Task:
             steps = self.step_rewards(numbers[prompt], string)[0].tolist()
             rows.append(steps if self.every_step else float(self.total(numbers[prompt], string)))
         return rows
-
-
-def symbol_tokenizer() -> FastTokenizer:
-    """One token per symbol. Padding and end-of-text have ids that the model does not have: nothing is ever padded."""
-    vocabulary = {str(i): i for i in range(SYMBOLS)} | {"<eos>": SYMBOLS, "<pad>": SYMBOLS + 1}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return FastTokenizer(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
-
-
-def small_policy(longest: int = 32) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights, for rows of up to `longest` tokens."""
-    config = Qwen3Config(
-        vocab_size=SYMBOLS,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=longest,
-        tie_word_embeddings=True,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config)
 
 
 # Exact values and the exact gradient
@@ -548,6 +517,7 @@ def main() -> None:
     (options.output_dir / "gradient_quality.json").write_text(json.dumps(found, indent=1))
     print("\n".join(table(found)))
     draw(found, options.output_dir / "gradient_quality.png")
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Count the tokens that methods generate until they are as good as stock GRPO at its end: a critic beside its rivals.
+"""Count the tokens that methods generate until they are as good as stock GRPO at its end (with `symbols.py`).
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/tokens_to_target.py --output_dir outputs/tokens_to_target --jobs 2
     OMP_NUM_THREADS=1 python recipes/benchmarks/tokens_to_target.py --tasks delay_16 --methods critic grpo spo
@@ -60,7 +60,7 @@ from rl_plugins.trl import (
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import multi_turn
 import sums
-from gradient_quality import CRITIC, small_policy, symbol_tokenizer
+from symbols import CRITIC, small_policy, symbol_tokenizer
 
 BATCH = 64
 TUNING_SEED = 100
@@ -280,7 +280,7 @@ def train(
     if method == "critic":
         own = {**own, **changes}
     own = {**own, **setting.of_methods.get(method, {})}
-    passes = config_class.num_iterations if method == "ppo" else 1
+    passes = own.get("num_iterations", config_class.num_iterations if method == "ppo" else 1)
     args = config_class(
         output_dir=str(output / "scratch" / f"{task}_{method}_{learning_rate}_{seed}"),
         per_device_train_batch_size=BATCH,

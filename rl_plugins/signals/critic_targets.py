@@ -89,7 +89,7 @@ def critic_targets(
     *,
     estimator: str = "gae",
     gamma: float = 1.0,
-    lam_policy: float = 0.95,
+    lam_policy: float = 1.0,
     lam_value: float = 1.0,
     length_alpha: float | None = None,
     lookahead: bool = False,
