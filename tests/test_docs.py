@@ -478,7 +478,7 @@ class Run(NamedTuple):
     options: dict[str, Any]
 
 
-MTP_RUN = Run(MTPCriticTrainer, MTPCriticConfig, {"phasic_every": 1})
+MTP_RUN = Run(MTPCriticTrainer, MTPCriticConfig, {"phasic_every": 1, "value_replay": 1})
 PPO_RUN = Run(PPOTrainer, PPOConfig, {"beta": 0.0})  # a reference model is loaded from a path
 VARIANT_RUNS = [
     Run(GRPOVariantTrainer, GRPOVariantConfig, {"preset": "dapo", "replay_buffer_size": 2}),
