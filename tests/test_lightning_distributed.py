@@ -43,7 +43,11 @@ CASES: dict[str, dict[str, Any]] = {
     "steps": {"kind": "critic", "module": {"num_iterations": 2, "bootstrap_truncated": True}, "reward": "steps"},
     "process": {"kind": "grpo", "module": {"advantage": "process_normalized"}, "reward": "steps"},
     "episodes": {"kind": "critic", "module": {"max_completion_length": LENGTH}, "reward": "episodes"},
-    "sequential": {"kind": "critic", "module": {"num_iterations": 2, "mtp_head_type": "sequential"}},
+    # With a lambda below 1, so that the slow copies enter the advantages.
+    "sequential": {
+        "kind": "critic",
+        "module": {"num_iterations": 2, "mtp_head_type": "sequential", "lam_policy": 0.95},
+    },
     "sequentialsft": {"kind": "sft", "model": "untied", "module": {"mtp_head_type": "sequential"}},
 }
 BACKENDS = {
