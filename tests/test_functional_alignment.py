@@ -16,6 +16,7 @@ from rl_plugins.functional import (
     predicted_mask,
     shift_real,
 )
+from rl_plugins.functional.alignment import value_after
 
 NAN = math.nan
 X = torch.tensor([[1.0, NAN, 3.0, 4.0, NAN], [NAN, 6.0, 7.0, NAN, 9.0]])
@@ -80,6 +81,14 @@ def test_last_real_and_next_state() -> None:
     assert last_real(MASK).int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
     assert not last_real(torch.zeros(2, 3)).any()
     assert next_state_values(X, MASK).tolist() == [[3.0, 0.0, 4.0, 0.0, 0.0], [0.0, 7.0, 9.0, 0.0, 0.0]]
+
+
+def test_value_after_the_last_token_by_hand() -> None:
+    """Behind the last column, in the middle of a row, behind a hole, and in a row without a token."""
+    values = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).expand(4, -1)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 0, 1], [0, 0, 0]])
+    assert value_after(values, mask).tolist() == [4.0, 2.0, 4.0, 1.0]
+    assert torch.equal(value_after(values, mask.bool()), value_after(values, mask))
 
 
 def test_head_targets_by_hand() -> None:

@@ -63,7 +63,9 @@ def make_replay(num_heads: int = 1, head_type: str = "parallel", ahead: int = 1,
         for p in heads.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     given = {"value_replay": 1, **options}
-    return ValueReplay(ValueCopy(heads), ValueReplayOptions(**given), loss=value_losses()["squared"], ahead=ahead)
+    options = ValueReplayOptions(**given)
+    loss = value_losses()["squared"]
+    return ValueReplay(ValueCopy(heads), options, num_heads=num_heads, loss=loss, ahead=ahead)
 
 
 def make_rollout(seed: int, rows: int = 3, width: int = 5, features: tuple[int, ...] = (32,)) -> RolloutOfStates:
@@ -198,26 +200,11 @@ def test_two_ranks_are_one_process_with_the_rows_of_both() -> None:
     torch.testing.assert_close(weights(ranks[0]), weights(alone), rtol=1e-4, atol=1e-6)
 
 
-def test_a_resumed_replay_goes_on_as_if_nothing_had_happened(tmp_path: Any) -> None:
-    through, killed = make_replay(value_replay=2), make_replay(value_replay=2)
-    for replay in (through, killed):
-        for seed in range(3):
-            replay.learn(make_rollout(seed, rows=400), OBSERVED, Alone())
-    torch.save({"all": killed.state_dict(), "rank": killed.rank_state()}, tmp_path / "state.pt")
-    saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    resumed = make_replay(value_replay=2)
-    resumed.load_state_dict(saved["all"])
-    resumed.load_rank_state(saved["rank"])
-    for replay in (through, resumed):
-        for seed in (3, 4):
-            replay.learn(make_rollout(seed, rows=400), ONE_STEP, Alone())
-    assert all(torch.equal(a, b) for a, b in zip(weights(through), weights(resumed), strict=True))
-
-
 def test_only_the_copy_learns() -> None:
     heads = attach_mtp_heads(make_tiny_model(), 2)
     before = {name: p.clone() for name, p in heads.named_parameters()}
-    replay = ValueReplay(ValueCopy(heads), ValueReplayOptions(value_replay=1), loss=value_losses()["squared"])
+    options = ValueReplayOptions(value_replay=1)
+    replay = ValueReplay(ValueCopy(heads), options, num_heads=2, loss=value_losses()["squared"])
     started = weights(replay)
     replay.learn(make_rollout(9), OBSERVED, Alone())
     assert any(not torch.equal(a, b) for a, b in zip(started, weights(replay), strict=True))
@@ -234,7 +221,7 @@ def make_row_replay(**options: Any) -> ValueReplay:
         for p in heads.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     given = ValueReplayOptions(**{"value_replay": 1, **options})
-    return ValueReplay(RowCopy(heads), given, loss=value_losses()["squared"], ahead=heads.ahead)
+    return ValueReplay(RowCopy(heads), given, num_heads=2, loss=value_losses()["squared"], ahead=heads.ahead)
 
 
 def make_rows(seed: int, count: int = 3, prompt: int = 4, width: int = 5, padding: float = 0.0) -> RolloutOfRows:
@@ -281,19 +268,20 @@ def test_garbage_in_the_padding_of_rows_changes_nothing() -> None:
     torch.testing.assert_close(weights(clean), weights(dirty), atol=1e-6, rtol=1e-5)
 
 
-def test_a_resumed_replay_of_rows_goes_on_as_if_nothing_had_happened(tmp_path: Any) -> None:
-    through, killed = make_row_replay(value_replay=2), make_row_replay(value_replay=2)
+@pytest.mark.parametrize("kind", ["states", "rows"])
+def test_a_resumed_replay_goes_on_as_if_nothing_had_happened(tmp_path: Any, kind: str) -> None:
+    make, rollout = {"states": (make_replay, make_rollout), "rows": (make_row_replay, make_rows)}[kind]
+    through, killed, resumed = (make(value_replay=2) for _ in range(3))
     for replay in (through, killed):
         for seed in range(3):
-            replay.learn(make_rows(seed, count=40), OBSERVED, Alone())
+            replay.learn(rollout(seed, 400), OBSERVED, Alone())
     torch.save({"all": killed.state_dict(), "rank": killed.rank_state()}, tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    resumed = make_row_replay(value_replay=2)
     resumed.load_state_dict(saved["all"])
     resumed.load_rank_state(saved["rank"])
     for replay in (through, resumed):
         for seed in (3, 4):
-            replay.learn(make_rows(seed, count=40, prompt=6), ONE_STEP, Alone())
+            replay.learn(rollout(seed, 400), ONE_STEP, Alone())
     assert all(torch.equal(a, b) for a, b in zip(weights(through), weights(resumed), strict=True))
 
 
@@ -365,7 +353,7 @@ def test_replayed_values_are_exact_after_few_rollouts(targets: Any) -> None:
     mdp = exact_mdp(model, case)
     heads = attach_mtp_heads(model, 1, inner_size=128)
     options = ValueReplayOptions(value_replay=6, value_replay_learning_rate=3e-3, value_replay_rollouts=16)
-    replay = ValueReplay(ValueCopy(heads), options, loss=value_losses()["squared"])
+    replay = ValueReplay(ValueCopy(heads), options, num_heads=1, loss=value_losses()["squared"])
     generator = torch.Generator().manual_seed(1)
     for _ in range(16):
         tokens, mask, _ = mdp.sample(256, generator)

@@ -72,6 +72,20 @@ def next_state_values(values: Tensor, mask: Tensor) -> Tensor:
     return shift_real(values, mask, 1)[0]
 
 
+def value_after(values: Tensor, mask: Tensor) -> Tensor:
+    """Read off the value of the state that each completion ends in: that of the column behind its last token.
+
+    Args:
+        values: Of the states before the tokens, and of the one behind the last column `(B, T + 1)`.
+        mask: 1 for the tokens of a completion `(B, T)`; may have holes.
+
+    Returns:
+        `(B,)`; that of the first column where a row has no token.
+    """
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return values.gather(1, (mask.bool() * columns).amax(1, keepdim=True)).squeeze(1)
+
+
 def head_targets(targets: Tensor, mask: Tensor, num_heads: int, *, ahead: int = 1) -> tuple[Tensor, Tensor]:
     """Shift the value targets of head 1 to all heads: parallel head `k` learns the return that begins `k - 1` tokens
     later.

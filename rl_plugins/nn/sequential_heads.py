@@ -325,17 +325,22 @@ class SequentialHeads(MTPHeads):
         Raises:
             ValueError: If the rows came without token ids, or with a prepared attention mask.
         """
-        ids, mask, positions = self._row_inputs()
+        ids, mask, positions = self.row_inputs()
         return self.deepen(hidden, ids, mask, positions)
 
     def has_read(self) -> Tensor | None:
         """Mark the positions at which depth k has read k tokens."""
-        ids, mask, positions = self._row_inputs()
+        ids, mask, positions = self.row_inputs()
         batch, width = ids.shape
         rank = _Slots.of(mask, positions, batch, width).rank.to(ids.device)
         return rank[..., None] >= torch.arange(1, self.config.num_heads + 1, device=ids.device)
 
-    def _row_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def row_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Give token ids, mask and positions of the rows whose forward runs now.
+
+        Raises:
+            ValueError: If the rows came without token ids, or with a prepared attention mask.
+        """
         given = self.inputs
         if given is None or given.input_ids is None:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Slow copies of the heads, the stable bootstrap of the temporal difference."""
+"""Float32 copies of the heads outside the model: slow ones to bootstrap from, and ones that a replay teaches."""
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +42,13 @@ def check_polyak(**settings: Any) -> None:
         )
 
 
+def _float32_copy(heads: MTPHeads, part: nn.Module, keep: tuple[Any, ...] = ()) -> Any:
+    """Copy a part of the heads, which goes on to refer to what is in `keep`."""
+    # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
+    memo: dict[int, Any] = {id(heads._handles): (), id(heads.observer): None, id(heads.inputs): None}
+    return copy.deepcopy(part, memo | {id(x): x for x in keep}).float().requires_grad_(False)
+
+
 class ValueCopy(nn.Module):
     """A float32 copy of the heads' value path, the part that makes values.
 
@@ -55,15 +62,17 @@ class ValueCopy(nn.Module):
 
     def __init__(self, heads: MTPHeads) -> None:
         super().__init__()
-        # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
-        skip = {id(heads._handles): (), id(heads.observer): None, id(heads.inputs): None}
-        self.heads = copy.deepcopy(heads.value_path, skip).float().requires_grad_(False)
+        self.heads: nn.Module = _float32_copy(heads, heads.value_path)
 
     def forward(self, states: Tensor) -> Tensor:
         """Values (B, T, K) in float32 of what the online heads judge: trunk states (B, T, D) for parallel heads,
         features (B, T, K, D) for sequential ones."""
         with torch.autocast(states.device.type, enabled=False):
             return self.heads(states.float())
+
+    def outside(self) -> AbstractContextManager[None]:
+        """Prepare the copy to run outside of the model's forward."""
+        return nullcontext()
 
 
 class RowCopy(nn.Module):
@@ -79,9 +88,8 @@ class RowCopy(nn.Module):
 
     def __init__(self, heads: SequentialHeads) -> None:
         super().__init__()
-        kept = {id(heads._base): heads._base}  # the model itself, which the heads know and do not own
-        skip = {id(heads._handles): (), id(heads.observer): None, id(heads.inputs): None}
-        self.heads: SequentialHeads = copy.deepcopy(heads, {**kept, **skip}).float().requires_grad_(False)
+        # The heads know the model and do not own it.
+        self.heads: SequentialHeads = _float32_copy(heads, heads, keep=(heads._base,))
 
     def forward(
         self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None

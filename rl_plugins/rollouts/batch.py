@@ -54,9 +54,9 @@ class Batch(TypedDict, total=False):
 
 
 SAMPLING_KEYS = ("informative", "table_row")
-"""What only sampling reads."""
+"""Keys that only sampling reads."""
 REWARD_KEYS = ("scores", "rewards", "paid", "truncated")
-"""What only the signal reads, before advantages are made of it."""
+"""Keys that only the signal reads, before it makes advantages of them."""
 LEFT_PADDED = ("prompt_ids", "prompt_mask")
 TOKEN_IDS = ("prompt_ids", "completion_ids")
 # What TRL has on padding; its vespo multiplies the ratios of a row without looking at the mask.

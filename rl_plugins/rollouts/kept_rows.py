@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rl_plugins.functional.alignment import value_after
 from rl_plugins.nn.sequential_heads import SequentialHeads
 from rl_plugins.nn.target_heads import RowCopy
 
@@ -49,7 +50,7 @@ class JudgedRows:
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> None:
         """Take the states (B, S, D) of one chunk of rows."""
-        ids, mask, positions = self.heads._row_inputs()
+        ids, mask, positions = self.heads.row_inputs()
         mask = torch.ones_like(ids) if mask is None else mask
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -65,13 +66,16 @@ class JudgedRows:
         if count:
             self._kept.append(rows.choose(slice(count)))
 
-    def values(self) -> tuple[Tensor, Tensor] | None:
-        """Values (B, T, K) of the completions' states, and those of the states after the last column (B, 1, K); `None`
-        if no pass was seen."""
+    def finish(self) -> tuple[Tensor, Tensor] | None:
+        """Values (B, T, K) of the completions' states, online and target alike; `None` if no pass was seen."""
         if not self._values:
             return None
-        whole = torch.cat(self._values)
-        return whole[:, :-1], whole[:, -1:]
+        values = torch.cat(self._values)[:, :-1]
+        return values, values
+
+    def after(self, target_values: Tensor, completion_mask: Tensor) -> Tensor:
+        """Value of the state after each completion's last token (B,)."""
+        return value_after(torch.cat(self._values)[..., 0], completion_mask)
 
     def kept(self) -> Rows:
         """The rows that were kept."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
-from rl_plugins.functional.alignment import completion_states
+from rl_plugins.functional.alignment import completion_states, value_after
 from rl_plugins.nn.attachment import Attachment, TrunkInputs, base_model_of
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.sequential_heads import SequentialHeads
@@ -34,6 +34,7 @@ class ValueRecord:
         target: Slow copy of the module, run on the same states; `None` records the online values twice.
         flush_every: Calls of `add` per run of the module.
         kept: Takes the states as well, for whoever wants them later.
+        online: Whether the module judges the states, too, and not the slow copy alone.
 
     Attributes:
         complete: Whether no state was missed, as far as whoever feeds the record knows.
@@ -46,8 +47,10 @@ class ValueRecord:
         *,
         flush_every: int = 64,
         kept: KeptStates | None = None,
+        online: bool = True,
     ) -> None:
         self.module, self.target, self.flush_every, self.kept = module, target, flush_every, kept
+        self.online = online
         self.reset()
 
     def reset(self) -> None:
@@ -85,8 +88,10 @@ class ValueRecord:
         assert self._rows is not None
         states, steps = torch.cat(self._states, dim=1), torch.cat(self._steps, dim=1)
         self._states, self._steps = [], []
-        values = run_alone(self.module, states)
-        self._chunks.append((values, values if self.target is None else self.target(states), steps, self._rows))
+        target = run_alone(self.module, states) if self.target is None else self.target(states)
+        both = self.online and self.target is not None
+        online = run_alone(self.module, states) if both else target
+        self._chunks.append((online, target, steps, self._rows))
         if self.kept is not None:
             self.kept.add(states, steps, self._rows)
 
@@ -354,6 +359,10 @@ class WholeRows:
         self.record.flush()
         self._ends.append(hidden[:, -1:].detach())
 
+    def finish(self) -> tuple[Tensor, Tensor] | None:
+        """Online and target values (B, T, K); `None` if no pass was seen."""
+        return self.record.finish(self.num_tokens)
+
     @torch.no_grad()
     def after(self, target_values: Tensor, completion_mask: Tensor) -> Tensor:
         """Target values of the state after each completion's last token (B,), which is the state of the next column.
@@ -365,20 +374,7 @@ class WholeRows:
         states = torch.cat(self._ends)
         module = self.record.module if self.record.target is None else self.record.target
         beyond = run_alone(module, states)[..., 0].to(target_values.dtype)  # (B, 1)
-        return value_after(target_values[..., 0], beyond, completion_mask)
-
-
-def value_after(values: Tensor, beyond: Tensor, mask: Tensor) -> Tensor:
-    """Value of the state after each completion's last token (B,), which is the state of the next column.
-
-    Args:
-        values: Of the states in which the tokens were chosen (B, T).
-        beyond: Of the state after the last column (B, 1).
-        mask: 1 for the tokens of a completion (B, T).
-    """
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    lengths = (mask.bool() * columns).amax(1)
-    return torch.cat([values, beyond], dim=1).gather(1, lengths[:, None]).squeeze(1)
+        return value_after(torch.cat([target_values[..., 0], beyond], dim=1), completion_mask)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from rl_plugins.functional.rewards import kl_shaped_rewards
 from rl_plugins.nn.attachment import Attachment
 from rl_plugins.nn.target_heads import RowCopy, ValueCopy
 from rl_plugins.rollouts.batch import Batch, loss_mask
+from rl_plugins.rollouts.kept_rows import JudgedRows
 from rl_plugins.rollouts.kept_states import KeptStates
 from rl_plugins.rollouts.values import EachStep, ValueRecord, WholeRows
 from rl_plugins.signals.critic_targets import critic_signal, critic_targets, value_loss, value_losses
@@ -44,11 +45,6 @@ from rl_plugins.signals.options import (
 )
 from rl_plugins.signals.signals import Signal
 from rl_plugins.signals.value_replay import KeptRollout, RolloutOfStates, ValueReplay, ValueTargets
-
-HOOK_IS_OFF = (
-    "{} has seen no hidden states of the policy: its hook was taken off, as Lightning's DeepSpeed strategy does "
-    "before an evaluation. Put it back with `hook(model)`."
-)
 
 
 class Values(NamedTuple):
@@ -83,7 +79,7 @@ class Critic(ABC):
     lookahead = False
     """Whether the mean of all heads' forecasts bootstraps, instead of head 1's alone."""
     ahead = 1
-    """How many tokens further each of its values looks than the one before it."""
+    """Number of tokens that each of its values looks further ahead than the one before it."""
     learning_rate: float | None = None
     """Learning rate of the module; `None` for the policy's."""
 
@@ -241,20 +237,21 @@ class TrunkCritic(Critic):
     def start(self) -> None:
         """Forget the records of the last rollout."""
         self._turns: list[tuple[ValueRecord, EachStep | None]] = []
-        self._passes: list[WholeRows] = []
+        self._passes: list[WholeRows | JudgedRows] = []
         self._kept: KeptStates | None = None
 
     def _record(self) -> ValueRecord:
         """Begin a record, which keeps its states for a replay."""
         kept = None if self.replay is None else KeptStates(self.replay.room)
-        return ValueRecord(self.module, self.target, kept=kept)
+        return ValueRecord(self.module, self.target, kept=kept, online=self.replay is None)
 
-    def generating(self, model: nn.Module, decoder: Any = None) -> AbstractContextManager[None]:
-        """Save the values of every state from which a token is chosen inside the block."""
-        return self._generating(model, decoder)
+    def _pass(self, num_tokens: int) -> WholeRows | JudgedRows:
+        """Begin to observe a pass over whole rows."""
+        return WholeRows(self._record(), num_tokens)
 
     @contextmanager
-    def _generating(self, model: nn.Module, decoder: Any) -> Iterator[None]:
+    def generating(self, model: nn.Module, decoder: Any = None) -> Iterator[None]:
+        """Save the values of every state from which a token is chosen inside the block."""
         record = self._record()
         if decoder is not None:
             self._turns.append((record, None))
@@ -272,9 +269,8 @@ class TrunkCritic(Critic):
     @contextmanager
     def scoring(self, num_tokens: int) -> Iterator[None]:
         """Save the values of whole rows that go through the model inside the block."""
-        rows = WholeRows(self._record(), num_tokens)
-        self._passes.append(rows)
-        with self.module.watching(rows):
+        self._passes.append(self._pass(num_tokens))
+        with self.module.watching(self._passes[-1]):
             yield
 
     def recorded(self, batch: Batch, host: Host) -> Values:
@@ -292,15 +288,15 @@ class TrunkCritic(Critic):
             batch["old_per_token_logps"] = host.log_probs(batch)
         # The first pass is the policy's; a second one is the reference of a PEFT model.
         rows = self._passes[0]
-        values = rows.record.finish(batch["completion_ids"].shape[1])
+        values = rows.finish()
         if values is None:
-            raise RuntimeError(HOOK_IS_OFF.format(type(self.module).__name__))
-        return self._values(rows.record, *values, rows.after(values[1], batch["completion_mask"]) if cut else None)
-
-    def _values(self, record: ValueRecord, online: Tensor, target: Tensor, after: Tensor | None = None) -> Values:
-        """Values of a record, which are all those of the copy where that is what a replay teaches."""
-        self._kept = record.kept
-        return Values(online if self.replay is None else target, target, after)
+            raise RuntimeError(
+                f"{type(self.module).__name__} has seen no hidden states of the policy: its hook was taken off, as "
+                "Lightning's DeepSpeed strategy does before an evaluation. Put it back with `hook(model)`."
+            )
+        if isinstance(rows, WholeRows):
+            self._kept = rows.record.kept
+        return Values(*values, rows.after(values[1], batch["completion_mask"]) if cut else None)
 
     def replay_states(
         self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: ValueTargets, ranks: Ranks
@@ -329,7 +325,8 @@ class TrunkCritic(Critic):
         missing = torch.tensor([float(saved is None)], device=host.device)
         if host.sum_over_ranks(missing) > 0 or saved is None or record is None:
             return None
-        return self._values(record, *saved)
+        self._kept = record.kept
+        return Values(*saved)
 
     def learning(
         self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None

@@ -1,7 +1,7 @@
 """The critic inside the policy: multi-token-prediction heads that also output a value."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from rl_plugins.nn.sharding import whole_module, whole_parameters
 from rl_plugins.nn.target_heads import PolyakTarget, RowCopy, ValueCopy
 from rl_plugins.rollouts.batch import Batch
 from rl_plugins.rollouts.kept_rows import JudgedRows
-from rl_plugins.rollouts.values import value_after
+from rl_plugins.rollouts.values import WholeRows
 from rl_plugins.signals.critic_targets import value_losses
-from rl_plugins.signals.critics import HOOK_IS_OFF, Critic, TrunkCritic, Values
+from rl_plugins.signals.critics import Critic, TrunkCritic
 from rl_plugins.signals.heads import HeadTraining
-from rl_plugins.signals.host import Host, Ranks
+from rl_plugins.signals.host import Ranks
 from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.options import ValueHeadOptions, ValueOptions, ValueReplayOptions
 from rl_plugins.signals.value_replay import KeptRollout, RolloutOfRows, ValueReplay
@@ -77,50 +77,25 @@ class HeadCritic(TrunkCritic):
 
     # 1. Record: a replay of sequential heads judges whole rows, of which a pass is needed
 
-    @property
-    def _judges_rows(self) -> bool:
-        return isinstance(self.target, RowCopy)
-
-    def start(self) -> None:
-        """Forget the records of the last rollout."""
-        super().start()
-        self._judged: list[JudgedRows] = []
-
-    def generating(self, model: nn.Module, decoder: Any = None) -> AbstractContextManager[None]:
-        """Save values while the model generates, where single states are judged."""
-        return nullcontext() if self._judges_rows else super().generating(model, decoder)
-
     @contextmanager
-    def scoring(self, num_tokens: int) -> Iterator[None]:
-        """Save the values of whole rows that go through the model inside the block."""
-        if not self._judges_rows:
-            with super().scoring(num_tokens):
-                yield
-            return
-        assert isinstance(self.target, RowCopy) and isinstance(self.module, SequentialHeads) and self.replay
-        self._judged.append(JudgedRows(self.module, self.target, num_tokens, self.replay.room))
-        with self.module.watching(self._judged[-1]):
+    def generating(self, model: nn.Module, decoder: Any = None) -> Iterator[None]:
+        """Save values while the model generates, where single states are judged."""
+        rows = isinstance(self.target, RowCopy)
+        with nullcontext() if rows else super().generating(model, decoder):
             yield
 
-    def recorded(self, batch: Batch, host: Host) -> Values:
-        """Give the values of a batch just generated, see [`TrunkCritic.recorded`]; those of rows are from a pass."""
-        if not self._judges_rows:
-            return super().recorded(batch, host)
-        if "old_per_token_logps" not in batch:
-            self._judged.clear()
-            batch["old_per_token_logps"] = host.log_probs(batch)
-        found = self._judged[0].values()
-        if found is None:
-            raise RuntimeError(HOOK_IS_OFF.format(type(self.module).__name__))
-        values, beyond = found
-        after = value_after(values[..., 0], beyond[..., 0], batch["completion_mask"]) if "truncated" in batch else None
-        return Values(values, values, after)
+    def _pass(self, num_tokens: int) -> WholeRows | JudgedRows:
+        if not isinstance(self.target, RowCopy):
+            return super()._pass(num_tokens)
+        assert isinstance(self.module, SequentialHeads) and self.replay is not None
+        return JudgedRows(self.module, self.target, num_tokens, self.replay.room)
 
     def _kept_rollout(self, rewards: Tensor, mask: Tensor, after: Tensor | None) -> KeptRollout:
-        if not self._judges_rows:
+        judged = self._passes[0] if self._passes else None
+        if not isinstance(judged, JudgedRows):
             return super()._kept_rollout(rewards, mask, after)
-        rows = self._judged[0].kept()
-        self._judged = []
+        rows = judged.kept()
+        self._passes = []
         count = len(rows.input_ids)
         return RolloutOfRows(rows, rewards[:count], mask[:count], None if after is None else after[:count])
 
@@ -212,7 +187,10 @@ class HeadCritic(TrunkCritic):
                 self.target = ValueCopy(heads)
         if replay.value_replay:
             loss = value_losses()[self.values.value_loss_type]
-            self.replay = ValueReplay(self.target, replay, loss=loss, ahead=self.ahead, seed=self._seed)
+            number = heads.config.num_heads
+            self.replay = ValueReplay(
+                self.target, replay, num_heads=number, loss=loss, ahead=self.ahead, seed=self._seed
+            )
 
     def place(self, device: torch.device) -> None:
         """Move the target heads to a device."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_plugins.functional.alignment import completion_states
+from rl_plugins.functional.alignment import completion_states, value_after
 from rl_plugins.nn.attachment import Attachment
 from rl_plugins.nn.value_model import ValueModel
 from rl_plugins.rollouts.batch import Batch
@@ -78,9 +78,8 @@ class ValueModelCritic(Critic):
         whole = torch.cat(self._chunks)
         values, after = _of_completions(whole, batch), None
         if "truncated" in batch:
-            mask = batch["completion_mask"].bool()
-            lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1, keepdim=True)
-            after = whole[:, -(mask.shape[1] + 1) :].gather(1, lengths).squeeze(1)
+            mask = batch["completion_mask"]
+            after = value_after(whole[:, -(mask.shape[1] + 1) :], mask)
         return Values(values, values, after)
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from rl_plugins.functional.alignment import completion_states, head_targets
 from rl_plugins.functional.masking import zero_masked
-from rl_plugins.nn.target_heads import RowCopy
+from rl_plugins.nn.target_heads import RowCopy, ValueCopy
 from rl_plugins.rollouts.kept_rows import Rows
 from rl_plugins.signals.critic_targets import ValueLoss
 from rl_plugins.signals.host import Ranks
@@ -169,18 +168,25 @@ class ValueReplay:
     Args:
         values: The copy.
         options: Passes, bounds and learning rate.
+        num_heads: K, the values that the copy gives for a state.
         loss: Elementwise value loss.
         ahead: How many tokens further each head looks than the one before it.
         seed: Of the order of the states.
     """
 
     def __init__(
-        self, values: nn.Module, options: ValueReplayOptions, *, loss: ValueLoss, ahead: int = 1, seed: int = 0
+        self,
+        values: ValueCopy | RowCopy,
+        options: ValueReplayOptions,
+        *,
+        num_heads: int,
+        loss: ValueLoss,
+        ahead: int = 1,
+        seed: int = 0,
     ) -> None:
-        self.values, self.options, self.loss, self.ahead, self.seed = values, options, loss, ahead, seed
-        values.requires_grad_(True)
-        if isinstance(values, RowCopy):
-            values.heads.requires_grad_(True)  # but for what never learns
+        self.values, self.options, self.loss, self.seed = values, options, loss, seed
+        self.num_heads, self.ahead = num_heads, ahead
+        values.heads.requires_grad_(True)  # but for what never learns
         self._parameters = [p for p in values.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self._parameters, lr=options.value_replay_learning_rate)
         self.rollouts: list[KeptRollout] = []
@@ -209,9 +215,8 @@ class ValueReplay:
         # units to shuffle, which use up more or fewer of the numbers.
         shared, own = (torch.Generator().manual_seed(2 * (self.seed + self.num_learned) + i) for i in range(2))
         self.num_learned += 1
-        outside = self.values.outside() if isinstance(self.values, RowCopy) else nullcontext()
         sums = torch.zeros(2, device=newest.rewards.device)
-        with outside:
+        with self.values.outside():
             for _ in range(self.options.value_replay):
                 sums = self._pass(targets, shared, own, ranks)
         states = self._sum(float(sum(int(kept.mask.sum()) for kept in self.rollouts)), ranks)
@@ -239,15 +244,13 @@ class ValueReplay:
         """Targets of all heads and where they exist, unit by unit (units, ..., K)."""
         if kept.goals is not None and not targets.bootstraps:
             return kept.goals
-        # With rows in pieces, as the steps have them: all of a rollout at once may not fit.
-        pieces = torch.arange(kept.num_units, device=kept.mask.device).tensor_split(kept.num_steps)
-        first = kept.judge(self.values, pieces[0])
-        values = first.new_zeros(kept.num_units, *first.shape[1:])
-        if targets.bootstraps:
-            values = torch.cat([first, *(kept.judge(self.values, piece) for piece in pieces[1:])])
-        values = kept.by_token(values)
+        values = kept.rewards.new_zeros(*kept.mask.shape, self.num_heads)
+        if targets.bootstraps and kept.num_units:
+            # In pieces, as the steps have them: all of a rollout at once may not fit.
+            pieces = torch.arange(kept.num_units, device=kept.mask.device).tensor_split(kept.num_steps)
+            values = kept.by_token(torch.cat([kept.judge(self.values, piece) for piece in pieces if len(piece)]))
         returns = targets.make(kept.rewards, values, kept.mask, kept.after)
-        of_heads, exists = head_targets(returns, kept.mask, values.shape[-1], ahead=self.ahead)
+        of_heads, exists = head_targets(returns, kept.mask, self.num_heads, ahead=self.ahead)
         goals = kept.by_unit(of_heads), kept.by_unit(exists)
         if not targets.bootstraps:
             kept.goals = goals

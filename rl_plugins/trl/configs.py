@@ -101,7 +101,7 @@ class RemembersSetFields:
 
 
 def check_options(config: Any) -> None:
-    """Have every dataclass of options in a config check its fields."""
+    """Check the fields of every dataclass of options in a config."""
     for kind in type(config).__mro__:
         own = issubclass(kind, Options) and not issubclass(kind, TrainingArguments)
         if own and "check" in vars(kind):
