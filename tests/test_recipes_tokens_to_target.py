@@ -13,8 +13,8 @@ with pytest.MonkeyPatch.context() as patch:
     import tokens_to_target as bench
 
 
-def curve(heights: list[float], tokens: int = 10) -> list[tuple[int, float]]:
-    return [((i + 1) * tokens, height) for i, height in enumerate(heights)]
+def curve(heights: list[float], tokens: int = 10, seconds: float = 2.0) -> list[bench.Point]:
+    return [bench.Point((i + 1) * tokens, (i + 1) * seconds, height) for i, height in enumerate(heights)]
 
 
 def test_measures_by_hand() -> None:
@@ -22,10 +22,8 @@ def test_measures_by_hand() -> None:
     assert bench.smoothed(points, 4)[8:13] == [0.0, 0.0, 0.25, 0.5, 0.75]
     assert bench.ending(points) == 1.0
     assert bench.area(points) == 0.5
-    assert bench.tokens_until(points, 0.5) == 150  # five of the last ten updates
-    assert bench.tokens_until(points, 1.1) is None
-    assert bench.used({"curve": points}, 0.5) == (150, True)
-    assert bench.used({"curve": points}, 1.1) == (200, False)
+    assert bench.arrival(points, 0.5) == ((150, 30.0, 1.0), True)  # five of the last ten batches
+    assert bench.arrival(points, 1.1) == ((200, 40.0, 1.0), False)
 
 
 def test_bootstrap_interval() -> None:
@@ -44,37 +42,58 @@ def test_the_meter_counts_all_that_is_generated() -> None:
     meter.end_update()  # another pass over the same completions
     meter.note(10, [0.5])
     meter.end_update()
-    assert meter.curve == [(50, 0.75), (60, 0.5)]
+    assert [(tokens, score) for tokens, _, score in meter.curve] == [(50, 0.75), (60, 0.5)]
+    assert 0 <= meter.curve[0].seconds <= meter.curve[1].seconds
 
 
-def keep(output: Path, method: str, rate: float, seed: int, heights: list[float], tokens: int = 10) -> None:
-    path = bench.run_file(output, "delay_16", method, rate, seed)
+SLOW, FAST = bench.Tuning(1, 1e-3), bench.Tuning(4, 3e-3)
+
+
+def keep(
+    output: Path, method: str, tuning: bench.Tuning, seed: int, heights: list[float], task: str = "delay_16"
+) -> None:
+    path = bench.Job(task, method, tuning, seed).file(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    run = {"curve": curve(heights, tokens), "seconds": 2.0 * len(heights), "mib": 100.0}
-    path.write_text(json.dumps({**run, "learning_rate": rate, "seed": seed, "explained_variance": []}))
+    seconds = 6.0 if method == "critic" else 2.0
+    run = {"curve": curve(heights, 10, seconds), "mib": 100.0, "seed": seed, "explained_variance": []}
+    path.write_text(json.dumps({**run, **tuning._asdict()}))
 
 
-def test_rates_are_chosen_on_the_tuning_seed_and_compared_on_the_others(tmp_path: Path) -> None:
-    for rate, height in ((1e-3, 0.4), (3e-3, 0.6)):
-        keep(tmp_path, "grpo", rate, bench.TUNING_SEED, [height] * 20)
-    keep(tmp_path, "critic", 1e-3, bench.TUNING_SEED, [0.9] * 20)
-    assert bench.best_rate(tmp_path, "delay_16", "grpo", [1e-3, 3e-3]) == 3e-3
-    assert bench.best_rate(tmp_path, "delay_16", "critic", [1e-3, 3e-3]) is None
-    keep(tmp_path, "critic", 3e-3, bench.TUNING_SEED, [0.1] * 20)
+def test_methods_are_tuned_on_one_seed_and_compared_on_the_others(tmp_path: Path) -> None:
+    for tuning, height in ((SLOW, 0.4), (FAST, 0.6)):
+        keep(tmp_path, "grpo", tuning, bench.TUNING_SEED, [height] * 20)
+    keep(tmp_path, "critic", SLOW, bench.TUNING_SEED, [0.9] * 20)
+    assert bench.best_tuning(tmp_path, "delay_16", "grpo", [SLOW, FAST]) == FAST
+    assert bench.best_tuning(tmp_path, "random", "grpo", [SLOW, FAST]) == FAST  # nothing to tune on there
+    assert bench.best_tuning(tmp_path, "delay_64", "grpo", [SLOW, FAST]) is None
+    assert bench.best_tuning(tmp_path, "delay_16", "critic", [SLOW, FAST]) is None
+    for tuning in (FAST, bench.Tuning(1, 3e-3), bench.Tuning(4, 1e-3)):
+        keep(tmp_path, "critic", tuning, bench.TUNING_SEED, [0.1] * 20)
+        keep(tmp_path, "grpo", tuning, bench.TUNING_SEED, [0.6 if tuning == FAST else 0.2] * 20)
     for seed in (1, 2):
-        keep(tmp_path, "grpo", 3e-3, seed, [0.0] * 10 + [1.0] * 10)
-        keep(tmp_path, "critic", 1e-3, seed, [0.0] * (2 * seed) + [1.0] * (20 - 2 * seed))
+        keep(tmp_path, "grpo", FAST, seed, [0.0] * 10 + [1.0] * 10)
+        keep(tmp_path, "critic", SLOW, seed, [0.0] * (2 * seed) + [1.0] * (20 - 2 * seed))
     options = argparse.Namespace(
-        tasks=["delay_16"], methods=["critic", "grpo", "spo"], learning_rates=[1e-3, 3e-3], seeds=[1, 2, 3]
+        tasks=["delay_16", "delay_64"],
+        methods=["critic", "grpo", "spo", "reward_to_go"],
+        learning_rates=[1e-3, 3e-3],
+        passes=[1, 4],
+        seeds=[1, 2, 3],
     )
-    critic, grpo = bench.summarise(tmp_path, options)["delay_16"]
+    assert bench.methods_on("delay_16", options) == ["critic", "grpo", "spo"]
+    assert bench.methods_on("cipher", options) == options.methods
+    tables = bench.summarise(tmp_path, options)
+    assert list(tables) == ["delay_16"]
+    critic, grpo = tables["delay_16"]
     assert (grpo["target"], grpo["tokens"], grpo["share"], grpo["reached"]) == (1.0, 200.0, 1.0, 2)
     # The mean of ten updates is 1 after 12 and after 14 of them.
-    assert (critic["learning_rate"], critic["tokens"], critic["reached"], critic["seeds"]) == (1e-3, 130.0, 2, 2)
+    assert (critic["learning_rate"], critic["passes"]) == (1e-3, 1) and (grpo["passes"], grpo["time"]) == (4, 1.0)
+    assert (critic["tokens"], critic["reached"], critic["seeds"]) == (130.0, 2, 2)
     assert critic["share"] == pytest.approx(0.65)
+    assert critic["time"] == pytest.approx(1.95)  # a batch takes three times as long
     assert critic["share_interval"] == pytest.approx((0.6, 0.7))
     lines = bench.markdown({"delay_16": [critic, grpo]})
-    assert any(line.startswith("| critic | 0.001 | 0.65 (0.60 to 0.70) | 2 of 2 | 1.000") for line in lines)
+    assert any(line.startswith("| critic | 1, 0.001 | 0.65 (0.60 to 0.70) | 2 of 2 | 1.95 | 1.000") for line in lines)
 
 
 def test_the_delay_pays_for_the_first_token_alone() -> None:
@@ -92,16 +111,17 @@ def test_the_delay_pays_for_the_first_token_alone() -> None:
 @pytest.mark.slow
 def test_runs_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(bench.TASKS, "delay_16", bench.delay(4, 3))
-    arguments = ["--tasks", "delay_16", "--methods", "critic", "grpo", "--seeds", "1", "2", "--learning_rates", "1e-3"]
-    monkeypatch.setattr(sys, "argv", ["tokens_to_target.py", "--output_dir", str(tmp_path), *arguments, "--jobs", "2"])
+    tuning = ["--learning_rates", "1e-3", "--passes", "2"]
+    arguments = ["--tasks", "delay_16", "--methods", "critic", "grpo", "--seeds", "1", "2", *tuning, "--jobs", "2"]
+    monkeypatch.setattr(sys, "argv", ["tokens_to_target.py", "--output_dir", str(tmp_path), *arguments])
     bench.main()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     assert len(files) == 6
     table = capsys.readouterr().out
-    assert "| critic | 0.001 | " in table and "of 2 |" in table
+    assert "| critic | 2, 0.001 | " in table and "of 2 |" in table
     assert (tmp_path / "tokens_to_target.png").stat().st_size > 10_000
     bench.main()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")} == files
     assert capsys.readouterr().out == table
-    run = json.loads((tmp_path / "runs" / "delay_16" / "critic_0.001_1.json").read_text())
-    assert [tokens for tokens, _ in run["curve"]] == [256, 512, 768] and run["mib"] > 0
+    run = json.loads((tmp_path / "runs" / "delay_16" / "critic_2_0.001_1.json").read_text())
+    assert [tokens for tokens, *_ in run["curve"]] == [256, 512, 768] and run["mib"] > 0  # two passes, one point

@@ -10,18 +10,21 @@
     cipher_end   the game again, paid as one sum at the end
     random       a coin decides the reward of `delay_16`, the control: no method can learn anything
 
-All methods generate 64 completions for an update, with one policy, one schedule and no KL term. What is theirs is the
+All methods generate 64 completions at a time, with one policy, one schedule and no KL term. What is theirs is the
 number of completions per prompt, the advantage and the loss, as papers or package have them by default. The critic has
-a sequential head and a replay of its values. GRPO, DAPO and
-RLOO compare eight completions of a prompt; `reward_to_go` is REINFORCE++ on the rewards that follow each token. Every
-method has a learning rate of its own for every task, the best of three by the mean score over the run, on a seed that
-is not reported. DAPO goes without its penalty on length, since lengths are given or short. Tokens that are drawn and
-dropped count, for they are generated.
+a sequential head and a replay of its values. GRPO, DAPO and RLOO compare eight completions of a prompt; `reward_to_go`
+is REINFORCE++ on the rewards that follow each token, and runs where rewards come at several. DAPO goes without its
+penalty on length, since lengths are given or short. Tokens that are drawn and dropped count, for they are generated.
 
-A score is the task's own, of the completions of one update, before the policy learns from them. The target is where
-stock GRPO ends, the mean over the seeds and over the last tenth of the run. A run has reached it when the mean of ten
-updates has. A run that never does counts with its whole budget; the table says how many did. Intervals are bootstrap
-intervals of the mean over the seeds, 95 %.
+Every method has a learning rate and a number of passes over each batch (`num_iterations`) of its own for every task:
+the best of six pairs by the mean score over the run, on a seed that is not reported. The control takes those of
+`delay_16`.
+
+A score is the task's own, of one batch of completions, before the policy learns from them. The target is where stock
+GRPO ends, the mean over the seeds and over the last tenth of the run. A run has reached it when the mean of ten batches
+has. A run that never does counts with its whole budget; the table says how many did. Time is the processor time of the
+run, with one thread, so that it does not depend on what else the machine does. Intervals are bootstrap intervals of the
+mean over the seeds, 95 %.
 
 Everything that is done is in `runs/`, one file for a run, and is not done again: stop and go on at any time.
 Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`.
@@ -40,7 +43,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -64,7 +67,7 @@ from symbols import CRITIC, small_policy, symbol_tokenizer
 
 BATCH = 64
 TUNING_SEED = 100
-"""Seed on which learning rates are chosen, and no other."""
+"""Seed on which learning rates and passes are chosen, and nothing else."""
 
 GROUPS = {"num_generations": 8}
 SINGLE = {"num_generations": 1}
@@ -82,17 +85,68 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ppo": (PPOTrainer, PPOConfig, {"beta": 0.0}),
     "reward_to_go": (GRPOVariantTrainer, GRPOVariantConfig, {**SINGLE, "advantage": "reward_to_go"}),
 }
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+PASSES = (1, 4)
+ONLY_ON = {"reward_to_go": ["cipher"]}
+"""Tasks of a method that is another one's equal on all others."""
+TUNED_AS = {"random": "delay_16"}
+"""Tasks on which nothing can be tuned."""
+
+
+class Tuning(NamedTuple):
+    """What is chosen for each method and task.
+
+    Attributes:
+        passes: Over each batch of completions.
+        learning_rate: Of the policy.
+    """
+
+    passes: int
+    learning_rate: float
+
+
+class Job(NamedTuple):
+    """A run to do."""
+
+    task: str
+    method: str
+    tuning: Tuning
+    seed: int
+
+    def file(self, output: Path) -> Path:
+        """Where the run is kept."""
+        name = f"{self.method}_{self.tuning.passes}_{self.tuning.learning_rate:g}_{self.seed}.json"
+        return output / "runs" / self.task / name
+
+    def load(self, output: Path) -> list[dict[str, Any]]:
+        """The run, if it is done: a list of one or of none."""
+        path = self.file(output)
+        return [json.loads(path.read_text())] if path.is_file() else []
+
+
+class Point(NamedTuple):
+    """A point of a learning curve.
+
+    Attributes:
+        tokens: Generated so far.
+        seconds: Of processor time so far.
+        score: Of the latest completions.
+    """
+
+    tokens: int
+    seconds: float
+    score: float
 
 
 # Tasks
 
 
 class Meter:
-    """Counts generated tokens and notes scores, update by update."""
+    """Counts generated tokens and notes scores, batch by batch."""
 
     def __init__(self) -> None:
-        self.tokens, self.curve = 0, []
+        self.tokens, self.began = 0, time.process_time()
+        self.curve: list[Point] = []
         self._scores: list[float] = []
 
     def note(self, tokens: int, scores: list[float]) -> None:
@@ -103,7 +157,7 @@ class Meter:
     def end_update(self) -> None:
         """Add a point to the curve."""
         if self._scores:
-            self.curve.append((self.tokens, statistics.fmean(self._scores)))
+            self.curve.append(Point(self.tokens, time.process_time() - self.began, statistics.fmean(self._scores)))
             self._scores = []
 
 
@@ -127,7 +181,7 @@ class Setting:
         tokenizer: Its tokenizer.
         prompts: Rows of the data.
         reward: Reward function, which also tells the meter.
-        updates: Of the policy.
+        batches: Of 64 completions.
         max_completion_length: In tokens.
         options: Further options of the configs.
         given: Further arguments of the trainers.
@@ -139,7 +193,7 @@ class Setting:
     tokenizer: Any
     prompts: list[dict[str, Any]]
     reward: Any
-    updates: int
+    batches: int
     max_completion_length: int
     options: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
@@ -147,7 +201,7 @@ class Setting:
     of_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def delay(length: int, updates: int, *, by_chance: bool = False) -> Callable[[Meter, int, Path], Setting]:
+def delay(length: int, batches: int, *, by_chance: bool = False) -> Callable[[Meter, int, Path], Setting]:
     """The first token decides: each of 32 prompts asks for one of four, and `length - 1` free tokens follow."""
 
     def make(meter: Meter, seed: int, output: Path) -> Setting:
@@ -162,7 +216,7 @@ def delay(length: int, updates: int, *, by_chance: bool = False) -> Callable[[Me
             return [float(coin.random() < 0.5) for _ in right] if by_chance else right
 
         rows = [{"prompt": text} for text in spelled] * 8
-        return Setting(small_policy(512), symbol_tokenizer(), rows, reward, updates, length)
+        return Setting(small_policy(512), symbol_tokenizer(), rows, reward, batches, length)
 
     return make
 
@@ -191,7 +245,7 @@ def cipher(*, at_the_end: bool) -> Callable[[Meter, int, Path], Setting]:
             tokenizer,
             [{"prompt": "a"}] * 1024,
             earned,
-            updates=300,
+            batches=300,
             max_completion_length=turns * (turn_length + 3),
             given={"rollout_func": episodes},
             # Returns are up to 48, where a verifier says 0 or 1, and a squared error grows with the square.
@@ -204,7 +258,7 @@ def cipher(*, at_the_end: bool) -> Callable[[Meter, int, Path], Setting]:
 
 
 def reasoning(
-    task: str, config: dict[str, Any], updates: int, length: int, warm_start_steps: int
+    task: str, config: dict[str, Any], batches: int, length: int, warm_start_steps: int
 ) -> Callable[[Meter, int, Path], Setting]:
     """A task of reasoning-gym for the small model of `recipes/sums.py`, after a warm start that all runs share."""
 
@@ -224,7 +278,7 @@ def reasoning(
             sums.character_tokenizer(),
             train.select_columns(["prompt", "entry"]).to_list(),
             reward,
-            updates,
+            batches,
             length,
         )
 
@@ -266,28 +320,26 @@ TASKS: dict[str, Callable[[Meter, int, Path], Setting]] = {
 # One run
 
 
-def train(
-    task: str, method: str, learning_rate: float, seed: int, output: Path, changes: dict[str, Any]
-) -> dict[str, Any]:
-    """Train with one method and give its curve, time and peak memory."""
-    set_seed(seed)
+def train(job: Job, output: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Train with one method and give its curve and peak memory."""
+    set_seed(job.seed)
     meter = Meter()
-    setting = TASKS[task](meter, seed, output)
-    set_seed(seed)
-    trainer_class, config_class, own = METHODS[method]
-    if method in ("critic", "ppo"):
+    setting = TASKS[job.task](meter, job.seed, output)
+    set_seed(job.seed)
+    trainer_class, config_class, own = METHODS[job.method]
+    if job.method in ("critic", "ppo"):
         own = {**setting.of_critics, **own}
-    if method == "critic":
+    if job.method == "critic":
         own = {**own, **changes}
-    own = {**own, **setting.of_methods.get(method, {})}
-    passes = own.get("num_iterations", config_class.num_iterations if method == "ppo" else 1)
+    own = {**own, **setting.of_methods.get(job.method, {})}
     args = config_class(
-        output_dir=str(output / "scratch" / f"{task}_{method}_{learning_rate}_{seed}"),
+        output_dir=str(output / "scratch" / job.file(output).stem),
         per_device_train_batch_size=BATCH,
         max_completion_length=setting.max_completion_length,
-        learning_rate=learning_rate,
+        learning_rate=job.tuning.learning_rate,
+        num_iterations=job.tuning.passes,
         lr_scheduler_type="constant",
-        max_steps=setting.updates * passes,
+        max_steps=setting.batches * job.tuning.passes,
         logging_steps=20,
         save_strategy="no",
         gradient_checkpointing=False,
@@ -295,7 +347,7 @@ def train(
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        seed=seed,
+        seed=job.seed,
         **{"steps_per_generation": 1, **setting.options, **own},
     )
     trainer = trainer_class(
@@ -308,16 +360,15 @@ def train(
         **setting.given,
     )
     trainer.remove_callback(PrinterCallback)
-    before, began = held_memory(), time.time()
+    before, meter.began = held_memory(), time.process_time()
     trainer.train()
     logged = [row for row in trainer.state.log_history if "critic/explained_variance" in row]
     return {
-        "task": task,
-        "method": method,
-        "learning_rate": learning_rate,
-        "seed": seed,
+        "task": job.task,
+        "method": job.method,
+        **job.tuning._asdict(),
+        "seed": job.seed,
         "curve": meter.curve,
-        "seconds": time.time() - began,
         "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before,
         "explained_variance": [row["critic/explained_variance"] for row in logged],
     }
@@ -329,33 +380,28 @@ def held_memory() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def run_file(output: Path, task: str, method: str, learning_rate: float, seed: int) -> Path:
-    """Where a run is kept."""
-    return output / "runs" / task / f"{method}_{learning_rate:g}_{seed}.json"
-
-
-def work(job: tuple[str, str, float, int], output: Path, changes: dict[str, Any]) -> None:
+def work(job: Job, output: Path, changes: dict[str, Any]) -> None:
     """Do a run and keep it; runs in a process of its own, whose memory is the run's."""
     torch.set_num_threads(1)
     try:
-        result = train(*job, output, changes)
+        result = train(job, output, changes)
     except Exception:
         traceback.print_exc()
         raise
-    path = run_file(output, *job)
+    path = job.file(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(result))
     path.with_suffix(".new").rename(path)
 
 
-def run_all(jobs: list[tuple[str, str, float, int]], output: Path, processes: int, changes: dict[str, Any]) -> None:
+def run_all(jobs: list[Job], output: Path, processes: int, changes: dict[str, Any]) -> None:
     """Do the runs that are not done, several at a time.
 
     Raises:
         RuntimeError: If one fails; those that are done stay.
     """
     context, running = multiprocessing.get_context("fork"), {}
-    waiting = [job for job in jobs if not run_file(output, *job).is_file()]
+    waiting = [job for job in jobs if not job.file(output).is_file()]
     failed: list[Any] = []
     while waiting or running:
         while waiting and len(running) < processes and not failed:
@@ -367,41 +413,43 @@ def run_all(jobs: list[tuple[str, str, float, int]], output: Path, processes: in
             process.join()
             if process.exitcode:
                 failed.append(job)
-            else:
-                result = json.loads(run_file(output, *job).read_text())
-                print(
-                    f"{' '.join(map(str, job))}: end {ending(result['curve']):.3f}, {result['seconds']:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                continue
+            curve = job.load(output)[0]["curve"]
+            print(
+                f"{job.task} {job.method} seed {job.seed}, {job.tuning.passes} passes at "
+                f"{job.tuning.learning_rate:g}: ends at {ending(curve):.3f}, {curve[-1][1]:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         if failed and not running:
             raise RuntimeError(f"Failed: {failed}. Runs that are done stay in {output / 'runs'}.")
         time.sleep(0.2)
 
 
-# Choosing learning rates, and the table
+# Tuning, and the table
 
 
-def smoothed(curve: list[tuple[int, float]], width: int = 10) -> list[float]:
+def smoothed(curve: list[Point], width: int = 10) -> list[float]:
     """Means of the last `width` scores."""
-    heights = [height for _, height in curve]
-    return [statistics.fmean(heights[max(0, i + 1 - width) : i + 1]) for i in range(len(heights))]
+    scores = [score for *_, score in curve]
+    return [statistics.fmean(scores[max(0, i + 1 - width) : i + 1]) for i in range(len(scores))]
 
 
-def ending(curve: list[tuple[int, float]]) -> float:
+def ending(curve: list[Point]) -> float:
     """Mean score of the last tenth of a run."""
-    return statistics.fmean(height for _, height in curve[-max(1, len(curve) // 10) :])
+    return statistics.fmean(score for *_, score in curve[-max(1, len(curve) // 10) :])
 
 
-def area(curve: list[tuple[int, float]]) -> float:
+def area(curve: list[Point]) -> float:
     """Mean score over the run."""
-    return statistics.fmean(height for _, height in curve)
+    return statistics.fmean(score for *_, score in curve)
 
 
-def tokens_until(curve: list[tuple[int, float]], target: float) -> float | None:
-    """Tokens after which the smoothed curve first reaches a target."""
+def arrival(curve: list[Point], target: float) -> tuple[Point, bool]:
+    """The point where the smoothed curve first reaches a target, or the last one, and whether it was reached."""
     heights = smoothed(curve)
-    return next((tokens for (tokens, _), h in zip(curve, heights, strict=True) if h >= target), None)
+    found = next((Point(*point) for point, h in zip(curve, heights, strict=True) if h >= target), None)
+    return found or Point(*curve[-1]), found is not None
 
 
 def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
@@ -411,66 +459,68 @@ def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
     return means[int(0.025 * draws)], means[int(0.975 * draws)]
 
 
-def load(output: Path, task: str, method: str, learning_rate: float, seeds: list[int]) -> list[dict[str, Any]]:
-    """Runs of the seeds that are there."""
-    paths = [run_file(output, task, method, learning_rate, seed) for seed in seeds]
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+def grid(options: argparse.Namespace) -> list[Tuning]:
+    """Pairs to choose from."""
+    return [Tuning(passes, rate) for passes in options.passes for rate in options.learning_rates]
 
 
-def best_rate(output: Path, task: str, method: str, rates: list[float]) -> float | None:
-    """Learning rate with the highest mean score on the tuning seed; `None` while some are missing."""
-    found = {rate: load(output, task, method, rate, [TUNING_SEED]) for rate in rates}
-    if not all(found.values()):
+def best_tuning(output: Path, task: str, method: str, pairs: list[Tuning]) -> Tuning | None:
+    """The pair with the highest mean score on the tuning seed; `None` while some are missing."""
+    runs = [Job(TUNED_AS.get(task, task), method, pair, TUNING_SEED).load(output) for pair in pairs]
+    if not all(runs):
         return None
-    return max(rates, key=lambda rate: area(found[rate][0]["curve"]))
+    return pairs[max(range(len(pairs)), key=lambda i: area(runs[i][0]["curve"]))]
+
+
+def methods_on(task: str, options: argparse.Namespace) -> list[str]:
+    """The methods that run on a task."""
+    return [method for method in options.methods if task in ONLY_ON.get(method, [task])]
+
+
+def finished(output: Path, task: str, method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs that are reported, of those seeds that are done."""
+    tuning = best_tuning(output, task, method, grid(options))
+    if tuning is None:
+        return []
+    return [run for seed in options.seeds for run in Job(task, method, tuning, seed).load(output)]
 
 
 def summarise(output: Path, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Rows of the table by task: of every method whose runs are there."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for task in options.tasks:
-        runs = {}
-        for method in options.methods:
-            rate = best_rate(output, task, method, options.learning_rates)
-            found = [] if rate is None else load(output, task, method, rate, options.seeds)
-            if found:
-                runs[method] = found
+        runs = {method: finished(output, task, method, options) for method in methods_on(task, options)}
+        runs = {method: found for method, found in runs.items() if found}
         if "grpo" not in runs:
             continue
         target = statistics.fmean(ending(run["curve"]) for run in runs["grpo"])
-        unit = statistics.fmean(used(run, target)[0] for run in runs["grpo"])
+        arrivals = {method: [arrival(run["curve"], target) for run in found] for method, found in runs.items()}
+        tokens, seconds = (statistics.fmean(point[i] for point, _ in arrivals["grpo"]) for i in (0, 1))
         memory = statistics.fmean(run["mib"] for run in runs["grpo"])
-        clock = statistics.fmean(run["seconds"] / run["curve"][-1][0] for run in runs["grpo"])
         tables[task] = []
         for method, found in runs.items():
-            tokens = [used(run, target) for run in found]
-            shares = [count / unit for count, _ in tokens]
+            shares = [point.tokens / tokens for point, _ in arrivals[method]]
             ends = [ending(run["curve"]) for run in found]
             tables[task].append(
                 {
                     "method": method,
                     "learning_rate": found[0]["learning_rate"],
+                    "passes": found[0]["passes"],
                     "seeds": len(found),
                     "target": target,
-                    "tokens": statistics.fmean(count for count, _ in tokens),
+                    "tokens": statistics.fmean(point.tokens for point, _ in arrivals[method]),
                     "share": statistics.fmean(shares),
                     "share_interval": interval(shares),
-                    "reached": sum(reached for _, reached in tokens),
+                    "reached": sum(reached for _, reached in arrivals[method]),
+                    "time": statistics.fmean(point.seconds for point, _ in arrivals[method]) / seconds,
                     "end": statistics.fmean(ends),
                     "end_interval": interval(ends),
                     "area": statistics.fmean(area(run["curve"]) for run in found),
-                    "seconds_per_token": statistics.fmean(r["seconds"] / r["curve"][-1][0] for r in found) / clock,
                     "memory": statistics.fmean(run["mib"] for run in found) / memory,
                     "explained_variance": [run["explained_variance"][-1:] for run in found],
                 }
             )
     return tables
-
-
-def used(run: dict[str, Any], target: float) -> tuple[float, bool]:
-    """Tokens until the target, or all of the budget, and whether it was reached."""
-    tokens = tokens_until(run["curve"], target)
-    return (run["curve"][-1][0], False) if tokens is None else (tokens, True)
 
 
 def markdown(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -480,17 +530,17 @@ def markdown(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
         lines += [
             f"**{task}**, target {rows[0]['target']:.3f}",
             "",
-            "| method | learning rate | tokens to the target beside GRPO | reached | score at the end | time a token "
-            "| memory |",
+            "| method | passes, learning rate | tokens to the target beside GRPO | reached | time to the target "
+            "| score at the end | memory |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in sorted(rows, key=lambda row: row["share"]):
             low, high = row["share_interval"]
             first, last = row["end_interval"]
             lines.append(
-                f"| {row['method']} | {row['learning_rate']:g} | {row['share']:.2f} ({low:.2f} to {high:.2f}) | "
-                f"{row['reached']} of {row['seeds']} | {row['end']:.3f} ({first:.3f} to {last:.3f}) | "
-                f"{row['seconds_per_token']:.2f} | {row['memory']:.2f} |"
+                f"| {row['method']} | {row['passes']}, {row['learning_rate']:g} | "
+                f"{row['share']:.2f} ({low:.2f} to {high:.2f}) | {row['reached']} of {row['seeds']} | "
+                f"{row['time']:.2f} | {row['end']:.3f} ({first:.3f} to {last:.3f}) | {row['memory']:.2f} |"
             )
         lines.append("")
     return lines
@@ -505,7 +555,7 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
     for number, (task, rows) in enumerate(tables.items()):
         axes = figure.add_subplot(lines, columns, number + 1)
         for row in rows:
-            runs = load(output, task, row["method"], row["learning_rate"], options.seeds)
+            runs = finished(output, task, row["method"], options)
             length = min(len(run["curve"]) for run in runs)
             heights = [smoothed(run["curve"])[:length] for run in runs]
             tokens = [statistics.fmean(run["curve"][i][0] for run in runs) / 1000 for i in range(length)]
@@ -536,6 +586,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS, help="which methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="seeds that are reported")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[*LEARNING_RATES], help="to choose from")
+    parser.add_argument("--passes", nargs="+", type=int, default=[*PASSES], help="over each batch, to choose from")
     parser.add_argument("--critic", type=json.loads, default={}, help="options of the critic, as JSON")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="run nothing; table and picture of what is there")
@@ -545,12 +596,12 @@ def main() -> None:
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     for task in [] if options.table else options.tasks:
+        tuned, methods = TUNED_AS.get(task, task), methods_on(task, options)
         TASKS[task](Meter(), 0, output)  # makes the warm start, before runs share it
-        rates = options.learning_rates
-        tuning = [(task, method, rate, TUNING_SEED) for method in options.methods for rate in rates]
-        run_all(tuning, output, options.jobs, options.critic)
-        chosen = {method: best_rate(output, task, method, rates) for method in options.methods}
-        jobs = [(task, method, chosen[method], seed) for seed in options.seeds for method in options.methods]
+        jobs = [Job(tuned, method, pair, TUNING_SEED) for method in methods for pair in grid(options)]
+        run_all(jobs, output, options.jobs, options.critic)
+        chosen = {method: best_tuning(output, task, method, grid(options)) for method in methods}
+        jobs = [Job(task, method, chosen[method], seed) for seed in options.seeds for method in methods]
         run_all(jobs, output, options.jobs, options.critic)
     tables = summarise(output, options)
     (output / "tokens_to_target.json").write_text(json.dumps(tables, indent=1))
