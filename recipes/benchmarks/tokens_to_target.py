@@ -21,10 +21,10 @@ the best of six pairs by the mean score over the run, on a seed that is not repo
 `delay_16`.
 
 A score is the task's own, of one batch of completions, before the policy learns from them. The target is where stock
-GRPO ends, the mean over the seeds and over the last tenth of the run. A run has reached it when the mean of ten batches
-has. A run that never does counts with its whole budget; the table says how many did. Time is the processor time of the
-run, with one thread, so that it does not depend on what else the machine does. Intervals are bootstrap intervals of the
-mean over the seeds, 95 %.
+GRPO ends, the mean over the seeds and over the last tenth of the run. A run has reached it when the mean of ten
+batches has. A run that never does counts with its whole budget; the table says how many did. Time is the processor
+time of the run, with one thread, so that it does not depend on what else the machine does. Intervals are bootstrap
+intervals of the mean over the seeds, 95 %.
 
 Everything that is done is in `runs/`, one file for a run, and is not done again: stop and go on at any time.
 Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`.
