@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python recipes/benchmarks/tokens_to_target.py --output_dir outputs/tokens_to_target --jobs 2
     OMP_NUM_THREADS=1 python recipes/benchmarks/tokens_to_target.py --tasks delay_16 --methods critic grpo spo
 
-    sums         sums and differences of two to four numbers of one or two digits, of which no method learns all
-    words        words spelled backward, three to nine letters
+    sums         sums and differences of two or three numbers of one or two digits, of which no method learns all
+    words        words of 5 to 14 letters spelled backward, after a warm start that is too short
     delay_16     the first of 16 tokens decides, and the reward comes after the last; `delay_64`, `delay_256`
     cipher       the game of `recipes/multi_turn.py`: eight turns, most of what they earn is luck, paid after each turn
     cipher_end   the game again, paid as one sum at the end
@@ -305,9 +305,9 @@ def sums_config(folder: Path) -> MTPCriticConfig:
 
 TASKS: dict[str, Callable[[Meter, int, Path], Setting]] = {
     "sums": reasoning(
-        "chain_sum", {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2}, 400, 24, warm_start_steps=2000
+        "chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, 300, 24, warm_start_steps=3000
     ),
-    "words": reasoning("spell_backward", {"min_word_len": 3, "max_word_len": 9}, 400, 12, warm_start_steps=1500),
+    "words": reasoning("spell_backward", {"min_word_len": 5, "max_word_len": 14}, 300, 16, warm_start_steps=300),
     "delay_16": delay(16, 150),
     "delay_64": delay(64, 150),
     "delay_256": delay(256, 100),
