@@ -20,7 +20,16 @@ from rl_plugins.report import (
     write_token_values_html,
 )
 from rl_plugins.report.colors import BINS, contrast, diverging_color, sequential_color, text_color
-from rl_plugins.report.curves import Panel, default_window, grid_shape
+from rl_plugins.report.curves import (
+    DEFAULT_PANELS,
+    EVALUATION_PANELS,
+    OTHER_PANELS,
+    Panel,
+    default_window,
+    grid_rows,
+    merge_panels,
+    panel_of,
+)
 from rl_plugins.report.page import CSS
 from rl_plugins.report.token_text import visible
 from rl_plugins.report.token_values import LONG, format_number
@@ -104,10 +113,87 @@ def test_no_known_metric_raises_with_the_expected_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_panels", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3)), (8, (3, 3))]
+    ("n_panels", "rows"),
+    [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2]), (8, [3, 3, 2]), (10, [3, 3, 2, 2])],
 )
-def test_grid_shape(n_panels: int, shape: tuple[int, int]) -> None:
-    assert grid_shape(n_panels) == shape
+def test_no_cell_of_the_grid_is_empty(n_panels: int, rows: list[int]) -> None:
+    assert grid_rows(n_panels) == rows and sum(rows) == n_panels
+
+
+def test_titles_are_words() -> None:
+    panels = [*EVALUATION_PANELS, *DEFAULT_PANELS, *OTHER_PANELS]
+    assert [panel.title for panel in panels if re.search("[_/]", panel.title)] == []
+    assert panel_of("critic/value_loss/head_*").title == "Error of the critic's values"
+    assert panel_of("critic/value_loss/head_2").title == "Error of the critic's values: head 2"
+    assert panel_of("rewards/accuracy/mean").title == "Mean of a reward: accuracy"
+    unknown = panel_of("eval_completions/min_length")
+    assert (unknown.title, unknown.key) == (
+        "Completions min length on held-out data",
+        "eval_completions/min_length",
+    )
+
+
+def test_names_become_lines_as_numbers_do() -> None:
+    log = [{"step": 1, "rewards/format/mean": 1.0, "rewards/accuracy/mean": 0.5, "rewards/accuracy/std": 0.1}]
+    (item,) = select_panels(log, [panel_of("rewards/*/mean")])
+    assert [(line.label, line.values) for line in item.lines] == [("accuracy", [0.5]), ("format", [1.0])]
+
+
+REWARD = [Panel("Reward", "mean reward", "reward", band="reward_std")]
+
+
+def rewards(points: dict[int, float]) -> list[dict[str, float]]:
+    return [{"step": step, "reward": reward, "reward_std": 0.5} for step, reward in points.items()]
+
+
+def test_runs_of_one_setting_become_a_mean_with_a_band() -> None:
+    # Between 0 and 20 the second run goes from 4 to 8. The first one was resumed at 10, and goes further than 20.
+    runs = [[*rewards({0: 0.0, 10: 9.0}), *rewards({10: 1.0, 20: 2.0, 30: 3.0})], rewards({0: 4.0, 20: 8.0})]
+    (item,) = merge_panels({"critic": runs}, REWARD, window=1)
+    (line,) = item.lines
+    assert (line.steps, line.values, line.band) == ([0, 10, 20], [2.0, 3.5, 5.0], None)
+    assert line.spread == ([0.0, 1.0, 2.0], [4.0, 6.0, 8.0])
+    (item,) = merge_panels({"critic": runs}, REWARD, window=1, spread="stderr")
+    # Two values a and b: the deviation is |a - b| / sqrt 2, and the error |a - b| / 2.
+    assert item.lines[0].spread is not None
+    assert item.lines[0].spread[1] == pytest.approx([4.0, 6.0, 8.0])
+
+
+def test_curves_are_smoothed_before_the_mean() -> None:
+    runs = [rewards({0: 0.0, 1: 3.0, 2: 0.0}), rewards({0: 0.0, 1: 0.0, 2: NAN})]
+    (item,) = merge_panels({"a": runs}, REWARD, window=3)
+    # The first becomes 1.5, 1, 1.5; the second 0, 0, 0.
+    assert item.lines[0].values == [0.75, 0.5, 0.75]
+
+
+def test_every_setting_has_its_line() -> None:
+    one, two = rewards({0: 1.0}), [{"step": 0, "kl": 1.0}]
+    (item,) = merge_panels({"a": [one], "b": [two], "c": [one, one]}, REWARD)
+    assert [(line.setting, line.band) for line in item.lines] == [(0, None), (2, None)]
+    (item,) = merge_panels({"a": [one]}, REWARD)
+    assert item.lines[0].band == [0.5]
+
+
+def test_runs_without_a_common_step_have_no_mean() -> None:
+    (item,) = merge_panels({"a": [rewards({0: 1.0}), rewards({5: 1.0})]}, REWARD)
+    assert item.lines[0].steps == []
+
+
+def test_what_cannot_be_merged_is_refused() -> None:
+    with pytest.raises(ValueError, match="spread must be one of range, stderr, not 'std'"):
+        merge_panels({"a": [rewards({0: 1.0})]}, REWARD, spread="std")
+    with pytest.raises(ValueError, match="every setting needs the log of at least one run"):
+        merge_panels({"a": []}, REWARD)
+    with pytest.raises(ValueError, match="none of the expected keys: reward"):
+        merge_panels({"a": [[{"step": 1, "loss": 1.0}]]}, REWARD)
+
+
+@pytest.mark.slow
+def test_the_picture_of_several_runs_has_room_for_its_legend(tmp_path: Path) -> None:
+    settings = {"critic": [full_log(), full_log()], "grpo": [full_log()], "ppo": [full_log()]}
+    path = plot_training_curves(settings, tmp_path / "a.png", panels=REWARD)
+    # A panel of 3.6 x 2.8 inches, and 0.3 each for two rows of three names and the line about bands.
+    assert png_size(path) == (540, 555)
 
 
 @pytest.mark.slow
