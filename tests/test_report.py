@@ -371,7 +371,7 @@ def test_words_do_not_break_and_lines_end_where_they_do_in_the_text(tmp_path: Pa
         r"<(?!wbr|br|span class=w|/span)[^>]*>", "", re.sub(r'<span class="t.*?>(.*?)</span>', r"\1", inside)
     )
     assert shown == (
-        "<span class=w>unbelievably</span><wbr><span class=w>␣good:↵<br>␣␣␣</span><br>x<wbr>"
+        "<span class=w>unbelievably</span><wbr><span class=w>␣good:↵<br>␣␣␣x</span><wbr>"
         "<span class=w>␣=漢</span><wbr>字<wbr>"
     )
 

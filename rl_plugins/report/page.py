@@ -149,7 +149,7 @@ svg.line{display:inline-block;width:24px;height:12px;vertical-align:-1px}
 border-radius:6px;font-size:13px;line-height:1.45;white-space:pre;font-variant-numeric:tabular-nums;
 max-width:90vw;
 overflow:hidden}
-[hidden]{display:none!important}
+[hidden],.left-out,[data-tools=off] :is([data-group],.find,#numbers){display:none!important}
 .bar{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 @media (max-width:700px){.tools{position:static}body{padding:0 12px 40px}article{padding:10px 12px 12px}
 article.short{display:block}}
@@ -230,7 +230,7 @@ function textOf(card) {
     let text = "";
     for (const token of tokens) {
       starts.push(text.length);
-      text += token.textContent.toLowerCase().replaceAll("␣", " ").replaceAll("↵", "\n").replaceAll("⇥", "\t");
+      text += token.textContent.toLowerCase().replace(/[␣↵⇥]/g, " ");  // a blank finds a line's end as well
     }
     texts.set(card, { tokens, text, starts });
   }
@@ -342,8 +342,12 @@ main.addEventListener("click", (event) => {
 
 // Settings in the address, such as #mode=delta&sort=surprise.
 const settings = new URLSearchParams(location.hash.slice(1));
+if (settings.get("tools") === "off") body.dataset.tools = "off";
 const theme = settings.get("theme") ?? remembered();
 for (const group of groups) pick(group, group.dataset.group === "theme" ? theme : settings.get(group.dataset.group));
 find.value = settings.get("find") ?? "";
+const only = settings.get("only");
+for (const card of only === null ? [] : cards)
+  card.classList.toggle("left-out", only !== String(Number(card.dataset.order) + 1));
 apply();
 """

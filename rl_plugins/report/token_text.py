@@ -112,7 +112,7 @@ def words(texts: Sequence[str]) -> Iterator[range]:
 
 
 def _may_break(before: str, after: str) -> bool:
-    if "\n" in before or (after[:1].isspace() and after[:1] != "\n"):
+    if before.endswith("\n") or (after[:1].isspace() and after[:1] != "\n"):
         return True
     return _is_wide(before[-1:]) and not unicodedata.category(after[:1] or "x").startswith("P")
 

@@ -41,7 +41,8 @@ def write_token_values_html(
     stands behind its token. Tokens of an environment have no colour, and every turn has its number.
 
     The address of the page takes settings behind a `#`, joined by `&`: `mode=delta`, `show=right` or `wrong`,
-    `sort=reward` or `surprise`, `theme=light` or `dark`, `find=TEXT`.
+    `sort=reward` or `surprise`, `theme=light` or `dark`, `find=TEXT`; and for a picture of one completion without the
+    buttons, `only=NUMBER` and `tools=off`.
 
     Args:
         traces: Completions, in the order of the page.
@@ -196,12 +197,16 @@ def _byte_html(match: re.Match[str]) -> str:
 
 
 def _text_html(token: str) -> str:
-    parts = LOOSE_BYTES.split(token)
-    marks = [_byte_html(match) for match in LOOSE_BYTES.finditer(token)]
-    texts = [re.sub("[␣↵⇥]+", r"<i>\g<0></i>", escape(visible(part, keep=""))) for part in parts]
-    html = texts[0] + "".join(mark + text for mark, text in zip(marks, texts[1:], strict=True))
     # What follows a line's end in the same token, such as the indent of code, stands in the next line.
-    return re.sub(r"(↵)([^↵<][^↵]*)$", r"\1<br>\2", html) or "<i>∅</i>"
+    lines = token.rpartition("\n")
+    shown = [_line_html(line) for line in (lines[0] + lines[1], lines[2]) if line]
+    return "<br>".join(shown) or "<i>∅</i>"
+
+
+def _line_html(text: str) -> str:
+    parts = [re.sub("[␣↵⇥]+", r"<i>\g<0></i>", escape(visible(part, keep=""))) for part in LOOSE_BYTES.split(text)]
+    marks = [_byte_html(match) for match in LOOSE_BYTES.finditer(text)]
+    return parts[0] + "".join(mark + part for mark, part in zip(marks, parts[1:], strict=True))
 
 
 def _token_html(trace: TokenTrace, index: int, own: bool, shown: bool, scales: _Scales) -> str:
@@ -292,7 +297,7 @@ def _words_html(tokens: Sequence[str], html: Sequence[str]) -> str:
         inside = "".join(html[i] for i in word)
         # Most words are one token, which needs nothing around it; a reward stays in the line of its token.
         whole = inside if len(word) == 1 and "<b" not in inside else f"<span class=w>{inside}</span>"
-        parts.append(whole + ("<br>" if "\n" in tokens[word[-1]] else "<wbr>"))
+        parts.append(whole + ("<br>" if tokens[word[-1]].endswith("\n") else "<wbr>"))
     return "".join(parts)
 
 
