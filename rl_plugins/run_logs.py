@@ -1,4 +1,4 @@
-"""What training runs logged, read from their files, and which runs differ in nothing but their seed.
+"""Logs of training runs, read from their files, and put together where only the seed differs.
 
 The file needs nothing besides the standard library, so that the command line answers at once.
 """

@@ -228,7 +228,7 @@ def _rank(name: str) -> tuple[float, str]:
 
 
 def _line_name(names: tuple[str, ...]) -> str:
-    """What `*` stands for: the name of a reward, or the number of a head."""
+    """Words for what `*` stands for: the name of a reward, or the number of a head."""
     return ", ".join(f"head {name}" if name.isdigit() else name for name in names)
 
 
