@@ -9,7 +9,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest test-vllm check format smollm2 clean
+.PHONY: help demo images test test-latest test-vllm check format smollm2 clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what it learned
 	$(OFFLINE) $(BIN)/python recipes/mtp_critic.py --output_dir outputs/demo
+
+images: $(STAMP) ## draw the pictures of the documentation that need no training, or whose runs are in outputs/
+	$(OFFLINE) $(BIN)/python recipes/draw_images.py
 
 test: $(STAMP) ## run every test, the fast ones first
 	$(OFFLINE) $(BIN)/python -m pytest $(TWO) -m "not slow"

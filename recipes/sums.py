@@ -139,7 +139,7 @@ def as_row(entry: dict[str, Any], chat: bool, guesses: float) -> dict[str, Any]:
     prompt: Any = question.rsplit(": ", 1)[-1].replace(" ", "")
     if chat:
         prompt = [{"role": "user", "content": f"{question}\nEnd your reply with the final answer."}]
-    row = {"prompt": prompt, "question": question, "entry": json.dumps(entry)}
+    row = {"prompt": prompt, "question": question, "answer": entry["answer"], "entry": json.dumps(entry)}
     return row if chat else {**row, "completion": " " + demonstration(entry, guesses)}
 
 
@@ -340,7 +340,7 @@ def report(trainer: Any, script: Script, args: Any) -> dict[str, Any]:
     plot_training_curves(history, output / "curves.png", title=title, panels=(held_out, *DEFAULT_PANELS))
     if trainer.critic is not None:
         write_token_values_html(
-            traces_from_rollout(trainer.processing_class, trainer.last_rollout, 48),
+            traces_from_rollout(trainer.processing_class, trainer.last_rollout, 48, dataset=trainer.eval_dataset),
             output / "token_values.html",
             title=f"What the critic thinks of each token: {script.task}",
             subtitle=f"Held-out items after {trainer.state.global_step} steps.",

@@ -11,6 +11,7 @@ COMMANDS = {
     "mtp-critic": "train a policy with a critic inside it (the arguments of `trl grpo`, and those of the critic)",
     "grpo-variant": "train with a variant of GRPO, such as --preset dapo (those of `trl grpo`, and the variants')",
     "ppo": "train with PPO and a separate value model (those of `trl grpo`, and PPO's)",
+    "plot": "draw the learning curves of finished or running runs",
 }
 
 
@@ -29,6 +30,10 @@ def main(argv: list[str] | None = None) -> None:
         commands.add_parser(name, help=summary, add_help=False)
     # The command parses what follows its name.
     command = parser.parse_args(argv[:1]).command
+    if command == "plot":
+        from rl_plugins import plot_command
+
+        return plot_command.main(argv[1:])
     from rl_plugins.trl.scripts import online
 
     online.main(command, argv[1:], prog=f"rl-plugins {command}")

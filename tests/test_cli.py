@@ -36,7 +36,7 @@ def test_help_is_there_at_once() -> None:
     done = run("--help")
     assert done.returncode == 0 and time.perf_counter() - start < 1.0
     assert all(name in done.stdout for name in cli.COMMANDS)
-    assert set(online.TRAINERS) == set(cli.COMMANDS)
+    assert {*online.TRAINERS, "plot"} == set(cli.COMMANDS)
     loaded = "import sys, rl_plugins.cli; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "set()\n"
 
@@ -44,7 +44,7 @@ def test_help_is_there_at_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["grpo"], "invalid choice: 'grpo' (choose from 'mtp-critic', 'grpo-variant', 'ppo')"),
+        (["grpo"], "invalid choice: 'grpo' (choose from 'mtp-critic', 'grpo-variant', 'ppo', 'plot')"),
         ([], "are required: COMMAND"),
     ],
 )

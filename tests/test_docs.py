@@ -32,7 +32,7 @@ from torch.distributed.run import get_args_parser
 from trl import GRPOConfig, SFTConfig, TrlParser
 
 import rl_plugins.lightning
-from rl_plugins import classic, functional
+from rl_plugins import classic, functional, plot_command
 from rl_plugins.functional import AGGREGATIONS
 from rl_plugins.hooks import TESTED
 from rl_plugins.moe import BalancingConfig, RouterBalancer
@@ -236,6 +236,8 @@ def check_command(words: list[str], recipes: dict[str, set[str]]) -> None:
     if program == "make":
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
         assert arguments and set(arguments) <= targets
+    elif program == "rl-plugins" and arguments[0] == "plot":
+        assert plot_command.make_parser().parse_args(arguments[1:]).runs
     elif program == "rl-plugins":
         assert arguments[0] in online.TRAINERS
         assert flags(arguments) <= options(online.make_parser(arguments[0]))

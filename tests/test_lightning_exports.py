@@ -133,8 +133,10 @@ def test_the_report_shows_the_newest_completions(make: Make, tmp_path: Path, kin
     assert "11+11=" in page and "12+12=" in page and "13+13=" not in page, "two completions of the second batch"
     batch = module.last_rollout
     for name, expected in (("value", batch["old_values"][..., 0]), ("delta", batch["td_errors"])):
-        shown = [float(x) for x in re.findall(rf'data-{name}="([^"]+)" ', page)]
-        assert shown == expected[:2][batch["critic_mask"][:2]].tolist() and len(set(shown)) > 2
+        shown = [float(x) for x in re.findall(rf'data-{name}="([^"]+)"', page)]
+        assert shown == pytest.approx(expected[:2][batch["critic_mask"][:2]].tolist(), rel=1e-5, abs=1e-12)
+        assert len(set(shown)) > 2
+    assert re.findall(r"<b>expected answer</b> ([^<]*)<", page) == ["22", "24"]
     assert [float(x) for x in re.findall(r'data-reward="([^"]+)"', page)] == batch["scores"][:2].tolist()
 
 

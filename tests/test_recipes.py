@@ -334,6 +334,7 @@ def test_undefined_explained_variance_is_null_in_the_summary(
         processing_class=tokenizer,
         critic=object(),
         last_rollout={**rollout, "old_values": torch.ones(2, 3, 2), "scores": torch.ones(2)},
+        eval_dataset=[{"prompt": tokenizer.decode(ids[0]), "answer": "0"}],
     )
     args = SimpleNamespace(output_dir=str(tmp_path), num_mtp_heads=2, seed=7)
     recipe.report(trainer, recipe.Script(), args)

@@ -20,9 +20,20 @@ from rl_plugins.report import (
     write_token_values_html,
 )
 from rl_plugins.report.colors import BINS, contrast, diverging_color, sequential_color, text_color
-from rl_plugins.report.curves import Panel, default_window, grid_shape
+from rl_plugins.report.curves import (
+    DEFAULT_PANELS,
+    EVALUATION_PANELS,
+    OTHER_PANELS,
+    Panel,
+    default_window,
+    grid_rows,
+    merge_panels,
+    panel_of,
+)
 from rl_plugins.report.page import CSS
-from rl_plugins.report.token_values import format_number, visible
+from rl_plugins.report.token_text import visible
+from rl_plugins.report.token_values import LONG, format_number
+from rl_plugins.report.value_chart import nice_ticks
 
 NAN = math.nan
 
@@ -102,10 +113,87 @@ def test_no_known_metric_raises_with_the_expected_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_panels", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3)), (8, (3, 3))]
+    ("n_panels", "rows"),
+    [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2]), (8, [3, 3, 2]), (10, [3, 3, 2, 2])],
 )
-def test_grid_shape(n_panels: int, shape: tuple[int, int]) -> None:
-    assert grid_shape(n_panels) == shape
+def test_no_cell_of_the_grid_is_empty(n_panels: int, rows: list[int]) -> None:
+    assert grid_rows(n_panels) == rows and sum(rows) == n_panels
+
+
+def test_titles_are_words() -> None:
+    panels = [*EVALUATION_PANELS, *DEFAULT_PANELS, *OTHER_PANELS]
+    assert [panel.title for panel in panels if re.search("[_/]", panel.title)] == []
+    assert panel_of("critic/value_loss/head_*").title == "Error of the critic's values"
+    assert panel_of("critic/value_loss/head_2").title == "Error of the critic's values: head 2"
+    assert panel_of("rewards/accuracy/mean").title == "Mean of a reward: accuracy"
+    unknown = panel_of("eval_completions/min_length")
+    assert (unknown.title, unknown.key) == (
+        "Completions min length on held-out data",
+        "eval_completions/min_length",
+    )
+
+
+def test_names_become_lines_as_numbers_do() -> None:
+    log = [{"step": 1, "rewards/format/mean": 1.0, "rewards/accuracy/mean": 0.5, "rewards/accuracy/std": 0.1}]
+    (item,) = select_panels(log, [panel_of("rewards/*/mean")])
+    assert [(line.label, line.values) for line in item.lines] == [("accuracy", [0.5]), ("format", [1.0])]
+
+
+REWARD = [Panel("Reward", "mean reward", "reward", band="reward_std")]
+
+
+def rewards(points: dict[int, float]) -> list[dict[str, float]]:
+    return [{"step": step, "reward": reward, "reward_std": 0.5} for step, reward in points.items()]
+
+
+def test_runs_of_one_setting_become_a_mean_with_a_band() -> None:
+    # Between 0 and 20 the second run goes from 4 to 8. The first one was resumed at 10, and goes further than 20.
+    runs = [[*rewards({0: 0.0, 10: 9.0}), *rewards({10: 1.0, 20: 2.0, 30: 3.0})], rewards({0: 4.0, 20: 8.0})]
+    (item,) = merge_panels({"critic": runs}, REWARD, window=1)
+    (line,) = item.lines
+    assert (line.steps, line.values, line.band) == ([0, 10, 20], [2.0, 3.5, 5.0], None)
+    assert line.spread == ([0.0, 1.0, 2.0], [4.0, 6.0, 8.0])
+    (item,) = merge_panels({"critic": runs}, REWARD, window=1, spread="stderr")
+    # Two values a and b: the deviation is |a - b| / sqrt 2, and the error |a - b| / 2.
+    assert item.lines[0].spread is not None
+    assert item.lines[0].spread[1] == pytest.approx([4.0, 6.0, 8.0])
+
+
+def test_curves_are_smoothed_before_the_mean() -> None:
+    runs = [rewards({0: 0.0, 1: 3.0, 2: 0.0}), rewards({0: 0.0, 1: 0.0, 2: NAN})]
+    (item,) = merge_panels({"a": runs}, REWARD, window=3)
+    # The first becomes 1.5, 1, 1.5; the second 0, 0, 0.
+    assert item.lines[0].values == [0.75, 0.5, 0.75]
+
+
+def test_every_setting_has_its_line() -> None:
+    one, two = rewards({0: 1.0}), [{"step": 0, "kl": 1.0}]
+    (item,) = merge_panels({"a": [one], "b": [two], "c": [one, one]}, REWARD)
+    assert [(line.setting, line.band) for line in item.lines] == [(0, None), (2, None)]
+    (item,) = merge_panels({"a": [one]}, REWARD)
+    assert item.lines[0].band == [0.5]
+
+
+def test_runs_without_a_common_step_have_no_mean() -> None:
+    (item,) = merge_panels({"a": [rewards({0: 1.0}), rewards({5: 1.0})]}, REWARD)
+    assert item.lines[0].steps == []
+
+
+def test_what_cannot_be_merged_is_refused() -> None:
+    with pytest.raises(ValueError, match="spread must be one of range, stderr, not 'std'"):
+        merge_panels({"a": [rewards({0: 1.0})]}, REWARD, spread="std")
+    with pytest.raises(ValueError, match="every setting needs the log of at least one run"):
+        merge_panels({"a": []}, REWARD)
+    with pytest.raises(ValueError, match="none of the expected keys: reward"):
+        merge_panels({"a": [[{"step": 1, "loss": 1.0}]]}, REWARD)
+
+
+@pytest.mark.slow
+def test_the_picture_of_several_runs_has_room_for_its_legend(tmp_path: Path) -> None:
+    settings = {"critic": [full_log(), full_log()], "grpo": [full_log()], "ppo": [full_log()]}
+    path = plot_training_curves(settings, tmp_path / "a.png", panels=REWARD)
+    # A panel of 3.6 x 2.8 inches, and 0.3 each for two rows of three names and the line about bands.
+    assert png_size(path) == (540, 555)
 
 
 @pytest.mark.slow
@@ -187,11 +275,10 @@ def write(tmp_path: Path, *traces: TokenTrace, **kwargs: tuple[float, float] | f
     return path.read_text(encoding="utf-8")
 
 
-def test_one_span_per_token_with_exact_numbers(tmp_path: Path) -> None:
+def test_one_span_per_token_with_its_numbers(tmp_path: Path) -> None:
     page = Page(write(tmp_path, RIGHT, WRONG))
     numbers = [(float(a["data-value"] or ""), float(a["data-delta"] or "")) for a, _ in page.spans]
-    assert numbers == [(0.0, 0.5), (0.5, -1.0), (1.0, 0.0), (0.1 + 0.2, -0.25)]
-    assert [a["data-i"] for a, _ in page.spans] == ["0", "1", "2", "0"]
+    assert numbers == [(0.0, 0.5), (0.5, -1.0), (1.0, 0.0), (0.3, -0.25)]  # six digits of 0.1 + 0.2
     assert [text for _, text in page.spans] == ["␣4", "↵", "<|end|>", "<script>alert(1)</script>"]
 
 
@@ -257,18 +344,84 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_every_button_says_whether_it_is_pressed(tmp_path: Path) -> None:
+def test_every_switch_says_whether_it_is_pressed(tmp_path: Path) -> None:
     buttons = Page(write(tmp_path, RIGHT)).buttons
-    assert [b["aria-pressed"] for b in buttons] == ["true", "false", "true", "false", "false"] + [
-        "true",
-        "false",
-        "false",
-        "false",
+    switches = {b["data-pick"] or "": b["aria-pressed"] for b in buttons if "data-pick" in b}
+    assert [name for name, pressed in switches.items() if pressed == "true"] == ["value", "all", "order", "system"]
+    assert [name for name, pressed in switches.items() if pressed == "false"] == (
+        ["delta", "right", "wrong", "reward", "surprise", "light", "dark"]
+    )
+    others = [(b["id"], b.get("aria-pressed"), b.get("aria-label")) for b in buttons if "data-pick" not in b]
+    assert others == [
+        ("numbers", "false", None),
+        ("previous", None, "Previous match"),
+        ("next", None, "Next match"),
     ]
 
 
 def test_one_tab_stop_per_completion(tmp_path: Path) -> None:
-    assert [a["tabindex"] for a, _ in Page(write(tmp_path, RIGHT, WRONG)).spans] == ["0", "-1", "-1", "0"]
+    assert [a.get("tabindex") for a, _ in Page(write(tmp_path, RIGHT, WRONG)).spans] == ["0", None, None, "0"]
+
+
+def test_words_do_not_break_and_lines_end_where_they_do_in_the_text(tmp_path: Path) -> None:
+    tokens = ["un", "believ", "ably", " good", ":", "\n   ", "x", " =", "漢", "字"]
+    text = write(tmp_path, TokenTrace("p", tokens, [0.0] * 10, [0.0] * 10, 1.0))
+    (inside,) = re.findall(r'arrow keys move between tokens">(.*?)</div></div>\n</article>', text)
+    shown = re.sub(
+        r"<(?!wbr|br|span class=w|/span)[^>]*>", "", re.sub(r'<span class="t.*?>(.*?)</span>', r"\1", inside)
+    )
+    assert shown == (
+        "<span class=w>unbelievably</span><wbr><span class=w>␣good:↵<br>␣␣␣x</span><wbr>"
+        "<span class=w>␣=漢</span><wbr>字<wbr>"
+    )
+
+
+def test_the_expected_answer_stands_beside_the_reward(tmp_path: Path) -> None:
+    trace = TokenTrace("p", ["5"], [0.0], [0.0], 1.0, answer="<5>")
+    assert "<span class=fact><b>expected answer</b> &lt;5&gt;</span>" in write(tmp_path, trace)
+    assert "expected answer" not in write(tmp_path, RIGHT)
+
+
+def test_long_completions_have_a_wide_line_with_round_numbers(tmp_path: Path) -> None:
+    values = [-0.1525 + 1.3 * i / LONG for i in range(LONG + 1)]
+    text = write(tmp_path, TokenTrace("p", ["a"] * (LONG + 1), values, [0.0] * (LONG + 1), 1.0), RIGHT)
+    assert [a["class"] for a in Page(text).articles] == ["long", "short"]
+    wide, small = re.findall(r"<figure.*?</figure>", text)
+    assert wide.startswith('<figure class="chart wide"') and small.startswith('<figure class="chart"')
+    assert re.findall(r"class=y [^>]*>([^<]*)", wide) == ["0.0", "0.5", "1.0"]
+    assert re.findall(r'class=x style="left:([^%]*)%">([^<]*)', wide)[:3] == [
+        ("0.00", "0"),
+        ("12.20", "5"),
+        ("24.39", "10"),
+    ]
+    assert re.findall(r"class=x ", small) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most", "labels"),
+    [
+        (-0.1525, 1.209, 4, ["0.0", "0.5", "1.0"]),
+        (0.0, 500.0, 10, ["0", "100", "200", "300", "400", "500"]),
+        (-0.001, 0.0021, 3, ["0.000", "0.002"]),
+        (-30.0, -10.0, 3, ["−30", "−20", "−10"]),
+        (0.0, 1.0, 3, ["0.0", "0.5", "1.0"]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, most: int, labels: list[str]) -> None:
+    ticks = nice_ticks(low, high, most)
+    assert [label for _, label in ticks] == labels
+    assert [value for value, _ in ticks] == pytest.approx([float(label.replace("−", "-")) for label in labels])
+
+
+def test_values_that_do_not_vary_yet_are_said_to(tmp_path: Path) -> None:
+    def values(*numbers: float) -> TokenTrace:
+        return TokenTrace("p", ["a"] * len(numbers), list(numbers), [0.0] * len(numbers), 1.0)
+
+    wrong = TokenTrace("p", ["a"], [0.5], [0.0], 0.0)
+    assert "The values of all tokens are between 0.48 and 0.52, so" in write(tmp_path, values(0.48, 0.52), wrong)
+    assert "The values of all tokens are about 0.5, so" in write(tmp_path, values(0.5, 0.5), wrong)
+    for varied in (values(0.4, 0.52), values(NAN)):
+        assert "do not vary" not in write(tmp_path, varied, TokenTrace("p", ["a"], [NAN], [0.0], 0.0))
 
 
 @pytest.mark.parametrize(
@@ -402,24 +555,23 @@ def test_turns_and_rewards_by_hand(tmp_path: Path) -> None:
     assert (
         "<div class=turns>"
         '<div class="turn" role=group aria-label="Turn 1"><span class=no aria-hidden=true>1</span>'
-        '<span class="t v0 d48" data-i="0" data-value="0.0" data-delta="0.5" data-x="0" tabindex="0"><i>␣</i>4</span>'
-        '<wbr><span class="t v32 d48" data-i="1" data-value="0.5" data-delta="0.5" data-x="1" tabindex="-1">\ufffd'
-        '</span><wbr><span class="t v64 d0" data-i="2" data-value="1.0" data-delta="-1.0" data-x="2" data-paid="−0.5" '
-        'tabindex="-1">\ufffd\ufffd</span><b class="pay minus" title="paid after this token">−0.5</b><wbr></div>'
+        '<span class=w><span class="t v0 d48" data-value="0" data-delta="0.5" tabindex=0><i>␣</i>4</span>'
+        '<span class="t v32 d48" data-value="0.5" data-delta="0.5">\ufffd</span>'
+        '<span class="t v64 d0" data-value="1" data-delta="-1" data-paid="−0.5">\ufffd\ufffd</span>'
+        '<b class="pay minus" title="paid after this token">−0.5</b></span><wbr></div>'
         '<div class="turn tall" role=group aria-label="Turn 2"><span class=no aria-hidden=true>2</span>'
-        '<span class="t env" data-i="3" data-x="3" tabindex="-1"><i>↵</i></span><br>'
-        '<span class="t env" data-i="4" data-x="3" tabindex="-1">ok</span><wbr>'
-        '<span class="t v32 d32" data-i="5" data-value="0.5" data-delta="0.0" data-x="3" tabindex="-1">5</span><wbr>'
-        '<span class="t v0 d64 special" data-i="6" data-value="0.0" data-delta="1.0" data-x="4" data-paid="+1.5" '
-        'tabindex="-1">&lt;|end|&gt;</span><b class="pay plus" title="paid after this token">+1.5</b><wbr></div>'
+        '<span class="t env"><i>↵</i></span><br><span class=w><span class="t env">ok</span>'
+        '<span class="t v32 d32" data-value="0.5" data-delta="0">5</span>'
+        '<span class="t v0 d64 special" data-value="0" data-delta="1" data-paid="+1.5">&lt;|end|&gt;</span>'
+        '<b class="pay plus" title="paid after this token">+1.5</b></span><wbr></div>'
         "</div>"
     ) in text
     assert (
         '<div class="turn" role=group aria-label="Turn 1"><span class=no aria-hidden=true>1</span>'
-        '<span class="t v32 d16" data-i="0" data-value="0.5" data-delta="-0.5" data-x="0" data-paid="0" tabindex="0">5'
-        '</span><b class="pay zero" title="paid after this token">0</b><wbr></div>'
+        '<span class=w><span class="t v32 d16" data-value="0.5" data-delta="-0.5" data-paid="0" tabindex=0>5</span>'
+        '<b class="pay zero" title="paid after this token">0</b></span><wbr></div>'
         '<div class="turn" role=group aria-label="After the last turn">'
-        '<span class="t env" data-i="1" data-x="0" tabindex="-1">ok</span><wbr></div>'
+        '<span class="t env">ok</span><wbr></div>'
     ) in text
     assert "<span class=fact>5 tokens in 2 turns, 2 of the environment</span>" in text
     assert "<span class=fact>1 token in 1 turn, 1 of the environment</span>" in text
@@ -427,12 +579,12 @@ def test_turns_and_rewards_by_hand(tmp_path: Path) -> None:
 
 def test_the_curve_shows_rewards_still_to_come(tmp_path: Path) -> None:
     text = write(tmp_path, *traces_from_rollout(Bytes(), ROLLOUT))
-    # Five tokens of the policy, 60 apart; 0 lies at 41 and 1.5 at 3. Before the tokens 1, 1, 1, 1.5 and 1.5 are to
-    # come, and each step is 7 to the right of the token that is paid.
-    assert '<path class=curve d="M0.0 41.0h0L60.0 28.3L120.0 15.7L180.0 28.3L240.0 41.0"/>' in text
-    assert '<path class=stairs d="M0 15.7H127.0V3.0H247.0V41.0H247"/>' in text
+    # Five tokens of the policy; 0 lies at 100 and 1.5 at 0. Before the tokens 1, 1, 1, 1.5 and 1.5 are to come, and
+    # each step is half a token to the right of the token that is paid.
+    assert '<path class=curve d="M0 100.0h0L1 66.7L2 33.3L3 66.7L4 100.0"/>' in text
+    assert '<path class=stairs d="M0 33.3H2.5V0.0H4.5V100.0H5"/>' in text
     assert "V(s_t) goes from 0.00 to 0.00; the reward was 1, paid after 2 tokens" in text
-    assert "<circle" not in text
+    assert "class=aim" not in text
 
 
 def test_zeros_between_rewards_of_tokens_are_not_written(tmp_path: Path) -> None:
@@ -447,13 +599,11 @@ def test_zeros_between_rewards_of_tokens_are_not_written(tmp_path: Path) -> None
 def test_pages_without_rewards_of_steps_have_no_signs_for_them(tmp_path: Path) -> None:
     text = write(tmp_path, RIGHT)
     assert (
-        '<span class="t v0 d48" data-i="0" data-value="0.0" data-delta="0.5" tabindex="0"><i>␣</i>4</span><wbr>'
-        '<span class="t v32 d0" data-i="1" data-value="0.5" data-delta="-1.0" tabindex="-1"><i>↵</i></span><br>'
+        '<span class=w><span class="t v0 d48" data-value="0" data-delta="0.5" tabindex=0><i>␣</i>4</span>'
+        '<span class="t v32 d0" data-value="0.5" data-delta="-1"><i>↵</i></span></span><br>'
     ) in text
-    assert "<span class=fact>3 tokens</span>" in text and "<circle cx=247 cy=3.0 r=4 />" in text
-    assert not [
-        sign for sign in ("class=key", "data-paid", "data-x", 'class="turn', 'class="pay', "stairs d=") if sign in text
-    ]
+    assert "<span class=fact>3 tokens</span>" in text and '<span class=aim style="top:0.0%"></span>' in text
+    assert not [sign for sign in ("class=key", "data-paid", 'class="turn', 'class="pay', "stairs d=") if sign in text]
 
 
 @pytest.mark.parametrize("name", ["rewards", "tool_mask"])
@@ -465,6 +615,7 @@ def test_unequal_lengths_of_rewards_and_masks_are_named(tmp_path: Path, name: st
 
 @pytest.mark.parametrize("theme", [0, 1])
 def test_signs_of_turns_and_rewards_are_readable(theme: int) -> None:
-    colors = dict(re.findall(r"--([\w-]+):(#\w+)", CSS.split(":root{")[theme + 1]))
-    card = colors["card"] if len(colors["card"]) == 7 else "#ffffff"
-    assert min(contrast(colors[name], card) for name in ("pay", "soft", "good", "bad")) >= 4.5  # WCAG 2 AA
+    pairs = re.findall(r"--([\w-]+):light-dark\((#\w{6}),(#\w{6})\)", CSS)
+    colors = {name: pair[theme] for name, *pair in pairs}
+    assert min(contrast(colors[name], colors["card"]) for name in ("pay", "soft", "good", "bad")) >= 4.5  # WCAG 2 AA
+    assert min(contrast(colors["ink"], colors[name]) for name in ("page", "card", "well")) >= 4.5

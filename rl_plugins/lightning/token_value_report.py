@@ -1,19 +1,23 @@
 """A picture of what the critic thinks of each token, while training goes on."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rl_plugins.lightning.callbacks import LightningOnly
-from rl_plugins.report.token_values import traces_from_rollout, write_token_values_html
+from rl_plugins.lightning.prompts import PromptDataModule
+from rl_plugins.report.token_values import write_token_values_html
+from rl_plugins.report.traces import traces_from_rollout
 
 
 class TokenValueReport(LightningOnly, Callback):
     """Writes `token_values.html` after every validation and at the end: the newest completions of the first rank,
     coloured by the critic's values and temporal-difference errors.
 
-    Goes with [`MTPCriticModule`] and [`PPOModule`].
+    Goes with [`MTPCriticModule`] and [`PPOModule`]. Where the rows of a [`PromptDataModule`] have an `answer` or a
+    `solution`, the page shows it beside the completion.
 
     Args:
         path: File to write; `token_values.html` in the trainer's log directory by default.
@@ -53,6 +57,8 @@ class TokenValueReport(LightningOnly, Callback):
             return
         path = Path(self.path) if self.path is not None else directory / "token_values.html"
         path.parent.mkdir(parents=True, exist_ok=True)
-        traces = traces_from_rollout(pl_module.tokenizer, rollout, self.limit)
+        data = getattr(trainer, "datamodule", None)
+        rows = (data.eval_dataset or (), data.train_dataset) if isinstance(data, PromptDataModule) else ()
+        traces = traces_from_rollout(pl_module.tokenizer, rollout, self.limit, dataset=chain(*rows))
         subtitle = f"After {trainer.global_step} optimizer steps."
         write_token_values_html(traces, path, title=self.title, subtitle=subtitle)

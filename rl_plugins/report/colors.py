@@ -1,7 +1,5 @@
 """Colours of the token-value page: two scales, each for a light and a dark page."""
 
-from collections.abc import Callable, Iterable
-
 Color = tuple[int, int, int]
 Stops = tuple[Color, Color, Color]
 
@@ -57,29 +55,18 @@ def _hex(color: Color) -> str:
 
 
 def color_rules() -> str:
-    light, dark = _theme_rules(dark=False), _theme_rules(dark=True)
-    # `screen`: paper is white, whatever the reader's theme.
-    return f"{light}@media screen and (prefers-color-scheme: dark) {{\n{dark}}}\n"
-
-
-def _theme_rules(dark: bool) -> str:
+    """Style rules of the two scales. `light-dark()` takes the colour of the theme that the page is in."""
     positions = [k / (BINS - 1) for k in range(BINS)]
-    values = (sequential_color(x, dark) for x in positions)
-    deltas = (diverging_color(2 * x - 1, dark) for x in positions)
-    return _bin_rules("value", "v", values) + _bin_rules("delta", "d", deltas) + _bar_rule(dark)
+    values = [(sequential_color(x), sequential_color(x, dark=True)) for x in positions]
+    deltas = [(diverging_color(2 * x - 1), diverging_color(2 * x - 1, dark=True)) for x in positions]
+    return _bin_rules("value", "v", values) + _bin_rules("delta", "d", deltas)
 
 
-def _bin_rules(mode: str, prefix: str, colors: Iterable[str]) -> str:
-    return "".join(
-        f"[data-mode={mode}] .{prefix}{k}{{background:{color};color:{text_color(color)}}}\n"
-        for k, color in enumerate(colors)
-    )
-
-
-def _bar_rule(dark: bool) -> str:
-    def gradient(color: Callable[[float, bool], str], ends: tuple[float, float, float]) -> str:
-        return f"linear-gradient(to right,{','.join(color(x, dark) for x in ends)})"
-
-    value = gradient(sequential_color, (0.0, 0.5, 1.0))
-    delta = gradient(diverging_color, (-1.0, 0.0, 1.0))
-    return f".bar.value{{background:{value}}}\n.bar.delta{{background:{delta}}}\n"
+def _bin_rules(mode: str, prefix: str, colors: list[tuple[str, str]]) -> str:
+    rules = [
+        f"[data-mode={mode}] .{prefix}{k}{{background:light-dark({light},{dark});"
+        f"color:light-dark({text_color(light)},{text_color(dark)})}}\n"
+        for k, (light, dark) in enumerate(colors)
+    ]
+    ends = ",".join(f"light-dark({light},{dark})" for light, dark in (colors[0], colors[BINS // 2], colors[-1]))
+    return "".join(rules) + f".bar.{mode}{{background:linear-gradient(to right,{ends})}}\n"

@@ -1,4 +1,4 @@
-"""Learning curves from a `transformers.Trainer`'s `state.log_history`, as one PNG.
+"""Learning curves from a `transformers.Trainer`'s `state.log_history`, of one run or of several, as one PNG.
 
 Legend: `N` logged points of one metric.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 DPI = 150
 PANEL_INCHES = (3.6, 2.8)
 TITLE_INCHES = 0.4
-MARKS_INCHES = 0.3
+LEGEND_INCHES = 0.3
+LEGEND_COLUMNS = 2
 
 # Okabe & Ito's palette: its members stay distinct under the common colour-vision deficiencies. Line styles
 # change as well, so that a grey print-out still tells the heads apart.
@@ -40,7 +41,7 @@ class Panel:
     Args:
         title: Heading of the panel.
         ylabel: The quantity with its unit.
-        key: Metric name in the log; `*` stands for a head number, and each number becomes one line.
+        key: Metric name in the log; `*` stands for a head number or a name, and each becomes one line.
         band: Metric drawn as a band of plus and minus this much around `key`.
         floor: Points below it are cut off, and counted in a note. (Explained variance starts at minus
             hundreds, which would flatten everything that matters.)
@@ -59,12 +60,23 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """One metric over time: `steps` (N,), `values` (N,), and `band` (N,) where the panel has one."""
+    """One metric over time.
+
+    Args:
+        label: Which head or name of the metric it is.
+        steps: (N,) optimizer steps.
+        values: (N,) of one run, or the means of several.
+        band: (N,) deviation to both sides, where the panel has one and there is one run.
+        spread: Lower and upper edge, (N,) each, of several runs.
+        setting: Number of the setting that the runs share.
+    """
 
     label: str
     steps: list[int]
     values: list[float]
     band: list[float] | None = None
+    spread: tuple[list[float], list[float]] | None = None
+    setting: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,25 +90,77 @@ class PanelData:
 DEFAULT_PANELS: tuple[Panel, ...] = (
     Panel("Reward", "mean reward", "reward", band="reward_std"),
     Panel(
-        "Explained variance of the critic",
+        "Explained variance of the critic's values",
         "1 − Var[error] / Var[return]",
         "critic/explained_variance/head_*",
         floor=-1.0,
         reference=0.0,
     ),
-    Panel("Value loss", "squared error (reward²)", "critic/value_loss/head_*", log_scale=True),
-    Panel("|TD error|", "mean |δ| (reward)", "critic/td_error_abs"),
-    Panel("Value gradient norm", "L2 norm", "critic/grad_norm", log_scale=True),
-    Panel("Policy entropy", "nats per token", "entropy"),
+    Panel("Error of the critic's values", "mean squared error (reward²)", "critic/value_loss/head_*", log_scale=True),
+    Panel("Size of the TD error", "mean |δ| (reward)", "critic/td_error_abs"),
+    Panel("Gradient of the critic's loss", "L2 norm", "critic/grad_norm", log_scale=True),
+    Panel("Entropy of the policy", "nats per token", "entropy"),
     Panel("KL to the reference policy", "nats per token", "kl"),
-    Panel("Completion length", "tokens, mean", "completions/mean_length"),
+    Panel("Length of completions", "tokens, mean", "completions/mean_length"),
     # Where steps are paid, a policy can also earn more by taking more of them.
     Panel("Steps that are paid", "per completion, mean", "step_rewards/per_completion"),
     Panel("Expert load, mean of layers", "MaxVio = max / mean − 1", "moe/max_violation", log_scale=True),
     Panel("Expert load, worst layer", "MaxVio = max / mean − 1", "moe/max_violation_worst", log_scale=True),
     Panel("Entropy of the expert load", "entropy / ln E", "moe/load_entropy"),
-    Panel("MoE auxiliary loss", "loss", "moe/aux_loss"),
+    Panel("Auxiliary loss of the experts", "loss", "moe/aux_loss"),
 )
+EVALUATION_PANELS: tuple[Panel, ...] = (
+    Panel("Reward on held-out data", "mean reward", "eval_reward", band="eval_reward_std"),
+    Panel(
+        "Explained variance on held-out data",
+        "1 − Var[error] / Var[return]",
+        "eval_critic/explained_variance",
+        floor=-1.0,
+        reference=0.0,
+    ),
+)
+OTHER_PANELS: tuple[Panel, ...] = (
+    Panel("Loss", "loss", "loss"),
+    Panel("Gradient of the whole loss", "L2 norm", "grad_norm", log_scale=True),
+    Panel("Learning rate", "learning rate", "learning_rate"),
+    Panel("Tokens so far", "tokens", "num_tokens"),
+    Panel("Time of a step", "seconds", "step_time"),
+    Panel("Completions cut at the limit", "share", "completions/clipped_ratio"),
+    Panel("Groups with equal rewards", "share", "frac_reward_zero_std"),
+    Panel("Token loss of the heads", "nats per token", "mtp/token_loss"),
+    Panel("Mean of a reward", "mean reward", "rewards/*/mean"),
+    Panel("Mean of a reward on held-out data", "mean reward", "eval_rewards/*/mean"),
+)
+"""Panels that are drawn on demand only."""
+SPREADS = {
+    "range": "bands: from the smallest to the largest run",
+    "stderr": "bands: standard error of the mean, to both sides",
+}
+"""Kinds of bands around the mean of several runs, and the words for them below the panels."""
+
+
+def panel_of(key: str) -> Panel:
+    """The panel of a metric, with a title in words.
+
+    Args:
+        key: Metric name as in the log, or a pattern with `*`.
+
+    Returns:
+        One of our panels if it shows this metric, else one whose title is made of the name's words.
+    """
+    for panel in (*EVALUATION_PANELS, *DEFAULT_PANELS, *OTHER_PANELS):
+        name = key_pattern(panel.key).fullmatch(key)
+        if name is not None:
+            what = [_line_name(name.groups())] if "*" not in key and name.groups() else []
+            return replace(panel, key=key, title=": ".join([panel.title, *what]))
+    words = re.sub("[/_]+", " ", key.removeprefix("eval_")).strip()
+    held_out = " on held-out data" if key.startswith("eval_") else ""
+    return Panel(words[:1].upper() + words[1:] + held_out, "", key)
+
+
+def key_pattern(key: str) -> re.Pattern[str]:
+    """The names of metrics that a panel's `key` stands for."""
+    return re.compile(re.escape(key).replace(r"\*", "([^/]+)"))
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -152,32 +216,107 @@ def select_panels(log_history: Sequence[dict[str, Any]], panels: Sequence[Panel]
 
 
 def _panel_lines(log_history: Sequence[dict[str, Any]], panel: Panel) -> list[Line]:
-    pattern = re.compile(re.escape(panel.key).replace(r"\*", r"(\d+)"))
-    heads = {key: match for row in log_history for key in row if (match := pattern.fullmatch(key))}
-    # By number, so that head 10 comes after head 2.
-    keys = sorted(heads, key=lambda key: [int(group) for group in heads[key].groups()])
-    return [_read_line(log_history, key, heads[key].groups(), panel.band) for key in keys]
+    pattern = key_pattern(panel.key)
+    names = {key: match.groups() for row in log_history for key in row if (match := pattern.fullmatch(key))}
+    keys = sorted(names, key=lambda key: [_rank(name) for name in names[key]])
+    return [_read_line(log_history, key, _line_name(names[key]) or key, panel.band) for key in keys]
 
 
-def _read_line(log_history: Sequence[dict[str, Any]], key: str, head: tuple[str, ...], band: str | None) -> Line:
+def _rank(name: str) -> tuple[float, str]:
+    """Numbers by size, so that head 10 comes after head 2; then names by letter."""
+    return (int(name), "") if name.isdigit() else (math.inf, name)
+
+
+def _line_name(names: tuple[str, ...]) -> str:
+    """Words for what `*` stands for: the name of a reward, or the number of a head."""
+    return ", ".join(f"head {name}" if name.isdigit() else name for name in names)
+
+
+def _read_line(log_history: Sequence[dict[str, Any]], key: str, label: str, band: str | None) -> Line:
     rows = [row for row in log_history if key in row]
     deviations = [float(row.get(band, math.nan)) for row in rows] if band else []
     return Line(
-        label=f"head {head[0]}" if head else key,
+        label=label,
         steps=[int(row["step"]) for row in rows],
         values=[float(row[key]) for row in rows],
         band=deviations if any(map(math.isfinite, deviations)) else None,
     )
 
 
-def grid_shape(n_panels: int) -> tuple[int, int]:
-    """(rows, columns): three columns at most, since a page shows no more at a readable size."""
-    columns = 2 if n_panels == 4 else min(n_panels, 3)
-    return math.ceil(n_panels / columns), columns
+def merge_panels(
+    settings: Mapping[str, Sequence[Sequence[dict[str, Any]]]],
+    panels: Sequence[Panel] = DEFAULT_PANELS,
+    *,
+    window: int | None = None,
+    spread: str = "range",
+) -> list[PanelData]:
+    """The panels for which any run has data; runs of one setting become their mean and a band.
+
+    The means are of the smoothed curves, on the steps that all of these runs have reached. Between two points of a run
+    lies a straight line.
+
+    Args:
+        settings: Label of a setting -> logs of its runs, which differ in their seeds.
+        panels: Panels to look for, in the order of drawing.
+        window: Odd number of points of the moving average; by default about a twentieth of the run.
+        spread: `range` or `stderr`, which the bands show.
+
+    Raises:
+        ValueError: Unknown `spread`, no setting, a setting without runs, or none of the metrics.
+    """
+    if spread not in SPREADS:
+        raise ValueError(f"spread must be one of {', '.join(SPREADS)}, not {spread!r}")
+    if not settings or not all(settings.values()):
+        raise ValueError("every setting needs the log of at least one run")
+    found = []
+    for panel in panels:
+        lines = []
+        for number, logs in enumerate(settings.values()):
+            of_runs: dict[str, list[Line]] = {}
+            for log in logs:
+                for line in _panel_lines(log, panel):
+                    of_runs.setdefault(line.label, []).append(line)
+            merged = [replace(_merge(runs, window, spread), setting=number) for runs in of_runs.values()]
+            # Deviations within the batches of several settings would lie on top of each other.
+            lines += merged if len(settings) == 1 else [replace(line, band=None) for line in merged]
+        if lines:
+            found.append(PanelData(panel, lines))
+    return found or select_panels([row for logs in settings.values() for log in logs for row in log], panels)
+
+
+def _merge(runs: Sequence[Line], window: int | None, spread: str) -> Line:
+    import numpy
+
+    if len(runs) == 1:
+        return runs[0]
+    curves = []
+    for run in runs:
+        means = smooth(run.values, default_window(len(run.steps)) if window is None else window)
+        # A resumed run logs some steps twice: the later entry counts.
+        points = {step: mean for step, mean in zip(run.steps, means, strict=True) if math.isfinite(mean)}
+        if points:
+            curves.append(dict(sorted(points.items())))
+    start, end = (max(min(curve) for curve in curves), min(max(curve) for curve in curves)) if curves else (0, -1)
+    steps = sorted({step for curve in curves for step in curve if start <= step <= end})
+    values = numpy.array([numpy.interp(steps, list(curve), list(curve.values())) for curve in curves])
+    if not steps:
+        return Line(runs[0].label, [], [])
+    mean, low, high = values.mean(0), values.min(0), values.max(0)
+    if spread == "stderr" and len(curves) > 1:
+        error = values.std(0, ddof=1) / math.sqrt(len(curves))
+        low, high = mean - error, mean + error
+    return Line(runs[0].label, steps, mean.tolist(), spread=(low.tolist(), high.tolist()))
+
+
+def grid_rows(n_panels: int) -> list[int]:
+    """Panels of every row: three at most, since a page shows no more at a readable size, and no cell stays empty."""
+    rows = math.ceil(n_panels / (2 if n_panels == 4 else 3))
+    fewest, more = divmod(n_panels, rows)
+    return [fewest + (row < more) for row in range(rows)]
 
 
 def plot_training_curves(
-    log_history: list[dict[str, Any]],
+    log_history: Sequence[dict[str, Any]] | Mapping[str, Sequence[Sequence[dict[str, Any]]]],
     path: str | Path,
     *,
     title: str | None = None,
@@ -185,37 +324,68 @@ def plot_training_curves(
     marks: dict[int, str] | None = None,
     window: int | None = None,
     xlabel: str = "optimizer step",
+    spread: str = "range",
 ) -> Path:
-    """Write the learning curves of one run as a PNG and return its path.
+    """Write the learning curves of one run, or of several, as a PNG and return its path.
 
-    Every panel shows the logged values thin and light, and their moving average on top. Metrics that the
-    run did not log have no panel.
+    With one run, every panel shows the logged values thin and light, and their moving average on top. Several runs of
+    one setting become the mean of their moving averages, with a band, and every setting has its colour. Metrics that
+    no run logged have no panel.
 
     Args:
-        log_history: Dicts with `step` and metric names, as in `trainer.state.log_history`.
+        log_history: Dicts with `step` and metric names, as in `trainer.state.log_history`; or, of several runs, label
+            of a setting -> such lists, one for each seed (`group_runs` reads them from files).
         path: File to write; missing folders are made.
         title: Heading above all panels.
         panels: Panels to draw instead of `DEFAULT_PANELS`.
         marks: Optimizer step -> text; vertical lines such as the end of the value warm-up.
         window: Odd number of points of the moving average; by default about a twentieth of the run.
         xlabel: What `step` counts.
+        spread: Bands around the mean of several runs: `range`, from the smallest to the largest, or `stderr`, the
+            standard error of the mean. The picture says which.
 
     Raises:
-        ValueError: The log holds none of the panels' metrics.
+        ValueError: The logs hold none of the panels' metrics, or `spread` is unknown.
     """
-    data = select_panels(log_history, DEFAULT_PANELS if panels is None else panels)
-    rows, columns = grid_shape(len(data))
-    figure = _new_figure(rows, columns, bool(title), bool(marks))
-    for index, item in enumerate(data):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_panel(axes, item, window)
+    require("report", "matplotlib.figure")
+    settings = log_history if isinstance(log_history, Mapping) else {"": [log_history]}
+    panels = DEFAULT_PANELS if panels is None else panels
+    data = merge_panels(settings, panels, window=window, spread=spread)
+    legend = _legend_entries(settings, marks or {})
+    note = f"lines: means over runs; {SPREADS[spread]}" if any(len(logs) > 1 for logs in settings.values()) else None
+    rows = grid_rows(len(data))
+    height = len(rows) * PANEL_INCHES[1] + bool(title) * TITLE_INCHES
+    height += LEGEND_INCHES * (math.ceil(len(legend) / LEGEND_COLUMNS) + bool(note))
+    figure = new_figure(rows[0] * PANEL_INCHES[0], height)
+    # Rows of two and of three panels are equally wide.
+    units = math.lcm(*rows)
+    grid = figure.add_gridspec(len(rows), units)
+    cells = [(row, k * units // size, (k + 1) * units // size) for row, size in enumerate(rows) for k in range(size)]
+    for item, (row, start, stop) in zip(data, cells, strict=True):
+        axes = figure.add_subplot(grid[row, start:stop])
+        _draw_panel(axes, item, window, len(settings))
         _draw_mark_lines(axes, marks or {})
-        _style(axes, item, xlabel if index + columns >= len(data) else None)
+        _style(axes, item, xlabel if row == len(rows) - 1 else None, len(settings))
     if title:
         figure.suptitle(title, fontsize=13, color=INK)
-    if marks:
-        _name_marks(figure, marks)
+    if legend or note:
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": LEGEND_COLUMNS, "fontsize": 9}
+        figure.legend(handles=legend, title=note, title_fontsize=9, frameon=False, **place)
     return save_png(figure, path)
+
+
+def _legend_entries(settings: Mapping[str, Sequence[Any]], marks: dict[int, str]) -> list[Any]:
+    """Entries below all panels: the colours of settings, and the marks; inside a panel they would hide curves."""
+    from matplotlib.lines import Line2D
+
+    entries = []
+    for number, (label, logs) in enumerate(settings.items()):
+        if label and (len(settings) > 1 or len(logs) > 1):
+            runs = f" ({len(logs)} runs)" if len(logs) > 1 else ""
+            style: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "linewidth": 1.7}
+            style["linestyle"] = LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
+            entries.append(Line2D([], [], label=label + runs, **style))
+    return entries + [Line2D([], [], label=f"step {step}: {text}", **MARK_STYLE) for step, text in marks.items()]
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:
@@ -226,11 +396,6 @@ def save_png(figure: Figure, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
     return path
-
-
-def _new_figure(rows: int, columns: int, has_title: bool, has_marks: bool) -> Figure:
-    height = rows * PANEL_INCHES[1] + has_title * TITLE_INCHES + has_marks * MARKS_INCHES
-    return new_figure(columns * PANEL_INCHES[0], height)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -244,28 +409,44 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, data: PanelData, window: int | None) -> None:
+def _draw_panel(axes: Axes, data: PanelData, window: int | None, n_settings: int) -> None:
     if data.panel.reference is not None:
         axes.axhline(data.panel.reference, color="#888888", linewidth=0.8)
     for index, line in enumerate(data.lines):
         points = default_window(len(line.steps)) if window is None else window
-        _draw_line(axes, line, COLORS[index % len(COLORS)], LINE_STYLES[index % len(LINE_STYLES)], points)
+        _draw_line(axes, line, *_look(data, index, n_settings), points)
     if data.panel.log_scale and _spans_decades(data.lines):
         axes.set_yscale("log")
     if data.panel.floor is not None:
         _cut_at(axes, data.lines, data.panel.floor)
 
 
+def _look(data: PanelData, index: int, n_settings: int) -> tuple[str, str]:
+    """Colour and line style: the colour tells settings apart, or the heads of a single one."""
+    if n_settings == 1:
+        return COLORS[index % len(COLORS)], LINE_STYLES[index % len(LINE_STYLES)]
+    line = data.lines[index]
+    style = _line_names(data).index(line.label) + line.setting // len(COLORS)
+    return COLORS[line.setting % len(COLORS)], LINE_STYLES[style % len(LINE_STYLES)]
+
+
+def _line_names(data: PanelData) -> list[str]:
+    return list(dict.fromkeys(line.label for line in data.lines))
+
+
 def _draw_line(axes: Axes, line: Line, color: str, style: str, window: int) -> None:
-    mean = smooth(line.values, window)
+    # The mean of several runs is smooth already.
+    mean = smooth(line.values, window) if line.spread is None else line.values
+    edges = line.spread
     if line.band is not None:
         width = smooth(line.band, window)
-        low = [m - w for m, w in zip(mean, width, strict=True)]
-        high = [m + w for m, w in zip(mean, width, strict=True)]
-        axes.fill_between(line.steps, low, high, color=color, alpha=0.13, linewidth=0)
+        edges = ([m - w for m, w in zip(mean, width, strict=True)], [m + w for m, w in zip(mean, width, strict=True)])
+    if edges is not None:
+        axes.fill_between(line.steps, *edges, color=color, alpha=0.13 if line.spread is None else 0.2, linewidth=0)
     # A lone point makes no line; the marker keeps a one-step run visible.
     marker = "o" if len(line.steps) == 1 else None
-    axes.plot(line.steps, line.values, color=color, alpha=0.3, linewidth=0.7)
+    if line.spread is None:
+        axes.plot(line.steps, line.values, color=color, alpha=0.3, linewidth=0.7)
     axes.plot(line.steps, mean, style, color=color, linewidth=1.7, label=line.label, marker=marker)
 
 
@@ -290,27 +471,31 @@ def _draw_mark_lines(axes: Axes, marks: dict[int, str]) -> None:
         axes.axvline(step, **MARK_STYLE)
 
 
-def _name_marks(figure: Figure, marks: dict[int, str]) -> None:
-    from matplotlib.lines import Line2D
-
-    # Once under the panels: a label inside each panel hides the curves.
-    lines = [Line2D([], [], label=f"step {step}: {text}", **MARK_STYLE) for step, text in marks.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-
-
-def _style(axes: Axes, data: PanelData, xlabel: str | None) -> None:
+def _style(axes: Axes, data: PanelData, xlabel: str | None, n_settings: int) -> None:
     has_band = any(line.band is not None for line in data.lines)
-    axes.set_title(data.panel.title + (" (band: ± std)" if has_band else ""), fontsize=10, color=INK)
+    axes.set_title(data.panel.title + (" (band: ± standard deviation)" if has_band else ""), fontsize=10, color=INK)
     axes.set_ylabel(data.panel.ylabel + (", log" if axes.get_yscale() == "log" else ""), fontsize=9, color=INK)
     if xlabel is not None:
         axes.set_xlabel(xlabel, fontsize=9, color=INK)
-    if len(data.lines) > 1:
+    names = _line_names(data)
+    if len(names) > 1:
         # Above the note on cut-off points, where there may be one.
         place: dict[str, Any] = (
             {} if data.panel.floor is None else {"loc": "lower right", "bbox_to_anchor": (1.0, 0.08)}
         )
+        place["handles"] = _head_entries(axes, names, n_settings)
         axes.legend(fontsize=8, framealpha=0.8, edgecolor="none", handlelength=2.4, **place)
     style_axes(axes)
+
+
+def _head_entries(axes: Axes, names: Sequence[str], n_settings: int) -> list[Any]:
+    """One entry for each head; where colours stand for settings, only its line style."""
+    if n_settings == 1:
+        return list(axes.get_legend_handles_labels()[0])
+    from matplotlib.lines import Line2D
+
+    styles: list[Any] = [LINE_STYLES[index % len(LINE_STYLES)] for index in range(len(names))]
+    return [Line2D([], [], color=INK, linestyle=style, label=name) for name, style in zip(names, styles, strict=True)]
 
 
 def style_axes(axes: Axes) -> None:
