@@ -95,7 +95,7 @@ PASSES_TUNED_ON = "delay_16"
 
 
 class Tuning(NamedTuple):
-    """What is chosen for each method and task.
+    """Settings that are chosen for each method and task.
 
     Attributes:
         passes: Over each batch of completions.
