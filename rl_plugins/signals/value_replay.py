@@ -16,8 +16,10 @@ from rl_plugins.signals.host import Ranks
 from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.options import ValueReplayOptions
 
-STATES_PER_STEP = 1024
-"""States of all ranks in one step of the copy's optimizer."""
+MINIBATCHES = 4
+"""Steps of the copy's optimizer in a pass over a rollout, as PPO has them: values learn by the step."""
+SMALLEST_MINIBATCH = 64
+"""States of all ranks that a step has at least, so that small rollouts make fewer steps."""
 
 
 class ValueTargets(NamedTuple):
@@ -210,7 +212,8 @@ class ValueReplay:
             states of all ranks.
         """
         self.rollouts = [*self.rollouts, newest][-self.options.value_replay_rollouts :]
-        newest.num_steps = max(1, round(self._sum(float(newest.mask.sum()), ranks) / STATES_PER_STEP))
+        states = int(self._sum(float(newest.mask.sum()), ranks))
+        newest.num_steps = min(MINIBATCHES, max(1, states // SMALLEST_MINIBATCH))
         # Two sources of random numbers: all ranks take the rollouts in one order, though each has other numbers of
         # units to shuffle, which use up more or fewer of the numbers.
         shared, own = (torch.Generator().manual_seed(2 * (self.seed + self.num_learned) + i) for i in range(2))
@@ -219,9 +222,9 @@ class ValueReplay:
         with self.values.outside():
             for _ in range(self.options.value_replay):
                 sums = self._pass(targets, shared, own, ranks)
-        states = self._sum(float(sum(int(kept.mask.sum()) for kept in self.rollouts)), ranks)
+        kept_states = self._sum(float(sum(int(kept.mask.sum()) for kept in self.rollouts)), ranks)
         return Metrics(
-            {"critic/replay_loss": sums[0] / sums[1].clamp(min=1.0), "critic/replay_states": torch.tensor(states)}
+            {"critic/replay_loss": sums[0] / sums[1].clamp(min=1.0), "critic/replay_states": torch.tensor(kept_states)}
         )
 
     def _pass(self, targets: ValueTargets, shared: torch.Generator, own: torch.Generator, ranks: Ranks) -> Tensor:
