@@ -1,6 +1,7 @@
 """Sums and moments over real tokens: hand-worked numbers, padding garbage, two imitated ranks."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rl_plugins.functional import (
     masked_whiten,
     zero_masked,
 )
+from rl_plugins.functional.masking import masked_line
 
 X = torch.tensor([[1.0, 2.0, math.nan], [4.0, math.inf, 5.0]])
 MASK = torch.tensor([[1, 1, 0], [1, 0, 1]])
@@ -121,3 +123,38 @@ def test_explained_variance_of_nothing_is_nan() -> None:
     assert explained_variance(X, X, torch.zeros(2, 3)).isnan()
     with pytest.raises(ValueError, match="align"):
         explained_variance(X[:, :1], X, MASK)
+
+
+def test_line_of_least_squares() -> None:
+    x, y = torch.tensor([[0.0, 1.0, 2.0, torch.nan]]), torch.tensor([[1.0, 4.0, 4.0, torch.inf]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    # Means 1 and 3; the slope is (1 * 2 + 0 * 1 + 1 * 1) / 2.
+    assert [float(z) for z in masked_line(x, y, mask)] == [1.5, 1.5]
+    assert [float(z) for z in masked_line(x, y, mask, slopes=(0.0, 1.0))] == [1.0, 2.0]
+    assert [float(z) for z in masked_line(x, -y, mask, slopes=(0.0, 1.0))] == [0.0, -3.0]
+    assert [float(z) for z in masked_line(torch.ones(1, 4), y, mask)] == [0.0, 3.0]
+
+
+def test_the_line_is_one_for_all_ranks() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y, mask = torch.randn(4, 5, generator=g), torch.randn(4, 5, generator=g), torch.rand(4, 5, generator=g) < 0.7
+    barrier, sent, lines = threading.Barrier(2, timeout=60), [torch.empty(0)] * 2, [(x, y)] * 2
+
+    def work(rank: int) -> None:
+        def reduce(local: Tensor) -> Tensor:
+            sent[rank] = local
+            barrier.wait()
+            total = sent[0] + sent[1]
+            barrier.wait()
+            return total
+
+        half = slice(2 * rank, 2 * rank + 2)
+        lines[rank] = masked_line(x[half], y[half], mask[half], reduce=reduce)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for line in lines:
+        torch.testing.assert_close(line, masked_line(x, y, mask))

@@ -184,8 +184,10 @@ def test_values_are_those_of_the_copy_as_it_was_before(make: Callable[..., Any],
     assert (expected - own).abs().max() > 0.01 and (expected - later).abs().max() > 0.001
     assert all(torch.equal(p, before[name]) for name, p in critic.model.named_parameters())
     values, rewards = batch["old_values"][..., 0] * mask, batch["returns"] * mask
-    advantages = rewards - values  # lambda 1 for the targets: what was observed
-    real = advantages[mask]
+    # Lambda 1: what was observed, less the values times the slope that fits them to it.
+    observed, forecast = rewards[mask], values[mask]
+    slope = torch.cov(torch.stack([forecast, observed]))[0, 1] / forecast.var()
+    real = observed - slope.clamp(0, 1) * forecast
     white = (real - real.mean()) / real.std(correction=0)
     torch.testing.assert_close(batch["advantages"][mask], white, atol=1e-5, rtol=1e-4)
 

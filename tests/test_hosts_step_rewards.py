@@ -244,7 +244,7 @@ def pair(make: Make, name: str, functions: Any, **options: Any) -> tuple[Any, An
     trl, rollout = options.pop("trl", {}), options.pop("rollout_func", played)
     own = {key: options.pop(key) for key in ("earned", "scored", "truncated") if key in options}
     cls = playing(HOSTS[name][2], **own)
-    options = {"max_completion_length": 8, "advantage_scaling": "none", **options}
+    options = {"max_completion_length": 8, "advantage_scaling": "none", "calibrate_values": False, **options}
     trainer, module = make(
         name, prompts=4, reward_funcs=functions, given={"rollout_func": rollout}, cls=cls, trl=trl, attached=False,
         **options,

@@ -49,7 +49,7 @@ class ProbeCritic(TrunkCritic):
 
 # ... to here.
 
-OPTIONS = OnlineValueOptions(value_loss_coef=1.0, lam_policy=1.0, advantage_scaling="none")
+OPTIONS = OnlineValueOptions(value_loss_coef=1.0, lam_policy=1.0, calibrate_values=False, advantage_scaling="none")
 
 
 def even(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -60,6 +60,19 @@ def keep(
 
 
 def test_methods_are_tuned_on_one_seed_and_compared_on_the_others(tmp_path: Path) -> None:
+    for tuning, height in ((SLOW, 0.4), (FAST, 0.6)):
+        keep(tmp_path, "grpo", tuning, bench.TUNING_SEED, [height] * 20)
+    keep(tmp_path, "critic", SLOW, bench.TUNING_SEED, [0.9] * 20)
+    assert bench.best_tuning(tmp_path, "delay_16", "grpo", [SLOW, FAST]) == FAST
+    assert bench.best_tuning(tmp_path, "random", "grpo", [SLOW, FAST]) == FAST  # nothing to tune on there
+    assert bench.best_tuning(tmp_path, "delay_64", "grpo", [SLOW, FAST]) is None
+    assert bench.best_tuning(tmp_path, "delay_16", "critic", [SLOW, FAST]) is None
+    for tuning in (FAST, bench.Tuning(1, 3e-3), bench.Tuning(4, 1e-3)):
+        keep(tmp_path, "critic", tuning, bench.TUNING_SEED, [0.1] * 20)
+        keep(tmp_path, "grpo", tuning, bench.TUNING_SEED, [0.6 if tuning == FAST else 0.2] * 20)
+    for seed in (1, 2):
+        keep(tmp_path, "grpo", FAST, seed, [0.0] * 10 + [1.0] * 10)
+        keep(tmp_path, "critic", SLOW, seed, [0.0] * (2 * seed) + [1.0] * (20 - 2 * seed))
     options = argparse.Namespace(
         tasks=["delay_16", "delay_64"],
         methods=["critic", "grpo", "spo", "reward_to_go"],
@@ -67,24 +80,6 @@ def test_methods_are_tuned_on_one_seed_and_compared_on_the_others(tmp_path: Path
         passes=[1, 4],
         seeds=[1, 2, 3],
     )
-    pairs = [bench.Tuning(passes, rate) for passes in (1, 4) for rate in (1e-3, 3e-3)]
-    for pair in pairs:
-        keep(tmp_path, "grpo", pair, bench.TUNING_SEED, [0.6 if pair == FAST else 0.2] * 20)
-    for pair in pairs[1:]:
-        keep(tmp_path, "critic", pair, bench.TUNING_SEED, [0.1] * 20)
-    assert bench.best_tuning(tmp_path, "delay_16", "grpo", options) == FAST
-    assert bench.best_tuning(tmp_path, "random", "grpo", options) == FAST  # nothing to tune on there
-    assert bench.best_tuning(tmp_path, "delay_16", "critic", options) is None  # one pair is missing
-    # Elsewhere passes stay as chosen, and learning rates are chosen anew.
-    assert bench.pairs_for(tmp_path, "words", "grpo", options) == [(4, 1e-3), (4, 3e-3)]
-    assert bench.best_tuning(tmp_path, "words", "grpo", options) is None
-    for rate, height in ((1e-3, 0.7), (3e-3, 0.5)):
-        keep(tmp_path, "grpo", bench.Tuning(4, rate), bench.TUNING_SEED, [height] * 20, "words")
-    assert bench.best_tuning(tmp_path, "words", "grpo", options) == (4, 1e-3)
-    keep(tmp_path, "critic", SLOW, bench.TUNING_SEED, [0.9] * 20)
-    for seed in (1, 2):
-        keep(tmp_path, "grpo", FAST, seed, [0.0] * 10 + [1.0] * 10)
-        keep(tmp_path, "critic", SLOW, seed, [0.0] * (2 * seed) + [1.0] * (20 - 2 * seed))
     assert bench.methods_on("delay_16", options) == ["critic", "grpo", "spo"]
     assert bench.methods_on("cipher", options) == options.methods
     tables = bench.summarise(tmp_path, options)

@@ -1,11 +1,15 @@
 """The critic's signal: targets, losses and metrics worked by hand."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from rl_plugins.functional import gae
 from rl_plugins.signals import (
+    critic_signal,
     critic_targets,
     initial_values,
     rollout_metrics,
@@ -216,3 +220,77 @@ def test_explained_variance_of_a_half_right_critic() -> None:
     values = torch.tensor([[[2.5], [2.0], [1.5]]])  # half the spread of the returns 3, 2, 1
     targets = critic_targets(rewards, values, values, mask)
     assert rollout_metrics(targets, values, values, mask)["critic/explained_variance"].item() == pytest.approx(0.75)
+
+
+# Calibration
+
+
+def random_batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, observed returns and mask of four completions, padded with garbage."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.arange(6) < torch.tensor([[6], [4], [5], [2]])
+    rewards = torch.randn(4, 6, generator=g)
+    returns = critic_targets(rewards, torch.zeros(4, 6, 1), torch.zeros(4, 6, 1), mask).monte_carlo
+    return rewards.masked_fill(~mask, torch.nan), returns.masked_fill(~mask, torch.nan), mask
+
+
+def advantages_of(values: Tensor, *, calibrate: bool = True, scaling: str = "none", **options: Any) -> Tensor:
+    rewards, _, mask = random_batch()
+    values = values.unsqueeze(-1)
+    return critic_signal(rewards, values, values, mask, scaling=scaling, calibrate=calibrate, **options)[1]
+
+
+def test_calibrated_values_are_scaled_and_moved_until_they_fit() -> None:
+    _, returns, mask = random_batch()
+    # 2 G is twice the return: half of it is the return itself, and no advantage is left.
+    torch.testing.assert_close(advantages_of(2 * returns), torch.zeros(4, 6))
+    # Half the return plus 3 would need a slope of 2, which is more than 1: only its mean is put right.
+    half = 0.5 * returns
+    mean = half[mask].mean()
+    expected = torch.where(mask, half - mean, 0.0)
+    torch.testing.assert_close(advantages_of(half + 3), expected)
+    assert advantages_of(half + 3, calibrate=False)[mask].mean() < -2
+
+
+@pytest.mark.parametrize("values", ["constant", "the opposite"])
+def test_values_that_explain_nothing_become_the_mean_of_the_batch(values: str) -> None:
+    """Whitened, these are the advantages of REINFORCE++."""
+    _, returns, mask = random_batch()
+    useless = torch.full((4, 6), 7.0) if values == "constant" else -returns
+    expected = torch.where(mask, returns - returns[mask].mean(), 0.0)
+    torch.testing.assert_close(advantages_of(useless), expected)
+    whitened = advantages_of(useless, scaling="whiten")
+    torch.testing.assert_close(whitened, torch.where(mask, expected / returns[mask].std(correction=0), 0.0))
+
+
+def test_the_line_is_that_of_least_squares() -> None:
+    """Against numpy's, on values that know part of the return."""
+    rewards, returns, mask = random_batch()
+    values = (returns + torch.randn(4, 6, generator=torch.Generator().manual_seed(1))).unsqueeze(-1)
+    slope, intercept = np.polyfit(values[..., 0][mask].numpy(), returns[mask].numpy(), 1)
+    assert 0.2 < slope < 0.9
+    targets, advantages, metrics = critic_signal(rewards, values, values, mask, scaling="none", calibrate=True)
+    expected = returns - slope * values[..., 0] - intercept
+    torch.testing.assert_close(advantages[mask], expected[mask].float())
+    assert metrics["critic/calibration"].item() == pytest.approx(slope, abs=1e-6)
+    raw, _, before = critic_signal(rewards, values, values, mask, scaling="none")
+    assert "critic/calibration" not in before
+    # Targets of the values, and what is said of their quality, are those of the values as they are.
+    torch.testing.assert_close(targets.returns, raw.returns)
+    torch.testing.assert_close(metrics["critic/explained_variance"], before["critic/explained_variance"])
+
+
+def test_calibration_corrects_what_advantages_bootstrap_from() -> None:
+    """Lambda 0: `A = r + V(s') - V(s)` of corrected values, 0 at the end; the value of a cut is corrected, too."""
+    rewards, returns, mask = random_batch()
+    values = (returns + torch.randn(4, 6, generator=torch.Generator().manual_seed(1))).unsqueeze(-1)
+    after = torch.tensor([0.0, 0.7, 0.0, -0.4])
+    options = {"estimator": "td", "after": after}
+    raw, _, _ = critic_signal(rewards, values, values, mask, scaling="none", **options)
+    slope, intercept = np.polyfit(values[..., 0][mask].numpy(), raw.monte_carlo[mask].numpy(), 1)
+    found = critic_signal(rewards, values, values, mask, scaling="none", calibrate=True, **options)[1]
+    for row, length in enumerate([6, 4, 5, 2]):
+        corrected = [slope * float(v) + intercept for v in values[row, :length, 0]]
+        corrected.append(0.0 if after[row] == 0 else slope * float(after[row]) + intercept)
+        expected = [float(rewards[row, t]) + corrected[t + 1] - corrected[t] for t in range(length)]
+        torch.testing.assert_close(found[row, :length], torch.tensor(expected, dtype=torch.float32))

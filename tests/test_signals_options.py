@@ -151,5 +151,5 @@ def test_options_are_sorted_into_their_dataclasses() -> None:
     }
     assert (heads.num_mtp_heads, values.gamma) == (1, 1.0)
     assert OnlineValueOptions.of(PPOValueOptions(gamma=0.3)) == OnlineValueOptions(
-        gamma=0.3, value_loss_type="clipped", lam_policy=0.95, kl_in_reward=True
+        gamma=0.3, value_loss_type="clipped", lam_policy=0.95, calibrate_values=False, kl_in_reward=True
     )

@@ -106,7 +106,7 @@ def test_json_round_trip(critic_args: ArgsFactory, tmp_path: Path) -> None:
     # The host derives one of these two from the other, and refuses both at once.
     init = {f.name for f in dataclasses.fields(MTPCriticConfig) if f.init} - {"generation_batch_size"}
     again = MTPCriticConfig(**{name: value for name, value in from_json.items() if name in init})
-    assert len(ours) == 45
+    assert len(ours) == 46
     for name in sorted(ours | {"num_generations"}):
         assert getattr(again, name) == getattr(args, name) == from_json[name], name
 
@@ -115,6 +115,7 @@ COMMAND_LINE = {
     "use_critic": ("True", True),
     "num_generations": ("1", 1),
     "lam_policy": ("0.9", 0.9),
+    "calibrate_values": ("False", False),
     "discounted_objective": ("True", True),
     "length_adaptive_alpha": ("0.05", 0.05),
     "advantage_scaling": ("value", "value"),

@@ -79,6 +79,7 @@ def test_stock_defaults_apart_from_ours(make: Make, tmp_path: Path) -> None:
     differ.pop("logging_dir", None)
     assert differ == {"num_generations": 1, "beta": 0.05, "num_iterations": 4}
     assert ours.value_loss_type == "clipped" and ours.kl_in_reward and ours.lam_policy == 0.95
+    assert not ours.calibrate_values
 
 
 def test_preset(make: Make) -> None:
@@ -113,6 +114,7 @@ COMMAND_LINE = {
     "num_iterations": ("3", 3),
     "num_generations": ("1", 1),
     "lam_policy": ("0.9", 0.9),
+    "calibrate_values": ("True", True),
     "discounted_objective": ("True", True),
     "length_adaptive_alpha": ("0.05", 0.05),
     "advantage_scaling": ("value", "value"),

@@ -16,9 +16,9 @@ a sequential head and a replay of its values. GRPO, DAPO and RLOO compare eight 
 is REINFORCE++ on the rewards that follow each token, and runs where rewards come at several. DAPO goes without its
 penalty on length, since lengths are given or short. Tokens that are drawn and dropped count, for they are generated.
 
-Every method makes its own number of passes over each batch (`num_iterations`), the better of two on `delay_16`. Every
-method has its own learning rate for every task, the best of three. Best is the highest mean score over the run, on a
-seed that is not reported. The control has the learning rates of `delay_16`, and `delay_256` those of `delay_64`.
+Every method has a learning rate and a number of passes over each batch (`num_iterations`) of its own for every task:
+the best of six pairs by the mean score over the run, on a seed that is not reported. The control takes those of
+`delay_16`, and `delay_256` those of `delay_64`.
 
 A score is the task's own, of one batch of completions, before the policy learns from them. The target is where stock
 GRPO ends, the mean over the seeds and over the last tenth of the run. A run has reached it when the mean of ten
@@ -90,8 +90,7 @@ PASSES = (1, 4)
 ONLY_ON = {"reward_to_go": ["cipher"]}
 """Tasks of a method that is another one's equal on all others."""
 TUNED_AS = {"random": "delay_16", "delay_256": "delay_64"}
-"""Tasks that take the learning rates of others: one on which nothing can be tuned, and one on which it takes long."""
-PASSES_TUNED_ON = "delay_16"
+"""Tasks that take what was chosen on others: one on which nothing can be tuned, and one on which it takes long."""
 
 
 class Tuning(NamedTuple):
@@ -460,21 +459,15 @@ def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
     return means[int(0.025 * draws)], means[int(0.975 * draws)]
 
 
-def pairs_for(output: Path, task: str, method: str, options: argparse.Namespace) -> list[Tuning]:
-    """What a method chooses from on a task: all pairs, or those with the passes that have been chosen."""
-    passes = options.passes
-    if task != PASSES_TUNED_ON:
-        chosen = best_tuning(output, PASSES_TUNED_ON, method, options)
-        passes = [] if chosen is None else [chosen.passes]
-    return [Tuning(number, rate) for number in passes for rate in options.learning_rates]
+def grid(options: argparse.Namespace) -> list[Tuning]:
+    """Pairs to choose from."""
+    return [Tuning(passes, rate) for passes in options.passes for rate in options.learning_rates]
 
 
-def best_tuning(output: Path, task: str, method: str, options: argparse.Namespace) -> Tuning | None:
+def best_tuning(output: Path, task: str, method: str, pairs: list[Tuning]) -> Tuning | None:
     """The pair with the highest mean score on the tuning seed; `None` while some are missing."""
-    task = TUNED_AS.get(task, task)
-    pairs = pairs_for(output, task, method, options)
-    runs = [Job(task, method, pair, TUNING_SEED).load(output) for pair in pairs]
-    if not pairs or not all(runs):
+    runs = [Job(TUNED_AS.get(task, task), method, pair, TUNING_SEED).load(output) for pair in pairs]
+    if not all(runs):
         return None
     return pairs[max(range(len(pairs)), key=lambda i: area(runs[i][0]["curve"]))]
 
@@ -486,7 +479,7 @@ def methods_on(task: str, options: argparse.Namespace) -> list[str]:
 
 def finished(output: Path, task: str, method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs that are reported, of those seeds that are done."""
-    tuning = best_tuning(output, task, method, options)
+    tuning = best_tuning(output, task, method, grid(options))
     if tuning is None:
         return []
     return [run for seed in options.seeds for run in Job(task, method, tuning, seed).load(output)]
@@ -603,13 +596,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     for task in [] if options.table else options.tasks:
-        methods = methods_on(task, options)
+        tuned, methods = TUNED_AS.get(task, task), methods_on(task, options)
         TASKS[task](Meter(), 0, output)  # makes the warm start, before runs share it
-        for tuned in (PASSES_TUNED_ON, TUNED_AS.get(task, task)):
-            pairs = [(method, pair) for method in methods for pair in pairs_for(output, tuned, method, options)]
-            jobs = [Job(tuned, method, pair, TUNING_SEED) for method, pair in pairs]
-            run_all(jobs, output, options.jobs, options.critic)
-        chosen = {method: best_tuning(output, task, method, options) for method in methods}
+        jobs = [Job(tuned, method, pair, TUNING_SEED) for method in methods for pair in grid(options)]
+        run_all(jobs, output, options.jobs, options.critic)
+        chosen = {method: best_tuning(output, task, method, grid(options)) for method in methods}
         jobs = [Job(task, method, chosen[method], seed) for seed in options.seeds for method in methods]
         run_all(jobs, output, options.jobs, options.critic)
     tables = summarise(output, options)

@@ -130,6 +130,35 @@ def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor, *, re
     return share.to(torch.promote_types(upcast(targets).dtype, predictions.dtype))
 
 
+def masked_line(
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor,
+    *,
+    slopes: tuple[float, float] = (-torch.inf, torch.inf),
+    reduce: Reduce | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fit the line that predicts `y` from `x` with the least squared error over the real entries of every rank.
+
+    `slope = Cov(x, y) / Var(x)`, and the line goes through both means.
+
+    Args:
+        x: `(B, T)`.
+        y: the shape of `x`.
+        slopes: smallest and largest slope; the best one in between is taken.
+
+    Returns:
+        Slope and intercept, 0-d float64. Where `x` does not vary, the slope is the one nearest to 0.
+    """
+    check_shape("x", x, y.shape, "align both")
+    mean_x, var_x, _ = exact_moments(x, mask, reduce=reduce)
+    mean_y, _, _ = exact_moments(y, mask, reduce=reduce)
+    products = (zero_masked(x.double(), mask) - mean_x) * (zero_masked(y.double(), mask) - mean_y)
+    covariance = exact_moments(products, mask, reduce=reduce)[0]
+    slope = torch.where(var_x > 0, covariance / var_x, 0.0).clamp(*slopes)
+    return slope, mean_y - slope * mean_x
+
+
 def _expand(mask: Tensor, x: Tensor) -> Tensor:
     """`mask` as bool in the shape of `x`, trailing dimensions repeated."""
     if mask.shape != x.shape[: mask.ndim]:

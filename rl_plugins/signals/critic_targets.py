@@ -11,6 +11,7 @@ from rl_plugins.functional.alignment import head_targets, last_real, lookahead_v
 from rl_plugins.functional.masking import (
     Reduce,
     explained_variance,
+    masked_line,
     masked_mean,
     masked_moments,
     masked_sum,
@@ -297,10 +298,17 @@ def critic_signal(
     scaling: str = "whiten",
     reward_range: tuple[float, float] = (0.0, 1.0),
     discounted_objective: bool = False,
+    calibrate: bool = False,
     reduce: Reduce | None = None,
+    after: Tensor | None = None,
     **options: Any,
 ) -> tuple[CriticTargets, Tensor, dict[str, Tensor]]:
     """Everything that the critic says about a batch just generated.
+
+    Values are a control variate of the policy's gradient. With `calibrate`, advantages are made of `a + b v` instead
+    of the values `v`, with the `a` and the `b` between 0 and 1 that forecast the observed returns of this batch best.
+    Such values take away most variance, and bad ones do no harm: where values explain nothing `b` is 0, and the mean
+    of the batch is what remains, the baseline of REINFORCE++.
 
     Args:
         rewards: Token rewards (B, T).
@@ -312,23 +320,39 @@ def critic_signal(
         reward_range: See [`scale_advantages`].
         discounted_objective: Multiply the scaled advantage of token `t` by `gamma^t`. Without the factor the gradient
             is not that of the discounted return where `gamma < 1`: late tokens count too much.
+        calibrate: Correct the values by a line before they become advantages. Value targets stay as they are.
         reduce: Sums statistics over ranks.
+        after: See [`critic_targets`].
         options: Further keyword arguments of [`critic_targets`].
 
     Returns:
-        The targets, the policy's scaled advantages (B, T), and metrics (0-d): [`rollout_metrics`], and
-        `critic/skipped_completions`, of which no token counts.
+        The targets, the policy's scaled advantages (B, T), and metrics (0-d): [`rollout_metrics`],
+        `critic/calibration`, which is `b`, and `critic/skipped_completions`, of which no token counts.
     """
-    targets = critic_targets(rewards, values, target_values, mask, gamma=gamma, **options)
+    targets = critic_targets(rewards, values, target_values, mask, gamma=gamma, after=after, **options)
+    metrics = rollout_metrics(targets, values, target_values, mask, ahead=options.get("ahead", 1), reduce=reduce)
+    baseline = values
+    if calibrate:
+        slope, intercept = masked_line(values[..., 0], targets.monte_carlo, mask, slopes=(0.0, 1.0), reduce=reduce)
+        metrics["critic/calibration"] = slope.float()
+
+        def calibrated(x: Tensor) -> Tensor:
+            return (slope * x.double() + intercept).to(x.dtype)
+
+        baseline = calibrated(values)
+        if after is not None:
+            after = torch.where(after == 0, 0.0, calibrated(after))  # 0 where an episode has ended
+        corrected = critic_targets(
+            rewards, baseline, calibrated(target_values), mask, gamma=gamma, after=after, **options
+        )
+        targets = targets._replace(advantages=corrected.advantages, td_errors=corrected.td_errors)
     advantages = scale_advantages(
-        targets.advantages, values[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
+        targets.advantages, baseline[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
     )
     if discounted_objective:
         dtype = advantages.dtype
         discount = at_turn_ends(gamma, mask, dtype=dtype) if options.get("time_unit") == "turn" else gamma
         advantages = advantages * discount_factors(mask, gamma=discount, dtype=dtype)
-    ahead = options.get("ahead", 1)
-    metrics = rollout_metrics(targets, values, target_values, mask, ahead=ahead, reduce=reduce)
     skipped = (~mask.any(dim=1)).sum().float().view(1)
     metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]
     return targets, advantages, metrics

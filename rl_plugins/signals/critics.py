@@ -402,6 +402,7 @@ class CriticSignal(Signal):
             reduce=host.sum_over_ranks,
             after=after,
             discounted_objective=options.discounted_objective,
+            calibrate=options.calibrate_values,
             **self._estimation(),
         )
         batch["advantages"], batch["returns"], batch["td_errors"] = advantages, targets.returns, targets.td_errors

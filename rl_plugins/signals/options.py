@@ -258,6 +258,11 @@ class OnlineValueOptions(ValueOptions):
         "Lambda of the policy's advantages. 1 uses values as a baseline alone. Below 1 they take the place of what "
         "was observed, which pays where they are nearly exact and harms where they are not.",
     )
+    calibrate_values: bool = option(
+        True,
+        "Whether advantages are made of values that a line, fitted to the returns of the batch, has corrected. Values "
+        "that explain nothing then become the mean of the batch, and do no harm.",
+    )
     length_adaptive_alpha: float | None = option(
         None, "Replaces lam_policy by VAPO's 1 - 1 / (alpha * length); the paper uses 0.05."
     )
@@ -361,6 +366,7 @@ class PPOValueOptions(OnlineValueOptions):
 
     value_loss_type: str = with_default(OnlineValueOptions, "value_loss_type", "clipped")
     lam_policy: float = with_default(OnlineValueOptions, "lam_policy", 0.95)
+    calibrate_values: bool = with_default(OnlineValueOptions, "calibrate_values", False)
     kl_in_reward: bool = with_default(OnlineValueOptions, "kl_in_reward", True)
 
 
