@@ -228,7 +228,7 @@ def warm_start(script: Script, args: Any, train: Dataset) -> str:
         mtp_head_type=getattr(args, "mtp_head_type", "parallel"),
         lr_scheduler_type="cosine",
         warmup_steps=20,
-        logging_steps=500,
+        logging_steps=max(1, script.warm_start_steps // 8),
         save_strategy="no",
         gradient_checkpointing=False,
         bf16=args.bf16,
@@ -302,8 +302,8 @@ def load_policy(script: Script, args: Any, train: Dataset) -> Any:
         announce(
             args,
             f"Phase 1 of 2, warm start: a small new model learns from {script.warm_start_steps} batches of "
-            f"demonstrations, {script.guesses:.0%} of which guess the answer instead of working it out. With the default "
-            f"options this took {MINUTES[0]:g} minutes on one processor core.",
+            f"demonstrations, {script.guesses:.0%} of which guess the answer instead of working it out. With the "
+            f"default options this took {MINUTES[0]:g} minutes on one processor core.",
         )
         return warm_start(script, args, train)
     if script.gguf_file is None:
@@ -445,8 +445,8 @@ def train(trainer: Any, script: Script, args: Any) -> None:
     judged = "the critic's values say which tokens raised the chance" if critic else "answers to a prompt are compared"
     announce(
         args,
-        f"{phase} learning with {type(trainer).__name__}: the model answers {script.task} items, a verifier says whether "
-        f"each answer is right, and {judged}. {len(trainer.eval_dataset)} held-out items measure it every "
+        f"{phase} learning with {type(trainer).__name__}: the model answers {script.task} items, a verifier says "
+        f"whether each answer is right, and {judged}. {len(trainer.eval_dataset)} held-out items measure it every "
         f"{args.eval_steps:g} steps."
         + (f" With the default options this took {MINUTES[1]:g} minutes on one processor core." if critic else ""),
     )
@@ -495,7 +495,7 @@ def finish(trainer: Any, script: Script, args: Any) -> None:
     if evaluated[-1:] != [trainer.state.global_step] or rollout_is_missing:
         trainer.evaluate()  # the report is on the last rollout, which shall be of the trained policy on held-out items
     trainer.save_state()
-    trainer.create_model_card(model_name=Path(args.output_dir).name)
+    trainer.create_model_card()
     if not trainer.accelerator.is_main_process:
         return
     summary = report(trainer, script, args)
@@ -525,20 +525,19 @@ def closing_words(summary: dict[str, Any], held_out: int, output: Path, has_crit
         lines.append(row("explained variance of the critic", "explained_variance", ".2f"))
         lines += [
             "",
-            "  An explained variance of 1 would know every outcome beforehand; 0 knows no more than the mean.",
+            "  Explained variance: 1 if the critic knew every outcome beforehand, 0 if it knew the mean alone.",
         ]
     lines += ["", "Open these files:", ""]
     if has_critic:
         lines += [
             f"  {output / 'token_values.html'}",
-            "    Completions whose tokens are colored by the critic's value, its estimate of the chance to be right.",
-            "    Look for the token at which the color changes: there the critic sees that a step went wrong or right.",
+            "    Completions whose tokens are colored by the critic's value: its estimate that the answer is right.",
+            "    Look for the token at which the color changes: there the critic sees that a step was right or wrong.",
         ]
     lines += [
         f"  {output / 'curves.png'}",
         "    Learning curves. Look for the accuracy on held-out items: it should rise, and then level off.",
         f"  {output / 'README.md'}",
-        "    The model card, with the lines of Python that load "
-        + ("what was trained." if has_critic else "the model."),
+        "    The model card, with the lines of Python that load what was trained.",
     ]
     return "\n".join(lines)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rl_plugins import __version__
 from rl_plugins.moe.config import BalancingConfig
-from rl_plugins.nn.attachment import SELECTION_BIAS_NAME
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.papers import PAPERS
 
@@ -124,8 +123,8 @@ def complete_card(path: Path, method: Method, *, trained_by: str, hub_id: str | 
     text = path.read_text(encoding="utf-8")
     # The host's template writes None for a model that is on no hub.
     text = text.replace("a fine-tuned version of [None](https://huggingface.co/None)", "a fine-tuned model")
-    text = text.replace('model="None"', f'model="{path.parent}"')
-    text = _insert(text, TRAINING, _loading(method, path.parent, hub_id))
+    text = text.replace('model="None"', f'model="{path.parent.name}"')
+    text = _insert(text, TRAINING, _loading(method, path.parent.name, hub_id))
     text = _insert(text, VERSIONS, _procedure(method, trained_by))
     path.write_text(text.rstrip() + "\n" + _citations(text, method), encoding="utf-8")
 
@@ -137,10 +136,11 @@ def _insert(text: str, before: str, addition: str) -> str:
     return f"{text.rstrip()}\n\n{addition}" if place < 0 else f"{text[:place]}\n{addition}{text[place:]}"
 
 
-def _loading(method: Method, path: Path, hub_id: str | None) -> str:
+def _loading(method: Method, folder: str, hub_id: str | None) -> str:
+    source = f'"{folder}"  # where this file is' if hub_id is None else f'snapshot_download("{hub_id}")'
     blocks = []
     for heading, code in method.code:
-        lines = code.format(folder=repr(str(path)) if hub_id is None else f'snapshot_download("{hub_id}")')
+        lines = code.format(folder=source)
         if hub_id is not None:
             lines = f"from huggingface_hub import snapshot_download\n{lines}"
         blocks.append(f"## {heading}\n\nThis needs `pip install rl-plugins`.\n\n```python\n{lines}```\n")
@@ -170,11 +170,3 @@ def host_paper(method: Method) -> dict[str, str]:
     first = PAPERS[method.own_papers[0]]
     entry = {"citation": "\n\n".join(PAPERS[key].bibtex(key) for key in method.own_papers)}
     return entry if first.arxiv is None else {**entry, "title": first.title, "id": first.arxiv}
-
-
-def with_balancing(method: Method, config: BalancingConfig, folder: Path) -> Method:
-    """Add to a method how experts were balanced, and how to load selection biases that stand beside the weights."""
-    code = method.code
-    if (folder / SELECTION_BIAS_NAME).is_file():
-        code = (*code, ("Loading the selection biases", BIAS_CODE))
-    return Method(method.name, method.own_papers, (*method.parts, *balancing_parts(config)), code)

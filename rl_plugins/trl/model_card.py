@@ -18,14 +18,20 @@ class WritesModelCard(Trainer):
         """Say how the model is trained, for its card; trainers override it."""
         return Method(self._name)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write README.md into the output directory as the host does, then add what its template has no place for."""
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Write README.md into the output directory as the host does, then add what its template has no place for.
+
+        Args:
+            model_name: Name of the model; that of the output directory by default.
+            args: For the host's method.
+            kwargs: For the host's method.
+        """
+        path = Path(str(self.args.output_dir)) / CARD
         method = self.describe_method()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, MoEBalancingCallback):
                 method = callback.describe(method)
         self._name, self._paper = method.name, host_paper(method)
-        super().create_model_card(*args, **kwargs)
+        super().create_model_card(model_name or path.parent.name, *args, **kwargs)
         if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / CARD
             complete_card(path, method, trained_by=type(self).__name__, hub_id=self.hub_model_id)

@@ -17,7 +17,9 @@ from typing import Any
 import datasets
 import transformers
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from packaging.version import Version
+from safetensors import SafetensorError
 
 from rl_plugins.hooks import require_hooks
 
@@ -118,9 +120,7 @@ def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig, *need
     if mixture.datasets:
         splits = get_dataset(mixture)
     else:
-        splits = load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
+        splits = _load_named(script_args)
     for split in needed:
         if split not in splits:
             raise ValueError(
@@ -128,6 +128,21 @@ def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig, *need
                 "--dataset_train_split or --dataset_test_split; --eval_strategy no needs no test split."
             )
     return splits
+
+
+def _load_named(script_args: ScriptArguments) -> Any:
+    """Load the dataset of `--dataset_name`, with errors that name it."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error as well
+    try:
+        return load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = "" if error.__cause__ is None else f": {error.__cause__}"
+        raise ValueError(f"--dataset_name {script_args.dataset_name}: {error}{reason}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def make_trainer(
@@ -161,15 +176,19 @@ def make_trainer(
     if args.eval_strategy != "no":
         needed.append(script_args.dataset_test_split)
     splits = load_data(script_args, mixture, *needed)
-    return TRAINERS[command][1](
-        model_args.model_name_or_path,
-        reward_funcs,
-        args,
-        train_dataset=splits[script_args.dataset_train_split],
-        eval_dataset=None if args.eval_strategy == "no" else splits[script_args.dataset_test_split],
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        return TRAINERS[command][1](
+            model_args.model_name_or_path,
+            reward_funcs,
+            args,
+            train_dataset=splits[script_args.dataset_train_split],
+            eval_dataset=None if args.eval_strategy == "no" else splits[script_args.dataset_test_split],
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except SafetensorError as error:
+        named = model_args.model_name_or_path
+        raise ValueError(f"The weights of --model_name_or_path {named} cannot be read: {error}") from error
 
 
 def save(trainer: Any, dataset_name: str | None) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -108,6 +109,19 @@ class OptionParser(OneLineErrors, TrlParser):
         close = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         self.error(f"{place}unknown option {unknown}; {hint}{self.prog} --help lists all")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse text that begins like JSON and is none: hosts would not name the option."""
+        found, rest = super().parse_known_args(args, namespace)
+        for kind in self.dataclass_types:
+            for name in getattr(kind, "_VALID_DICT_FIELDS", ()):
+                value = getattr(found, name, None)
+                if isinstance(value, str) and value.startswith("{"):
+                    try:
+                        json.loads(value)
+                    except ValueError as error:
+                        self.error(f"argument --{name}: {value} is no JSON: {error}")
+        return found, rest
 
     def parse_args_into_dataclasses(self, args: Any = None, *other: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Parse without the file `<script>.args` that transformers looks for beside the script."""
