@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -150,6 +149,8 @@ def main(args: list[str] | None = None) -> ClassicCLI:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a loader of iterations has no use for them
     warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
+    from jsonargparse import set_parsing_settings  # which OneLineCLI has looked for
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings are documented field by field
     cli = ClassicCLI(
         Agent,

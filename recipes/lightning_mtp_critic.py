@@ -28,8 +28,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from sums import Script, build_datasets, character_tokenizer, make_reward, small_model
 from transformers import AutoTokenizer
 
-from rl_plugins.lightning import MTPCriticModule, MTPSFTModule, PromptDataModule, RolloutProgressBar, TokenValueReport
 from rl_plugins.known_warnings import ignore_known_warnings
+from rl_plugins.lightning import MTPCriticModule, MTPSFTModule, PromptDataModule, RolloutProgressBar, TokenValueReport
 from rl_plugins.lightning.cli import OneLineCLI
 from rl_plugins.process_group import end_process_group
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Dots1Config, Dots1ForCausalLM, ProgressCallback, Trainer, TrainingArguments, set_seed
+
 from rl_plugins.functional import expert_counts, max_violation
 from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.moe import LOAD_FILE_NAME, read_expert_load

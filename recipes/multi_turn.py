@@ -35,7 +35,6 @@ from transformers import (
 from rl_plugins.extras import require
 from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.process_group import end_process_group
-from rl_plugins.usage import OneLineErrors, one_line_errors
 from rl_plugins.report import traces_from_rollout, write_token_values_html
 from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
 from rl_plugins.trl import (
@@ -45,6 +44,7 @@ from rl_plugins.trl import (
     MTPCriticConfig,
     MTPCriticTrainer,
 )
+from rl_plugins.usage import OneLineErrors, one_line_errors
 
 LETTERS = "abcdefghijkl"
 STAKES = "abbcg"  # worth 0, 1, 1, 2 and 6

@@ -42,9 +42,9 @@ from transformers import (
 from rl_plugins.extras import require
 from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.process_group import end_process_group
-from rl_plugins.usage import OneLineErrors, one_line_errors
 from rl_plugins.report import traces_from_rollout, write_token_values_html
 from rl_plugins.trl import EpisodeRollouts, MTPCriticConfig, MTPCriticTrainer
+from rl_plugins.usage import OneLineErrors, one_line_errors
 
 PLAYER = 0
 

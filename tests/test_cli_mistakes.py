@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rl_plugins import cli
 from rl_plugins.trl.scripts import online
@@ -183,10 +184,11 @@ def arguments(*given: str) -> list[str]:
 
 
 @pytest.fixture
-def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "path", [str(workplace), *sys.path])
-    return workplace
+    yield workplace
+    unset_hf_deepspeed_config()  # which transformers keeps in the process
 
 
 @pytest.mark.slow
