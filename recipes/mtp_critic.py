@@ -16,7 +16,7 @@ them from a file. Writes the policy, the heads, `curves.png`, `token_values.html
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, finish, load_policy, load_task, make_reward, read_options, train
+from sums import Defaults, announce, finish, load_policy, load_task, make_reward, read_options, train
 
 from rl_plugins.process_group import end_process_group
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
@@ -34,6 +34,12 @@ class Config(Defaults, MTPCriticConfig):
 def main() -> None:
     """Parse, warm-start, train, report."""
     parser, script, args = read_options(Config, __doc__)
+    if script.model is None:
+        announce(
+            args,
+            "A small language model learns sums, first from demonstrations, then by reinforcement learning with a "
+            "critic inside it. With the default options both phases took 6 minutes on one processor core.",
+        )
     with parser.catching():  # what the user can mend is one line
         tokenizer, items, held_out = load_task(script, args.seed)
         # One completion per prompt: the heads' values take the place of the group that GRPO compares it with.

@@ -302,8 +302,8 @@ def load_policy(script: Script, args: Any, train: Dataset) -> Any:
         announce(
             args,
             f"Phase 1 of 2, warm start: a small new model learns from {script.warm_start_steps} batches of "
-            f"demonstrations, {script.guesses:.0%} of which guess the answer instead of working it out. With the "
-            f"default options this took {MINUTES[0]:g} minutes on one processor core.",
+            f"demonstrations, {script.guesses:.0%} of which guess the answer instead of working it out. The last "
+            "column estimates the minutes that are left.",
         )
         return warm_start(script, args, train)
     if script.gguf_file is None:
@@ -319,7 +319,6 @@ def load_policy(script: Script, args: Any, train: Dataset) -> Any:
 
 ACCURACY = "eval_rewards/accuracy/mean"  # the task's own score, without what a variant adds to the reward
 VARIANCE = "eval_critic/explained_variance"
-MINUTES = (2.4, 3.6)  # of the two phases of recipes/mtp_critic.py with its defaults, on one core of a quiet machine
 
 
 def announce(args: Any, text: str) -> None:
@@ -447,8 +446,7 @@ def train(trainer: Any, script: Script, args: Any) -> None:
         args,
         f"{phase} learning with {type(trainer).__name__}: the model answers {script.task} items, a verifier says "
         f"whether each answer is right, and {judged}. {len(trainer.eval_dataset)} held-out items measure it every "
-        f"{args.eval_steps:g} steps."
-        + (f" With the default options this took {MINUTES[1]:g} minutes on one processor core." if critic else ""),
+        f"{args.eval_steps:g} steps.",
     )
     columns = [*COLUMNS, *(SAMPLING_COLUMNS if draws else ()), *(CRITIC_COLUMNS if critic else ())]
     show_progress(trainer, [*columns, *HELD_OUT_COLUMNS, *(HELD_OUT_CRITIC_COLUMNS if critic else ())])

@@ -398,7 +398,8 @@ def test_mistakes_are_told_before_any_work(
     with pytest.raises(SystemExit) as stopped:
         load_recipe(name).main()
     assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name}.py: error: ") and message in line
     assert not (tmp_path / "run").exists()
 
 
