@@ -4,9 +4,9 @@ import dataclasses
 import inspect
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,9 +39,11 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_there_at_once() -> None:
-    start = time.perf_counter()
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run("--help")
-    assert done.returncode == 0 and time.perf_counter() - start < 1.0
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time, which busy cores do not lengthen as they do the time on the clock.
+    assert done.returncode == 0 and used.ru_utime - start.ru_utime < 0.5
     assert all(name in done.stdout for name in cli.COMMANDS)
     assert set(online.TRAINERS) == set(cli.COMMANDS)
     loaded = "import sys, rl_plugins.cli; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
@@ -131,7 +133,7 @@ def test_titles_of_groups() -> None:
 
 def test_each_command_parses_its_own_options() -> None:
     def parsed(command: str, *given: str) -> Any:
-        return online.make_parser(command).parse_args_and_config([*given, "--use_cpu", "--bf16", "False"])[1]
+        return online.make_parser(command).parse_args_and_config([*given, "--use_cpu", "--bf16", "False"])[0]
 
     assert parsed("mtp-critic", "--lam_policy", "0.9").lam_policy == 0.9
     assert parsed("grpo-variant", "--preset", "gspo").preset == "gspo"
