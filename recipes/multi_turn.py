@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import statistics
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,9 @@ def main() -> None:
     parser.add_argument("--report_to", default="none", help="where to log: none, tensorboard, wandb, ...")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/multi_turn"), help="where to write")
     options = parser.parse_args()
+    unknown = set(options.critic) - {field.name for field in fields(MTPCriticConfig)}
+    if unknown:
+        parser.error(f"argument --critic: MTPCriticConfig has no option {', '.join(sorted(unknown))}")
     ignore_known_warnings()
     with one_line_errors(parser.prog):
         options.output_dir.mkdir(parents=True, exist_ok=True)
