@@ -255,7 +255,8 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # rows are in memory
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # of the warm start
     ignore_known_warnings()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     CLI(TaskCritic, TaskData, args=args, save_config_kwargs={"overwrite": True})
     end_process_group()
 

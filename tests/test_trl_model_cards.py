@@ -192,9 +192,13 @@ def test_card_of_balancing(host: str, balancing: str, tmp_path: Path, monkeypatc
         (folder / "README.md").write_text("# A card of the user\n")
         trainer = Trainer(model, TrainingArguments(str(folder), **options), train_dataset=rows)
     elif host == "TRL":
-        trainer = SFTTrainer(model, SFTConfig(str(folder), **options), train_dataset=rows, processing_class=make_tokenizer())
+        trainer = SFTTrainer(
+            model, SFTConfig(str(folder), **options), train_dataset=rows, processing_class=make_tokenizer()
+        )
     else:
-        trainer = MTPSFTTrainer(model, MTPSFTConfig(str(folder), **options), train_dataset=rows, processing_class=make_tokenizer())
+        trainer = MTPSFTTrainer(
+            model, MTPSFTConfig(str(folder), **options), train_dataset=rows, processing_class=make_tokenizer()
+        )
     callback.add_to(trainer)
     trainer.train()
     trainer.save_model(str(folder))

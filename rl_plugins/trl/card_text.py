@@ -15,7 +15,7 @@ VERSIONS = "\n### Framework versions\n"
 
 @dataclass(frozen=True)
 class Method:
-    """How a model was trained.
+    """Description of a training, for the card of its model.
 
     Args:
         name: For people to read.
