@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := torch==2.13.0
+# Not --quiet: an installation that says nothing for minutes looks like one that hangs.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two processes, a file at a time, so that fixtures of a file are made once. The last files of the alphabet run two ranks
 # each, which keep both cores busy when one process has come to its end.
@@ -15,21 +17,22 @@ help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "The first call installs torch and about 115 packages (2 GB) into .venv, which takes some minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt $(TORCH)
+	$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 # An environment of its own for another set of versions, .venv-NAME, beside .venv. The target that needs it says in
 # PACKAGES what goes in. torch comes first and pinned: an open range would bring gigabytes of its CUDA build.
 .venv-%/.installed: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(TORCH)
-	$(@D)/bin/python -m pip install --quiet $(TORCH) $(PACKAGES)
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(TORCH)
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(TORCH) $(PACKAGES)
 	@touch $@
 
-demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what it learned
-	$(OFFLINE) $(BIN)/python recipes/mtp_critic.py --output_dir outputs/demo
+demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what it learned; ARGS=--open opens the page
+	@$(OFFLINE) $(BIN)/python recipes/mtp_critic.py --output_dir outputs/demo $(ARGS)
 
 images: $(STAMP) ## draw the pictures of the documentation that need no training, or whose runs are in outputs/
 	$(OFFLINE) $(BIN)/python recipes/draw_images.py
@@ -47,7 +50,7 @@ test-latest: .venv-latest/.installed ## run every test with the newest releases 
 # vLLM pins other versions than ours do. It brings torchvision and the like, whose builds do not fit a torch for CPUs.
 .venv-vllm/.installed: requirements-vllm.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check -r requirements-vllm.txt
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

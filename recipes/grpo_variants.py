@@ -14,8 +14,7 @@ Writes the policy, `curves.png` and `summary.json`.
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, Script, finish, ignore_known_warnings, load_policy, load_task, make_reward, show_briefly
-from trl import TrlParser
+from sums import Defaults, finish, load_policy, load_task, make_reward, read_options, train
 
 from rl_plugins.process_group import end_process_group
 from rl_plugins.signals.presets import GRPO_PRESETS
@@ -35,20 +34,19 @@ class Config(Defaults, GRPOVariantConfig):
 
 def main() -> None:
     """Parse, warm-start, train, report."""
-    ignore_known_warnings()
-    parser = TrlParser((Script, Config))
-    script, args = parser.parse_args_and_config()
-    tokenizer, train, held_out = load_task(parser, script, args.seed)
-    trainer = GRPOVariantTrainer(
-        load_policy(script, args, train),
-        make_reward(script),
-        args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
-    show_briefly(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    parser, script, args = read_options(Config, __doc__)
+    with parser.catching():  # what the user can mend is one line
+        tokenizer, items, held_out = load_task(script, args.seed)
+        trainer = GRPOVariantTrainer(
+            load_policy(script, args, items),
+            make_reward(script),
+            args,
+            train_dataset=items,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+    with parser.catching(begun=lambda: trainer.state.global_step > 0):
+        train(trainer, script, args)
     trainer.save_model(args.output_dir)
     finish(trainer, script, args)
     end_process_group()

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from rl_plugins.classic import Agent
 from rl_plugins.hooks import require_hooks
+from rl_plugins.known_warnings import ignore_known_warnings
+from rl_plugins.lightning.cli import OneLineCLI
 from rl_plugins.process_group import end_process_group
 from rl_plugins.report import Panel, plot_training_curves
 
@@ -80,7 +81,7 @@ class History(Callback):
         self.rows.append({"step": module.runner.steps, **metrics})
 
 
-class ClassicCLI(LightningCLI):
+class ClassicCLI(OneLineCLI):
     """Lightning's command line, with a report after training."""
 
     model: Agent
@@ -144,11 +145,12 @@ class ClassicCLI(LightningCLI):
 
 def main(args: list[str] | None = None) -> ClassicCLI:
     """Parse and run."""
-    # A loader of iterations has no use for workers; Lightning's own use of a private torch class warns.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    ignore_known_warnings()
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a loader of iterations has no use for them
     warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
+    from jsonargparse import set_parsing_settings  # which OneLineCLI has looked for
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings are documented field by field
     cli = ClassicCLI(
         Agent,

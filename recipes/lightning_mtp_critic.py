@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from sums import Script, build_datasets, character_tokenizer, make_reward, small_model
 from transformers import AutoTokenizer
 
+from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.lightning import MTPCriticModule, MTPSFTModule, PromptDataModule, RolloutProgressBar, TokenValueReport
+from rl_plugins.lightning.cli import OneLineCLI
 from rl_plugins.process_group import end_process_group
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves
 from rl_plugins.signals import OnlineValueOptions, ValueHeadOptions
@@ -147,7 +149,7 @@ class History(Callback):
         self._take(trainer, True)
 
 
-class CLI(LightningCLI):
+class CLI(OneLineCLI):
     """Lightning's command line, with a warm start before and a report after training."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -252,8 +254,9 @@ def main(args: ArgsType = None) -> None:
     """Parse, warm-start, train, report."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # rows are in memory
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # of the warm start
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's, of torch
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    ignore_known_warnings()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     CLI(TaskCritic, TaskData, args=args, save_config_kwargs={"overwrite": True})
     end_process_group()
 

@@ -15,7 +15,6 @@ import json
 import math
 import sysconfig
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,13 +26,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Dots1Config, Dots1ForCausalLM, ProgressCallback, Trainer, TrainingArguments, set_seed
-from trl import TrlParser
 
 from rl_plugins.functional import expert_counts, max_violation
+from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.moe import LOAD_FILE_NAME, read_expert_load
 from rl_plugins.process_group import end_process_group
 from rl_plugins.report import plot_expert_load, plot_max_violation
 from rl_plugins.trl import MoEBalancingCallback
+from rl_plugins.trl.scripts.parser import OptionParser
 
 HELD_OUT = 4  # every fourth document: with few, their subjects decide which experts are busy
 SHOWN = ("loss", "moe/max_violation")
@@ -219,18 +219,19 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Parse, train each, report."""
-    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
-    parser = TrlParser((Script, Config))
+    ignore_known_warnings()
+    parser = OptionParser((Script, Config), description=(__doc__ or "").splitlines()[0])
     script, args = parser.parse_args_and_config()
     unknown = set(script.balancing) - set(BALANCINGS)
     if unknown:
         parser.error(f"--balancing {' '.join(sorted(unknown))}: choose from {', '.join(BALANCINGS)}")
-    blocks = build_blocks(script)
-    print(f"{blocks[0].numel():,} tokens to train on, {blocks[1].numel():,} held out")
     results = {}
-    for balancing in script.balancing:
-        print(f"\n{balancing}")
-        results[balancing] = train(script, args, balancing, blocks)
+    with parser.catching(begun=lambda: bool(results)):
+        blocks = build_blocks(script)
+        print(f"{blocks[0].numel():,} tokens to train on, {blocks[1].numel():,} held out")
+        for balancing in script.balancing:
+            print(f"\n{balancing}")
+            results[balancing] = train(script, args, balancing, blocks)
     if args.process_index == 0:
         report(results, args)
     end_process_group()

@@ -16,8 +16,7 @@ them from a file. Writes the policy, the heads, `curves.png`, `token_values.html
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, Script, finish, ignore_known_warnings, load_policy, load_task, make_reward, show_briefly
-from trl import TrlParser
+from sums import Defaults, announce, finish, load_policy, load_task, make_reward, read_options, train
 
 from rl_plugins.process_group import end_process_group
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
@@ -34,22 +33,26 @@ class Config(Defaults, MTPCriticConfig):
 
 def main() -> None:
     """Parse, warm-start, train, report."""
-    ignore_known_warnings()
-    parser = TrlParser((Script, Config))
-    script, args = parser.parse_args_and_config()
-    tokenizer, train, held_out = load_task(parser, script, args.seed)
-
-    # One completion per prompt: the heads' values take the place of the group that GRPO compares a completion with.
-    trainer = MTPCriticTrainer(
-        load_policy(script, args, train),  # the small model learns demonstrations first, together with its heads
-        make_reward(script),
-        args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
-    show_briefly(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    parser, script, args = read_options(Config, __doc__)
+    if script.model is None:
+        announce(
+            args,
+            "A small language model learns sums, first from demonstrations, then by reinforcement learning with a "
+            "critic inside it. With the default options both phases took 6 minutes on one processor core.",
+        )
+    with parser.catching():  # what the user can mend is one line
+        tokenizer, items, held_out = load_task(script, args.seed)
+        # One completion per prompt: the heads' values take the place of the group that GRPO compares it with.
+        trainer = MTPCriticTrainer(
+            load_policy(script, args, items),  # the small model learns demonstrations first, together with its heads
+            make_reward(script),
+            args,
+            train_dataset=items,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+    with parser.catching(begun=lambda: trainer.state.global_step > 0):
+        train(trainer, script, args)
     trainer.save_model(args.output_dir)  # a stock model and its tokenizer, with the heads in a file beside them
     finish(trainer, script, args)
     end_process_group()

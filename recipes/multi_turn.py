@@ -17,7 +17,7 @@ import argparse
 import json
 import random
 import statistics
-import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from transformers import (
     set_seed,
 )
 
+from rl_plugins.extras import require
+from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.process_group import end_process_group
 from rl_plugins.report import traces_from_rollout, write_token_values_html
 from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
@@ -43,6 +45,7 @@ from rl_plugins.trl import (
     MTPCriticConfig,
     MTPCriticTrainer,
 )
+from rl_plugins.usage import OneLineErrors, one_line_errors
 
 LETTERS = "abcdefghijkl"
 STAKES = "abbcg"  # worth 0, 1, 1, 2 and 6
@@ -218,6 +221,7 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
 
 def run_lightning(method: str, seed: int, options: argparse.Namespace, output: Path) -> list[tuple[int, float]]:
     """Train with one method in Lightning and give its curve."""
+    require("lightning", "lightning.pytorch")
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from rl_plugins.lightning import GRPOModule, MTPCriticModule, PromptDataModule
@@ -343,7 +347,7 @@ def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
 
 def main() -> None:
     """Train with each method and seed, and draw the curves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["critic", "grpo"], choices=METHODS, help="what to compare")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="a run of each method for each")
     parser.add_argument("--updates", type=int, default=250, help="optimizer steps")
@@ -359,16 +363,20 @@ def main() -> None:
     parser.add_argument("--report_to", default="none", help="where to log: none, tensorboard, wandb, ...")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/multi_turn"), help="where to write")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
-    # transformers renamed gradient_checkpointing to activation_checkpointing; TRL still uses the old name.
-    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    unknown = set(options.critic) - {field.name for field in fields(MTPCriticConfig)}
+    if unknown:
+        parser.error(f"argument --critic: MTPCriticConfig has no option {', '.join(sorted(unknown))}")
+    ignore_known_warnings()
+    with one_line_errors(parser.prog):
+        options.output_dir.mkdir(parents=True, exist_ok=True)
     train = run if options.host == "trl" else run_lightning
     curves: dict[str, list[list[tuple[int, float]]]] = {}
-    for method in options.methods:
-        for seed in options.seeds:
-            curves.setdefault(method, []).append(train(method, seed, options, options.output_dir))
-            (options.output_dir / "curves.json").write_text(json.dumps(curves))
+    with one_line_errors(parser.prog, begun=lambda: bool(curves)):
+        for method in options.methods:
+            for seed in options.seeds:
+                curve = train(method, seed, options, options.output_dir)
+                curves.setdefault(method, []).append(curve)
+                (options.output_dir / "curves.json").write_text(json.dumps(curves))
     draw(curves, options.output_dir / "curves.png")
     print("\n" + "\n".join(compare(curves)))
     print(f"\nThe curves are in {options.output_dir}.")

@@ -7,34 +7,45 @@ small model is a Qwen3 with random weights and a character tokenizer. The warm s
 guesses, so that reinforcement learning has something to choose from. Any other model (`--model`) skips the warm start.
 """
 
+import inspect
 import json
 import random
 import re
-import warnings
+import sys
+import textwrap
+import time
+import webbrowser
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import reasoning_gym
+import datasets
+import transformers
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     ProgressCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TrainerCallback,
     set_seed,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import TrlParser
 
+from rl_plugins.extras import require
+from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves, traces_from_rollout, write_token_values_html
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
+from rl_plugins.trl.scripts.parser import OptionParser
 
 CHARACTERS = "0123456789+-*/=()., ~abcdefghijklmnopqrstuvwxyz"
 HELD_OUT_SEED = 1_000_000_000  # reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items
@@ -59,6 +70,7 @@ class Script:
     )
     hidden_size: int = field(default=64, metadata={"help": "Width of the small model."})
     layers: int = field(default=2, metadata={"help": "Depth of the small model."})
+    open: bool = field(default=False, metadata={"help": "Open the page of results in the browser at the end."})
 
 
 @dataclass
@@ -110,6 +122,9 @@ def task_items(script: Script, **seed_and_size: int) -> Any:
     Raises:
         ValueError: If there is no such task, or it does not have these options.
     """
+    require("recipes", "reasoning_gym")
+    import reasoning_gym
+
     try:
         return reasoning_gym.create_dataset(script.task, **json.loads(script.task_config), **seed_and_size)
     except (ValueError, TypeError, AssertionError) as error:  # no such name, no JSON or no such option, out of range
@@ -213,7 +228,7 @@ def warm_start(script: Script, args: Any, train: Dataset) -> str:
         mtp_head_type=getattr(args, "mtp_head_type", "parallel"),
         lr_scheduler_type="cosine",
         warmup_steps=20,
-        logging_steps=500,
+        logging_steps=max(1, script.warm_start_steps // 8),
         save_strategy="no",
         gradient_checkpointing=False,
         bf16=args.bf16,
@@ -229,7 +244,7 @@ def warm_start(script: Script, args: Any, train: Dataset) -> str:
         train_dataset=train.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
     )
-    show_briefly(trainer)
+    show_progress(trainer, WARM_START_COLUMNS)
     trainer.train()
     trainer.save_model(directory)
     trainer.accelerator.wait_for_everyone()  # rank 0 writes, all ranks read
@@ -243,35 +258,53 @@ def warm_start(script: Script, args: Any, train: Dataset) -> str:
 # Before training: options, items, the policy
 
 
-def ignore_known_warnings() -> None:
-    """Hide two warnings that no user of a recipe can do anything about."""
-    # transformers renamed gradient_checkpointing to activation_checkpointing; TRL still uses the old name.
-    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    warnings.filterwarnings(
-        "ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning
-    )  # a CPU run
+def read_options(config: type, description: str | None) -> tuple[OptionParser, Script, Any]:
+    """Parse the command line of a recipe, and keep hosts from writing what says nothing here.
+
+    Args:
+        config: Dataclass of the trainer's options.
+        description: Docstring of the recipe, whose first sentence `--help` shows.
+
+    Returns:
+        The parser, the options of the recipe, and those of the trainer.
+    """
+    ignore_known_warnings()
+    # One table for each phase says more than the bars of tokenizing, loading and saving.
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    parser = OptionParser((Script, config), description=inspect.cleandoc(description or "").split("\n\n")[0])
+    return parser, *parser.parse_args_and_config()
 
 
-def load_task(parser: TrlParser, script: Script, seed: int) -> tuple[Any, Dataset, Dataset]:
-    """Tokenizer of `--model`, training items and held-out items; a mistake in the options ends the program here.
+def load_task(script: Script, seed: int) -> tuple[Any, Dataset, Dataset]:
+    """Tokenizer of `--model`, training items and held-out items.
 
     There is no tokenizer without `--model`: the trainer loads the one that the warm start saves.
+
+    Raises:
+        ValueError: If options do not go together, or the task is refused.
+        OSError: If there is no such model.
     """
-    if script.gguf_file is not None and script.model is None:
-        parser.error("--gguf_file needs --model, the folder that the file is in")
+    if script.gguf_file is not None:
+        if script.model is None:
+            raise ValueError("--gguf_file needs --model, the folder that the file is in")
+        require("recipes", "gguf")
     tokenizer = None
     if script.model is not None:
         tokenizer = AutoTokenizer.from_pretrained(script.model, gguf_file=script.gguf_file, padding_side="left")
     chat = tokenizer is not None and tokenizer.chat_template is not None
-    try:
-        return tokenizer, *build_datasets(script, chat, seed)
-    except ValueError as error:
-        parser.error(str(error))
+    return tokenizer, *build_datasets(script, chat, seed)
 
 
 def load_policy(script: Script, args: Any, train: Dataset) -> Any:
     """The policy to improve: a model or its folder, either that of `--model` or the small one after its warm start."""
     if script.model is None:
+        announce(
+            args,
+            f"Phase 1 of 2, warm start: a small new model learns from {script.warm_start_steps} batches of "
+            f"demonstrations, {script.guesses:.0%} of which guess the answer instead of working it out. The last "
+            "column estimates the minutes that are left.",
+        )
         return warm_start(script, args, train)
     if script.gguf_file is None:
         return script.model
@@ -284,37 +317,140 @@ def load_policy(script: Script, args: Any, train: Dataset) -> Any:
 
 # Progress and report
 
-
 ACCURACY = "eval_rewards/accuracy/mean"  # the task's own score, without what a variant adds to the reward
-SHOWN = (
-    "loss",
-    "mean_token_accuracy",
-    "mtp/token_loss",
-    "reward",
-    "entropy",
-    "critic/value_loss",
-    "critic/explained_variance",
-    "sampling/draws",
-    ACCURACY,
-    "eval_critic/explained_variance",
+VARIANCE = "eval_critic/explained_variance"
+
+
+def announce(args: Any, text: str) -> None:
+    """Say what happens next, in lines that fit a terminal; only the first process speaks."""
+    if args.process_index == 0:
+        print(f"\n{textwrap.fill(text, 100)}\n", flush=True)
+
+
+class Column(NamedTuple):
+    """A column of the table of progress.
+
+    Args:
+        title: Above the column.
+        metric: Name in the trainer's log.
+        form: Format of its numbers.
+    """
+
+    title: str
+    metric: str
+    form: str
+
+
+WARM_START_COLUMNS = (
+    Column("loss", "loss", ".3f"),
+    Column("right tokens", "mean_token_accuracy", ".1%"),
+    Column("loss of heads", "mtp/token_loss", ".3f"),
 )
+COLUMNS = (
+    Column("reward", "reward", ".3f"),
+    Column("entropy", "entropy", ".3f"),
+)
+SAMPLING_COLUMNS = (Column("draws", "sampling/draws", ".1f"),)
+CRITIC_COLUMNS = (Column("value loss", "critic/value_loss", ".4f"),)
+HELD_OUT_COLUMNS = (Column("right (held out)", ACCURACY, ".1%"),)
+HELD_OUT_CRITIC_COLUMNS = (Column("explained variance (held out)", VARIANCE, ".2f"),)
 
 
-class BriefProgress(ProgressCallback):
-    """The host's progress bars with the metrics that matter here; loggers (`--report_to`) still get all fifty."""
+class TableProgress(TrainerCallback):
+    """One table of the metrics that matter here, and a bar below it where stderr is a terminal.
+
+    Loggers (`--report_to`) still get all fifty metrics. Lines that go into a file have no control characters.
+
+    Args:
+        columns: Of the table, after the step.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.columns = columns
+        self.bar: Any = None
+        self.waiting: dict[str, Any] = {}
+        self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the head of the table."""
+        if not state.is_world_process_zero:
+            return
+        self.started, self.first_step = time.perf_counter(), state.global_step
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, leave=False, dynamic_ncols=True)
+        titles = [column.title for column in self.columns]
+        self.write(f"{'step':>{len(str(state.max_steps))}} of {state.max_steps}", *titles, "min:s", "left")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the line of an earlier step, to which no evaluation will add any more."""
+        self.flush(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Print one short line."""
-        shown = {key: logs[key] for key in SHOWN if logs and logs.get(key) is not None}
-        if shown:
-            super().on_log(args, state, control, logs={"step": state.global_step, **shown}, **kwargs)
+        """Keep what belongs into the table until the step is over."""
+        found = {column.metric: logs[column.metric] for column in self.columns if logs and column.metric in logs}
+        if found and state.is_world_process_zero:
+            self.waiting |= found
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the last line."""
+        self.flush(state)
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        self.columns = ()  # evaluations that follow are part of the report
+
+    def flush(self, state: Any) -> None:
+        """Write the line that waits, if there is one."""
+        if not self.waiting:
+            return
+        found, self.waiting = self.waiting, {}
+        cells = [format(found[c.metric], c.form) if c.metric in found else "" for c in self.columns]
+        passed, done = time.perf_counter() - self.started, state.global_step - self.first_step
+        left = clock(passed / done * (state.max_steps - state.global_step)) if done else ""
+        number = f"{state.global_step:>{len(str(state.max_steps))}}"
+        self.write(f"{number:<{len(number) + len(f' of {state.max_steps}')}}", *cells, clock(passed), left)
+
+    def write(self, step: str, *cells: str) -> None:
+        """Write a line of the table."""
+        widths = [max(len(column.title), 7) for column in self.columns]
+        line = "  ".join([step, *(f"{cell:>{width}}" for cell, width in zip(cells, [*widths, 5, 5], strict=True))])
+        if self.bar is None:
+            print(line.rstrip(), flush=True)
+        else:
+            self.bar.write(line.rstrip())
 
 
-def show_briefly(trainer: Any) -> None:
-    """Short progress lines where there are progress bars."""
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(BriefProgress)
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def show_progress(trainer: Any, columns: Sequence[Column]) -> None:
+    """Have a trainer write a table in place of its bars and of its fifty metrics."""
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    trainer.add_callback(TableProgress(columns))
+
+
+def train(trainer: Any, script: Script, args: Any) -> None:
+    """Say what reinforcement learning does, and do it."""
+    critic, draws = trainer.critic is not None, getattr(args, "dynamic_sampling", False)
+    phase = "Phase 2 of 2, reinforcement" if script.model is None else "Reinforcement"
+    judged = "the critic's values say which tokens raised the chance" if critic else "answers to a prompt are compared"
+    announce(
+        args,
+        f"{phase} learning with {type(trainer).__name__}: the model answers {script.task} items, a verifier says "
+        f"whether each answer is right, and {judged}. {len(trainer.eval_dataset)} held-out items measure it every "
+        f"{args.eval_steps:g} steps.",
+    )
+    columns = [*COLUMNS, *(SAMPLING_COLUMNS if draws else ()), *(CRITIC_COLUMNS if critic else ())]
+    show_progress(trainer, [*columns, *HELD_OUT_COLUMNS, *(HELD_OUT_CRITIC_COLUMNS if critic else ())])
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
 
 def report(trainer: Any, script: Script, args: Any) -> dict[str, Any]:
@@ -322,7 +458,7 @@ def report(trainer: Any, script: Script, args: Any) -> dict[str, Any]:
     history = trainer.state.log_history
     accuracy = [row[ACCURACY] for row in history if ACCURACY in row]
     # Undefined, and left out of the log, where all completions are right or all are wrong.
-    variance = [row.get("eval_critic/explained_variance") for row in history if ACCURACY in row]
+    variance = [row.get(VARIANCE) for row in history if ACCURACY in row]
     summary = {
         "accuracy_before": accuracy[0],
         "accuracy_after": accuracy[-1],
@@ -357,12 +493,49 @@ def finish(trainer: Any, script: Script, args: Any) -> None:
     if evaluated[-1:] != [trainer.state.global_step] or rollout_is_missing:
         trainer.evaluate()  # the report is on the last rollout, which shall be of the trained policy on held-out items
     trainer.save_state()
+    trainer.create_model_card()
     if not trainer.accelerator.is_main_process:
         return
     summary = report(trainer, script, args)
-    before, after = summary["accuracy_before"], summary["accuracy_after"]
-    print(f"\nAccuracy on {len(trainer.eval_dataset)} held-out items: {before:.1%} -> {after:.1%}.")
-    if trainer.critic is not None:
-        variance = summary["explained_variance_after"]
-        print(f"Explained variance of the critic: {'undefined' if variance is None else format(variance, '.2f')}.")
-    print(f"The policy and all pictures are in {args.output_dir}.")
+    print("\n" + closing_words(summary, len(trainer.eval_dataset), Path(args.output_dir), trainer.critic is not None))
+    page = Path(args.output_dir) / ("token_values.html" if trainer.critic is not None else "curves.png")
+    if script.open and not webbrowser.open(page.resolve().as_uri()):
+        print(f"\nThere is no browser here. Open {page} in one.")
+
+
+def closing_words(summary: dict[str, Any], held_out: int, output: Path, has_critic: bool) -> str:
+    """Say what was measured, what to open, and what to look for in it.
+
+    Args:
+        summary: What [`report`] gave.
+        held_out: Number of items that were measured on.
+        output: Folder of the run.
+        has_critic: Whether there are values to look at.
+    """
+
+    def row(name: str, key: str, form: str) -> str:
+        shown = [summary[f"{key}_{when}"] for when in ("before", "after")]
+        return f"  {name:<32}" + "".join(f"{'undefined' if x is None else format(x, form):>12}" for x in shown)
+
+    lines = [f"Measured on {held_out} held-out items:", "", f"  {'':<32}{'before':>12}{'after':>12}"]
+    lines.append(row("right answers", "accuracy", ".1%"))
+    if has_critic:
+        lines.append(row("explained variance of the critic", "explained_variance", ".2f"))
+        lines += [
+            "",
+            "  Explained variance: 1 if the critic knew every outcome beforehand, 0 if it knew the mean alone.",
+        ]
+    lines += ["", "Open these files:", ""]
+    if has_critic:
+        lines += [
+            f"  {output / 'token_values.html'}",
+            "    Completions whose tokens are colored by the critic's value: its estimate that the answer is right.",
+            "    Look for the token at which the color changes: there the critic sees that a step was right or wrong.",
+        ]
+    lines += [
+        f"  {output / 'curves.png'}",
+        "    Learning curves. Look for the accuracy on held-out items: it should rise, and then level off.",
+        f"  {output / 'README.md'}",
+        "    The model card, with the lines of Python that load what was trained.",
+    ]
+    return "\n".join(lines)

@@ -22,7 +22,6 @@ import json
 import random
 import re
 import statistics
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,19 +39,21 @@ from transformers import (
     set_seed,
 )
 
+from rl_plugins.extras import require
+from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.process_group import end_process_group
 from rl_plugins.report import traces_from_rollout, write_token_values_html
 from rl_plugins.trl import EpisodeRollouts, MTPCriticConfig, MTPCriticTrainer
+from rl_plugins.usage import OneLineErrors, one_line_errors
 
 PLAYER = 0
 
 
 def make_textarena(name: str) -> Any:
     """A game of TextArena by its name, such as `GuessTheNumber-v0`."""
-    try:
-        import textarena
-    except ImportError as error:
-        raise ImportError("This recipe plays games of TextArena: pip install textarena") from error
+    require("textarena", "textarena")
+    import textarena
+
     return textarena.make(name)
 
 
@@ -182,7 +183,7 @@ class Outcomes(TrainerCallback):
 
 def main() -> None:
     """Train, and say how the games ended at first and at last."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--game", default="GuessTheNumber-v0")
     parser.add_argument("--model", help="path or hub id; a small new model by default")
     parser.add_argument("--updates", type=int, default=30)
@@ -196,47 +197,48 @@ def main() -> None:
     parser.add_argument("--report_to", default="none")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/textarena_game"))
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
-    set_seed(options.seed)
-    games: list[TextArenaGame] = []
+    ignore_known_warnings()
+    with one_line_errors(parser.prog):
+        set_seed(options.seed)
+        games: list[TextArenaGame] = []
 
-    def new_game() -> TextArenaGame:
-        number = PartialState().process_index * options.episodes + len(games)
-        games.append(TextArenaGame(options.game, 1_000_003 * options.seed + number, options.max_turns))
-        return games[-1]
+        def new_game() -> TextArenaGame:
+            number = PartialState().process_index * options.episodes + len(games)
+            games.append(TextArenaGame(options.game, 1_000_003 * options.seed + number, options.max_turns))
+            return games[-1]
 
-    if options.model is None:
-        tokenizer: Any = word_tokenizer(overheard(TextArenaGame(options.game, options.seed)))
-        model: Any = small_model(tokenizer)
-    else:
-        model, tokenizer = options.model, AutoTokenizer.from_pretrained(options.model, padding_side="left")
-    asks = "Answer each message of the game with your move only.\n"
-    prompt: Any = [{"role": "user", "content": asks}] if tokenizer.chat_template else asks
-    episodes = EpisodeRollouts(new_game, max_turn_length=options.max_turn_length)
-    trainer = MTPCriticTrainer(
-        model,
-        episodes.earned,
-        MTPCriticConfig(
-            output_dir=str(options.output_dir / "trainer"),
-            per_device_train_batch_size=options.episodes,
-            max_completion_length=options.max_completion_length,
-            learning_rate=options.learning_rate,
-            head_learning_rate=3e-3,
-            num_mtp_heads=1,
-            lr_scheduler_type="constant",
-            max_steps=options.updates,
-            logging_steps=20,
-            save_strategy="no",
-            gradient_checkpointing=options.model is not None,
-            bf16=False if options.model is None else None,
-            use_cpu=options.cpu,
-            report_to=options.report_to,
-            seed=options.seed,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": [prompt] * max(256, options.episodes)}),
-        processing_class=tokenizer,
-        rollout_func=episodes,
-    )
+        if options.model is None:
+            tokenizer: Any = word_tokenizer(overheard(TextArenaGame(options.game, options.seed)))
+            model: Any = small_model(tokenizer)
+        else:
+            model, tokenizer = options.model, AutoTokenizer.from_pretrained(options.model, padding_side="left")
+        asks = "Answer each message of the game with your move only.\n"
+        prompt: Any = [{"role": "user", "content": asks}] if tokenizer.chat_template else asks
+        episodes = EpisodeRollouts(new_game, max_turn_length=options.max_turn_length)
+        trainer = MTPCriticTrainer(
+            model,
+            episodes.earned,
+            MTPCriticConfig(
+                output_dir=str(options.output_dir / "trainer"),
+                per_device_train_batch_size=options.episodes,
+                max_completion_length=options.max_completion_length,
+                learning_rate=options.learning_rate,
+                head_learning_rate=3e-3,
+                num_mtp_heads=1,
+                lr_scheduler_type="constant",
+                max_steps=options.updates,
+                logging_steps=20,
+                save_strategy="no",
+                gradient_checkpointing=options.model is not None,
+                bf16=False if options.model is None else None,
+                use_cpu=options.cpu,
+                report_to=options.report_to,
+                seed=options.seed,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": [prompt] * max(256, options.episodes)}),
+            processing_class=tokenizer,
+            rollout_func=episodes,
+        )
     outcomes = Outcomes(games)
     trainer.add_callback(outcomes)
     trainer.train()

@@ -1,10 +1,13 @@
 """The `rl-plugins` command: `rl-plugins mtp-critic --model_name_or_path ... --dataset_name ... --reward_funcs ...`.
 
-On several processes, launch the module: `accelerate launch -m rl_plugins.cli mtp-critic ...`.
+On several processes, launch the module: `accelerate launch -m rl_plugins mtp-critic ...`.
 """
 
-import argparse
 import sys
+
+from rl_plugins import __version__
+from rl_plugins.known_warnings import ignore_known_warnings
+from rl_plugins.usage import OneLineErrors, one_line_errors
 
 # Named here without their trainers: `rl-plugins --help` should not wait for torch.
 COMMANDS = {
@@ -20,23 +23,31 @@ def main(argv: list[str] | None = None) -> None:
 
     Args:
         argv: Arguments; those of the process by default.
+
+    Raises:
+        SystemExit: With status 2 and one line on stderr, if an argument is wrong.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="rl-plugins", description="Plugin components for TRL: training from the command line."
+    parser = OneLineErrors(
+        prog="rl-plugins",
+        description="Plugin components for TRL: training from the command line.",
+        epilog="`rl-plugins COMMAND --help` lists the options of a command.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     # The command parses what follows its name.
     command = parser.parse_args(argv[:1]).command
+    prog = f"rl-plugins {command}"
     if command == "plot":
         from rl_plugins import plot_command
 
-        return plot_command.main(argv[1:])
-    from rl_plugins.trl.scripts import online
-
-    online.main(command, argv[1:], prog=f"rl-plugins {command}")
+        return plot_command.main(argv[1:], prog=prog)
+    ignore_known_warnings()
+    with one_line_errors(prog):  # where an extra is missing
+        from rl_plugins.trl.scripts import online
+    online.main(command, argv[1:], prog=prog)
 
 
 if __name__ == "__main__":

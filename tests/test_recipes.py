@@ -58,16 +58,32 @@ def check_report(output: Path, done: subprocess.CompletedProcess[str], *, steps:
     summary = json.loads((output / "summary.json").read_text())
     assert summary["steps"] == steps
     assert all(0 <= summary[f"accuracy_{when}"] <= 1 for when in ("before", "after"))
-    assert f"{summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%}" in done.stdout
+    before, after = (f"{summary[f'accuracy_{when}']:.1%}" for when in ("before", "after"))
+    (measured,) = re.findall(r"(?:right answers|held-out items:) +(\S+) (?: +|-> )(\S+?)\.?$", done.stdout, re.M)
+    assert measured == (before, after)
     picture = (output / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 20_000
     assert "FutureWarning" not in done.stderr and "pin_memory" not in done.stderr
 
 
+def check_log(done: subprocess.CompletedProcess[str], output: Path) -> None:
+    """Each phase is announced and has one table; a log file holds lines of plain text, and none of hosts."""
+    assert "\r" not in done.stdout + done.stderr and "\x1b" not in done.stdout + done.stderr
+    assert "it/s]" not in done.stderr and "{'" not in done.stdout
+    first, second = (done.stdout.index(f"Phase {number} of 2, ") for number in (1, 2))
+    heads = [match.start() for match in re.finditer(r"^step of 2 ", done.stdout, re.M)]
+    assert len(heads) == 2 and first < heads[0] < second < heads[1] < done.stdout.index("Open these files:")
+    steps = re.findall(r"^(\d) +\S.*?(\d+:\d\d)(?:  +(\d+:\d\d))?$", done.stdout[heads[1] :], re.M)
+    assert [step for step, _, _ in steps] == ["0", "1", "2"] and steps[-1][-1] == "0:00", "nothing is left at the end"
+    named = re.findall(rf"^  ({re.escape(str(output))}\S+)$", done.stdout, re.M)
+    assert named and all(Path(path).is_file() for path in named)
+
+
 def check_critic(output: Path, done: subprocess.CompletedProcess[str]) -> None:
     variance = json.loads((output / "summary.json").read_text())["explained_variance_after"]
     assert variance is None or math.isfinite(variance)
-    assert (variance is None) == ("variance of the critic: undefined" in done.stdout)
+    (shown,) = re.findall(r"xplained variance of the critic:? .*?(\S+?)\.?$", done.stdout, re.M)
+    assert shown == ("undefined" if variance is None else f"{variance:.2f}")
     values = Tokens(output / "token_values.html").values
     assert len(values) >= 4 and all(map(math.isfinite, values))
 
@@ -94,6 +110,7 @@ def test_recipe_runs(recipe: Path, tmp_path: Path) -> None:
     done = run_recipe(recipe, output, "--save_strategy=steps", "--save_steps=1")
     critic = CRITICS[recipe.stem]
     check_report(output, done, steps=2)
+    check_log(done, output)
     check_policy(output, critic)
     if critic:
         check_critic(output, done)
@@ -103,7 +120,7 @@ def test_recipe_runs(recipe: Path, tmp_path: Path) -> None:
     whole = (output / "model.safetensors").read_bytes()
     resumed = run_recipe(recipe, output, f"--resume_from_checkpoint={output / 'checkpoint-1'}")
     check_report(output, resumed, steps=2)
-    assert "mean_token_accuracy" not in resumed.stdout, "the warm start is not run again"
+    assert "right tokens" in done.stdout and "right tokens" not in resumed.stdout, "the warm start is not run again"
     assert (output / "model.safetensors").read_bytes() == whole, "as if it had never stopped"
 
 
@@ -382,7 +399,8 @@ def test_mistakes_are_told_before_any_work(
     with pytest.raises(SystemExit) as stopped:
         load_recipe(name).main()
     assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name}.py: error: ") and message in line
     assert not (tmp_path / "run").exists()
 
 

@@ -6,7 +6,7 @@ reason some lines stand in several of these files. `Agent` is their only base; w
 
 from rl_plugins.extras import require
 
-require("lightning", "gymnasium")
+require("lightning", "lightning.pytorch", "gymnasium")
 
 from rl_plugins.classic.a2c import A2CAgent
 from rl_plugins.classic.agent import Agent

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
+from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rl_plugins.nn.attachment import base_model_of
@@ -64,6 +65,8 @@ def _read_config(option: str, source: str, init_kwargs: Mapping[str, Any]) -> An
     except OSError as error:
         if find_adapter_config_file(source) is not None:
             return None
+        if Path(source, CONFIG_NAME).is_file():
+            raise ValueError(f"{option}={source!r}: its {CONFIG_NAME} cannot be read: {error}") from error
         raise FileNotFoundError(
             f"{option}={source!r} is neither a model's folder on this machine nor a model of the hub that can be "
             "reached. Check the name, or the connection."

@@ -185,6 +185,7 @@ class ValueModel(Attachment):
 
         Raises:
             TypeError: If the source is none of these, or there is none and the policy has no trunk to copy.
+            FileNotFoundError: If there is no such model.
         """
         if isinstance(source, ValueModel):
             return source
@@ -200,7 +201,10 @@ class ValueModel(Attachment):
                 kwargs["subfolder"] = cls.name
         if isinstance(source, str):
             check_source("value_model", source)
-            return cls.from_pretrained(source, **kwargs)
+            try:
+                return cls.from_pretrained(source, **kwargs)
+            except OSError as error:
+                raise FileNotFoundError(f"value_model={source!r} cannot be loaded: {error}") from error
         model = policy if source is None else source
         if isinstance(model, nn.Module) and has_soft_prompt(model):
             model = base_model_of(model)  # which PEFT leaves as it was

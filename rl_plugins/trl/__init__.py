@@ -3,7 +3,7 @@
 from rl_plugins.extras import require
 from rl_plugins.hooks import require_hooks
 
-require("trl", "trl")
+require("trl", "accelerate", "datasets", "trl")
 require_hooks("rl_plugins.trl")
 
 from rl_plugins.trl.balancing import MoEBalancingCallback

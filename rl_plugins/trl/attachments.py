@@ -10,7 +10,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, is_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 
-from rl_plugins.nn.attachment import Attachment
+from rl_plugins.nn.attachment import Attachment, base_model_of
 
 
 class TrainedAttachments:
@@ -97,8 +97,10 @@ class TrainedAttachments:
             self.load(directory)
 
     def forgive(self, missing_keys: list[str]) -> None:
-        """Take the modules' keys off the list of those that the host misses in its own file."""
-        missing_keys[:] = [key for key in missing_keys if self.names.isdisjoint(key.split("."))]
+        """Take keys off the list of those that the host misses in its own file: those of the modules, and those of
+        tied weights, which a checkpoint has under the name of the other."""
+        tied = getattr(base_model_of(self.trainer.model), "all_tied_weights_keys", {})
+        missing_keys[:] = [key for key in missing_keys if self.names.isdisjoint(key.split(".")) and key not in tied]
 
 
 def parameters_without(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:

@@ -17,6 +17,7 @@ from rl_plugins.moe.load_log import LOAD_FILE_NAME
 from rl_plugins.moe.routers import is_attached
 from rl_plugins.moe.run import BalancingRun
 from rl_plugins.trl.callbacks import TrainerOnly
+from rl_plugins.trl.card_text import BIAS_CODE, CARD, Method, balancing_parts, complete_card
 from rl_plugins.trl.host import own_router_loss, stream_biases_to_vllm
 
 
@@ -209,6 +210,22 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
                 run.load_state_dict(biases)
 
     # Checkpoints
+
+    def describe(self, method: Method) -> Method:
+        """Add to the description of a training how experts are balanced, and how to load biases that were added."""
+        routers, code = [] if self.run is None else self.run.balancer.routers, method.code
+        if any(router.injected is not None or router.is_rounded for router in routers):
+            code = (*code, ("Loading the selection biases", BIAS_CODE))
+        return dataclasses.replace(method, parts=(*method.parts, *balancing_parts(self.config)), code=code)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Complete the model card of another host's trainer, if it has written one; ours ask for [`describe`]."""
+        card = Path(str(args.output_dir)) / CARD
+        if not state.is_world_process_zero or not card.is_file():
+            return
+        if "with rl_plugins" not in card.read_text(encoding="utf-8"):
+            method = self.describe(Method(""))
+            complete_card(card, method, trained_by=type(self).__name__, hub_id=args.hub_model_id)
 
     def state(self) -> dict[str, Any]:
         """Settings and float32 biases, which the trainer writes into `trainer_state.json`."""

@@ -7,6 +7,7 @@ from typing import Any, Self
 from transformers import TrainingArguments
 from trl import GRPOConfig, SFTConfig
 
+from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.signals.advantages import ADVANTAGES
 from rl_plugins.signals.checks import check_head_reach
 from rl_plugins.signals.options import (
@@ -141,6 +142,7 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, Len
         return False
 
     def __post_init__(self) -> None:
+        ignore_known_warnings()  # before the host warns
         settle_options(self)
         self.settle()
         generations: Any = getattr(self, "num_generations")  # noqa: B009
@@ -466,6 +468,7 @@ class MTPSFTConfig(RemembersSetFields, SFTHeadOptions, ValueOptions, SFTConfig):
     freeze_trunk: bool = option(False, "Whether to train the heads only.")
 
     def __post_init__(self) -> None:
+        ignore_known_warnings()  # before the host warns
         settle_options(self)
         check_options(self)
         if self.max_length is not None:

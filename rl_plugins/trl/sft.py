@@ -1,7 +1,6 @@
 """SFT's trainer with MTP value heads."""
 
 import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -25,10 +24,12 @@ from rl_plugins.signals.options import SFTHeadOptions, ValueOptions
 from rl_plugins.signals.supervised import HeadsAlong, check_row_reward, row_rewards
 from rl_plugins.trl.attachments import TrainedAttachments, parameters_without
 from rl_plugins.trl.callbacks import AfterStep
+from rl_plugins.trl.card_text import Method, head_papers, heads_loading
 from rl_plugins.trl.checkpoints import STATE_NAME, RenamedWeights, check_start, checkpoint_folder
 from rl_plugins.trl.configs import MTPSFTConfig
 from rl_plugins.trl.host import log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
+from rl_plugins.trl.model_card import WritesModelCard
 from rl_plugins.trl.router_loss import connect_balancing
 
 REWARD_COLUMN = "reward"
@@ -63,7 +64,7 @@ def with_head_options(args: Any) -> Any:
     return MTPSFTConfig(**options) if known >= options.keys() else args
 
 
-class MTPSFTTrainer(SFTTrainer):
+class MTPSFTTrainer(WritesModelCard, SFTTrainer):
     r"""
     Supervised fine-tuning that trains multi-token-prediction value heads along the way.
 
@@ -87,18 +88,6 @@ class MTPSFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "mtp-sft"]
     _name = "MTPSFT"
-    _paper = {
-        "title": "Better & Faster Large Language Models via Multi-token Prediction",
-        "id": "2404.19737",
-        "citation": textwrap.dedent("""\
-            @inproceedings{gloeckle2024better,
-                title     = {{Better \\& Faster Large Language Models via Multi-token Prediction}},
-                author    = {Fabian Gloeckle and Badr Youbi Idrissi and Baptiste Rozi{\\`e}re and others},
-                year      = 2024,
-                booktitle = {International Conference on Machine Learning},
-                eprint    = {arXiv:2404.19737},
-            }"""),
-    }
 
     def __init__(
         self,
@@ -129,6 +118,15 @@ class MTPSFTTrainer(SFTTrainer):
                 "freeze_trunk=True with mtp_loss_coef=0 and no `reward` column leaves nothing to train. Set "
                 "mtp_loss_coef > 0, or add rewards to the dataset."
             )
+
+    def describe_method(self) -> Method:
+        """Say which heads were trained along, for the card of the model."""
+        scored = isinstance(self.data_collator, RewardCollator)
+        parts = [head_papers(self.mtp_heads)]
+        if scored:
+            parts.append(("The heads learnt the values of scored examples.", ("vc_ppo",)))
+        name = "heads on a frozen trunk" if self.args.freeze_trunk else "supervised fine-tuning with heads"
+        return Method(name, parts=tuple(parts), code=(heads_loading(with_values=scored),))
 
     @property
     def mtp_heads(self) -> MTPHeads:

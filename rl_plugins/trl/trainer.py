@@ -36,6 +36,7 @@ from rl_plugins.signals.step_loss import step_loss
 from rl_plugins.signals.warmup import pause_weight_decay
 from rl_plugins.trl.attachments import TrainedAttachments
 from rl_plugins.trl.callbacks import AfterStep
+from rl_plugins.trl.card_text import Method, head_papers, heads_loading
 from rl_plugins.trl.checkpoints import (
     FIRST_ROLLOUT,
     STATE_NAME,
@@ -49,6 +50,7 @@ from rl_plugins.trl.environments import Episodes, pays_turns
 from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_attachments_from_vllm, log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
+from rl_plugins.trl.model_card import WritesModelCard
 from rl_plugins.trl.reference import lent_name
 from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
 from rl_plugins.trl.router_loss import connect_balancing
@@ -60,7 +62,7 @@ VALUE_COLUMN = "critic_value"
 """Column of the host's table of completions; reward functions have their own columns there (`log_extra`)."""
 
 
-class RLTrainer(GRPOTrainer):
+class RLTrainer(WritesModelCard, GRPOTrainer):
     r"""
     `GRPOTrainer` that learns from any [`~rl_plugins.signals.Signal`]: a critic of your own, or any advantage.
 
@@ -261,6 +263,17 @@ class RLTrainer(GRPOTrainer):
     def make_phasic(self, args: Any) -> PhasicSchedule | None:
         """Make the schedule of a phasic mode; none by default."""
         return None
+
+    def describe_method(self) -> Method:
+        """Say how the policy is trained, for its card: its heads, and whether they drafted its rollouts."""
+        method, heads = super().describe_method(), MTPHeads.of(self.model)
+        if heads is None:
+            return method
+        learnt_values = self.critic is not None and self.critic.draft_options is not None
+        parts = [head_papers(heads)]
+        if self.args.speculative:
+            parts.append(("The heads drafted its rollouts.", ("speculative_decoding", "speculative_sampling")))
+        return Method(method.name, parts=tuple(parts), code=(heads_loading(with_values=learnt_values),))
 
     @property
     def critic(self) -> Critic | None:

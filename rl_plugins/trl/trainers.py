@@ -1,6 +1,6 @@
 """The online trainers: a critic inside the policy, PPO, and the variants of GRPO. Each says what it is made of."""
 
-import textwrap
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.nn.target_heads import PolyakTarget
 from rl_plugins.nn.value_model import ValueModel
+from rl_plugins.papers import PRESET_METHODS
 from rl_plugins.rollouts.batch import num_rows, reordered
 from rl_plugins.signals.critics import CriticSignal
 from rl_plugins.signals.head_critic import HeadCritic
@@ -29,6 +30,7 @@ from rl_plugins.signals.sampling import GroupSampling
 from rl_plugins.signals.signals import GroupSignal, Signal
 from rl_plugins.signals.value_model_critic import ValueModelCritic
 from rl_plugins.signals.value_tracker import ValueTracker
+from rl_plugins.trl.card_text import VALUE_MODEL_CODE, Method
 from rl_plugins.trl.configs import GRPOVariantConfig, MTPCriticConfig, PPOConfig
 from rl_plugins.trl.trainer import RLTrainer
 
@@ -71,18 +73,6 @@ class MTPCriticTrainer(RLTrainer):
 
     _tag_names = ["trl", "mtp-critic"]
     _name = "MTPCritic"
-    _paper = {
-        "title": "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
-        "id": "1506.02438",
-        "citation": textwrap.dedent("""\
-            @inproceedings{schulman2016gae,
-                title     = {{High-Dimensional Continuous Control Using Generalized Advantage Estimation}},
-                author    = {John Schulman and Philipp Moritz and Sergey Levine and Michael Jordan and Pieter Abbeel},
-                year      = 2016,
-                booktitle = {International Conference on Learning Representations},
-                eprint    = {arXiv:1506.02438},
-            }"""),
-    }
     config_class = MTPCriticConfig
 
     def make_signal(self, args: MTPCriticConfig) -> Signal:
@@ -97,6 +87,19 @@ class MTPCriticTrainer(RLTrainer):
         if not args.use_critic or not args.phasic_every:
             return None
         return PhasicSchedule(PhasicOptions.of(args), args.steps_per_generation * self.num_iterations)
+
+    def describe_method(self) -> Method:
+        """Say which critic has trained the policy, for its card."""
+        args, method = self.args, super().describe_method()
+        if not args.use_critic:
+            return dataclasses.replace(method, name="GRPO", own_papers=("grpo",))
+        estimator = ("gae",) if args.advantage_estimator == "gae" else ()
+        parts = [(f"Its heads were the critic (advantage_estimator={args.advantage_estimator!r}).", estimator)]
+        if args.length_adaptive_alpha is not None:
+            parts.append((f"Lambda followed the length (alpha={args.length_adaptive_alpha:g}).", ("vapo",)))
+        if args.phasic_every:
+            parts.append((f"Auxiliary phases followed every {args.phasic_every} rollouts.", ("ppg",)))
+        return dataclasses.replace(method, name="a critic inside the policy", parts=(*method.parts, *parts))
 
     @property
     def mtp_heads(self) -> MTPHeads | None:
@@ -151,18 +154,6 @@ class PPOTrainer(RLTrainer):
 
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
-    _paper = {
-        "title": "Proximal Policy Optimization Algorithms",
-        "id": "1707.06347",
-        "citation": textwrap.dedent("""\
-            @article{schulman2017ppo,
-                title   = {{Proximal Policy Optimization Algorithms}},
-                author  = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
-                year    = 2017,
-                journal = {arXiv preprint},
-                eprint  = {arXiv:1707.06347},
-            }"""),
-    }
     config_class = PPOConfig
 
     def __init__(
@@ -184,6 +175,14 @@ class PPOTrainer(RLTrainer):
         checkpointing = (args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else None
         options, values = ValueModelOptions.of(args), PPOValueOptions.of(args)
         return CriticSignal(ValueModelCritic(options, values, self._value_source, checkpointing=checkpointing))
+
+    def describe_method(self) -> Method:
+        """Say that PPO has trained the policy, or REINFORCE, for its card."""
+        preset, method = self.args.preset, super().describe_method()
+        name, papers = ("PPO", ("ppo", "instruct_gpt")) if preset is None else PRESET_METHODS[preset]
+        part = ("A separate value model was the critic.", ("gae",) if self.args.advantage_estimator == "gae" else ())
+        code = (*method.code, ("Loading the value model", VALUE_MODEL_CODE))
+        return Method(name, papers, (*method.parts, part), code)
 
     @property
     def value_model(self) -> ValueModel:
@@ -227,18 +226,6 @@ class GRPOVariantTrainer(RLTrainer):
 
     _tag_names = ["trl", "grpo-variant"]
     _name = "GRPO variant"
-    _paper = {
-        "title": "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
-        "id": "2402.03300",
-        "citation": textwrap.dedent("""\
-            @article{shao2024deepseekmath,
-                title   = {{DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models}},
-                author  = {Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and others},
-                year    = 2024,
-                journal = {arXiv preprint},
-                eprint  = {arXiv:2402.03300},
-            }"""),
-    }
     config_class = GRPOVariantConfig
 
     def make_signal(self, args: GRPOVariantConfig) -> Signal:
@@ -248,6 +235,17 @@ class GRPOVariantTrainer(RLTrainer):
     def make_sampling(self, args: GRPOVariantConfig) -> GroupSampling:
         """Make dynamic sampling, rejection and replay, as far as they are on."""
         return GroupSampling(SamplingOptions.of(args), seed=args.seed + args.process_index)
+
+    def describe_method(self) -> Method:
+        """Say which variant of GRPO has trained the policy, for its card."""
+        args, method = self.args, super().describe_method()
+        if args.preset is not None:
+            name, papers = PRESET_METHODS[args.preset]
+            part = f"The preset {args.preset!r} has set what its paper sets, as far as no option said otherwise."
+        else:
+            name, papers = "a variant of GRPO", ("grpo",)
+            part = f"advantage={args.advantage!r}, policy_loss={args.policy_loss!r}, aggregation={args.aggregation!r}."
+        return Method(name, papers, ((part, ()), *method.parts), method.code)
 
     @property
     def value_tracker(self) -> ValueTracker | None:

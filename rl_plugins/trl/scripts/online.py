@@ -8,14 +8,18 @@ or by dotted path (`my_rewards.brevity`, looked up in the working directory firs
 arguments from a file.
 """
 
+import inspect
 import os
 import sys
 from importlib import import_module
 from typing import Any
 
+import datasets
 import transformers
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from packaging.version import Version
+from safetensors import SafetensorError
 
 from rl_plugins.hooks import require_hooks
 
@@ -25,7 +29,6 @@ from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
-    TrlParser,
     get_dataset,
     get_peft_config,
     get_quantization_config,
@@ -33,6 +36,7 @@ from trl import (
 )
 from trl.scripts.grpo import GRPOScriptArguments
 
+from rl_plugins.extras import require
 from rl_plugins.process_group import end_process_group
 from rl_plugins.trl import (
     GRPOVariantConfig,
@@ -42,6 +46,7 @@ from rl_plugins.trl import (
     PPOConfig,
     PPOTrainer,
 )
+from rl_plugins.trl.scripts.parser import OptionParser
 
 TRAINERS: dict[str, tuple[type, type]] = {
     "mtp-critic": (MTPCriticConfig, MTPCriticTrainer),
@@ -51,15 +56,17 @@ TRAINERS: dict[str, tuple[type, type]] = {
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 
 
-def make_parser(command: str, prog: str | None = None) -> TrlParser:
+def make_parser(command: str, prog: str | None = None) -> OptionParser:
     """Make the parser of all arguments of a command.
 
     Args:
         command: One of `TRAINERS`.
         prog: Name in the usage line.
     """
-    arguments = (GRPOScriptArguments, TRAINERS[command][0], ModelConfig, DatasetMixtureConfig)
-    return TrlParser(arguments, prog=prog)
+    config, trainer = TRAINERS[command]
+    summary = inspect.cleandoc(trainer.__doc__ or "").split("\n\n")[0]
+    arguments = (config, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig)
+    return OptionParser(arguments, prog=prog, description=" ".join(summary.split()))
 
 
 def find_reward(name: str) -> Any:
@@ -67,8 +74,8 @@ def find_reward(name: str) -> Any:
 
     Raises:
         ValueError: If `name` is neither.
-        ImportError: If the module of the path cannot be imported.
-        AttributeError: If it has no such function.
+        ModuleNotFoundError: If there is no module of the path.
+        ImportError: If it has no such function.
     """
     if name == "get_soft_overlong_punishment":  # the one that TRL makes; `trl grpo` has the same numbers
         return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
@@ -77,43 +84,84 @@ def find_reward(name: str) -> Any:
     module, _, function = name.rpartition(".")
     if not module:
         raise ValueError(
-            f"Unknown reward function {name!r}; choose one of {', '.join(REWARDS)}, or give a dotted path such as "
-            "my_rewards.brevity."
+            f"--reward_funcs: unknown reward function {name!r}; choose one of {', '.join(REWARDS)}, or give a dotted "
+            "path such as my_rewards.brevity."
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return getattr(import_module(module), function)
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another that is not
+        raise ModuleNotFoundError(
+            f"--reward_funcs {name}: there is no module {error.name} in the working directory {os.getcwd()} or among "
+            "the installed packages.",
+            name=error.name,
+        ) from error
+    if not callable(getattr(found, function, None)):
+        raise ImportError(f"--reward_funcs {name}: {module} has no function {function}.", name=module)
+    return getattr(found, function)
 
 
-def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
+def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig, *needed: str) -> Any:
     """Load the splits of the mixture or of the named dataset.
 
+    Args:
+        script_args: Has the name of the dataset.
+        mixture: Has several datasets, which only a `--config` file can give.
+        needed: Splits that have to be there.
+
     Raises:
-        ValueError: Unless exactly one of them is given.
+        ValueError: Unless exactly one of them is given, or if a split is missing.
     """
     if bool(mixture.datasets) == bool(script_args.dataset_name):
         raise ValueError("Give either --dataset_name, or `datasets` in the --config file.")
     if mixture.datasets:
-        return get_dataset(mixture)
-    return load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
+        splits = get_dataset(mixture)
+    else:
+        splits = _load_named(script_args)
+    for split in needed:
+        if split not in splits:
+            raise ValueError(
+                f"The dataset has no split {split!r}, only {', '.join(splits)}. Name one of these with "
+                "--dataset_train_split or --dataset_test_split; --eval_strategy no needs no test split."
+            )
+    return splits
 
 
-def train(
+def _load_named(script_args: ScriptArguments) -> Any:
+    """Load the dataset of `--dataset_name`, with errors that name it."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error as well
+    try:
+        return load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = "" if error.__cause__ is None else f": {error.__cause__}"
+        raise ValueError(f"--dataset_name {script_args.dataset_name}: {error}{reason}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+def make_trainer(
     command: str,
     script_args: GRPOScriptArguments,
     args: Any,
     model_args: ModelConfig,
     mixture: DatasetMixtureConfig,
-) -> None:
-    """Train, save, and push to the hub if asked to.
+) -> Any:
+    """Make the trainer of a command from its arguments.
 
     Raises:
         ValueError: If there is no model or dataset, or a reward function is unknown.
+        ImportError: If a package is missing that an option needs.
     """
     if model_args.model_name_or_path is None:
         raise ValueError("Give --model_name_or_path, a directory or the hub id of a model.")
+    if model_args.use_peft:
+        require("trl", "peft")
     reward_funcs = [find_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
         reward_funcs.insert(0, script_args.reward_model_name_or_path)
@@ -124,33 +172,65 @@ def train(
         "dtype": model_args.dtype,
         **(args.model_init_kwargs or {}),
     }
-    splits = load_data(script_args, mixture)
-    trainer: Any = TRAINERS[command][1](
-        model_args.model_name_or_path,
-        reward_funcs,
-        args,
-        train_dataset=splits[script_args.dataset_train_split],
-        eval_dataset=None if args.eval_strategy == "no" else splits[script_args.dataset_test_split],
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    needed = [script_args.dataset_train_split]
+    if args.eval_strategy != "no":
+        needed.append(script_args.dataset_test_split)
+    splits = load_data(script_args, mixture, *needed)
+    try:
+        return TRAINERS[command][1](
+            model_args.model_name_or_path,
+            reward_funcs,
+            args,
+            train_dataset=splits[script_args.dataset_train_split],
+            eval_dataset=None if args.eval_strategy == "no" else splits[script_args.dataset_test_split],
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except SafetensorError as error:
+        named = model_args.model_name_or_path
+        raise ValueError(f"The weights of --model_name_or_path {named} cannot be read: {error}") from error
+
+
+def save(trainer: Any, dataset_name: str | None) -> None:
+    """Save a trained policy with its model card, and push it to the hub if asked to."""
+    args = trainer.args
     trainer.save_model(args.output_dir)
-    trainer.accelerator.print(f"The policy is in {args.output_dir}.")
+    trainer.create_model_card(dataset_name=dataset_name)
+    trainer.accelerator.print(f"The policy is in {args.output_dir}; README.md there says how to load it.")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
     trainer.accelerator.wait_for_everyone()
     if Version(transformers.__version__) >= Version("5.18"):
         trainer.end()
     end_process_group()
 
 
+def write_plain_logs() -> None:
+    """Draw no progress bars where stderr is a file: bars are carriage returns there."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+
+
 def main(command: str, argv: list[str] | None = None, prog: str | None = None) -> None:
-    """Parse and train.
+    """Parse, train and save.
 
     Args:
         command: One of `TRAINERS`.
         argv: Arguments; those of the process by default.
-        prog: Name in the usage line.
+        prog: Name in the usage line and in errors.
+
+    Raises:
+        SystemExit: With status 2 and one line on stderr, if an argument is wrong.
     """
-    train(command, *make_parser(command, prog=prog).parse_args_and_config(argv))
+    write_plain_logs()
+    parser = make_parser(command, prog=prog)
+    if not sys.stderr.isatty():
+        parser.set_defaults(disable_tqdm=True)
+    args, script_args, model_args, mixture = parser.parse_args_and_config(argv)
+    users_code = [name.rpartition(".")[0] for name in script_args.reward_funcs or [] if "." in name]
+    with parser.catching(users_code=users_code):
+        trainer = make_trainer(command, script_args, args, model_args, mixture)
+    with parser.catching(users_code=users_code, begun=lambda: trainer.state.global_step > 0):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    save(trainer, script_args.dataset_name)

@@ -1,0 +1,79 @@
+"""Warnings and log lines of host libraries that no user of this package can act on, and one function that hides them.
+
+Each entry hides one message of one category. Nothing is hidden at import: the configs of our trainers call
+[`ignore_known_warnings`] when they are made, and commands and recipes when they start. The filters stand behind all
+others, so that a filter of the user's own, such as `python -W error` or `warnings.filterwarnings(...)`, comes first.
+"""
+
+import logging
+import re
+import warnings
+from typing import NamedTuple
+
+
+class KnownWarning(NamedTuple):
+    """A warning that says nothing to the user of this package.
+
+    Args:
+        message: Regular expression that its beginning matches.
+        category: Its class.
+        reason: Says why the user cannot act on it.
+    """
+
+    message: str
+    category: type[Warning]
+    reason: str
+
+
+KNOWN_WARNINGS = (
+    KnownWarning(
+        r"`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated",
+        FutureWarning,
+        "transformers renamed gradient to activation checkpointing; TRL still calls the old names",
+    ),
+    KnownWarning(
+        r"'pin_memory' argument is set as true but no accelerator",
+        UserWarning,
+        "the DataLoaders of transformers ask for pinned memory by default, also on a CPU",
+    ),
+    KnownWarning(
+        r"You are using '(rollout_func|environment_factory)'",
+        UserWarning,
+        "TRL calls them experimental; rl_plugins checks at import that they are as it needs them",
+    ),
+    KnownWarning(
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        FutureWarning,
+        "Lightning walks through batches with a class of torch that got another name",
+    ),
+)
+"""Warnings that [`ignore_known_warnings`] hides."""
+
+KNOWN_LOG_LINES = {"DeepSpeed": r"Setting accelerator to CPU"}
+"""Messages by the name of their logger: accelerate imports DeepSpeed where it is installed, whether it is used or not,
+and DeepSpeed then says that it has found no GPU."""
+
+
+class _WithoutKnownLines(logging.Filter):
+    """Drops the messages that begin with a pattern."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self.pattern = pattern
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record is shown."""
+        return re.match(self.pattern, record.getMessage()) is None
+
+
+def ignore_known_warnings() -> None:
+    """Hide the warnings of [`KNOWN_WARNINGS`] and the lines of [`KNOWN_LOG_LINES`] for the rest of the process.
+
+    Filters of the user's own stay in front, and a second call adds nothing.
+    """
+    for known in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", known.message, known.category, append=True)
+    for name, pattern in KNOWN_LOG_LINES.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _WithoutKnownLines) for known in logger.filters):
+            logger.addFilter(_WithoutKnownLines(pattern))

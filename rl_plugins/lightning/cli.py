@@ -1,0 +1,51 @@
+"""Lightning's command line with errors of one line, for scripts that train with `rl_plugins`."""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rl_plugins.extras import require
+
+require("lightning", "lightning.pytorch", "jsonargparse")
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from rl_plugins.usage import exit_with, one_line_errors
+
+CHECKPOINT_WORDS = ("best", "last", "hpc")
+"""Values of `--ckpt_path` that Lightning looks up itself."""
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line on stderr, with exit status 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Write the message and leave with status 2."""
+        exit_with(self.prog, message)
+
+
+class OneLineCLI(LightningCLI):
+    """`LightningCLI` that tells a mistake in the command line, the config file or a setting in one line.
+
+    Takes the arguments of [`~lightning.pytorch.cli.LightningCLI`]. Errors from the training keep their traceback.
+    """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser."""
+        return OneLineParser(**kwargs)
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer, which look at their settings.
+
+        Raises:
+            SystemExit: With status 2 and one line on stderr, if one refuses its settings.
+        """
+        with one_line_errors(self.parser.prog):
+            super().instantiate_classes()
+            self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """Look for the checkpoint before the data are made ready."""
+        given = self.config if self.subcommand is None else self.config[self.subcommand]
+        path = given.get("ckpt_path")
+        if path is not None and path not in CHECKPOINT_WORDS and not Path(path).exists():
+            raise FileNotFoundError(f"--ckpt_path {path}: there is no such file. Check the path.")
