@@ -1,7 +1,7 @@
-"""Griffe extension that reads this package's docstrings: cross-references, options of dataclasses, links to the source.
+"""Griffe extension that reads this package's docstrings: cross-references, tables of options, links to the source.
 
-A docstring refers to `Name`, `Class.method` or `~package.module.Name` in brackets and backticks, as those of transformers
-and TRL do. A reference to nothing is an error.
+A docstring refers to `Name`, `Class.method` or `~package.module.Name` in brackets and backticks, as those of
+transformers and TRL do. A reference to nothing is an error.
 """
 
 import ast
@@ -113,35 +113,35 @@ def lookup(scope: Any, name: str) -> str | None:
 
 
 def add_options(obj: griffe.Class) -> None:
-    """Give a dataclass of options the table of its fields: the text of each, and its default in the signature.
+    """Give a dataclass of options its signature, and the table of its fields with the text of each.
 
-    Fields are declared by `option(default, text)` or `with_default(kind, name, default)`, from which the class makes its
-    docstring when it is imported.
+    Fields are declared by `option(default, text)` or `with_default(kind, name, default)`, from which the class makes
+    its docstring when it is imported.
     """
-    bases = [obj, *obj.mro()]
-    if all(base.path != OPTIONS for base in bases) or "__init__" not in obj.members:
+    if not is_options(obj) or obj.docstring is None:
         return
-    init = obj.members["__init__"]
-    if not isinstance(init, griffe.Function):
-        return
-    texts: dict[str, str] = {}
-    for base in reversed(bases):
+    parameters, texts = {}, {}
+    for base in reversed([obj, *obj.mro()]):
         for name, member in base.members.items():
             declared = declaration(member)
-            if declared is None:
-                continue
-            default, text = declared
-            texts[name] = text or texts.get(name) or text_of(base, member, name)
-            if name in init.parameters:
-                init.parameters[name].default = default
-    for name in [parameter.name for parameter in init.parameters]:
-        if name not in texts and name != "self":
-            del init.parameters[name]
-    if obj.docstring is not None and "Args:" not in obj.docstring.value:
-        before, _, own = obj.docstring.value.partition("\nParameters:\n")
-        texts |= {m["name"]: " ".join(m["text"].split()) for m in PARAMETER.finditer(own)}
-        lines = [f"    {name}: {text}" for name, text in texts.items() if name in init.parameters]
+            if declared is not None:
+                default, text = declared
+                texts[name] = text or texts.get(name) or text_of(base, member, name)
+                kind = griffe.ParameterKind.positional_or_keyword
+                parameters[name] = griffe.Parameter(name, annotation=member.annotation, kind=kind, default=default)
+    own = griffe.Parameter("self", kind=griffe.ParameterKind.positional_only)
+    init = griffe.Function("__init__", parameters=griffe.Parameters(own, *parameters.values()), parent=obj)
+    obj.set_member("__init__", init)
+    if "Args:" not in obj.docstring.value:
+        before, _, written = obj.docstring.value.partition("\nParameters:\n")
+        texts |= {m["name"]: " ".join(m["text"].split()) for m in PARAMETER.finditer(written)}
+        lines = [f"    {name}: {text}" for name, text in texts.items() if name in parameters]
         obj.docstring.value = "\n".join([before.rstrip(), "", "Args:", *lines])
+
+
+def is_options(obj: griffe.Class) -> bool:
+    """Whether a class is a dataclass of options, or a config made of them."""
+    return any(base.path == OPTIONS for base in obj.mro())
 
 
 def call_of(member: Any) -> ast.Call | None:
@@ -167,7 +167,9 @@ def declaration(member: Any) -> tuple[str, str] | None:
     if call.func.id == "field" and "metadata" in given:  # type: ignore[attr-defined]
         metadata = given["metadata"]
         assert isinstance(metadata, ast.Dict)
-        entries = {ast.literal_eval(key): value for key, value in zip(metadata.keys, metadata.values, strict=True) if key}
+        entries = {
+            ast.literal_eval(key): value for key, value in zip(metadata.keys, metadata.values, strict=True) if key
+        }
         default = given.get("default", given.get("default_factory"))
         assert default is not None
         return ast.unparse(default), text_in(entries["help"])
@@ -195,7 +197,7 @@ def text_of(base: griffe.Class, member: Any, name: str) -> str:
 
 
 def with_lists(text: str) -> str:
-    """Make a list of an indented block of arguments, by which the docstring of a file spares those of its functions."""
+    """Make a list of an indented block of arguments, which the docstring of a file spares its functions."""
 
     def bullets(match: re.Match[str]) -> str:
         lines = [line[4:] for line in match["block"].splitlines()]

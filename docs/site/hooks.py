@@ -4,7 +4,6 @@ MkDocs calls the functions `on_*`. A link in a Markdown file is one that works i
 turned into the link that works in the site.
 """
 
-import ast
 import os
 import re
 from collections.abc import Iterator
@@ -29,6 +28,8 @@ OUTSIDE = {
 """Pages that are not in `docs/`, and their names in the site."""
 LAYERS = ("trl", "lightning", "signals", "rollouts", "nn", "moe", "functional", "report", "classic", "tabular")
 """Folders of the package with public names, in the order of the reference."""
+FIRST = {"trl": ("trainers", "configs", "sft"), "lightning": ("modules", "sft", "module")}
+"""Files of a folder that come first in its reference; the others follow by name."""
 LARGE = 30
 """Public names of a folder from which on each of its files has a page."""
 SOURCE_FOLDERS = ("rl_plugins", "recipes", "tests")
@@ -102,6 +103,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if src_uri == "api.md":
         assert REFERENCE in markdown
         markdown = markdown.replace(REFERENCE, "\n".join(overview()))
+    if src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]  # its column would hold this page alone
     folder = repository_folder(src_uri)
 
     def change(text: str) -> str:
@@ -114,7 +117,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Write drawings into the page, where they take the page's colours, and let wide tables scroll by themselves."""
 
     def inline(match: re.Match[str]) -> str:
-        path = Path(config.docs_dir, normpath(f"{os.path.dirname(page.file.src_uri)}/{match['src']}"))
+        path = Path(config.docs_dir, os.path.dirname(page.file.src_uri), match["src"])
         return f'<div class="drawing">{path.read_text()}</div>'
 
     return re.sub(r'<img [^>]*src="(?P<src>[^":]+\.svg)"[^>]*/?>', inline, html)
@@ -147,7 +150,9 @@ def groups(layer: str) -> list[Group]:
         # A function may be imported from a file of its own name; griffe keeps the file.
         path = f"{layer}.{name}.{name}" if module[name].is_module else f"{layer}.{name}"
         found.setdefault(package()[path].canonical_path.rpartition(".")[0], []).append(path)
-    return [Group(name, sorted(paths, key=lambda p: package()[p].lineno)) for name, paths in sorted(found.items())]
+    files = [f"rl_plugins.{layer}.{file}" for file in FIRST.get(layer, ())]
+    order = [*files, *sorted({*found} - {*files})]
+    return [Group(name, sorted(found[name], key=lambda p: package()[p].lineno)) for name in order]
 
 
 def reference_pages(layer: str) -> dict[str, list[Group]]:
@@ -176,16 +181,22 @@ def reference(layer: str, uri: str, found: list[Group]) -> str:
     for group in found:
         lines += [*([f"## {title(group.module)}", ""] if whole else ()), *docstring(group.module)]
         for path in group.paths:
-            lines += [f"::: rl_plugins.{path}", "    options:", f"      heading_level: {3 if whole else 2}", ""]
+            lines += [f"::: rl_plugins.{path}", "    options:", f"      heading_level: {3 if whole else 2}"]
+            if is_options(package()[path]):  # the table says all, and the methods are for the trainers
+                lines += ["      members: []", "      show_signature: false"]
+            lines.append("")
     return "\n".join(lines)
+
+
+def is_options(obj: Any) -> bool:
+    """Whether an object is a dataclass of options."""
+    return bool(obj.is_class) and any(base.name == "Options" for base in obj.mro())
 
 
 def docstring(module: str) -> list[str]:
     """Docstring of a file or folder of the package, and where it is."""
-    path = ROOT / module.replace(".", "/")
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return [*text.splitlines(), "", f"[source][source:{module}]{{ .source }}", ""]
+    found = package()[module.removeprefix("rl_plugins.")].docstring
+    return [*(found.value.splitlines() if found else ()), "", f"[source][source:{module}]{{ .source }}", ""]
 
 
 def overview() -> Iterator[str]:
