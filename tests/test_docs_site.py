@@ -5,6 +5,7 @@ import functools
 import http.server
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -149,6 +151,7 @@ def test_pages_look_alike_in_the_repository_and_in_the_site(site: Path) -> None:
         ("../rl_plugins/hooks.py", "tour.md", "docs", "source/rl_plugins/hooks.py.html"),
         ("../../recipes/sums.py", "howto/own.md", "docs/howto", "../source/recipes/sums.py.html"),
         ("recipes/launch", "index.md", ".", "source/recipes/launch/index.html"),
+        ("docs/site/hooks.py", "contributing.md", ".", "source/docs/site/hooks.py.html"),
         ("images/curves.png", "critic.md", "docs", "images/curves.png"),
         ("#limits", "critic.md", "docs", "#limits"),
         ("https://arxiv.org/abs/2408.15664", "moe.md", "docs", "https://arxiv.org/abs/2408.15664"),
@@ -250,21 +253,45 @@ def ours(kind: type) -> list[type]:
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def address(site: Path) -> Iterator[str]:
-    """Address of a server of the site on this machine."""
+EMPTY_INDEX = json.dumps({"config": {"lang": ["en"], "separator": " ", "pipeline": [], "fields": {}}, "docs": []})
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+
+@contextmanager
+def served(folder: Path, index: str | None = None) -> Iterator[str]:
+    """Address of a server of the site on this machine, also with another index of the search."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args: Any) -> None:
             pass
 
-    handler = functools.partial(Quiet, directory=str(site))
+        def do_GET(self) -> None:
+            if index is None or not self.path.endswith("search_index.json"):
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(index.encode())
+
+    handler = functools.partial(Handler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    with served(site) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def address_without_search(site: Path) -> Iterator[str]:
+    """Server for tests that open many pages, each of which would read the whole index and prepare a search."""
+    with served(site, EMPTY_INDEX) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +316,8 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_every_page_opens_on_a_phone_without_complaint(site: Path, address: str, page: Any) -> None:
+def test_every_page_opens_on_a_phone_without_complaint(site: Path, address_without_search: str, page: Any) -> None:
+    address = address_without_search
     complaints: list[str] = []
     page.on("console", lambda m: complaints.append(f"{page.url}: {m.text}") if m.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(f"{page.url}: {error}"))

@@ -32,7 +32,7 @@ FIRST = {"trl": ("trainers", "configs", "sft"), "lightning": ("modules", "sft", 
 """Files of a folder that come first in its reference; the others follow by name."""
 LARGE = 30
 """Public names of a folder from which on each of its files has a page."""
-SOURCE_FOLDERS = ("rl_plugins", "recipes", "tests")
+SOURCE_FOLDERS = ("rl_plugins", "recipes", "tests", "docs/site")
 SOURCE_SUFFIXES = {".py", ".sh", ".json", ".yaml", ".yml", ".toml", ".txt", ".md"}
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2\s*$", re.M | re.S)
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s]+)(?=\))")
@@ -81,7 +81,7 @@ def site_link(target: str, page: str, folder: str, config: MkDocsConfig) -> str:
     path = normpath(f"{folder}/{file}")
     if path in OUTSIDE:
         found = OUTSIDE[path]
-    elif path.startswith("docs/") and (ROOT / path).is_file():
+    elif path.startswith("docs/") and not path.startswith("docs/site/") and (ROOT / path).is_file():
         found = path.removeprefix("docs/")
     elif (ROOT / path).exists():
         found = source_url(config, path)
