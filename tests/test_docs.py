@@ -51,7 +51,7 @@ from rl_plugins.trl import (
 from rl_plugins.trl.scripts import online
 
 from .helpers.moe_models import make_moe_model
-from .helpers.tiny import ON_CPU
+from .helpers.tiny import ON_CPU, digit_reward, make_dataset
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -494,9 +494,7 @@ def normal(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def logged(
-    tiny_model: Callable[..., Any], tokenizer: Any, dataset: Any, reward: Any, tmp_path_factory: pytest.TempPathFactory
-) -> set[str]:
+def logged(tiny_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Metrics of runs that switch on whatever logs something."""
 
     @rewards_per("step", separator="+")
@@ -506,8 +504,8 @@ def logged(
     found: set[str] = set()
     for run in RUNS:
         args = run.config(str(tmp_path_factory.mktemp("run")), **ON_CPU, **QUICK, **run.options)
-        data = dataset.select(range(16))
-        rewards = [reward, steps] if run is MTP_RUN else reward
+        data = make_dataset().select(range(16))
+        rewards = [digit_reward, steps] if run is MTP_RUN else digit_reward
         trainer = run.trainer(tiny_model(), rewards, args, data, data.select(range(8)), processing_class=tokenizer)
         trainer.train()
         found |= {normal(name) for entry in trainer.state.log_history for name in entry}

@@ -170,6 +170,12 @@ def test_links_to_source_files_go_to_the_repository_once_it_has_an_address() -> 
     assert link("critic.md") == "critic.md"
 
 
+def test_a_link_shows_the_title_of_a_page_in_place_of_its_file() -> None:
+    assert hooks.link_text("ppo.md", "ppo.md#presets", "docs") == "PPO"
+    assert hooks.link_text("docs/critic.md", "docs/critic.md", ".") == "How the critic works"
+    assert hooks.link_text("a critic", "critic.md", "docs") == "a critic"
+
+
 def test_code_is_left_alone() -> None:
     text = "[a](x.md)\n\n```python\nb[0](x.md)\n```\n\n[c](x.md)\n"
     changed = hooks.outside_code(text, lambda part: part.replace("x.md", "y.md"))
@@ -311,6 +317,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    context.set_default_timeout(120_000)  # other work may share the machine
     yield context.new_page()
     context.close()
 

@@ -7,7 +7,7 @@ turned into the link that works in the site.
 import os
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from html import escape
 from pathlib import Path
 from posixpath import normpath, relpath
@@ -35,7 +35,7 @@ LARGE = 30
 SOURCE_FOLDERS = ("rl_plugins", "recipes", "tests", "docs/site")
 SOURCE_SUFFIXES = {".py", ".sh", ".json", ".yaml", ".yml", ".toml", ".txt", ".md"}
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2\s*$", re.M | re.S)
-LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s]+)(?=\))")
+LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^)\s]+)\)")
 EXTERNAL = re.compile(r"\]\((https?://[^)\s]+)\)")
 REFERENCE = "<!-- The site lists the public names here. -->"
 """Line of `docs/api.md` in whose place the site has the table of public names."""
@@ -92,6 +92,15 @@ def site_link(target: str, page: str, folder: str, config: MkDocsConfig) -> str:
     return relpath(found, os.path.dirname(page) or ".") + hash_ + anchor
 
 
+def link_text(text: str, target: str, folder: str) -> str:
+    """Text of a link: a page's title where the repository shows the name of its file."""
+    if not re.fullmatch(r"[\w/]+\.md", text):
+        return text
+    path = ROOT / normpath(f"{folder}/{target.partition('#')[0]}")
+    heading = re.search(r"^# (.+)$", path.read_text(), re.M) if path.is_file() else None
+    return heading[1] if heading else text
+
+
 def repository_folder(src_uri: str) -> str:
     """Folder of a page's file in the repository."""
     return os.path.dirname({page: file for file, page in OUTSIDE.items()}.get(src_uri, f"docs/{src_uri}")) or "."
@@ -108,8 +117,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     folder = repository_folder(src_uri)
 
     def change(text: str) -> str:
-        return LINK.sub(lambda m: site_link(m["target"], src_uri, folder, config), text)
+        return LINK.sub(lambda m: f"[{link_text(*m.groups(), folder)}]({to_site(m['target'])})", text)
 
+    to_site = partial(site_link, page=src_uri, folder=folder, config=config)
     return outside_code(markdown, change)
 
 
