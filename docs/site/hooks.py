@@ -112,7 +112,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if src_uri == "api.md":
         assert REFERENCE in markdown
         markdown = markdown.replace(REFERENCE, "\n".join(overview()))
-    if src_uri == "index.md":
+        markdown = re.sub(r"\(\.\./rl_plugins/(\w+)/__init__\.py\)", r"(#rl_plugins\1)", markdown)
+    if page.parent is None:
         page.meta["hide"] = ["navigation"]  # its column would hold this page alone
     folder = repository_folder(src_uri)
 
