@@ -11,7 +11,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo images test test-latest test-vllm check format smollm2 clean
+.PHONY: help demo docs images test test-latest test-vllm check format smollm2 clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -36,6 +36,11 @@ demo: $(STAMP) ## train a tiny policy with the MTP critic on a CPU and draw what
 
 images: $(STAMP) ## draw the pictures of the documentation that need no training, or whose runs are in outputs/
 	$(OFFLINE) $(BIN)/python recipes/draw_images.py
+
+# The variable silences an advertisement for another program, which `--quiet` does not.
+docs: $(STAMP) ## build the documentation site in outputs/site, without a network; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open outputs/site/index.html."
 
 test: $(STAMP) ## run every test, the fast ones first
 	$(OFFLINE) $(BIN)/python -m pytest $(TWO) -m "not slow"

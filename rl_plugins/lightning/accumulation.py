@@ -18,8 +18,8 @@ class Lookahead(Iterator[Any]):
         iterator: Where the items come from.
 
     Attributes:
-        counts: Of [`LanguageModule.window_counts`] for the newest window: its number, the place of the first
-            micro-batch that is counted, the counts of each, and their sum over all ranks.
+        counts: Of [`~rl_plugins.lightning.language.window_counts`] for the newest window: its number, the place of the
+            first micro-batch that is counted, the counts of each, and their sum over all ranks.
     """
 
     def __init__(self, iterator: Iterator[Any]) -> None:

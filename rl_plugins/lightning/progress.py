@@ -34,7 +34,7 @@ class RolloutProgressBar(LightningOnly, TQDMProgressBar):
         self._longest = int(getattr(pl_module, "max_completion_length", 0))
 
     def on_rollout_token(self, tokens: int) -> None:
-        """Show how far a rollout is; called by [`OnlineModule`] after every token."""
+        """Show how far a rollout is; called by [`RLModule`] after every token."""
         if self.is_disabled or not self.trainer.training or tokens % SHOWN:
             return
         self.train_progress_bar.set_description(f"Rollout {tokens}/{self._longest}")

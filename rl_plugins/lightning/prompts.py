@@ -155,7 +155,7 @@ class PromptLoader(DataLoader):
 
 
 class PromptDataModule(LightningDataModule):
-    """Prompts for an [`OnlineModule`], each batch repeated as often as the module makes steps of its completions.
+    """Prompts for an [`RLModule`], each batch repeated as often as the module makes steps of its completions.
 
     Args:
         train_dataset: Rows with a `prompt`, and what the reward functions read.
