@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rl_plugins.run_logs import RunLog, find_log, group_runs, label_runs
+from rl_plugins.usage import OneLineErrors
 
 DESCRIPTION = """\
 Draw the learning curves of runs into one PNG: a panel for each metric, a line for each setting.
@@ -30,7 +31,7 @@ which runs become one line:
 
 def make_parser(prog: str = "rl-plugins plot") -> argparse.ArgumentParser:
     """The parser of the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog=prog,
         description=DESCRIPTION,
         epilog=GROUPING,

@@ -169,7 +169,14 @@ def test_lightning_recipe_runs_and_resumes(tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
-    others = {"draw_images", "lightning_classic", "lightning_mtp_critic", "moe_balancing", "multi_turn", "textarena_game"}
+    others = {
+        "moe_balancing",
+        "lightning_mtp_critic",
+        "lightning_classic",
+        "textarena_game",
+        "multi_turn",
+        "draw_images",
+    }
     assert {path.stem for path in FOLDER.glob("*.py") if is_recipe(path)} == {*CRITICS, *others}
 
 
