@@ -40,6 +40,7 @@ class Picture:
         time: What the command takes on one core, where that was measured.
         settings: Part of a page's address behind `#`, for a picture of that page.
         size: Width and largest height of the picture of a page.
+        needs: Folder of logs that a command which draws in docs/images itself reads.
     """
 
     command: str
@@ -47,6 +48,7 @@ class Picture:
     time: str = "not measured"
     settings: str = ""
     size: tuple[int, int] = (1100, 800)
+    needs: str = ""
 
     @property
     def page(self) -> str | None:
@@ -55,6 +57,8 @@ class Picture:
 
 
 DEMO = "python recipes/mtp_critic.py --output_dir outputs/demo"
+DRAWINGS = "python docs/site/drawings.py"
+LOGS = "python docs/site/log_pictures.py outputs/logs"
 EXPERTS = "python recipes/moe_balancing.py --output_dir outputs/moe_balancing"
 PICTURES = {
     "classic.png": Picture(
@@ -80,6 +84,14 @@ PICTURES = {
     "token_values.png": Picture(
         DEMO, "outputs/demo/token_values.html", "6 minutes", settings="mode=delta&sort=surprise&theme=light"
     ),
+    **{
+        f"drawings/{name}.svg": Picture(DRAWINGS, f"docs/images/drawings/{name}.svg", "seconds")
+        for name in ("balancing", "critic", "mtp_modules", "speculative", "time_index")
+    },
+    **{
+        f"logs_{name}.png": Picture(LOGS, f"docs/images/logs_{name}.png", "seconds", needs="outputs/logs")
+        for name in ("critic", "policy", "rewards")
+    },
 }
 """Every file of docs/images."""
 
@@ -100,6 +112,12 @@ def draw(name: str, train: bool) -> str:
         run_code(ROOT / picture.page, goal)
         return f"{name}: drawn by the code of {picture.page}"
     result = ROOT / picture.result
+    if result == goal:
+        if not (ROOT / picture.needs).exists():
+            script = picture.command.split()[1]
+            return f"{name}: left out, {picture.needs} is not there. {script} says at its top which runs it needs."
+        subprocess.run([sys.executable, *shlex.split(picture.command)[1:]], check=True, cwd=ROOT)
+        return f"{name}: drawn by {picture.command}"
     if not result.is_file():
         if not train:
             absent = f"{name}: left out, {picture.result} is not there."

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SYMBOLS = 4
-CRITIC = {"mtp_head_type": "sequential", "value_replay": 2, "head_learning_rate": 1e-3}
+CRITIC = {"mtp_head_type": "sequential", "value_replay": 1, "head_learning_rate": 1e-3}
 """The critic that learns best, see docs/experiments.md."""
 
 
