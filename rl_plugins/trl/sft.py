@@ -29,7 +29,7 @@ from rl_plugins.trl.checkpoints import STATE_NAME, RenamedWeights, check_start, 
 from rl_plugins.trl.configs import MTPSFTConfig
 from rl_plugins.trl.host import log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
-from rl_plugins.trl.model_card import WritesModelCard
+from rl_plugins.trl.model_card import write_model_card
 from rl_plugins.trl.router_loss import connect_balancing
 
 REWARD_COLUMN = "reward"
@@ -64,7 +64,7 @@ def with_head_options(args: Any) -> Any:
     return MTPSFTConfig(**options) if known >= options.keys() else args
 
 
-class MTPSFTTrainer(WritesModelCard, SFTTrainer):
+class MTPSFTTrainer(SFTTrainer):
     r"""
     Supervised fine-tuning that trains multi-token-prediction value heads along the way.
 
@@ -127,6 +127,10 @@ class MTPSFTTrainer(WritesModelCard, SFTTrainer):
             parts.append(("The heads learnt the values of scored examples.", ("vc_ppo",)))
         name = "heads on a frozen trunk" if self.args.freeze_trunk else "supervised fine-tuning with heads"
         return Method(name, parts=tuple(parts), code=(heads_loading(with_values=scored),))
+
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Write the card of the model, with method, papers and the code that loads it, see [`write_model_card`]."""
+        write_model_card(self, self.describe_method(), super().create_model_card, model_name, *args, **kwargs)
 
     @property
     def mtp_heads(self) -> MTPHeads:

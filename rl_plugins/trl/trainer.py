@@ -50,7 +50,7 @@ from rl_plugins.trl.environments import Episodes, pays_turns
 from rl_plugins.trl.few_prompts import filling
 from rl_plugins.trl.host import hide_attachments_from_vllm, log_metrics
 from rl_plugins.trl.inputs import check_callback, check_inputs, complete_args
-from rl_plugins.trl.model_card import WritesModelCard
+from rl_plugins.trl.model_card import write_model_card
 from rl_plugins.trl.reference import lent_name
 from rl_plugins.trl.rollouts import RolloutFunc, fill_empty
 from rl_plugins.trl.router_loss import connect_balancing
@@ -62,7 +62,7 @@ VALUE_COLUMN = "critic_value"
 """Column of the host's table of completions; reward functions have their own columns there (`log_extra`)."""
 
 
-class RLTrainer(WritesModelCard, GRPOTrainer):
+class RLTrainer(GRPOTrainer):
     r"""
     `GRPOTrainer` that learns from any [`~rl_plugins.signals.Signal`]: a critic of your own, or any advantage.
 
@@ -266,7 +266,7 @@ class RLTrainer(WritesModelCard, GRPOTrainer):
 
     def describe_method(self) -> Method:
         """Say how the policy is trained, for its card: its heads, and whether they drafted its rollouts."""
-        method, heads = super().describe_method(), MTPHeads.of(self.model)
+        method, heads = Method(self._name), MTPHeads.of(self.model)
         if heads is None:
             return method
         learnt_values = self.critic is not None and self.critic.draft_options is not None
@@ -274,6 +274,10 @@ class RLTrainer(WritesModelCard, GRPOTrainer):
         if self.args.speculative:
             parts.append(("The heads drafted its rollouts.", ("speculative_decoding", "speculative_sampling")))
         return Method(method.name, parts=tuple(parts), code=(heads_loading(with_values=learnt_values),))
+
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Write the card of the model, with method, papers and the code that loads it, see [`write_model_card`]."""
+        write_model_card(self, self.describe_method(), super().create_model_card, model_name, *args, **kwargs)
 
     @property
     def critic(self) -> Critic | None:
