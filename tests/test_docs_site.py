@@ -393,9 +393,7 @@ def test_light_and_dark(address: str, page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_system_decides_on_dark_at_first(address: str, browser: Any) -> None:
-    context = browser.new_context(color_scheme="dark")
-    page = context.new_page()
+def test_the_system_decides_on_dark_at_first(address: str, page: Any) -> None:
+    page.emulate_media(color_scheme="dark")
     page.goto(f"{address}index.html")
     assert page.evaluate("document.body.dataset.mdColorScheme") == "slate"
-    context.close()
