@@ -194,7 +194,9 @@ def recipe_options() -> dict[str, set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "recipes")  # where they find sums.py
         modules = {f"recipes/{name}.py": load_recipe(name) for name in RECIPES}
-    return {program: options(TrlParser((module.Script, module.Config))) for program, module in modules.items()}
+        shared = importlib.import_module("sums").Script
+    scripts = {program: getattr(module, "Script", shared) for program, module in modules.items()}
+    return {program: options(TrlParser((scripts[program], module.Config))) for program, module in modules.items()}
 
 
 def options(parser: Any) -> set[str]:

@@ -49,7 +49,7 @@ from .helpers.moe_models import make_moe_model
 ROOT = Path(__file__).parent.parent
 ROWS = [(user, hook) for user, rows in HOOKS.items() for hook in rows]
 DOCUMENTED = {
-    "lightning.pytorch": ("callbacks", "strategies", "utilities"),
+    "lightning.pytorch": ("callbacks", "cli", "strategies", "utilities"),
     "lightning.fabric": ("utilities",),
     "transformers": ("generation", "utils"),
     "accelerate": ("utils",),

@@ -129,7 +129,9 @@ def variant() -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", [None, *GRPO_PRESETS])
 def test_card_of_each_preset(preset: str | None, variant: Any, tmp_path: Path) -> None:
-    options = {"num_generations": 4} if preset not in ("reinforce++", "spo") else {}
+    options: dict[str, Any] = {"num_generations": 4} if preset not in ("reinforce++", "spo") else {}
+    if preset == "pass_at_k":
+        options["advantage_kwargs"] = {"k": 2}  # fewer than there are completions of a prompt
     with pytest.MonkeyPatch.context() as patch:
         args = GRPOVariantConfig(str(tmp_path / "run"), **SMALL, **options, preset=preset)
         patch.setattr(variant, "args", args)

@@ -30,8 +30,10 @@ class OneLineCLI(LightningCLI):
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make the parser."""
-        return OneLineParser(**kwargs)
+        """Make the parser, with the options that the host gives it, such as `--config`."""
+        parser = super().init_parser(**kwargs)
+        parser.__class__ = OneLineParser  # the host names its own class
+        return parser
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer, which look at their settings.

@@ -330,7 +330,7 @@ def critic_signal(
         `critic/calibration`, which is `b`, and `critic/skipped_completions`, of which no token counts.
     """
     targets = critic_targets(rewards, values, target_values, mask, gamma=gamma, after=after, **options)
-    metrics = rollout_metrics(targets, values, target_values, mask, ahead=options.get("ahead", 1), reduce=reduce)
+    metrics: dict[str, Tensor] = {}
     baseline = values
     if calibrate:
         slope, intercept = masked_line(values[..., 0], targets.monte_carlo, mask, slopes=(0.0, 1.0), reduce=reduce)
@@ -349,6 +349,7 @@ def critic_signal(
     advantages = scale_advantages(
         targets.advantages, baseline[..., 0], mask, scaling=scaling, reward_range=reward_range, reduce=reduce
     )
+    metrics |= rollout_metrics(targets, values, target_values, mask, ahead=options.get("ahead", 1), reduce=reduce)
     if discounted_objective:
         dtype = advantages.dtype
         discount = at_turn_ends(gamma, mask, dtype=dtype) if options.get("time_unit") == "turn" else gamma
