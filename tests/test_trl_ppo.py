@@ -685,6 +685,7 @@ def test_ppo_and_the_mtp_critic_differ_only_in_where_values_come_from(
         "gamma": 0.9,
         "lam_value": 0.8,
         "lam_policy": 0.95,
+        "calibrate_values": False,
         "value_loss_coef": 0.0,
         "learning_rate": 1e-2,
         "generation_kwargs": {"do_sample": False},
