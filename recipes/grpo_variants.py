@@ -14,9 +14,8 @@ Writes the policy, `curves.png` and `summary.json`.
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, finish, load_policy, load_task, make_reward, read_options, train
+from sums import Defaults, improve, load_policy, load_task, make_reward, read_options
 
-from rl_plugins.process_group import end_process_group
 from rl_plugins.signals.presets import GRPO_PRESETS
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
 
@@ -45,11 +44,7 @@ def main() -> None:
             eval_dataset=held_out,
             processing_class=tokenizer,
         )
-    with parser.catching(begun=lambda: trainer.state.global_step > 0):
-        train(trainer, script, args)
-    trainer.save_model(args.output_dir)
-    finish(trainer, script, args)
-    end_process_group()
+    improve(trainer, parser, script, args)
 
 
 if __name__ == "__main__":

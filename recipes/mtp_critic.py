@@ -16,9 +16,8 @@ them from a file. Writes the policy, the heads, `curves.png`, `token_values.html
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, announce, finish, load_policy, load_task, make_reward, read_options, train
+from sums import Defaults, announce, improve, load_policy, load_task, make_reward, read_options
 
-from rl_plugins.process_group import end_process_group
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
 
 
@@ -51,11 +50,7 @@ def main() -> None:
             eval_dataset=held_out,
             processing_class=tokenizer,
         )
-    with parser.catching(begun=lambda: trainer.state.global_step > 0):
-        train(trainer, script, args)
-    trainer.save_model(args.output_dir)  # a stock model and its tokenizer, with the heads in a file beside them
-    finish(trainer, script, args)
-    end_process_group()
+    improve(trainer, parser, script, args)
 
 
 if __name__ == "__main__":

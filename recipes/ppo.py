@@ -12,9 +12,8 @@ Writes the policy, the value model (`value_model/`), `curves.png`, `token_values
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, finish, load_policy, load_task, make_reward, read_options, train
+from sums import Defaults, improve, load_policy, load_task, make_reward, read_options
 
-from rl_plugins.process_group import end_process_group
 from rl_plugins.trl import PPOConfig, PPOTrainer
 
 
@@ -41,11 +40,7 @@ def main() -> None:
             eval_dataset=held_out,
             processing_class=tokenizer,
         )
-    with parser.catching(begun=lambda: trainer.state.global_step > 0):
-        train(trainer, script, args)
-    trainer.save_model(args.output_dir)
-    finish(trainer, script, args)
-    end_process_group()
+    improve(trainer, parser, script, args)
 
 
 if __name__ == "__main__":

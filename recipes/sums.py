@@ -43,6 +43,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from rl_plugins.extras import require
 from rl_plugins.known_warnings import ignore_known_warnings
+from rl_plugins.process_group import end_process_group
 from rl_plugins.report import DEFAULT_PANELS, Panel, plot_training_curves, traces_from_rollout, write_token_values_html
 from rl_plugins.trl import MTPSFTConfig, MTPSFTTrainer
 from rl_plugins.trl.scripts.parser import OptionParser
@@ -435,6 +436,15 @@ def show_progress(trainer: Any, columns: Sequence[Column]) -> None:
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     trainer.add_callback(TableProgress(columns))
+
+
+def improve(trainer: Any, parser: OptionParser, script: Script, args: Any) -> None:
+    """Train the policy, save it, and report: all that follows once a recipe has made its trainer."""
+    with parser.catching(begun=lambda: trainer.state.global_step > 0):
+        train(trainer, script, args)
+    trainer.save_model(args.output_dir)  # a stock model and its tokenizer, with heads or a value model beside them
+    finish(trainer, script, args)
+    end_process_group()
 
 
 def train(trainer: Any, script: Script, args: Any) -> None:

@@ -127,6 +127,7 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         Hook("transformers.generation.stopping_criteria.EosTokenCriteria.eos_token_id"),
         Hook("transformers.generation.stopping_criteria.MaxLengthCriteria.max_length"),
     ),
+    "rl_plugins.report": (Hook("transformers.convert_slow_tokenizer.bytes_to_unicode", ""),),
     "rl_plugins.trl": (
         Hook("trl.GRPOTrainer._generate_and_score_completions", "inputs"),
         Hook("trl.GRPOTrainer._generate_single_turn", "prompt_ids, images, multimodal_fields, num_generations"),
@@ -283,9 +284,9 @@ def _change(hook: Hook) -> str | None:
     if not callable(found):
         return "is no function any more"
     takes = list(inspect.signature(found).parameters.values())
-    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-    if isinstance(owner, type) and inspect.isfunction(found) and not is_static:
-        takes = takes[1:]  # without `self`
+    if isinstance(owner, type) and inspect.isfunction(found):
+        is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        takes = takes if is_static else takes[1:]  # without `self`
     change = _parameter_change(hook.parameters, takes)
     return change and f"{change}: it takes ({', '.join(map(str, takes))})"
 
@@ -302,9 +303,11 @@ def _resolve(path: str) -> Any:
     names = path.split(".")
     found: Any = importlib.import_module(names[0])
     for i, name in enumerate(names[1:], start=2):
-        if inspect.ismodule(found) and not hasattr(found, name):
-            importlib.import_module(".".join(names[:i]))
-        found = getattr(found, name)
+        # A package may hide a module behind a function of its name.
+        hidden = i < len(names) and inspect.isroutine(getattr(found, name, None))
+        if inspect.ismodule(found) and (hidden or not hasattr(found, name)):
+            module = importlib.import_module(".".join(names[:i]))
+        found = module if hidden else getattr(found, name)
     return found
 
 

@@ -186,7 +186,7 @@ PAPERS: dict[str, Paper] = {
         "2505.22617",
     ),
     "rloo": Paper(
-        "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in LLMs",
+        "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
         "Ahmadian and others",
         2024,
         "2402.14740",

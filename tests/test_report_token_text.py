@@ -8,10 +8,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from rl_plugins.report import TokenTrace, traces_from_rollout, write_token_values_html
-from rl_plugins.report.token_text import LOOSE_BYTES, byte_characters, token_texts, words
+from rl_plugins.report.token_text import LOOSE_BYTES, token_texts, words
 
 TEXT = "So 2 ≈ 3, 漢字 and 🙂.\n\ndef f(x):\n    return naïve<|im_end|>"
 CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -150,8 +149,3 @@ def test_answers_of_conversations(padded: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="no column 'result' for answer_column; it has prompt, solution, hint"):
         traces_from_rollout(padded, batch, dataset=rows, answer_column="result")
     assert traces_from_rollout(padded, batch, dataset=[{"prompt": messages}])[0].answer is None
-
-
-def test_the_alphabet_of_bytes_is_that_of_transformers() -> None:
-    known = bytes_to_unicode()
-    assert byte_characters() == [known[byte] for byte in range(256)] and byte_characters()[32] == "Ġ"

@@ -284,13 +284,13 @@ def test_calibration_corrects_what_advantages_bootstrap_from() -> None:
     """Lambda 0: `A = r + V(s') - V(s)` of corrected values, 0 at the end; the value of a cut is corrected, too."""
     rewards, returns, mask = random_batch()
     values = (returns + torch.randn(4, 6, generator=torch.Generator().manual_seed(1))).unsqueeze(-1)
-    after = torch.tensor([0.0, 0.7, 0.0, -0.4])
-    options = {"estimator": "td", "after": after}
+    after, cut = torch.tensor([0.0, 0.7, 0.0, 0.0]), torch.tensor([False, True, False, True])
+    options = {"estimator": "td", "after": after, "cut": cut}  # the last one was cut in a state of value 0
     raw, _, _ = critic_signal(rewards, values, values, mask, scaling="none", **options)
     slope, intercept = np.polyfit(values[..., 0][mask].numpy(), raw.monte_carlo[mask].numpy(), 1)
     found = critic_signal(rewards, values, values, mask, scaling="none", calibrate=True, **options)[1]
     for row, length in enumerate([6, 4, 5, 2]):
         corrected = [slope * float(v) + intercept for v in values[row, :length, 0]]
-        corrected.append(0.0 if after[row] == 0 else slope * float(after[row]) + intercept)
+        corrected.append(slope * float(after[row]) + intercept if cut[row] else 0.0)
         expected = [float(rewards[row, t]) + corrected[t + 1] - corrected[t] for t in range(length)]
         torch.testing.assert_close(found[row, :length], torch.tensor(expected, dtype=torch.float32))

@@ -29,7 +29,6 @@ import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from rl_plugins.functional.alignment import completion_states
+from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.nn import ValueModel
 from rl_plugins.nn.target_heads import RowCopy
 from rl_plugins.process_group import end_process_group
@@ -509,7 +509,7 @@ def main() -> None:
     parser.add_argument("--critic", type=json.loads, default={}, help="further options of the critic, as JSON")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
+    ignore_known_warnings()
     found: dict[str, dict[str, Any]] = {}
     for name, every_step in (("at the end", False), ("every step", True)):
         runs = [run(Task(every_step), seed, options) for seed in options.seeds]

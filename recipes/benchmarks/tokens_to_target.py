@@ -39,7 +39,6 @@ import statistics
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +48,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
+from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
 from rl_plugins.trl import (
     EpisodeRollouts,
@@ -593,8 +593,7 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output_dir
     (output / "runs").mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
-    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    ignore_known_warnings()
     for task in [] if options.table else options.tasks:
         tuned, methods = TUNED_AS.get(task, task), methods_on(task, options)
         TASKS[task](Meter(), 0, output)  # makes the warm start, before runs share it

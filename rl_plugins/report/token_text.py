@@ -42,17 +42,6 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def byte_characters() -> list[str]:
-    """GPT-2's alphabet: a printable character for each of the 256 bytes.
-
-    Bytes that are printable in Latin-1 are themselves. The others, in their order, are the characters from 256 on: a
-    space, byte 32, is the 33rd of them and becomes `Ġ`, character 256 + 32.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
 def _piece_reader(tokenizer: Any) -> Callable[[int], bytes]:
     """A function that gives the bytes of a token."""
 
@@ -66,7 +55,10 @@ def _piece_reader(tokenizer: Any) -> Callable[[int], bytes]:
         return decoded
     added, kind = backend.get_added_tokens_decoder(), decoder.__getstate__().decode()
     if '"ByteLevel"' in kind:
-        byte_of = {char: bytes([byte]) for byte, char in enumerate(byte_characters())}
+        # GPT-2's alphabet, in which every byte is a printable character.
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        byte_of = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
 
         def read(piece: str) -> bytes:
             return b"".join(byte_of.get(char, char.encode()) for char in piece)

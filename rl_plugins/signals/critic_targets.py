@@ -301,6 +301,7 @@ def critic_signal(
     calibrate: bool = False,
     reduce: Reduce | None = None,
     after: Tensor | None = None,
+    cut: Tensor | None = None,
     **options: Any,
 ) -> tuple[CriticTargets, Tensor, dict[str, Tensor]]:
     """Everything that the critic says about a batch just generated.
@@ -323,12 +324,14 @@ def critic_signal(
         calibrate: Correct the values by a line before they become advantages. Value targets stay as they are.
         reduce: Sums statistics over ranks.
         after: See [`critic_targets`].
+        cut: Episodes that `after` has a value of, since they were cut (B,), bool.
         options: Further keyword arguments of [`critic_targets`].
 
     Returns:
         The targets, the policy's scaled advantages (B, T), and metrics (0-d): [`rollout_metrics`],
         `critic/calibration`, which is `b`, and `critic/skipped_completions`, of which no token counts.
     """
+
     targets = critic_targets(rewards, values, target_values, mask, gamma=gamma, after=after, **options)
     metrics: dict[str, Tensor] = {}
     baseline = values
@@ -340,8 +343,8 @@ def critic_signal(
             return (slope * x.double() + intercept).to(x.dtype)
 
         baseline = calibrated(values)
-        if after is not None:
-            after = torch.where(after == 0, 0.0, calibrated(after))  # 0 where an episode has ended
+        if after is not None and cut is not None:
+            after = torch.where(cut.bool(), calibrated(after), 0.0)
         corrected = critic_targets(
             rewards, baseline, calibrated(target_values), mask, gamma=gamma, after=after, **options
         )

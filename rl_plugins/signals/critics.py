@@ -401,6 +401,7 @@ class CriticSignal(Signal):
             reward_range=(options.reward_range[0], options.reward_range[1]),
             reduce=host.sum_over_ranks,
             after=after,
+            cut=batch.get("truncated"),
             discounted_objective=options.discounted_objective,
             calibrate=options.calibrate_values,
             **self._estimation(),
