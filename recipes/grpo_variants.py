@@ -14,7 +14,7 @@ Writes the policy, `curves.png` and `summary.json`.
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, improve, load_policy, load_task, make_reward, read_options
+from sums import Defaults, improve, load_policy, load_task, lora, make_reward, read_options
 
 from rl_plugins.signals.presets import GRPO_PRESETS
 from rl_plugins.trl import GRPOVariantConfig, GRPOVariantTrainer
@@ -43,6 +43,7 @@ def main() -> None:
             train_dataset=items,
             eval_dataset=held_out,
             processing_class=tokenizer,
+            peft_config=lora(script),
         )
     improve(trainer, parser, script, args)
 

@@ -16,7 +16,7 @@ them from a file. Writes the policy, the heads, `curves.png`, `token_values.html
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, announce, improve, load_policy, load_task, make_reward, read_options
+from sums import Defaults, announce, improve, load_policy, load_task, lora, make_reward, read_options
 
 from rl_plugins.trl import MTPCriticConfig, MTPCriticTrainer
 
@@ -49,6 +49,7 @@ def main() -> None:
             train_dataset=items,
             eval_dataset=held_out,
             processing_class=tokenizer,
+            peft_config=lora(script),
         )
     improve(trainer, parser, script, args)
 

@@ -12,7 +12,7 @@ Writes the policy, the value model (`value_model/`), `curves.png`, `token_values
 
 from dataclasses import dataclass, field
 
-from sums import Defaults, improve, load_policy, load_task, make_reward, read_options
+from sums import Defaults, improve, load_policy, load_task, lora, make_reward, read_options
 
 from rl_plugins.trl import PPOConfig, PPOTrainer
 
@@ -39,6 +39,7 @@ def main() -> None:
             train_dataset=items,
             eval_dataset=held_out,
             processing_class=tokenizer,
+            peft_config=lora(script),
         )
     improve(trainer, parser, script, args)
 

@@ -24,6 +24,7 @@ import datasets
 import transformers
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import (
@@ -62,6 +63,19 @@ class Script:
     task_config: str = field(
         default='{"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2}',
         metadata={"help": "Options of the task, as JSON."},
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message to a chat model; default: that of its own template."}
+    )
+    question_format: str = field(
+        default="{question}\nEnd your reply with the final answer.",
+        metadata={
+            "help": "Message to a chat model. {question} is the item's question, {expression} what follows its last "
+            "colon, such as '4 + 38 ='."
+        },
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Rank of LoRA adapters that learn in place of the model's weights; 0: none."}
     )
     train_items: int = field(default=20_000, metadata={"help": "Items to train on."})
     eval_items: int = field(default=512, metadata={"help": "Held-out items, none of which is trained on."})
@@ -140,7 +154,7 @@ def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Data
     """
 
     def rows(first: int, size: int) -> list[dict[str, Any]]:
-        return [as_row(entry, chat, script.guesses) for entry in task_items(script, seed=first, size=size)]
+        return [as_row(entry, chat, script) for entry in task_items(script, seed=first, size=size)]
 
     held_out = {row["question"]: row for row in rows(HELD_OUT_SEED + seed, script.eval_items)}
     train = [row for row in rows(seed, script.train_items) if row["question"] not in held_out]
@@ -149,14 +163,17 @@ def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Data
     return Dataset.from_list(train), Dataset.from_list(list(held_out.values()))
 
 
-def as_row(entry: dict[str, Any], chat: bool, guesses: float) -> dict[str, Any]:
-    """A row for TRL: chat models get the question as it is, the small model only the expression."""
+def as_row(entry: dict[str, Any], chat: bool, script: Script) -> dict[str, Any]:
+    """A row for TRL: chat models get a message, the small model only the expression."""
     question = entry["question"]
-    prompt: Any = question.rsplit(": ", 1)[-1].replace(" ", "")
-    if chat:
-        prompt = [{"role": "user", "content": f"{question}\nEnd your reply with the final answer."}]
-    row = {"prompt": prompt, "question": question, "answer": entry["answer"], "entry": json.dumps(entry)}
-    return row if chat else {**row, "completion": " " + demonstration(entry, guesses)}
+    expression = question.rsplit(": ", 1)[-1]
+    row = {"prompt": expression.replace(" ", ""), "question": question, "answer": entry["answer"]}
+    row["entry"] = json.dumps(entry)
+    if not chat:
+        return {**row, "completion": " " + demonstration(entry, script.guesses)}
+    asked = script.question_format.format(question=question, expression=expression)
+    system = [] if script.system_prompt is None else [{"role": "system", "content": script.system_prompt}]
+    return {**row, "prompt": [*system, {"role": "user", "content": asked}]}
 
 
 def make_reward(script: Script) -> Any:
@@ -314,6 +331,11 @@ def load_policy(script: Script, args: Any, train: Dataset) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         script.model, gguf_file=script.gguf_file, quantization_config=unpacked, dtype="float32"
     )
+
+
+def lora(script: Script) -> LoraConfig | None:
+    """LoRA adapters at all linear layers of the policy, if they are asked for."""
+    return LoraConfig(r=script.lora_rank, target_modules="all-linear") if script.lora_rank else None
 
 
 # Progress and report

@@ -284,16 +284,27 @@ def test_micro_batches_are_averaged_where_the_aggregation_says_so(make: Make) ->
 CRITICS: dict[str, dict[str, Any]] = {
     "defaults": {"mtp_detach_trunk": False},
     "kl": {"beta": 0.2, "entropy_coef": 0.1, "value_loss_type": "huber", "policy_loss": "grpo"},
-    "kl_in_reward": {"beta": 0.2, "kl_in_reward": True, "value_grad_clip": 0.3, "advantage_scaling": "none"},
-    "steps": {"reward_funcs": per_token, "bootstrap_truncated": True, "advantage_scaling": "none"},
+    "kl_in_reward": {
+        "beta": 0.2,
+        "kl_in_reward": True,
+        "value_grad_clip": 0.3,
+        "advantage_scaling": "none",
+        "calibrate_values": False,
+    },
+    "steps": {
+        "reward_funcs": per_token,
+        "bootstrap_truncated": True,
+        "advantage_scaling": "none",
+        "calibrate_values": False,
+    },
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CRITICS)
 def test_critic(make: Make, name: str) -> None:
-    """Advantages that are whitened over a rollout depend on the rollout."""
-    whitened = CRITICS[name].get("advantage_scaling") is None
+    """Advantages that are whitened, and values that are calibrated, over a rollout depend on the rollout."""
+    whitened = "advantage_scaling" not in CRITICS[name]
     numbers = assert_all_cuts_agree(make, "critic", slices_only=whitened, **CRITICS[name])
     assert {"critic/value_loss/head_2", "mtp/token_loss/head_2"} <= numbers.keys()
     assert ("step_rewards/before_end" in numbers) == (name == "steps")

@@ -206,7 +206,7 @@ class TestTwoRanksEqualOneProcess:
         first, second = (two.tensors(name, "weights", rank) for rank in (0, 1))
         assert gap(first, second) == 0.0
         # AdamW's first steps are of one length, and make much of rounding errors where a gradient is next to nothing.
-        assert gap(first, two.tensors(reference(name), "weights")) < 5e-5
+        assert gap(first, two.tensors(reference(name), "weights")) < 1e-4
         with safe_open(two.root / name / "weights_0.safetensors", "pt") as file:
             assert file.metadata()["sharded"] == str(name.endswith("zero3"))
 

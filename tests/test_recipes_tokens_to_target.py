@@ -22,7 +22,7 @@ def test_measures_by_hand() -> None:
     assert bench.smoothed(points, 4)[8:13] == [0.0, 0.0, 0.25, 0.5, 0.75]
     assert bench.ending(points) == 1.0
     assert bench.area(points) == 0.5
-    assert bench.arrival(points, 0.5) == ((150, 30.0, 1.0), True)  # five of the last ten batches
+    assert bench.arrival(points, 0.5) == ((110, 22.0, 1.0), True)  # one of the last two points
     assert bench.arrival(points, 1.1) == ((200, 40.0, 1.0), False)
 
 
@@ -35,7 +35,7 @@ def test_bootstrap_interval() -> None:
 
 def test_the_meter_counts_all_that_is_generated() -> None:
     """Dynamic sampling calls the reward function several times for one update."""
-    meter = bench.Meter()
+    meter = bench.Meter(every=1)
     meter.note(30, [0.0, 1.0])
     meter.note(20, [1.0, 1.0])
     meter.end_update()
@@ -46,6 +46,14 @@ def test_the_meter_counts_all_that_is_generated() -> None:
     assert 0 <= meter.curve[0].seconds <= meter.curve[1].seconds
 
 
+def test_a_point_is_the_mean_of_some_batches() -> None:
+    meter = bench.Meter(every=2)
+    for scores in ([0.0, 0.0, 0.0, 0.0], [1.0], [0.5], [0.25], [1.0]):
+        meter.note(8, scores)
+        meter.end_update()
+    assert [(tokens, score) for tokens, _, score in meter.curve] == [(16, 0.5), (32, 0.375)]  # one batch is left over
+
+
 SLOW, FAST = bench.Tuning(1, 1e-3), bench.Tuning(4, 3e-3)
 
 
@@ -53,10 +61,11 @@ def keep(
     output: Path, method: str, tuning: bench.Tuning, seed: int, heights: list[float], task: str = "delay_16"
 ) -> None:
     path = bench.Job(task, method, tuning, seed).file(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seconds = 6.0 if method == "critic" else 2.0
-    run = {"curve": curve(heights, 10, seconds), "mib": 100.0, "seed": seed, "explained_variance": []}
-    path.write_text(json.dumps({**run, **tuning._asdict()}))
+    path.parent.mkdir(exist_ok=True)
+    run = {"method": method, **tuning._asdict(), "seed": seed, "mib": 100.0, "explained_variance": []}
+    run["curve"] = curve(heights, 10, seconds=6.0 if method == "critic" else 2.0)
+    with path.open("a") as kept:
+        kept.write(json.dumps(run) + "\n")
 
 
 def test_methods_are_tuned_on_one_seed_and_compared_on_the_others(tmp_path: Path) -> None:
@@ -85,15 +94,15 @@ def test_methods_are_tuned_on_one_seed_and_compared_on_the_others(tmp_path: Path
     tables = bench.summarise(tmp_path, options)
     assert list(tables) == ["delay_16"]
     critic, grpo = tables["delay_16"]
-    assert (grpo["target"], grpo["tokens"], grpo["share"], grpo["reached"]) == (1.0, 200.0, 1.0, 2)
-    # The mean of ten updates is 1 after 12 and after 14 of them.
+    assert (grpo["target"], grpo["tokens"], grpo["share"], grpo["reached"]) == (1.0, 120.0, 1.0, 2)
+    # The mean of two points is 1 after 4 and after 6 of them, and GRPO's after 12.
     assert (critic["learning_rate"], critic["passes"]) == (1e-3, 1) and (grpo["passes"], grpo["time"]) == (4, 1.0)
-    assert (critic["tokens"], critic["reached"], critic["seeds"]) == (130.0, 2, 2)
-    assert critic["share"] == pytest.approx(0.65)
-    assert critic["time"] == pytest.approx(1.95)  # a batch takes three times as long
-    assert critic["share_interval"] == pytest.approx((0.6, 0.7))
+    assert (critic["tokens"], critic["reached"], critic["seeds"]) == (50.0, 2, 2)
+    assert critic["share"] == pytest.approx(5 / 12)
+    assert critic["time"] == pytest.approx(1.25)  # a batch takes three times as long
+    assert critic["share_interval"] == pytest.approx((4 / 12, 6 / 12))
     lines = bench.markdown({"delay_16": [critic, grpo]})
-    assert any(line.startswith("| critic | 1, 0.001 | 0.65 (0.60 to 0.70) | 2 of 2 | 1.95 | 1.000") for line in lines)
+    assert any(line.startswith("| critic | 1, 0.001 | 0.42 (0.33 to 0.50) | 2 of 2 | 1.25 | 1.000") for line in lines)
 
 
 def test_the_delay_pays_for_the_first_token_alone() -> None:
@@ -110,18 +119,20 @@ def test_the_delay_pays_for_the_first_token_alone() -> None:
 
 @pytest.mark.slow
 def test_runs_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(bench.TASKS, "delay_16", bench.delay(4, 3))
+    monkeypatch.setitem(bench.TASKS, "delay_16", bench.delay(4, 15))
     tuning = ["--learning_rates", "1e-3", "--passes", "2"]
     arguments = ["--tasks", "delay_16", "--methods", "critic", "grpo", "--seeds", "1", "2", *tuning, "--jobs", "2"]
     monkeypatch.setattr(sys, "argv", ["tokens_to_target.py", "--output_dir", str(tmp_path), *arguments])
     bench.main()
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
-    assert len(files) == 6
+    kept = tmp_path / "runs" / "delay_16.jsonl"
+    runs = kept.read_text()
+    assert len(runs.splitlines()) == 6
     table = capsys.readouterr().out
     assert "| critic | 2, 0.001 | " in table and "of 2 |" in table
     assert (tmp_path / "tokens_to_target.png").stat().st_size > 10_000
     bench.main()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")} == files
+    assert kept.read_text() == runs
     assert capsys.readouterr().out == table
-    run = json.loads((tmp_path / "runs" / "delay_16" / "critic_2_0.001_1.json").read_text())
-    assert [tokens for tokens, *_ in run["curve"]] == [256, 512, 768] and run["mib"] > 0  # two passes, one point
+    (run,) = bench.Job("delay_16", "critic", bench.Tuning(2, 1e-3), 1).load(tmp_path)
+    assert [tokens for tokens, *_ in run["curve"]] == [1280, 2560, 3840]  # 15 batches of 256, whatever the passes
+    assert run["mib"] > 0

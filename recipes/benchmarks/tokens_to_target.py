@@ -16,18 +16,21 @@ a sequential head and a replay of its values. GRPO, DAPO and RLOO compare eight 
 is REINFORCE++ on the rewards that follow each token, and runs where rewards come at several. DAPO goes without its
 penalty on length, since lengths are given or short. Tokens that are drawn and dropped count, for they are generated.
 
-Every method has a learning rate and a number of passes over each batch (`num_iterations`) of its own for every task:
-the best of six pairs by the mean score over the run, on a seed that is not reported. The control takes those of
-`delay_16`, and `delay_256` those of `delay_64`.
+All methods pass four times over each batch (`num_iterations`), which on `delay_16` was better than once for all of
+them. Every method has a learning rate of its own for every task: the best of three by the mean score over the run, on
+a seed that is not reported. The control takes the rates of `delay_16`, and `delay_256` those of `delay_64`.
 
 A score is the task's own, of one batch of completions, before the policy learns from them. The target is where stock
 GRPO ends, the mean over the seeds and over the last tenth of the run. A run has reached it when the mean of ten
-batches has. A run that never does counts with its whole budget; the table says how many did. Time is the processor
-time of the run, with one thread, so that it does not depend on what else the machine does. Intervals are bootstrap
-intervals of the mean over the seeds, 95 %.
+batches has, looked at after every fifth. A run that never does counts with its whole budget; the table says how many
+did. Time is the processor time of the run, with one thread, so that it does not depend on what else the machine
+does. Intervals are bootstrap intervals of the mean over the seeds, 95 %.
 
-Everything that is done is in `runs/`, one file for a run, and is not done again: stop and go on at any time.
-Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`.
+Everything that is done is in `runs/`, a line for a run in the file of its task, and is not done again: stop and go on
+at any time. Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`. The runs of the
+documentation are in `recipes/benchmarks/tokens_to_target/`. Their table and picture take seconds:
+
+    python recipes/benchmarks/tokens_to_target.py --output_dir recipes/benchmarks/tokens_to_target --table
 """
 
 import argparse
@@ -86,7 +89,9 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "reward_to_go": (GRPOVariantTrainer, GRPOVariantConfig, {**SINGLE, "advantage": "reward_to_go"}),
 }
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-PASSES = (1, 4)
+PASSES = (4,)
+BATCHES_A_POINT = 5
+"""Batches that a point of a curve is the mean of."""
 ONLY_ON = {"reward_to_go": ["cipher"]}
 """Tasks of a method that is another one's equal on all others."""
 TUNED_AS = {"random": "delay_16", "delay_256": "delay_64"}
@@ -114,14 +119,15 @@ class Job(NamedTuple):
     seed: int
 
     def file(self, output: Path) -> Path:
-        """Where the run is kept."""
-        name = f"{self.method}_{self.tuning.passes}_{self.tuning.learning_rate:g}_{self.seed}.json"
-        return output / "runs" / self.task / name
+        """The file that keeps the run in a line of its own, beside the other runs of the task."""
+        return output / "runs" / f"{self.task}.jsonl"
 
     def load(self, output: Path) -> list[dict[str, Any]]:
         """The run, if it is done: a list of one or of none."""
         path = self.file(output)
-        return [json.loads(path.read_text())] if path.is_file() else []
+        runs = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        mine = {"method": self.method, **self.tuning._asdict(), "seed": self.seed}
+        return [run for run in runs if mine.items() <= run.items()][:1]
 
 
 class Point(NamedTuple):
@@ -130,7 +136,7 @@ class Point(NamedTuple):
     Attributes:
         tokens: Generated so far.
         seconds: Of processor time so far.
-        score: Of the latest completions.
+        score: Of the completions since the point before.
     """
 
     tokens: int
@@ -142,11 +148,12 @@ class Point(NamedTuple):
 
 
 class Meter:
-    """Counts generated tokens and notes scores, batch by batch."""
+    """Counts generated tokens and notes scores, a point for every `every` batches."""
 
-    def __init__(self) -> None:
-        self.tokens, self.began = 0, time.process_time()
+    def __init__(self, every: int = BATCHES_A_POINT) -> None:
+        self.every, self.tokens, self.began = every, 0, time.process_time()
         self.curve: list[Point] = []
+        self._batches: list[float] = []
         self._scores: list[float] = []
 
     def note(self, tokens: int, scores: list[float]) -> None:
@@ -155,10 +162,14 @@ class Meter:
         self._scores += scores
 
     def end_update(self) -> None:
-        """Add a point to the curve."""
+        """End a batch, if completions have come since the last one ended; a point follows once there are enough."""
         if self._scores:
-            self.curve.append(Point(self.tokens, time.process_time() - self.began, statistics.fmean(self._scores)))
+            self._batches.append(statistics.fmean(self._scores))
             self._scores = []
+        if len(self._batches) == self.every:
+            seconds = round(time.process_time() - self.began, 1)
+            self.curve.append(Point(self.tokens, seconds, round(statistics.fmean(self._batches), 4)))
+            self._batches = []
 
 
 class EndsUpdate(TrainerCallback):
@@ -333,7 +344,7 @@ def train(job: Job, output: Path, changes: dict[str, Any]) -> dict[str, Any]:
         own = {**own, **changes}
     own = {**own, **setting.of_methods.get(job.method, {})}
     args = config_class(
-        output_dir=str(output / "scratch" / job.file(output).stem),
+        output_dir=str(output / "scratch"),
         per_device_train_batch_size=BATCH,
         max_completion_length=setting.max_completion_length,
         learning_rate=job.tuning.learning_rate,
@@ -369,8 +380,8 @@ def train(job: Job, output: Path, changes: dict[str, Any]) -> dict[str, Any]:
         **job.tuning._asdict(),
         "seed": job.seed,
         "curve": meter.curve,
-        "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before,
-        "explained_variance": [row["critic/explained_variance"] for row in logged],
+        "mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 1),
+        "explained_variance": [round(row["critic/explained_variance"], 3) for row in logged],
     }
 
 
@@ -388,10 +399,8 @@ def work(job: Job, output: Path, changes: dict[str, Any]) -> None:
     except Exception:
         traceback.print_exc()
         raise
-    path = job.file(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".new").write_text(json.dumps(result))
-    path.with_suffix(".new").rename(path)
+    with job.file(output).open("a") as kept:
+        kept.write(json.dumps(result) + "\n")
 
 
 def run_all(jobs: list[Job], output: Path, processes: int, changes: dict[str, Any]) -> None:
@@ -401,7 +410,7 @@ def run_all(jobs: list[Job], output: Path, processes: int, changes: dict[str, An
         RuntimeError: If one fails; those that are done stay.
     """
     context, running = multiprocessing.get_context("fork"), {}
-    waiting = [job for job in jobs if not job.file(output).is_file()]
+    waiting = [job for job in jobs if not job.load(output)]
     failed: list[Any] = []
     while waiting or running:
         while waiting and len(running) < processes and not failed:
@@ -429,8 +438,8 @@ def run_all(jobs: list[Job], output: Path, processes: int, changes: dict[str, An
 # Tuning, and the table
 
 
-def smoothed(curve: list[Point], width: int = 10) -> list[float]:
-    """Means of the last `width` scores."""
+def smoothed(curve: list[Point], width: int = 10 // BATCHES_A_POINT) -> list[float]:
+    """Means of the last `width` points' scores."""
     scores = [score for *_, score in curve]
     return [statistics.fmean(scores[max(0, i + 1 - width) : i + 1]) for i in range(len(scores))]
 

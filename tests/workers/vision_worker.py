@@ -41,7 +41,11 @@ ONLINE = {**SAMPLING, "shuffle_dataset": False, "log_multimodal": False, "steps_
 HEADS = {"num_mtp_heads": 2, "mtp_loss_share": 1.0}
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "stock": (GRPOTrainer, GRPOConfig, {**ONLINE, "num_generations": 2, "scale_rewards": "none"}),
-    "critic": (MTPCriticTrainer, MTPCriticConfig, {**ONLINE, **HEADS, "advantage_scaling": "none"}),
+    "critic": (
+        MTPCriticTrainer,
+        MTPCriticConfig,
+        {**ONLINE, **HEADS, "advantage_scaling": "none", "calibrate_values": False},
+    ),
     "ppo": (PPOTrainer, PPOConfig, {**ONLINE, "advantage_scaling": "none", "beta": 0.0, "num_iterations": 1}),
     "variant": (
         GRPOVariantTrainer,
