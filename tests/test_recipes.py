@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_plugins.moe import read_expert_load
@@ -142,6 +143,19 @@ def test_gguf_model(tmp_path: Path) -> None:
     check_critic(output, done)
     check_policy(output, "heads")
     (output / "model.safetensors").unlink()  # 0.5 GB, and pytest keeps the folders of the last three runs
+
+
+@pytest.mark.slow
+def test_adapters_learn_in_place_of_the_weights(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = run_recipe(FOLDER / "mtp_critic.py", output, "--lora_rank=4")
+    check_report(output, done, steps=2)
+    adapters = load_file(output / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapters} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert all(min(x.shape) == 4 for x in adapters.values())
+    assert not (output / "model.safetensors").exists() and (output / "mtp_heads.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -324,6 +338,10 @@ def test_chat_models_get_messages_and_small_ones_the_expression(recipe: ModuleTy
     plain = recipe.build_datasets(script, chat=False, seed=0)[0]
     assert chat[0]["prompt"][0]["role"] == "user" and chat[0]["question"] in chat[0]["prompt"][0]["content"]
     assert "completion" not in chat.column_names
+    script = recipe.Script(train_items=4, eval_items=1, system_prompt="Be brief.", question_format="({expression})")
+    system, user = recipe.build_datasets(script, chat=True, seed=0)[0][0]["prompt"]
+    assert system == {"role": "system", "content": "Be brief."}
+    assert user["content"].replace(" ", "") == f"({plain[0]['prompt']})"
     assert set(plain[0]["prompt"]) <= set("0123456789+-=")
     assert set("".join(plain["prompt"]) + "".join(plain["completion"])) <= set(recipe.CHARACTERS)
 

@@ -11,10 +11,12 @@
     random       a coin decides the reward of `delay_16`, the control: no method can learn anything
 
 All methods generate 64 completions at a time, with one policy, one schedule and no KL term. What is theirs is the
-number of completions per prompt, the advantage and the loss, as papers or package have them by default. The critic has
-a sequential head and a replay of its values. GRPO, DAPO and RLOO compare eight completions of a prompt; `reward_to_go`
-is REINFORCE++ on the rewards that follow each token, and runs where rewards come at several. DAPO goes without its
-penalty on length, since lengths are given or short. Tokens that are drawn and dropped count, for they are generated.
+number of completions per prompt, the advantage and the loss, as papers or package have them by default. `critic` is
+the package's default, one parallel head; `critic_replay` has a sequential head and a replay of its values. Critics and
+PPO take lambda 0.5 per turn where rewards come at turns. GRPO, DAPO and RLOO compare eight completions of a prompt;
+`reward_to_go` is REINFORCE++ on the rewards that follow each token, and runs where rewards come at several. DAPO goes
+without its penalty on length, since lengths are given or short. Tokens that are drawn and dropped count, for they are
+generated.
 
 All methods pass four times over each batch (`num_iterations`), which on `delay_16` was better than once for all of
 them. Every method has a learning rate of its own for every task: the best of three by the mean score over the run, on
@@ -75,7 +77,8 @@ TUNING_SEED = 100
 GROUPS = {"num_generations": 8}
 SINGLE = {"num_generations": 1}
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "critic": (MTPCriticTrainer, MTPCriticConfig, CRITIC),
+    "critic": (MTPCriticTrainer, MTPCriticConfig, {"head_learning_rate": 1e-3}),
+    "critic_replay": (MTPCriticTrainer, MTPCriticConfig, CRITIC),
     "grpo": (GRPOVariantTrainer, GRPOVariantConfig, GROUPS),
     "dapo": (GRPOVariantTrainer, GRPOVariantConfig, {**GROUPS, "preset": "dapo", "overlong_shaping": False}),
     "reinforce++": (
@@ -92,8 +95,8 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 PASSES = (4,)
 BATCHES_A_POINT = 5
 """Batches that a point of a curve is the mean of."""
-ONLY_ON = {"reward_to_go": ["cipher"]}
-"""Tasks of a method that is another one's equal on all others."""
+ONLY_ON = {"reward_to_go": ["cipher"], "critic_replay": ["delay_16", "words"]}
+"""Tasks of a method that is another one's equal on all others, or takes long."""
 TUNED_AS = {"random": "delay_16", "delay_256": "delay_64"}
 """Tasks that take what was chosen on others: one on which nothing can be tuned, and one on which it takes long."""
 
@@ -256,11 +259,11 @@ def cipher(*, at_the_end: bool) -> Callable[[Meter, int, Path], Setting]:
             tokenizer,
             [{"prompt": "a"}] * 1024,
             earned,
-            batches=300,
+            batches=150,
             max_completion_length=turns * (turn_length + 3),
             given={"rollout_func": episodes},
             # Returns are up to 48, where a verifier says 0 or 1, and a squared error grows with the square.
-            of_critics={"value_loss_coef": 0.005, "time_unit": "turn"},
+            of_critics={"value_loss_coef": 0.005, "time_unit": "turn", "lam_policy": 1.0 if at_the_end else 0.5},
             of_methods={"spo": {"reward_weights": [1 / 48]}},  # which tracks rewards between 0 and 1
             options={"entropy_coef": 0.01},
         )
@@ -316,15 +319,15 @@ def sums_config(folder: Path) -> MTPCriticConfig:
 
 TASKS: dict[str, Callable[[Meter, int, Path], Setting]] = {
     "sums": reasoning(
-        "chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, 300, 24, warm_start_steps=3000
+        "chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, 150, 24, warm_start_steps=3000
     ),
-    "words": reasoning("spell_backward", {"min_word_len": 5, "max_word_len": 14}, 300, 16, warm_start_steps=300),
-    "delay_16": delay(16, 150),
-    "delay_64": delay(64, 150),
-    "delay_256": delay(256, 100),
+    "words": reasoning("spell_backward", {"min_word_len": 5, "max_word_len": 14}, 150, 16, warm_start_steps=300),
+    "delay_16": delay(16, 100),
+    "delay_64": delay(64, 100),
+    "delay_256": delay(256, 60),
     "cipher": cipher(at_the_end=False),
     "cipher_end": cipher(at_the_end=True),
-    "random": delay(16, 150, by_chance=True),
+    "random": delay(16, 100, by_chance=True),
 }
 
 
@@ -338,9 +341,9 @@ def train(job: Job, output: Path, changes: dict[str, Any]) -> dict[str, Any]:
     setting = TASKS[job.task](meter, job.seed, output)
     set_seed(job.seed)
     trainer_class, config_class, own = METHODS[job.method]
-    if job.method in ("critic", "ppo"):
+    if job.method in ("critic", "critic_replay", "ppo"):
         own = {**setting.of_critics, **own}
-    if job.method == "critic":
+    if job.method.startswith("critic"):
         own = {**own, **changes}
     own = {**own, **setting.of_methods.get(job.method, {})}
     args = config_class(
@@ -575,7 +578,7 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
                 LINE_STYLES[index % len(LINE_STYLES)],
                 color=COLORS[index % len(COLORS)],
                 label=row["method"],
-                linewidth=2.4 if row["method"] == "critic" else 1.4,
+                linewidth=2.4 if row["method"].startswith("critic") else 1.4,
             )
         axes.axhline(rows[0]["target"], color="0.6", linewidth=0.8)
         axes.set_title(task, fontsize=11)
