@@ -6,7 +6,7 @@ Letters and stakes are dice of the game's own: most of what an episode earns is 
 critic that is paid after every turn sees past it; one number per episode does not.
 
     python recipes/multi_turn.py                                       # two methods, some minutes on a laptop's CPU
-    python recipes/multi_turn.py --methods critic grpo process reward_to_go --seeds 0 1 2 3 4
+    python recipes/multi_turn.py --methods critic grpo process reward_to_go discounted --seeds 0 1 2 3 4
 
 All methods play equally many episodes, so they generate equally many tokens. The small model starts from random
 weights; `--model` starts from any other, which then needs `--max_turn_length 8` or more and a smaller learning rate.
@@ -157,6 +157,16 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "process": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "process_normalized", "num_generations": 8}),
     "turns": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "turn_normalized", "num_generations": 8}),
     "reward_to_go": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "reward_to_go", "num_generations": 1}),
+    "discounted": (
+        GRPOVariantTrainer,
+        GRPOVariantConfig,
+        # The critic's lambda as a discount, without values: it tells what the values are worth.
+        {
+            "advantage": "reward_to_go",
+            "advantage_kwargs": {"gamma": 0.5, "time_unit": "turn"},
+            "num_generations": 1,
+        },
+    ),
     "batch": (GRPOVariantTrainer, GRPOVariantConfig, {"advantage": "batch_normalized", "num_generations": 1}),
 }
 
@@ -280,6 +290,7 @@ NAMES = {
     "process": "GRPO, process supervision",
     "turns": "GRPO, turn levels",
     "reward_to_go": "REINFORCE++, reward-to-go",
+    "discounted": "REINFORCE++, discounted",
     "batch": "REINFORCE++, sums",
 }
 

@@ -335,7 +335,8 @@ def load_policy(script: Script, args: Any, train: Dataset) -> Any:
 
 def lora(script: Script) -> LoraConfig | None:
     """LoRA adapters at all linear layers of the policy, if they are asked for."""
-    return LoraConfig(r=script.lora_rank, target_modules="all-linear") if script.lora_rank else None
+    rank = script.lora_rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
 
 
 # Progress and report

@@ -404,8 +404,7 @@ def test_advantages_and_their_options() -> None:
     table = keyed(VARIANTS, "Advantages")
     assert list(table) == [*ADVANTAGES]
     for name, cells in table.items():
-        # `reward_to_go` has no function of its own; value_tracker hands its options to the last one.
-        function = getattr(functional, name, ADVANTAGES[name].of_returns or functional.forget_factor)
+        function = getattr(functional, name, functional.forget_factor)  # which gets the options of value_tracker
         assert keywords(cells[-1]) == defaults(function, advantage_options(name)), name
 
 

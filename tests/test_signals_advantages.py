@@ -80,7 +80,7 @@ def test_options_of_each_name() -> None:
         "pass_at_k": ["k", "normalize", "eps"],
         "kalman": ["process_var", "measurement_var", "initial_mean", "initial_var", "eps"],
         "batch_normalized": ["eps"],
-        "reward_to_go": ["eps"],
+        "reward_to_go": ["gamma", "time_unit", "eps"],
         "process_normalized": ["eps"],
         "turn_normalized": ["gamma", "eps"],
         "value_tracker": ["forget", "half_life", "low", "high"],
@@ -95,7 +95,7 @@ def test_options_of_each_name() -> None:
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_an_entry_says_in_one_way_how_it_is_computed(name: str) -> None:
     entry = ADVANTAGES[name]
-    alone = entry.of_returns if entry.only_of_returns else None
+    alone = entry.of_rewards if entry.only_of_rewards else None
     ways = (
         entry.of_scores,
         entry.of_lengths,

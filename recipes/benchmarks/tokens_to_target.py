@@ -12,11 +12,12 @@
 
 All methods generate 64 completions at a time, with one policy, one schedule and no KL term. What is theirs is the
 number of completions per prompt, the advantage and the loss, as papers or package have them by default. `critic` is
-the package's default, one parallel head; `critic_replay` has a sequential head and a replay of its values. Critics and
-PPO take lambda 0.5 per turn where rewards come at turns. GRPO, DAPO and RLOO compare eight completions of a prompt;
-`reward_to_go` is REINFORCE++ on the rewards that follow each token, and runs where rewards come at several. DAPO goes
-without its penalty on length, since lengths are given or short. Tokens that are drawn and dropped count, for they are
-generated.
+the package's default, one parallel head; `critic_replay` has a sequential head and a replay of its values. GRPO, DAPO
+and RLOO compare eight completions of a prompt. DAPO goes without its penalty on length, since lengths are given or
+short. Tokens that are drawn and dropped count, for they are generated.
+
+Where rewards come at turns, critics and PPO take lambda 0.5 per turn. `reward_to_go` is REINFORCE++ on the rewards
+that follow each token, with a discount of 0.5 per turn: what the critic is without values.
 
 All methods pass four times over each batch (`num_iterations`), which on `delay_16` was better than once for all of
 them. Every method has a learning rate of its own for every task: the best of three by the mean score over the run, on
@@ -89,7 +90,11 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "rloo": (GRPOVariantTrainer, GRPOVariantConfig, {**GROUPS, "preset": "rloo", "beta": 0.0}),
     "spo": (GRPOVariantTrainer, GRPOVariantConfig, {**SINGLE, "preset": "spo"}),
     "ppo": (PPOTrainer, PPOConfig, {"beta": 0.0}),
-    "reward_to_go": (GRPOVariantTrainer, GRPOVariantConfig, {**SINGLE, "advantage": "reward_to_go"}),
+    "reward_to_go": (
+        GRPOVariantTrainer,
+        GRPOVariantConfig,
+        {**SINGLE, "advantage": "reward_to_go", "advantage_kwargs": {"gamma": 0.5, "time_unit": "turn"}},
+    ),
 }
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 PASSES = (4,)

@@ -50,7 +50,7 @@ from rl_plugins.functional.advantages.group import (
     pass_at_k,
 )
 from rl_plugins.functional.advantages.scaling import value_implied_std, value_scaled
-from rl_plugins.functional.advantages.steps import process_normalized, turn_normalized
+from rl_plugins.functional.advantages.steps import process_normalized, reward_to_go, turn_normalized
 from rl_plugins.functional.advantages.traces import lambda_trace, trace_weights
 from rl_plugins.functional.advantages.tracked import (
     forget_factor,
@@ -208,6 +208,7 @@ __all__ = [
     "prompt_weights",
     "q_learning_targets",
     "residual_probs",
+    "reward_to_go",
     "router_probabilities",
     "router_z_loss",
     "sapo",

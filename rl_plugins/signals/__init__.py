@@ -5,9 +5,8 @@ from rl_plugins.signals.advantages import (
     Advantage,
     advantage_options,
     advantages_of,
-    advantages_of_returns,
+    advantages_of_rewards,
     check_advantage,
-    penalised_returns,
 )
 from rl_plugins.signals.critic_targets import (
     ESTIMATORS,
@@ -98,7 +97,7 @@ __all__ = [
     "VariantOptions",
     "advantage_options",
     "advantages_of",
-    "advantages_of_returns",
+    "advantages_of_rewards",
     "check_advantage",
     "clip_shares",
     "completion_metrics",
@@ -109,7 +108,6 @@ __all__ = [
     "head_metrics",
     "initial_values",
     "online_loss",
-    "penalised_returns",
     "per_head_means",
     "policy_loss",
     "prompt_key",

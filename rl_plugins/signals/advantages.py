@@ -25,12 +25,10 @@ from rl_plugins.functional.advantages.group import (
     max_likelihood,
     pass_at_k,
 )
-from rl_plugins.functional.advantages.steps import process_normalized, turn_normalized
+from rl_plugins.functional.advantages.steps import process_normalized, reward_to_go, turn_normalized
 from rl_plugins.functional.advantages.traces import lambda_trace
 from rl_plugins.functional.advantages.tracked import forget_factor, tracker_update
 from rl_plugins.functional.masking import Reduce, upcast
-from rl_plugins.functional.returns import discounted_returns
-from rl_plugins.functional.rewards import kl_shaped_rewards
 from rl_plugins.settings import keyword_names
 
 GIVEN = ("mask", "reduce")
@@ -42,7 +40,7 @@ class Advantage:
     """An advantage, and what the rest of the package has to know of it.
 
     One of `of_scores`, `of_lengths`, `of_advantages`, `of_steps` and `tracks_prompts` says how it is computed, or
-    `of_returns` alone.
+    `of_rewards` alone.
 
     Attributes:
         of_scores: `(scores (N,), group_size, **options) -> (N,)`, of all ranks, the completions of a prompt side by
@@ -53,8 +51,8 @@ class Advantage:
         source: Name of the advantage that `of_advantages` spreads.
         of_steps: `(rewards (N, T), paid (N, T), mask (N, T), group_size, **options) -> (N, T)`, of all ranks: from the
             rewards of steps, at the tokens after which they are paid.
-        of_returns: `(returns (B, T), mask=, reduce=, **options) -> (B, T)`: from the rewards that follow each token.
-            Beside another one it computes the same advantage where the KL is charged token by token.
+        of_rewards: `(rewards (B, T), mask (B, T), reduce=, **options) -> (B, T)`: from the rewards of tokens. Beside
+            another one it computes the same advantage where the KL is charged token by token.
         tracks_prompts: Whether the success of every prompt is tracked from batch to batch, as the baseline of its next
             completion ([`~rl_plugins.signals.value_tracker.TrackedAdvantages`]).
         compares_groups: Whether it needs several completions of a prompt.
@@ -70,7 +68,7 @@ class Advantage:
     of_advantages: Callable[..., Tensor] | None = None
     source: str = "group_normalized"
     of_steps: Callable[..., Tensor] | None = None
-    of_returns: Callable[..., Tensor] | None = None
+    of_rewards: Callable[..., Tensor] | None = None
     tracks_prompts: bool = False
     compares_groups: bool = True
     nonnegative: bool = False
@@ -82,20 +80,20 @@ class Advantage:
     @property
     def per_token(self) -> bool:
         """Whether there is one advantage for each token."""
-        return self.of_advantages is not None or self.of_steps is not None or self.only_of_returns
+        return self.of_advantages is not None or self.of_steps is not None or self.only_of_rewards
 
     @property
-    def only_of_returns(self) -> bool:
-        """Whether it is computed from the rewards that follow each token, and from nothing else."""
+    def only_of_rewards(self) -> bool:
+        """Whether it is computed from the rewards of tokens, and from nothing else."""
         others = (self.of_scores, self.of_lengths, self.of_advantages, self.of_steps)
-        return self.of_returns is not None and not any(others)
+        return self.of_rewards is not None and not any(others)
 
     @property
     def options(self) -> list[str]:
         """Names of its options."""
         if self.tracks_prompts:
             return ["forget", *keyword_names(forget_factor)]
-        function = self.of_scores or self.of_lengths or self.of_advantages or self.of_steps or self.of_returns
+        function = self.of_scores or self.of_lengths or self.of_advantages or self.of_steps or self.of_rewards
         assert function is not None
         return [name for name in keyword_names(function) if name not in GIVEN]
 
@@ -156,8 +154,8 @@ ADVANTAGES: dict[str, Advantage] = {
     # Evaluation may draw fewer completions than k.
     "pass_at_k": Advantage(pass_at_k, check=_check_k, shrink=_shrink_k),
     "kalman": Advantage(kalman),
-    "batch_normalized": Advantage(_batch_normalized, of_returns=batch_normalized, compares_groups=False),
-    "reward_to_go": Advantage(of_returns=batch_normalized, compares_groups=False),
+    "batch_normalized": Advantage(_batch_normalized, of_rewards=reward_to_go, compares_groups=False),
+    "reward_to_go": Advantage(of_rewards=reward_to_go, compares_groups=False),
     "process_normalized": Advantage(of_steps=process_normalized),
     "turn_normalized": Advantage(of_steps=_turn_normalized),
     "value_tracker": Advantage(tracks_prompts=True, compares_groups=False, nonnegative=True, check=_check_tracker),
@@ -201,8 +199,8 @@ def check_advantage(name: str, options: Mapping[str, Any], group_size: int) -> N
             entry.check(options, group_size)
         if not entry.tracks_prompts:
             zeros, mask = torch.zeros(group_size, 2), torch.ones(group_size, 2)
-            if entry.only_of_returns:
-                advantages_of_returns(name, zeros, mask, options=options)
+            if entry.only_of_rewards:
+                advantages_of_rewards(name, zeros, mask, options=options)
             else:
                 advantages_of(name, zeros[:, 0], group_size, mask, rewards=zeros, paid=mask, options=options)
     except (TypeError, ValueError) as error:
@@ -225,7 +223,7 @@ def advantages_of(
     """Compute the advantages of this rank's completions.
 
     Args:
-        name: One of `ADVANTAGES` that neither tracks prompts nor is computed from returns alone.
+        name: One of `ADVANTAGES` that neither tracks prompts nor is computed from rewards alone.
         scores: Of this rank's completions, those of a prompt side by side (B,); NaN for one that cannot be scored.
         group_size: Completions per prompt.
         mask: Real tokens (B, T).
@@ -263,14 +261,14 @@ def advantages_of(
     return own(entry.of_scores(gather(scores), group_size, **options))
 
 
-def advantages_of_returns(
-    name: str, returns: Tensor, mask: Tensor, *, options: Mapping[str, Any], reduce: Reduce | None = None
+def advantages_of_rewards(
+    name: str, rewards: Tensor, mask: Tensor, *, options: Mapping[str, Any], reduce: Reduce | None = None
 ) -> Tensor:
-    """Compute the advantages of this rank's completions from the rewards that follow each token.
+    """Compute the advantages of this rank's completions from the rewards of its tokens.
 
     Args:
-        name: One of `ADVANTAGES` that has `of_returns`.
-        returns: (B, T).
+        name: One of `ADVANTAGES` that has `of_rewards`.
+        rewards: (B, T).
         mask: Real tokens of completions with a score (B, T).
         options: Keyword arguments of the advantage.
         reduce: Sums statistics over ranks.
@@ -278,25 +276,6 @@ def advantages_of_returns(
     Returns:
         (B, T), 0 at masked positions.
     """
-    function = ADVANTAGES[name].of_returns
+    function = ADVANTAGES[name].of_rewards
     assert function is not None
-    return function(returns, mask=mask, reduce=reduce, **options)
-
-
-@torch.no_grad()
-def penalised_returns(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: float) -> Tensor:
-    """Charge the KL token by token, and sum up at each token what is left of it and the rewards (REINFORCE++).
-
-    `R_t = sum_{i>=t} (r_i - beta (ln pi - ln pi_ref)(y_i|s_i))` (2501.03262).
-
-    Args:
-        rewards: `r` (B, T).
-        logps: `ln pi` of the policy that sampled (B, T).
-        ref_logps: `ln pi` of the reference (B, T).
-        mask: Real tokens of completions with a score (B, T).
-        beta: Coefficient of the KL penalty.
-
-    Returns:
-        (B, T), 0 at masked positions.
-    """
-    return discounted_returns(kl_shaped_rewards(rewards, logps, ref_logps, mask, beta=beta), mask, gamma=1.0)
+    return function(rewards, mask, reduce=reduce, **options)

@@ -523,8 +523,8 @@ class VariantOptions(Options):
         if self.advantage is not None:
             check_advantage(self.advantage, self.advantage_options, num_generations)
         entry = None if self.advantage is None else ADVANTAGES[self.advantage]
-        if self.kl_in_reward and (entry is None or entry.of_returns is None or beta == 0.0):
-            ones = [repr(name) for name, known in ADVANTAGES.items() if known.of_returns is not None]
+        if self.kl_in_reward and (entry is None or entry.of_rewards is None or beta == 0.0):
+            ones = [repr(name) for name, known in ADVANTAGES.items() if known.of_rewards is not None]
             raise ValueError(
                 "kl_in_reward=True subtracts beta * KL from token rewards, which needs "
                 f"advantage={' or '.join(ones)} and beta > 0; they are {self.advantage!r} and {beta}."

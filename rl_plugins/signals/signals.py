@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from rl_plugins.functional.advantages.tracked import policy_distance
 from rl_plugins.functional.log_probs import kl_k1
 from rl_plugins.functional.masking import masked_moments
-from rl_plugins.functional.returns import discounted_returns
+from rl_plugins.functional.rewards import kl_shaped_rewards
 from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.mtp_heads import MTPHeads
 from rl_plugins.rollouts.batch import Batch, loss_mask
-from rl_plugins.signals.advantages import ADVANTAGES, advantages_of, advantages_of_returns, penalised_returns
+from rl_plugins.signals.advantages import ADVANTAGES, advantages_of, advantages_of_rewards
 from rl_plugins.signals.heads import HeadTraining
 from rl_plugins.signals.host import Host
 from rl_plugins.signals.metrics import Metrics
@@ -138,8 +138,8 @@ class GroupSignal(Signal):
         mask = loss_mask(batch).bool()
         if self.tracked is not None:
             advantages, metrics = self._of_prompts(self.tracked, batch, scores, prompts, host)
-        elif self.kl_in_reward or ADVANTAGES[name].only_of_returns:
-            advantages, metrics = self._of_returns(name, batch, mask & scores.isfinite().unsqueeze(1), host)
+        elif self.kl_in_reward or ADVANTAGES[name].only_of_rewards:
+            advantages, metrics = self._of_rewards(name, batch, mask & scores.isfinite().unsqueeze(1), host)
         else:
             advantages = advantages_of(
                 name,
@@ -156,19 +156,17 @@ class GroupSignal(Signal):
         batch["advantages"] = advantages.to(torch.float32)
         return metrics
 
-    def _of_returns(self, name: str, batch: Batch, mask: Tensor, host: Host) -> tuple[Tensor, Metrics]:
-        """Advantages of the rewards that follow each token, less the KL penalties where those are charged there."""
+    def _of_rewards(self, name: str, batch: Batch, mask: Tensor, host: Host) -> tuple[Tensor, Metrics]:
+        """Advantages of the rewards of tokens, less the KL penalties where those are charged there."""
         rewards, metrics = batch["rewards"], Metrics()
         if self.kl_in_reward:
             if "old_per_token_logps" not in batch:
                 batch["old_per_token_logps"] = host.log_probs(batch)
             logps, ref_logps = batch["old_per_token_logps"], batch["ref_per_token_logps"]
             metrics["kl"] = masked_moments(kl_k1(logps, ref_logps), mask, reduce=host.sum_over_ranks)[0]
-            returns = penalised_returns(rewards, logps, ref_logps, mask, beta=host.beta)
-        else:
-            returns = discounted_returns(rewards, mask)
+            rewards = kl_shaped_rewards(rewards, logps, ref_logps, mask, beta=host.beta)
         options = self.options.advantage_options
-        return advantages_of_returns(name, returns, mask, options=options, reduce=host.sum_over_ranks), metrics
+        return advantages_of_rewards(name, rewards, mask, options=options, reduce=host.sum_over_ranks), metrics
 
     def _of_prompts(
         self, tracked: TrackedAdvantages, batch: Batch, scores: Tensor, prompts: Sequence[Any], host: Host

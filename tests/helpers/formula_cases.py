@@ -501,9 +501,22 @@ def copied(update: Callable[..., Any]) -> Callable[[Batch], Tensor]:
     return call
 
 
-def whitened(x: Batch) -> Tensor:
-    m, s = mean(real(x, "advantages")), math.sqrt(variance(real(x, "advantages")) + 1e-8)
-    return rowwise(x, lambda a: [(b - m) / s for b in a], "advantages")
+def whitened(x: Batch, name: str = "advantages") -> Tensor:
+    m, s = mean(real(x, name)), math.sqrt(variance(real(x, name)) + 1e-8)
+    return rowwise(x, lambda a: [(b - m) / s for b in a], name)
+
+
+def to_go_loop(x: Batch, gamma: float) -> Tensor:
+    """Sums of what follows, in which each end of a turn counts once, compared with all tokens."""
+    sums = torch.zeros_like(x.rewards, dtype=torch.float64)
+    for i, row in enumerate(x.mask.tolist()):
+        following = 0.0
+        for run in reversed(turns_of(row)):
+            following *= gamma
+            for t in reversed(run):
+                following += x.rewards[i, t].item()
+                sums[i, t] = following
+    return whitened(Batch(mask=x.mask, sums=sums), "sums")
 
 
 def critic_options(x: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -693,6 +706,9 @@ FUNCTIONAL: dict[str, Case] = {
         lambda x: turnwise(x, lambda i, t, k, end: x.chances[i].item() if end else 1.0),
     ),
     "process_normalized": Case(lambda x: F.process_normalized(x.rewards, x.ids > 1, x.mask, GROUP), process_loop),
+    "reward_to_go": Case(
+        lambda x: F.reward_to_go(x.rewards, x.mask, gamma=0.7, time_unit="turn"), lambda x: to_go_loop(x, 0.7)
+    ),
     # Without gradient, which the spread of a single turn does not have.
     "turn_normalized": Case(
         lambda x: F.turn_normalized(x.rewards.detach(), x.mask, GROUP, gamma=0.7), turn_levels_loop
@@ -955,7 +971,7 @@ FUNCTIONAL: dict[str, Case] = {
     ),
 }
 
-OF_RETURNS = [name for name, entry in O.ADVANTAGES.items() if entry.of_returns is not None]
+OF_REWARDS = [name for name, entry in O.ADVANTAGES.items() if entry.of_rewards is not None]
 
 OBJECTIVES: dict[str, Case] = {
     **{f"policy_loss/{name}": Case(loss_call(name), None) for name in O.POLICY_LOSSES},
@@ -1031,26 +1047,16 @@ OBJECTIVES: dict[str, Case] = {
                 options={"k": 2} if name == "pass_at_k" else {},
             )
             for name, entry in O.ADVANTAGES.items()
-            if not entry.tracks_prompts and not entry.only_of_returns
+            if not entry.tracks_prompts and not entry.only_of_rewards
         ],
         None,
     ),
-    "advantages_of_returns": Case(
-        lambda x: [O.advantages_of_returns(name, x.advantages, x.mask, options={}) for name in OF_RETURNS],
-        lambda x: [whitened(x)] * len(OF_RETURNS),
+    "advantages_of_rewards": Case(
+        lambda x: [O.advantages_of_rewards(name, x.rewards, x.mask, options={}) for name in OF_REWARDS],
+        lambda x: [to_go_loop(x, 1.0)] * len(OF_REWARDS),
     ),
     "head_metrics": Case(lambda x: O.head_metrics("x", x.vector, x.counts, lambda t: t), None),
     "gradient_metrics": Case(lambda x: O.gradient_metrics(x.vector[:3]), None),
-    "penalised_returns": Case(
-        lambda x: O.penalised_returns(x.rewards, x.logps, x.ref, x.mask, beta=0.1),
-        lambda x: rowwise(
-            x,
-            lambda r, p, q: discounted([a - 0.1 * (b - c) for a, b, c in zip(r, p, q, strict=True)], 1.0),
-            "rewards",
-            "logps",
-            "ref",
-        ),
-    ),
     "completion_metrics": Case(lambda x: O.completion_metrics(x.many, x.ended), None),
     "draft_metrics": Case(lambda x: O.draft_metrics(x.counts), None),
     "reward_metrics": Case(lambda x: O.reward_metrics(x.policy, x.scores, list("abcd"), GROUP), None),

@@ -1,7 +1,8 @@
-"""Advantages from rewards for the steps of completions, compared within the completions of a prompt.
+"""Advantages from rewards for the steps of completions.
 
 Arguments that functions here share, and do not list again:
-    rewards: `r (B, T)`, at the tokens after which they are paid; the completions of a prompt stand together.
+    rewards: `r (B, T)`, at the tokens after which they are paid; where groups are compared, the completions of a
+        prompt stand together.
     mask: the policy's tokens `(B, T)`; a row without any could not be scored and enters no statistic.
     group_size: completions per prompt.
     eps: a small positive number, added to a deviation.
@@ -13,11 +14,37 @@ range.
 import torch
 from torch import Tensor
 
-from rl_plugins.functional.advantages.group import group_normalized
+from rl_plugins.functional.advantages.group import batch_normalized, group_normalized
 from rl_plugins.functional.checks import check_shape
-from rl_plugins.functional.masking import zero_masked
+from rl_plugins.functional.masking import Reduce, zero_masked
 from rl_plugins.functional.returns import discounted_returns
 from rl_plugins.functional.turns import at_turn_ends, turn_ends, turn_numbers, turn_sums
+
+
+def reward_to_go(
+    rewards: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    time_unit: str = "token",
+    eps: float = 1e-8,
+    reduce: Reduce | None = None,
+) -> Tensor:
+    """Credit each token with the rewards that follow it, compared with the whole batch.
+
+    `R_t = sum_i gamma^i r_{t+i}`, then `batch_normalized` over all tokens: REINFORCE++ (arXiv 2501.03262), which has
+    `gamma = 1`. Below 1 a token gets less of what comes long after it. That pays where later rewards are luck, or
+    depend on later tokens, and costs where the token decides about them.
+
+    Args:
+        gamma: discount, in `[0, 1]`.
+        time_unit: `token`, or `turn`: the discount acts once at the end of each turn.
+    """
+    check_shape("rewards", rewards, mask.shape, "give one per token")
+    if time_unit not in ("token", "turn"):
+        raise ValueError(f"Unknown time unit {time_unit!r}; choose one of token, turn.")
+    discount = gamma if time_unit == "token" else at_turn_ends(gamma, mask, dtype=rewards.dtype)
+    return batch_normalized(discounted_returns(rewards, mask, gamma=discount), mask=mask, eps=eps, reduce=reduce)
 
 
 def process_normalized(rewards: Tensor, paid: Tensor, mask: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
