@@ -76,7 +76,7 @@ def check_results(name: str, notebook: Any) -> None:
         )
         assert balanced < without / 2
     elif name == "token_values":
-        assert numbers_of(notebook, r"variance of the exact values explained: ([\d.]+)")[0] > 0.5
+        assert numbers_of(notebook, r"variance of the exact values explained: ([\d.]+)")[0] > 0.3
     else:
         raise AssertionError(f"no results are checked of {name}")
 
