@@ -1,7 +1,7 @@
 """Run the notebooks of docs/tutorials from top to bottom and save their outputs.
 
     python docs/site/notebooks.py                      # all of them
-    python docs/site/notebooks.py token_values.ipynb   # one of them
+    python docs/site/notebooks.py multi_turn.ipynb     # one of them
 
 Each notebook runs in a fresh kernel and in an empty folder. Progress bars and log lines go to the standard error and
 are not saved. The last lines say how many minutes of one core each notebook took.
