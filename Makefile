@@ -11,7 +11,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs images test test-latest test-vllm check format smollm2 clean
+.PHONY: help demo docs tutorials images test test-latest test-vllm check format smollm2 clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ images: $(STAMP) ## draw the pictures of the documentation that need no training
 docs: $(STAMP) ## build the documentation site in outputs/site, without a network; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open outputs/site/index.html."
+
+tutorials: $(STAMP) ## run the notebooks of docs/tutorials and save their outputs
+	$(BIN)/python docs/site/notebooks.py
 
 test: $(STAMP) ## run every test, the fast ones first
 	$(OFFLINE) $(BIN)/python -m pytest $(TWO) -m "not slow"

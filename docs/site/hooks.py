@@ -1,9 +1,12 @@
 """Hooks of the documentation site: pages from outside `docs/`, the pages of the reference, links to source files.
 
 MkDocs calls the functions `on_*`. A link in a Markdown file is one that works in the repository's web view; here it is
-turned into the link that works in the site.
+turned into the link that works in the site. Notebooks of `docs/tutorials` become pages with their saved outputs. (The
+plugin mkdocs-jupyter puts a script of another host on every page, and MkDocs does not check its links.)
 """
 
+import base64
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -37,6 +40,9 @@ SOURCE_SUFFIXES = {".py", ".sh", ".json", ".yaml", ".yml", ".toml", ".txt", ".md
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2\s*$", re.M | re.S)
 LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^)\s]+)\)")
 EXTERNAL = re.compile(r"\]\((https?://[^)\s]+)\)")
+NOTEBOOKS = ROOT / "docs" / "tutorials"
+IN_COLAB = "rl-plugins[trl,lightning,report]"
+"""Extras that the notebooks need."""
 REFERENCE = "<!-- The site lists the public names here. -->"
 """Line of `docs/api.md` in whose place the site has the table of public names."""
 
@@ -82,7 +88,7 @@ def site_link(target: str, page: str, folder: str, config: MkDocsConfig) -> str:
     if path in OUTSIDE:
         found = OUTSIDE[path]
     elif path.startswith("docs/") and not path.startswith("docs/site/") and (ROOT / path).is_file():
-        found = path.removeprefix("docs/")
+        found = re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
     elif (ROOT / path).exists():
         found = source_url(config, path)
     else:
@@ -94,10 +100,10 @@ def site_link(target: str, page: str, folder: str, config: MkDocsConfig) -> str:
 
 def link_text(text: str, target: str, folder: str) -> str:
     """Text of a link: a page's title where the repository shows the name of its file."""
-    if not re.fullmatch(r"[\w/]+\.md", text):
+    if not re.fullmatch(r"[\w/]+\.(md|ipynb)", text):
         return text
     path = ROOT / normpath(f"{folder}/{target.partition('#')[0]}")
-    heading = re.search(r"^# (.+)$", path.read_text(), re.M) if path.is_file() else None
+    heading = re.search(r"^# (.+)$", page_text(path), re.M) if path.is_file() else None
     return heading[1] if heading else text
 
 
@@ -121,7 +127,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return LINK.sub(lambda m: f"[{link_text(*m.groups(), folder)}]({to_site(m['target'])})", text)
 
     to_site = partial(site_link, page=src_uri, folder=folder, config=config)
-    return outside_code(markdown, change)
+    markdown = outside_code(markdown, change)
+    if NOTEBOOKS / f"{Path(src_uri).stem}.ipynb" in notebooks() and src_uri.startswith("tutorials/"):
+        title, rest = markdown.split("\n", 1)
+        markdown = f"{title}\n\n{notebook_links(Path(src_uri).stem, config)}\n{rest}"
+    return markdown
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -232,15 +242,77 @@ def first_sentence(docstring: str) -> str:
 def links_page() -> str:
     """List the links that leave the site, and the pages that have them."""
     found: dict[str, list[str]] = {}
-    for path in [ROOT / name for name in OUTSIDE] + sorted((ROOT / "docs").rglob("*.md")):
+    for path in [ROOT / name for name in OUTSIDE] + sorted((ROOT / "docs").rglob("*.md")) + notebooks():
         name = path.relative_to(ROOT).as_posix()
-        for url in EXTERNAL.findall(FENCE.sub("", path.read_text())):
+        for url in EXTERNAL.findall(FENCE.sub("", page_text(path))):
             found.setdefault(url, [])
             if name not in found[url]:
                 found[url].append(name)
     rows = (f"| <{url}> | {', '.join(f'`{name}`' for name in names)} |" for url, names in sorted(found.items()))
     text = "Pages of this site link to these addresses, and to no others. The site itself loads nothing from them."
     return "\n".join(["# External links", "", text, "", "| address | file |", "|---|---|", *rows, ""])
+
+
+# Notebooks
+
+
+def notebooks() -> list[Path]:
+    """Notebooks that become pages."""
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def page_text(path: Path) -> str:
+    """Markdown of a file of the repository, be it a notebook."""
+    return notebook_page(path)[0] if path.suffix == ".ipynb" else path.read_text()
+
+
+@cache
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Turn a notebook into Markdown.
+
+    Args:
+        path: The notebook.
+
+    Returns:
+        The text, and the figures by their names beside the page.
+    """
+    cells = json.loads(path.read_text())["cells"]
+    texts, figures = [], {}
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            texts.append(source)
+            continue
+        texts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}_{len(figures) + 1}.png"
+                figures[name] = base64.b64decode(data["image/png"])
+                texts.append(f"![{caption(cells[number + 1 : number + 2])}]({name})")
+            else:
+                text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+                texts.append(f"``` {{ .text .output }}\n{text}\n```")
+    return "\n\n".join(texts) + "\n", figures
+
+
+def caption(following: list[dict[str, Any]]) -> str:
+    """Caption of a figure: the text in italics at the beginning of the cell below it."""
+    found = re.match(r"\*([^*]+)\*", "".join("".join(cell["source"]) for cell in following))
+    return re.sub(r"[\[\]`\s]+", " ", found[1]).strip() if found else "Figure"
+
+
+def notebook_links(name: str, config: MkDocsConfig) -> str:
+    """Links at the top of a notebook's page: to the file and, once the repository has an address, to Colab."""
+    links = f"[Download the notebook]({name}.ipynb){{ .notebook }}\n"
+    repository = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", config.repo_url or "")
+    if repository is None:
+        return links
+    url = f"https://colab.research.google.com/github/{repository[1]}/blob/main/docs/tutorials/{name}.ipynb"
+    return (
+        f"{links}[Open in Colab]({url}){{ .notebook .colab }}\n\nIn Colab, run this line first:\n\n"
+        f'```text\n%pip install "{IN_COLAB} @ git+https://github.com/{repository[1]}"\n```\n'
+    )
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -264,6 +336,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for layer in LAYERS:
         for uri, found in reference_pages(layer).items():
             files.append(File.generated(config, uri, content=reference(layer, uri, found)))
+    for path in notebooks():
+        text, figures = notebook_page(path)
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=text))
+        for name, picture in figures.items():
+            files.append(File.generated(config, f"tutorials/{name}", content=picture))
     files.append(File.generated(config, "links.md", content=links_page()))
     if not config.repo_url:
         for path in source_paths():
