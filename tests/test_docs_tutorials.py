@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "tutorials"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-NAMES = ["balance_experts", "classic_chapters", "multi_turn"]
+NAMES = ["balance_experts", "classic_chapters", "grpo_to_critic", "multi_turn", "token_values"]
 RIDDLES = re.compile(r"(?:^|[.!?:]\s+)(What|How|As|The same|Same)\b", re.M)
 """Words with which no sentence of a tutorial begins."""
 
@@ -64,6 +64,10 @@ def check_results(name: str, notebook: Any) -> None:
         assert numbers_of(notebook, r"TD\(0\): largest error ([\d.]+)")[0] < 0.03
         network, firm = numbers_of(notebook, r"network's policy ([\d.]+), best on firm ice ([\d.]+)")
         assert network > 0.95 * firm
+    elif name == "grpo_to_critic":
+        start, end = numbers_of(notebook, r"MTPCriticTrainer +([\d.]+) +([\d.]+)")
+        assert end > start + 0.03
+        assert numbers_of(notebook, r"explained variance at the end ([\d.]+)")[0] > 0.2
     elif name == "multi_turn":
         assert numbers_of(notebook, r"a reward per turn +([\d.]+)")[0] > 0.3
     elif name == "balance_experts":
@@ -71,6 +75,8 @@ def check_results(name: str, notebook: Any) -> None:
             notebook, r"busiest expert above its share: ([\d.]+) without, ([\d.]+) balanced"
         )
         assert balanced < without / 2
+    elif name == "token_values":
+        assert numbers_of(notebook, r"variance of the exact values explained: ([\d.]+)")[0] > 0.3
     else:
         raise AssertionError(f"no results are checked of {name}")
 
