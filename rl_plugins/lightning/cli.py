@@ -1,5 +1,6 @@
 """Lightning's command line with errors of one line, for scripts that train with `rl_plugins`."""
 
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,8 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write the message and leave with status 2."""
-        exit_with(self.prog, message)
+        started = Path(sys.argv[0]).name  # the parser of a class's options may have kept an earlier program's name
+        exit_with(self.prog if self.prog.startswith(started) else started, message)
 
 
 class OneLineCLI(LightningCLI):
