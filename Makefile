@@ -84,7 +84,7 @@ smollm2: $(STAMP) ## improve a real chat model, SmolLM2-135M-Instruct, in 20 min
 		--gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --output_dir outputs/smollm2 \
 		--task_config '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' \
 		--system_prompt "Reply with the answer alone." --question_format "What is {expression}?" \
-		--train_items 4000 --eval_items 64 --max_steps 60 --eval_steps 30 --logging_steps 5 --steps_per_generation 1 \
+		--train_items 4000 --eval_items 64 --max_steps 30 --eval_steps 15 --logging_steps 5 --steps_per_generation 1 \
 		--per_device_train_batch_size 32 --per_device_eval_batch_size 64 --max_completion_length 16 \
 		--temperature 0.7 --lora_rank 16 --learning_rate 3e-4 --lr_scheduler_type constant $(ARGS)
 
