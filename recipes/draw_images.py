@@ -81,6 +81,9 @@ PICTURES = {
         "python recipes/benchmarks/presets.py --methods mtp_critic spo dapo ppo gspo dr_grpo --seeds 42 1 2",
         "outputs/presets/presets.png",
     ),
+    "smollm2_values.png": Picture(
+        "make smollm2", "outputs/smollm2/token_values.html", "29 minutes", settings="theme=light", size=(1100, 1450)
+    ),
     "token_values.png": Picture(
         DEMO, "outputs/demo/token_values.html", "6 minutes", settings="mode=delta&sort=surprise&theme=light"
     ),
@@ -122,8 +125,8 @@ def draw(name: str, train: bool) -> str:
         if not train:
             absent = f"{name}: left out, {picture.result} is not there."
             return f"{absent} Add --train to run ({picture.time}): {picture.command}"
-        words = shlex.split(picture.command)
-        subprocess.run([sys.executable, *words[1:]], check=True, cwd=ROOT)
+        program, *words = shlex.split(picture.command)
+        subprocess.run([sys.executable if program == "python" else program, *words], check=True, cwd=ROOT)
     if not result.is_file():
         raise FileNotFoundError(f"{picture.command} did not write {picture.result}")
     if result.suffix == ".html":

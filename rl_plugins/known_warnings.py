@@ -37,6 +37,11 @@ KNOWN_WARNINGS = (
         "the DataLoaders of transformers ask for pinned memory by default, also on a CPU",
     ),
     KnownWarning(
+        r"Could not find a config file in .* - will assume that the vocabulary was not modified",
+        UserWarning,
+        "PEFT looks for config.json beside the weights, and a GGUF file holds its own",
+    ),
+    KnownWarning(
         r"You are using '(rollout_func|environment_factory)'",
         UserWarning,
         "TRL calls them experimental; rl_plugins checks at import that they are as it needs them",
