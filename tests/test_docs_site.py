@@ -368,6 +368,8 @@ def test_the_reference_shows_the_signature_of_the_trainer(address: str, page: An
     assert shown.startswith("MTPCriticTrainer( model: str | PreTrainedModel | Module, reward_funcs: Any = None,")
     source = entry.locator("a.source").first
     source.click()
+    page.wait_for_url("**/trainers.py.html#L*")
+    page.wait_for_function("document.getElementById(location.hash.slice(1)) !== null")
     line = page.evaluate("document.getElementById(location.hash.slice(1)).nextSibling.textContent")
     assert page.url.startswith(f"{address}source/rl_plugins/trl/trainers.py.html#L")
     assert line.startswith("class MTPCriticTrainer(RLTrainer):")
