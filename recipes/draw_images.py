@@ -82,7 +82,7 @@ PICTURES = {
         "outputs/presets/presets.png",
     ),
     "smollm2_values.png": Picture(
-        "make smollm2", "outputs/smollm2/token_values.html", "29 minutes", settings="theme=light", size=(1100, 1450)
+        "make smollm2", "outputs/smollm2/token_values.html", "29 minutes", settings="theme=light&tools=off&only=3,5"
     ),
     "token_values.png": Picture(
         DEMO, "outputs/demo/token_values.html", "6 minutes", settings="mode=delta&sort=surprise&theme=light"

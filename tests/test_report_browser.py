@@ -80,6 +80,8 @@ def test_themes_and_settings_of_the_address(tmp_path: Path) -> None:
     assert found["address"] == ["rgb(20, 23, 28)", "delta", "#2"]
     assert found["pressed"] == ["TD error", "all 2", "largest |δ|", "dark"]
     assert (found["tools"], found["light"], found["system"]) == ("none", "rgb(255, 255, 255)", "system")
+    shown = "found.shown = texts('article:not(.left-out) h2').join();"
+    assert in_browser(tmp_path, shown, "only=1,2")["shown"] == "#1,#2"
 
 
 def test_keys_and_the_line_of_values(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ does. Intervals are bootstrap intervals of the mean over the seeds, 95 %.
 
 Everything that is done is in `runs/`, a line for a run in the file of its task, and is not done again: stop and go on
 at any time. Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`. The runs of the
-documentation are in `recipes/benchmarks/tokens_to_target/`. Their table and picture take seconds:
+documentation are in `recipes/benchmarks/measured/tokens_to_target/`. Their table and picture take seconds:
 
-    python recipes/benchmarks/tokens_to_target.py --output_dir recipes/benchmarks/tokens_to_target --table
+    python recipes/benchmarks/tokens_to_target.py --output_dir recipes/benchmarks/measured/tokens_to_target --table
 """
 
 import argparse

@@ -346,8 +346,8 @@ if (settings.get("tools") === "off") body.dataset.tools = "off";
 const theme = settings.get("theme") ?? remembered();
 for (const group of groups) pick(group, group.dataset.group === "theme" ? theme : settings.get(group.dataset.group));
 find.value = settings.get("find") ?? "";
-const only = settings.get("only");
-for (const card of only === null ? [] : cards)
-  card.classList.toggle("left-out", only !== String(Number(card.dataset.order) + 1));
+const only = settings.get("only")?.split(",");
+for (const card of only === undefined ? [] : cards)
+  card.classList.toggle("left-out", !only.includes(String(Number(card.dataset.order) + 1)));
 apply();
 """
