@@ -117,6 +117,14 @@ def test_the_delay_pays_for_the_first_token_alone() -> None:
     assert meter.tokens == 32 + 16
 
 
+def test_a_table_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["tokens_to_target.py", "--output_dir", str(tmp_path), "--table"])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert stopped.value.code == 0 and "no target" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 @pytest.mark.slow
 def test_runs_that_are_done_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(bench.TASKS, "delay_16", bench.delay(4, 15))

@@ -30,8 +30,8 @@ did. Time is the processor time of the run, with one thread, so that it does not
 does. Intervals are bootstrap intervals of the mean over the seeds, 95 %.
 
 Everything that is done is in `runs/`, a line for a run in the file of its task, and is not done again: stop and go on
-at any time. Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`. The runs of the
-documentation are in `recipes/benchmarks/measured/tokens_to_target/`. Their table and picture take seconds:
+at any time. Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`. Runs that
+have been made so far are in `recipes/benchmarks/measured/tokens_to_target/`. Their table and picture take seconds:
 
     python recipes/benchmarks/tokens_to_target.py --output_dir recipes/benchmarks/measured/tokens_to_target --table
 """
@@ -620,6 +620,8 @@ def main() -> None:
         jobs = [Job(task, method, chosen[method], seed) for seed in options.seeds for method in methods]
         run_all(jobs, output, options.jobs, options.critic)
     tables = summarise(output, options)
+    if not tables:
+        parser.exit(message=f"No task in {output / 'runs'} has a reported run of GRPO yet, so there is no target.\n")
     (output / "tokens_to_target.json").write_text(json.dumps(tables, indent=1))
     text = "\n".join(markdown(tables))
     (output / "tokens_to_target.md").write_text(text + "\n")
