@@ -65,7 +65,7 @@ PICTURES = {
         "python recipes/benchmarks/classic.py --json outputs/classic.json --plot outputs/classic.png",
         "outputs/classic.png",
     ),
-    "curves.png": Picture(DEMO, "outputs/demo/curves.png", "13 minutes"),
+    "curves.png": Picture(DEMO, "outputs/demo/curves.png", "14 minutes"),
     "frozen_lake.png": Picture("python recipes/draw_images.py frozen_lake.png", "docs/tabular.md", "seconds"),
     "gradient_quality.png": Picture(
         "python recipes/benchmarks/gradient_quality.py", "outputs/gradient_quality/gradient_quality.png"
@@ -85,7 +85,7 @@ PICTURES = {
         "make smollm2", "outputs/smollm2/token_values.html", "29 minutes", settings="theme=light&tools=off&only=3,5"
     ),
     "token_values.png": Picture(
-        DEMO, "outputs/demo/token_values.html", "13 minutes", settings="mode=delta&sort=surprise&theme=light"
+        DEMO, "outputs/demo/token_values.html", "14 minutes", settings="mode=delta&sort=surprise&theme=light"
     ),
     **{
         f"drawings/{name}.svg": Picture(DRAWINGS, f"docs/images/drawings/{name}.svg", "seconds")

@@ -37,7 +37,7 @@ def main() -> None:
         announce(
             args,
             "A small language model learns sums, first from demonstrations, then by reinforcement learning with a "
-            "critic inside it. With the default options both phases took 13 minutes on one slow processor core.",
+            "critic inside it. With the default options both phases took 14 minutes on one slow processor core.",
         )
     with parser.catching():  # what the user can mend is one line
         tokenizer, items, held_out = load_task(script, args.seed)

@@ -52,7 +52,7 @@ def test_the_list_has_all_commands(recipe: ModuleType, capsys: pytest.CaptureFix
     listed = capsys.readouterr().out
     assert all(f"{name}\n    {picture.command}\n" in listed for name, picture in recipe.PICTURES.items())
     recipe.main(["--list", "curves.png"])
-    assert "13 minutes; result: outputs/demo/curves.png" in capsys.readouterr().out
+    assert "14 minutes; result: outputs/demo/curves.png" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         recipe.main(["curve.png"])
     assert "unknown image curve.png; choose from classic.png, curves.png" in capsys.readouterr().err
@@ -66,7 +66,7 @@ def test_pictures_come_from_results_that_are_there(
     (tmp_path / "images").mkdir()
     told = recipe.draw("curves.png", train=False)
     assert told.startswith(
-        "curves.png: left out, outputs/demo/curves.png is not there. Add --train to run (13 minutes): "
+        "curves.png: left out, outputs/demo/curves.png is not there. Add --train to run (14 minutes): "
     )
     (tmp_path / "outputs" / "demo").mkdir(parents=True)
     Image.new("RGB", (30, 20), "#0072B2").save(tmp_path / "outputs" / "demo" / "curves.png")
