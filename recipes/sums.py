@@ -171,7 +171,13 @@ def as_row(entry: dict[str, Any], chat: bool, script: Script) -> dict[str, Any]:
     row["entry"] = json.dumps(entry)
     if not chat:
         return {**row, "completion": " " + demonstration(entry, script.guesses)}
-    asked = script.question_format.format(question=question, expression=expression)
+    try:
+        asked = script.question_format.format(question=question, expression=expression)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"--question_format {script.question_format!r}: it may hold {{question}} and {{expression}}, and no other "
+            "braces"
+        ) from error
     system = [] if script.system_prompt is None else [{"role": "system", "content": script.system_prompt}]
     return {**row, "prompt": [*system, {"role": "user", "content": asked}]}
 

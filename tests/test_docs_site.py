@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -27,6 +27,8 @@ from markdown_it import MarkdownIt
 from rl_plugins.signals import options as signal_options
 from rl_plugins.trl import GRPOVariantConfig, MTPCriticConfig, MTPSFTConfig, PPOConfig
 
+from .helpers.site_files import load_site_file
+
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HREF = re.compile(r'<a [^>]*?href="([^"]+)"')
@@ -34,16 +36,7 @@ LOADED = re.compile(r'<(?:script|img|iframe)\b[^>]*?\ssrc="([^"]+)"|<link\b[^>]*
 CODE = re.compile(r"<pre.*?</pre>", re.S)
 
 
-def load(name: str) -> ModuleType:
-    """Import a file of docs/site, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_site_{name}", ROOT / "docs" / "site" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hooks = load("hooks")
+hooks = load_site_file("hooks")
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,15 @@ Numbers are asserted twice: by the cells of the notebooks themselves, and here i
 """
 
 import base64
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 import pytest
+
+from .helpers.site_files import load_site_file
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "tutorials"
@@ -21,16 +22,7 @@ RIDDLES = re.compile(r"(?:^|[.!?:]\s+)(What|How|As|The same|Same)\b", re.M)
 """Words with which no sentence of a tutorial begins."""
 
 
-def load(name: str) -> ModuleType:
-    """Import a file of docs/site, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_site_{name}", ROOT / "docs" / "site" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hooks = load("hooks")
+hooks = load_site_file("hooks")
 
 
 def read(path: Path) -> Any:
@@ -174,7 +166,7 @@ def test_colab_is_not_linked_without_an_address_on_github(address: str | None) -
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_a_notebook_runs_from_top_to_bottom(path: Path) -> None:
-    done = load("notebooks").run(path)  # raises at the first cell that fails
+    done = load_site_file("notebooks").run(path)  # raises at the first cell that fails
     assert "FutureWarning" not in printed(done)
     check_results(path.stem, done)
     shown, saved = ([len(cell.outputs) > 0 for cell in code(notebook)] for notebook in (done, read(path)))

@@ -346,6 +346,13 @@ def test_chat_models_get_messages_and_small_ones_the_expression(recipe: ModuleTy
     assert set("".join(plain["prompt"]) + "".join(plain["completion"])) <= set(recipe.CHARACTERS)
 
 
+@pytest.mark.parametrize("wording", ["What is {answer}?", "{}", "{question"])
+def test_wordings_have_no_other_braces(recipe: ModuleType, wording: str) -> None:
+    script = recipe.Script(train_items=4, eval_items=1, question_format=wording)
+    with pytest.raises(ValueError, match=r"--question_format .* may hold \{question\} and \{expression\}"):
+        recipe.build_datasets(script, chat=True, seed=0)
+
+
 def test_the_verifier_accepts_worked_solutions_only(recipe: ModuleType) -> None:
     script = recipe.Script(guesses=0.0, train_items=50, eval_items=1)
     train, _ = recipe.build_datasets(script, chat=False, seed=0)

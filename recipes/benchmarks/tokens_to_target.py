@@ -19,8 +19,8 @@ short. Tokens that are drawn and dropped count, for they are generated.
 Where rewards come at turns, critics and PPO take lambda 0.5 per turn. `reward_to_go` is REINFORCE++ on the rewards
 that follow each token, with a discount of 0.5 per turn: what the critic is without values.
 
-All methods pass four times over each batch (`num_iterations`), which on `delay_16` was better than once for all of
-them. Every method has a learning rate of its own for every task: the best of three by the mean score over the run, on
+All methods pass four times over each batch (`num_iterations`), which on `delay_16` was better than once for all that
+were tried. Every method has a learning rate of its own for every task: the best of three by the mean score over the run, on
 a seed that is not reported. The control takes the rates of `delay_16`, and `delay_256` those of `delay_64`.
 
 A score is the task's own, of one batch of completions, before the policy learns from them. The target is where stock

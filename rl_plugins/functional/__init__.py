@@ -121,7 +121,7 @@ from rl_plugins.functional.routing import (
     switch_balance_loss,
 )
 from rl_plugins.functional.target_networks import periodic_update, polyak_update
-from rl_plugins.functional.turns import at_turn_ends, turn_ends, turn_numbers, turn_sums
+from rl_plugins.functional.turns import at_turn_ends, in_time_unit, turn_ends, turn_numbers, turn_sums
 from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
 
 __all__ = [
@@ -168,6 +168,7 @@ __all__ = [
     "head_targets",
     "hessian_product",
     "huber",
+    "in_time_unit",
     "informative_groups",
     "initial_counts",
     "inverse_cdf",

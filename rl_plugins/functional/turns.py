@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rl_plugins.functional.masking import zero_masked
 
+TIME_UNITS = ("token", "turn")
+
 
 def turn_ends(mask: Tensor) -> Tensor:
     """Mark the last token of every turn, at which a reward for the turn is paid.
@@ -51,6 +53,24 @@ def at_turn_ends(factor: float | Tensor, mask: Tensor, *, dtype: torch.dtype = t
     given = torch.as_tensor(factor, device=mask.device, dtype=torch.promote_types(dtype, torch.float32))
     given = given.reshape(-1, 1) if given.ndim else given
     return zero_masked(torch.where(turn_ends(mask), given, torch.ones_like(given)), mask)
+
+
+def in_time_unit(
+    factor: float | Tensor, mask: Tensor, *, time_unit: str, dtype: torch.dtype = torch.float32
+) -> float | Tensor:
+    """Make a discount or a trace decay act once a token, which changes nothing, or once a turn ([`at_turn_ends`]).
+
+    Args:
+        factor: a float, or one per sequence, `(B,)` or `(B, 1)`.
+        time_unit: one of `TIME_UNITS`.
+        dtype: see [`at_turn_ends`].
+
+    Raises:
+        ValueError: If the unit is unknown.
+    """
+    if time_unit not in TIME_UNITS:
+        raise ValueError(f"Unknown time unit {time_unit!r}; choose one of {', '.join(TIME_UNITS)}.")
+    return factor if time_unit == "token" else at_turn_ends(factor, mask, dtype=dtype)
 
 
 def turn_sums(x: Tensor, mask: Tensor) -> Tensor:

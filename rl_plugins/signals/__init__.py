@@ -1,5 +1,6 @@
 """Training signals: what a scored batch of completions teaches, as advantages, critics, losses and metrics."""
 
+from rl_plugins.functional.turns import TIME_UNITS
 from rl_plugins.signals.advantages import (
     ADVANTAGES,
     Advantage,
@@ -11,7 +12,6 @@ from rl_plugins.signals.advantages import (
 from rl_plugins.signals.critic_targets import (
     ESTIMATORS,
     SCALINGS,
-    TIME_UNITS,
     CriticTargets,
     critic_signal,
     critic_targets,

@@ -27,11 +27,10 @@ from rl_plugins.functional.returns import (
     length_adaptive_lambda,
     td_errors,
 )
-from rl_plugins.functional.turns import at_turn_ends, turn_ends
+from rl_plugins.functional.turns import in_time_unit, turn_ends
 from rl_plugins.functional.value_losses import clipped_squared_error, huber, squared_error
 
 ESTIMATORS = ("gae", "td", "mc")
-TIME_UNITS = ("token", "turn")
 SCALINGS = ("none", "whiten", "value")
 
 ValueLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -129,16 +128,12 @@ def critic_targets(
         ValueError: If the estimator or the unit is unknown, or gamma or a lambda lies outside [0, 1].
     """
     dtype = upcast(values).dtype
-    lengths = mask.sum(1, dtype=dtype)
-    if time_unit == "turn":
-        lengths = turn_ends(mask).sum(1, dtype=dtype)
-    elif time_unit != "token":
-        raise ValueError(f"Unknown time unit {time_unit!r}; choose one of {', '.join(TIME_UNITS)}.")
-    factors: tuple[float | Tensor, ...] = gamma, *_lambdas(estimator, lam_policy, lam_value, length_alpha, lengths)
-    if time_unit == "turn":
-        check_discount(gamma)
-        factors = tuple(at_turn_ends(factor, mask, dtype=dtype) for factor in factors)
-    discount, lam_advantage, lam_target = factors
+    check_discount(gamma)
+    lengths = (turn_ends(mask) if time_unit == "turn" else mask).sum(1, dtype=dtype)
+    factors = gamma, *_lambdas(estimator, lam_policy, lam_value, length_alpha, lengths)
+    discount, lam_advantage, lam_target = (
+        in_time_unit(factor, mask, time_unit=time_unit, dtype=dtype) for factor in factors
+    )
     bootstrap = lookahead_values(target_values, mask, ahead=ahead) if lookahead else target_values[..., 0]
     next_values, observed = next_state_values(bootstrap, mask), rewards
     if after is not None:
@@ -355,7 +350,7 @@ def critic_signal(
     metrics |= rollout_metrics(targets, values, target_values, mask, ahead=options.get("ahead", 1), reduce=reduce)
     if discounted_objective:
         dtype = advantages.dtype
-        discount = at_turn_ends(gamma, mask, dtype=dtype) if options.get("time_unit") == "turn" else gamma
+        discount = in_time_unit(gamma, mask, time_unit=options.get("time_unit", "token"), dtype=dtype)
         advantages = advantages * discount_factors(mask, gamma=discount, dtype=dtype)
     skipped = (~mask.any(dim=1)).sum().float().view(1)
     metrics["critic/skipped_completions"] = (skipped if reduce is None else reduce(skipped))[0]

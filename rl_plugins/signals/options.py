@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from rl_plugins.functional.policy_losses.aggregation import AGGREGATIONS
+from rl_plugins.functional.turns import TIME_UNITS
 from rl_plugins.nn.mtp_heads import HEAD_TYPES
 from rl_plugins.nn.target_heads import check_polyak
 from rl_plugins.settings import settle_numbers, with_numbers
@@ -23,7 +24,7 @@ from rl_plugins.signals.checks import (
     check_unit_interval,
     check_whole,
 )
-from rl_plugins.signals.critic_targets import ESTIMATORS, SCALINGS, TIME_UNITS, value_losses
+from rl_plugins.signals.critic_targets import ESTIMATORS, SCALINGS, value_losses
 from rl_plugins.signals.policy import POLICY_LOSSES, PolicyLoss
 
 MTP_LOSS_TYPES = ("tokens", "distribution")

@@ -705,6 +705,10 @@ FUNCTIONAL: dict[str, Case] = {
         lambda x: F.at_turn_ends(x.chances, x.mask, dtype=x.chances.dtype),
         lambda x: turnwise(x, lambda i, t, k, end: x.chances[i].item() if end else 1.0),
     ),
+    "in_time_unit": Case(
+        lambda x: [F.in_time_unit(0.7, x.mask, time_unit=unit, dtype=x.rewards.dtype) for unit in ("token", "turn")],
+        lambda x: [0.7, turnwise(x, lambda i, t, k, end: 0.7 if end else 1.0)],
+    ),
     "process_normalized": Case(lambda x: F.process_normalized(x.rewards, x.ids > 1, x.mask, GROUP), process_loop),
     "reward_to_go": Case(
         lambda x: F.reward_to_go(x.rewards, x.mask, gamma=0.7, time_unit="turn"), lambda x: to_go_loop(x, 0.7)

@@ -18,7 +18,7 @@ from rl_plugins.functional.advantages.group import batch_normalized, group_norma
 from rl_plugins.functional.checks import check_shape
 from rl_plugins.functional.masking import Reduce, zero_masked
 from rl_plugins.functional.returns import discounted_returns
-from rl_plugins.functional.turns import at_turn_ends, turn_ends, turn_numbers, turn_sums
+from rl_plugins.functional.turns import at_turn_ends, in_time_unit, turn_ends, turn_numbers, turn_sums
 
 
 def reward_to_go(
@@ -41,9 +41,7 @@ def reward_to_go(
         time_unit: `token`, or `turn`: the discount acts once at the end of each turn.
     """
     check_shape("rewards", rewards, mask.shape, "give one per token")
-    if time_unit not in ("token", "turn"):
-        raise ValueError(f"Unknown time unit {time_unit!r}; choose one of token, turn.")
-    discount = gamma if time_unit == "token" else at_turn_ends(gamma, mask, dtype=rewards.dtype)
+    discount = in_time_unit(gamma, mask, time_unit=time_unit, dtype=rewards.dtype)
     return batch_normalized(discounted_returns(rewards, mask, gamma=discount), mask=mask, eps=eps, reduce=reduce)
 
 
