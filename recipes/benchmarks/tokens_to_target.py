@@ -20,8 +20,8 @@ Where rewards come at turns, critics and PPO take lambda 0.5 per turn. `reward_t
 that follow each token, with a discount of 0.5 per turn: what the critic is without values.
 
 All methods pass four times over each batch (`num_iterations`), which on `delay_16` was better than once for all that
-were tried. Every method has a learning rate of its own for every task: the best of three by the mean score over the run, on
-a seed that is not reported. The control takes the rates of `delay_16`, and `delay_256` those of `delay_64`.
+were tried. Every method has a learning rate of its own for every task: the best of three by the mean score over the
+run, on a seed that is not reported. The control takes the rates of `delay_16`, and `delay_256` those of `delay_64`.
 
 A score is the task's own, of one batch of completions, before the policy learns from them. The target is where stock
 GRPO ends, the mean over the seeds and over the last tenth of the run. A run has reached it when the mean of ten
@@ -30,8 +30,8 @@ did. Time is the processor time of the run, with one thread, so that it does not
 does. Intervals are bootstrap intervals of the mean over the seeds, 95 %.
 
 Everything that is done is in `runs/`, a line for a run in the file of its task, and is not done again: stop and go on
-at any time. Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`. Runs that
-have been made so far are in `recipes/benchmarks/measured/tokens_to_target/`. Their table and picture take seconds:
+at any time. Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`. Runs that have been made
+so far are in `recipes/benchmarks/measured/tokens_to_target/`. Their table and picture take seconds:
 
     python recipes/benchmarks/tokens_to_target.py --output_dir recipes/benchmarks/measured/tokens_to_target --table
 """
