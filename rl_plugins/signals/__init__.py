@@ -1,6 +1,5 @@
 """Training signals: what a scored batch of completions teaches, as advantages, critics, losses and metrics."""
 
-from rl_plugins.functional.turns import TIME_UNITS
 from rl_plugins.signals.advantages import (
     ADVANTAGES,
     Advantage,
@@ -85,7 +84,6 @@ __all__ = [
     "SFTHeadOptions",
     "SamplingOptions",
     "Signal",
-    "TIME_UNITS",
     "TrunkCritic",
     "ValueHeadOptions",
     "ValueModelCritic",
