@@ -364,7 +364,7 @@ def test_options_in_prose_exist() -> None:
     known |= {name for module in modules for name in inspect.signature(module).parameters}
     agents = [getattr(classic, name) for name in classic.__all__ if name.endswith("Agent")]
     known |= {f.name for agent in agents for f in fields(inspect.get_annotations(agent)["settings"])}
-    known |= {"strategy", "collate_fn", "accumulate_grad_batches", "precision"}
+    known |= {"strategy", "collate_fn", "accumulate_grad_batches", "precision", "rollout_func"}
     for path in DOCS:
         prose = BLOCK.sub("", path.read_text())
         spans = re.findall(r"`([^`\n]+)`", prose)
