@@ -1,11 +1,11 @@
-"""Draw the pictures of the documentation, docs/images: which command makes each of them, and all by one command.
+"""Draw the pictures of the documentation in docs/images, each by the command that a table has for it.
 
     python recipes/draw_images.py                            # pictures that need no training, or whose runs are there
     python recipes/draw_images.py --list                     # every picture with its command and its time
     python recipes/draw_images.py --train curves.png         # train what a picture needs, then draw it
 
-Commands that train leave their results in `outputs/`, and are not run again while these are there. Pictures of pages
-are taken with a Chromium or Chrome that is installed.
+Commands that train write their results to `outputs/`, and are not run again while these results exist. Pictures of
+pages need an installed Chromium or Chrome.
 """
 
 import argparse
@@ -35,12 +35,12 @@ class Picture:
     """A picture of the documentation.
 
     Args:
-        command: Makes the result, run in the root of the repository.
-        result: File that the command leaves, a picture or a page.
-        time: What the command takes on one core, where that was measured.
+        command: Command that makes the result, in the root of the repository.
+        result: File that the command writes, a picture or a page.
+        time: Time of the command on one core, where it was measured.
         settings: Part of a page's address behind `#`, for a picture of that page.
         size: Width and largest height of the picture of a page.
-        needs: Folder of logs that a command which draws in docs/images itself reads.
+        needs: Folder of logs that the command reads, if the command itself draws into docs/images.
     """
 
     command: str
@@ -52,7 +52,7 @@ class Picture:
 
     @property
     def page(self) -> str | None:
-        """The page of the documentation whose code draws the picture, where no command of a recipe does."""
+        """The page of the documentation whose code draws the picture; `None` if a command draws it."""
         return self.result if self.result.endswith(".md") else None
 
 
@@ -104,11 +104,11 @@ def draw(name: str, train: bool) -> str:
 
     Args:
         name: File name in docs/images.
-        train: Whether to run a command whose result is not there.
+        train: Whether to run a command whose result does not exist.
 
     Raises:
         subprocess.CalledProcessError: The command failed.
-        FileNotFoundError: No browser is installed, or the command did not leave its result.
+        FileNotFoundError: No browser is installed, or the command did not write its result.
     """
     picture, goal = PICTURES[name], IMAGES / name
     if picture.page is not None:
@@ -168,7 +168,7 @@ def screenshot(page: Path, goal: Path, settings: str, size: tuple[int, int]) -> 
         options = ["--headless", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
         options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"]
         if os.name == "posix" and os.getuid() == 0:
-            options.append("--no-sandbox")  # which Chromium does not start for the root user of a container
+            options.append("--no-sandbox")  # for root, as in a container, Chromium does not start with a sandbox
         options += [f"--window-size={size[0]},{size[1]}", f"--screenshot={goal}"]
         subprocess.run([browser, *options, f"{page.resolve().as_uri()}#{settings}"], check=True, capture_output=True)
     with Image.open(goal) as picture:
@@ -180,7 +180,7 @@ def screenshot(page: Path, goal: Path, settings: str, size: tuple[int, int]) -> 
 
 
 def shrink(path: Path) -> None:
-    """Save a picture with 256 colours, which is a third of the bytes."""
+    """Save a picture with 256 colours, which takes a third of the bytes."""
     with Image.open(path) as picture:
         few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     few.save(path, optimize=True)

@@ -1,6 +1,6 @@
 """Train with any variant of GRPO, a preset or your own choice of parts, on the task and small model of `sums.py`.
 
-A preset has the settings of a paper; the parts are advantage, policy loss and sampling. Every option of
+A preset has the settings of a paper. The parts are an advantage, a policy loss and a way of sampling. Every option of
 `GRPOVariantConfig` is a command-line argument:
 
     python recipes/grpo_variants.py --preset dapo --output_dir outputs/dapo
@@ -9,7 +9,7 @@ A preset has the settings of a paper; the parts are advantage, policy loss and s
     RECIPE=grpo_variants recipes/launch/single_node.sh --preset gspo --model Qwen/Qwen3-0.6B \\
         --output_dir outputs/qwen3-gspo --learning_rate 1e-6 --max_completion_length 512
 
-Writes the policy, `curves.png` and `summary.json`.
+The recipe writes the policy, `curves.png` and `summary.json`.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Config(Defaults, GRPOVariantConfig):
 def main() -> None:
     """Parse, warm-start, train, report."""
     parser, script, args = read_options(Config, __doc__)
-    with parser.catching():  # what the user can mend is one line
+    with parser.catching():  # reports mistakes of the user in one line
         tokenizer, items, held_out = load_task(script, args.seed)
         trainer = GRPOVariantTrainer(
             load_policy(script, args, items),

@@ -2,15 +2,15 @@
 
     python recipes/lightning_classic.py fit --config recipes/classic/ppo.yaml
 
-solves CartPole-v1 in half a minute on one core, and writes the agent (`last.ckpt`), `curves.png`, `summary.json` and
-all settings (`config.yaml`) to `outputs/classic/ppo`. `recipes/classic/` has settings for CartPole-v1 of every agent.
-Any can be replaced on the command line, and so can any option of Lightning's Trainer:
+This command solves CartPole-v1 in half a minute on one core. It writes the agent (`last.ckpt`), `curves.png`,
+`summary.json` and all settings (`config.yaml`) to `outputs/classic/ppo`. `recipes/classic/` has settings of every
+agent for CartPole-v1. The command line can replace any setting, and any option of Lightning's Trainer:
 
     python recipes/lightning_classic.py fit --config recipes/classic/ppo.yaml --model.env Acrobot-v1 --model.seed 1
     python recipes/lightning_classic.py fit --model DQNAgent --model.env MountainCar-v0 --model.total_steps 120000
 
-`--ckpt_path outputs/classic/ppo/last.ckpt` goes on with an interrupted training, or evaluates with `validate` in place
-of `fit`. `fit --help` and `fit --model.help PPOAgent` list the options.
+`--ckpt_path outputs/classic/ppo/last.ckpt` continues an interrupted training. With `validate` in place of `fit`, it
+evaluates the agent. `fit --help` and `fit --model.help PPOAgent` list the options.
 """
 
 import json
@@ -48,7 +48,7 @@ PANELS = (
 
 
 class History(Callback):
-    """Remembers what is logged, by environment steps, in the form that `plot_training_curves` reads."""
+    """Callback that keeps the logged metrics by environment steps, as `plot_training_curves` reads them."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -60,7 +60,7 @@ class History(Callback):
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take in what an iteration has logged: not every one does."""
+        """Record the metrics of an iteration, if it has logged any."""
         if pl_module.runner.steps - self.logged < pl_module.settings.total_steps / POINTS:
             return  # reading the metrics takes longer than a step of an environment
         logged = trainer.callback_metrics.get("time/env_steps", torch.tensor(0.0)).item()
@@ -69,7 +69,7 @@ class History(Callback):
             self._take(trainer, pl_module, ("rollout/", "train/"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Agent) -> None:
-        """Take in an evaluation."""
+        """Record an evaluation."""
         self._take(trainer, pl_module, ("eval/",))
 
     def on_fit_end(self, trainer: Trainer, pl_module: Agent) -> None:
@@ -88,34 +88,34 @@ class ClassicCLI(OneLineCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Agents have no test set, and nothing to predict."""
+        """Offer `fit` and `validate` only, since agents have no test set and nothing to predict."""
         known = LightningCLI.subcommands()
         return {name: known[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add a checkpoint, written after every evaluation over the one before: `--checkpoint.*`."""
+        """Add a checkpoint, which every evaluation overwrites, with the options `--checkpoint.*`."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.filename": "last", "checkpoint.enable_version_counter": False})
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the settings of the command line, where Lightning would put those of the checkpoint over them.
+        """Keep the settings of the command line, which Lightning would overwrite by those of the checkpoint.
 
-        An agent refuses a checkpoint that does not fit; otherwise another environment would be ignored.
+        Lightning would then ignore another environment, for example. An agent refuses a checkpoint that does not fit.
         """
 
     def before_instantiate_classes(self) -> None:
-        """Show one line of progress: that of rich, Lightning's choice, wraps at 80 columns."""
+        """Show progress in one line: Lightning's default, a bar of rich, is wrapped at 80 columns."""
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [TQDMProgressBar()]
 
     def before_fit(self) -> None:
-        """Add what remembers the learning curve."""
+        """Add the callback that records the learning curve."""
         self.history = History()
         self.trainer.callbacks.append(self.history)
 
     def after_fit(self) -> None:
-        """Save and measure the agent, print and draw."""
+        """Save and evaluate the agent, print a summary, and draw the learning curve."""
         module, folder = self.model, Path(self.trainer.default_root_dir)
         returns, _, cut_off = module.evaluate(20)
         summary = {
@@ -146,10 +146,10 @@ class ClassicCLI(OneLineCLI):
 def main(args: list[str] | None = None) -> ClassicCLI:
     """Parse and run."""
     ignore_known_warnings()
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a loader of iterations has no use for them
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a loader of iterations needs no workers
     warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
-    from jsonargparse import set_parsing_settings  # which OneLineCLI has looked for
+    from jsonargparse import set_parsing_settings  # the import of OneLineCLI has checked that it is installed
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings are documented field by field
     cli = ClassicCLI(

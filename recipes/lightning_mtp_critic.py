@@ -1,20 +1,20 @@
 """Train a policy whose own multi-token-prediction heads are its critic, in Lightning, on the task of `sums.py`.
 
-The small model and the settings are those of `recipes/mtp_critic.py`: a Qwen3-style model with a character
-tokenizer is warm-started on a reasoning-gym task with `MTPSFTModule` and improved on the task's verifier with
-`MTPCriticModule`. It runs on a laptop's CPU in minutes:
+The small model and the settings are those of `recipes/mtp_critic.py`. A Qwen3-style model with a character tokenizer
+is warm-started on a reasoning-gym task with `MTPSFTModule`. Then `MTPCriticModule` improves it by the rewards of the
+task's verifier. The recipe runs on a laptop's CPU in minutes:
 
     python recipes/lightning_mtp_critic.py fit
 
-Any model, from a path or the hub, skips the warm start; the same file trains it on one or many GPUs:
+A model from a path or the hub skips the warm start. The recipe trains it on one or many GPUs:
 
     python recipes/lightning_mtp_critic.py fit --config recipes/launch/lightning_zero2.yaml \
         --model.model Qwen/Qwen3-0.6B --trainer.devices 8
 
 Every option of Lightning's `Trainer`, `MTPCriticModule` and the data is a command-line argument; `fit --help` lists
-them, `--config file.yaml` reads them from a file. Writes the policy and its heads (`policy/`, which
+them, `--config file.yaml` reads them from a file. The recipe writes the policy and its heads (`policy/`, which
 `MTPCriticTrainer` and `AutoModelForCausalLM` load), `curves.png`, `token_values.html`, `summary.json` and
-`config.yaml` to `--trainer.default_root_dir`, outputs/lightning_mtp_critic by default.
+`config.yaml` to `--trainer.default_root_dir`, which is outputs/lightning_mtp_critic by default.
 """
 
 import json
@@ -43,7 +43,7 @@ DEFAULTS = {
     "trainer.gradient_clip_val": 1.0,
     "trainer.val_check_interval": 200,
     "trainer.check_val_every_n_epoch": None,
-    "trainer.num_sanity_val_steps": -1,  # measures where training starts from
+    "trainer.num_sanity_val_steps": -1,  # evaluates before training
     "trainer.log_every_n_steps": 50,
     "trainer.enable_checkpointing": False,
     "trainer.enable_model_summary": False,
@@ -68,11 +68,11 @@ class TaskData(PromptDataModule):
         task_config: Its options, as JSON.
         train_items: Items to train on.
         eval_items: Held-out items, none of which is trained on.
-        guesses: Share of the demonstrations that guess instead of working.
+        guesses: Share of the demonstrations that guess the answer instead of working it out.
         chat: Whether prompts are conversations.
         batch_size: Prompts of one rollout on each rank.
-        eval_batch_size: The same for validation.
-        seed: Of items and order.
+        eval_batch_size: Prompts of one batch on each rank in validation.
+        seed: Seed of the items and of their order.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class TaskCritic(MTPCriticModule):
 
 
 class History(Callback):
-    """Remembers what is logged, in the form that `plot_training_curves` reads."""
+    """Callback that keeps the logged metrics, as `plot_training_curves` reads them."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -140,12 +140,12 @@ class History(Callback):
             self.rows.append({"step": trainer.global_step, **found})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Take in a training step, as often as loggers do."""
+        """Record a training step, as often as loggers do."""
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self._take(trainer, False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take in an evaluation, the one before training included."""
+        """Record an evaluation, including the one before training."""
         self._take(trainer, True)
 
 
@@ -153,7 +153,7 @@ class CLI(OneLineCLI):
     """Lightning's command line, with a warm start before and a report after training."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Settings that suit the small model; the task is named once."""
+        """Set defaults that suit the small model, and link options, so that the user names the task only once."""
         parser.set_defaults(DEFAULTS)
         parser.link_arguments("data.task", "model.task")
         parser.link_arguments("data.task_config", "model.task_config")
@@ -163,7 +163,7 @@ class CLI(OneLineCLI):
         parser.link_arguments("model.model", "data.chat", compute_fn=has_chat_template)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With our progress bar, unless there shall be none, and what the report is made of."""
+        """Make the trainer with our progress bar, unless bars are turned off, and with the callbacks of the report."""
         trainer = super().instantiate_trainer(**kwargs)
         if trainer.progress_bar_callback is not None:
             trainer.callbacks.remove(trainer.progress_bar_callback)
@@ -177,7 +177,7 @@ class CLI(OneLineCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Teach the small model what a solution looks like; a checkpoint has newer weights."""
+        """Warm-start the small model on demonstrations, unless there is a checkpoint, which has newer weights."""
         if self.model.warm_start_steps and self.config_init[self.subcommand].ckpt_path is None:
             self._warm_start(self.model.warm_start_steps)
 
@@ -212,7 +212,7 @@ class CLI(OneLineCLI):
         trainer.fit(module, PromptDataModule(data.train_dataset, batch_size=64, seed=data.seed))
 
     def after_fit(self) -> None:
-        """Measure, draw and save what was learnt."""
+        """Evaluate and save the policy, and write the report."""
         if self.trainer.interrupted:
             return
         steps, folder = self.trainer.global_step, Path(self.trainer.default_root_dir)
@@ -225,12 +225,12 @@ class CLI(OneLineCLI):
 
 
 def has_chat_template(model: str | None) -> bool:
-    """Whether prompts for a model are conversations."""
+    """Return whether prompts for a model are conversations."""
     return model is not None and AutoTokenizer.from_pretrained(model).chat_template is not None
 
 
 def report(rows: list[dict[str, Any]], folder: Path, task: str, steps: int) -> None:
-    """Pictures and a summary of what was reached."""
+    """Write pictures and a summary of the results."""
     accuracy = [row[ACCURACY] for row in rows if ACCURACY in row]
     variance = [row.get(VARIANCE) for row in rows if ACCURACY in row]  # undefined where all are right or all wrong
     summary = {
@@ -253,7 +253,7 @@ def report(rows: list[dict[str, Any]], folder: Path, task: str, steps: int) -> N
 def main(args: ArgsType = None) -> None:
     """Parse, warm-start, train, report."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # rows are in memory
-    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # of the warm start
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # the warm start has none
     ignore_known_warnings()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)

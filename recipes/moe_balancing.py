@@ -1,13 +1,13 @@
 """Compare three ways of balancing the experts of a mixture-of-experts language model.
 
-Trains a small model in DeepSeek-V3's style (sigmoid router, shared expert) from scratch on Python's own standard
-library: without balancing, with Switch's auxiliary loss, and loss-free (arXiv:2408.15664). Prints validation loss and
-balance beside the paper's. It takes four minutes on one core:
+The recipe trains a small model in DeepSeek-V3's style (sigmoid router, shared expert) from scratch on Python's own
+standard library: without balancing, with Switch's auxiliary loss, and loss-free (arXiv:2408.15664). It prints the
+validation loss and the balance beside those of the paper. It takes four minutes on one core:
 
     python recipes/moe_balancing.py --output_dir outputs/moe_balancing
 
-`MoEBalancingCallback` on a stock `Trainer` is all that the runs differ in: initial weights, batches and their order
-are the same. Every option of `TrainingArguments` is a command-line argument. Writes `results.json`,
+The runs differ only in the settings of `MoEBalancingCallback` on a stock `Trainer`: initial weights, batches and their
+order are the same. Every option of `TrainingArguments` is a command-line argument. The recipe writes `results.json`,
 `max_violation.png`, and for each run `moe_load.jsonl` and `expert_load.png`.
 """
 
@@ -35,14 +35,14 @@ from rl_plugins.report import plot_expert_load, plot_max_violation
 from rl_plugins.trl import MoEBalancingCallback
 from rl_plugins.trl.scripts.parser import OptionParser
 
-HELD_OUT = 4  # every fourth document: with few, their subjects decide which experts are busy
+HELD_OUT = 4  # every fourth document: with fewer, their subjects would decide which experts are busy
 SHOWN = ("loss", "moe/max_violation")
 PAPER = {"aux": (9.56, 0.72), "loss_free": (9.50, 0.04)}  # perplexity and global MaxVio of its model of 1B parameters
 
 
 @dataclass
 class Script:
-    """The settings to compare, and the model."""
+    """Options of the settings to compare, and of the model."""
 
     balancing: list[str] = field(
         default_factory=lambda: list(BALANCINGS), metadata={"help": "What to compare: none, aux, loss_free."}
@@ -86,11 +86,11 @@ BALANCINGS: dict[str, Callable[[Script], dict[str, Any]]] = {
     "aux": lambda script: {"rate": 0.0, "aux_loss_coef": script.aux_loss_coef},
     "loss_free": lambda script: {"rate": script.rate, "rule": script.rule, "stop": script.stop},
 }
-"""Settings of `MoEBalancingCallback`: all that the runs differ in. Without either it only counts."""
+"""Settings of `MoEBalancingCallback`, the only difference between the runs. With `none` it only counts the load."""
 
 
 class BriefProgress(ProgressCallback):
-    """The host's progress bar with the metrics that matter here, every tenth time; loggers still get all."""
+    """Progress bar of transformers that prints two metrics at every tenth log entry; loggers still get all metrics."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Print one short line."""
@@ -100,13 +100,13 @@ class BriefProgress(ProgressCallback):
 
 
 def documents() -> dict[str, str]:
-    """The standard library's modules and the topics of `help()`, by name."""
+    """Read the standard library's modules and the topics of `help()`, by name."""
     modules = Path(sysconfig.get_path("stdlib")).glob("*.py")
     return {**{file.name: file.read_text(encoding="utf-8") for file in modules}, **topics}
 
 
 def build_blocks(script: Script) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens for training and for validation, of different documents, each (N, T)."""
+    """Make tokens for training and for validation, each (N, T), from different documents."""
     texts = [text for _, text in sorted(documents().items())]
     train = [text for i, text in enumerate(texts) if i % HELD_OUT]
     held_out = texts[::HELD_OUT]
@@ -130,7 +130,7 @@ def build_blocks(script: Script) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def small_model(script: Script) -> Dots1ForCausalLM:
-    """A mixture of experts with random weights: dots1 is DeepSeek-V3 with plain attention."""
+    """Make a mixture of experts with random weights: dots1 is DeepSeek-V3 with plain attention."""
     config = Dots1Config(
         vocab_size=script.vocabulary,
         hidden_size=script.hidden_size,
@@ -150,7 +150,7 @@ def small_model(script: Script) -> Dots1ForCausalLM:
         max_position_embeddings=script.sequence_length,
         max_window_layers=script.layers,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        # 0.02 suits wide models: this one lost about 0.4 nats to it in 400 steps.
+        # The usual 0.02 suits wide models: with it, the loss of this one was about 0.4 nats higher after 400 steps.
         initializer_range=0.05,
         use_cache=False,
     )
@@ -159,7 +159,7 @@ def small_model(script: Script) -> Dots1ForCausalLM:
 
 @contextmanager
 def counted_tokens(model: Dots1ForCausalLM) -> Iterator[torch.Tensor]:
-    """Tokens that each expert receives while the context is open, (L, E); the callback counts training only."""
+    """Count the tokens that each expert receives inside the block (L, E); the callback counts only in training."""
     gates = [layer.mlp.gate for layer in model.model.layers]
     counts = torch.zeros(len(gates), model.config.n_routed_experts, dtype=torch.long, device=model.device)
 
@@ -175,7 +175,7 @@ def counted_tokens(model: Dots1ForCausalLM) -> Iterator[torch.Tensor]:
 
 
 def train(script: Script, args: Config, balancing: str, blocks: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
-    """One run; returns validation loss and the balance over all validation tokens."""
+    """Make one run, and return the validation loss and the balance over all validation tokens."""
     args = replace(args, output_dir=str(Path(args.output_dir) / balancing))
     Path(args.output_dir, LOAD_FILE_NAME).unlink(missing_ok=True)  # of an earlier run
     set_seed(args.seed)
@@ -201,7 +201,7 @@ def train(script: Script, args: Config, balancing: str, blocks: tuple[torch.Tens
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Ours beside the paper's."""
+    """Format our results beside those of the paper."""
     lines = [
         f"{'':<10}{'ours':^56}{'2408.15664, 1B':^20}",
         f"{'balancing':<10}{'loss':>8}{'perplexity':>12}{'MaxVio':>9}{'worst layer':>13}{'seconds':>9}     "
@@ -218,7 +218,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Parse, train each, report."""
+    """Parse, train with each setting, report."""
     ignore_known_warnings()
     parser = OptionParser((Script, Config), description=(__doc__ or "").splitlines()[0])
     script, args = parser.parse_args_and_config()
@@ -238,7 +238,7 @@ def main() -> None:
 
 
 def report(results: dict[str, dict[str, float]], args: Config) -> None:
-    """Draw, write and print."""
+    """Draw pictures, and write and print the results."""
     output = Path(args.output_dir)
     loads = {name: read_expert_load(output / name / LOAD_FILE_NAME) for name in results}
     for name, load in loads.items():

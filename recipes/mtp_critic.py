@@ -1,17 +1,18 @@
 """Train a policy whose own multi-token-prediction heads are its critic, on the task and small model of `sums.py`.
 
-The default builds a small Qwen3-style model with a character tokenizer, warm-starts it on a reasoning-gym task with
-`MTPSFTTrainer` and improves it on the task's verifier with `MTPCriticTrainer`. It runs on a laptop's CPU in minutes:
+By default the recipe builds a small Qwen3-style model with a character tokenizer, and warm-starts it on a
+reasoning-gym task with `MTPSFTTrainer`. Then `MTPCriticTrainer` improves it by the rewards of the task's verifier. The
+recipe runs on a laptop's CPU in minutes:
 
     python recipes/mtp_critic.py --output_dir outputs/demo
 
-Any model, from a path or the hub, skips the warm start:
+A model from a path or the hub skips the warm start:
 
     accelerate launch recipes/mtp_critic.py --model Qwen/Qwen3-0.6B --output_dir outputs/qwen3 \
         --learning_rate 1e-6 --max_completion_length 512 --deepspeed recipes/launch/ds_zero2.json
 
 Every option of `MTPCriticConfig` (and so of TRL's `GRPOConfig`) is a command-line argument; `--config file.yaml` reads
-them from a file. Writes the policy, the heads, `curves.png`, `token_values.html` and `summary.json`.
+them from a file. The recipe writes the policy, the heads, `curves.png`, `token_values.html` and `summary.json`.
 """
 
 from dataclasses import dataclass, field
@@ -39,9 +40,9 @@ def main() -> None:
             "A small language model learns sums, first from demonstrations, then by reinforcement learning with a "
             "critic inside it. With the default options both phases took 14 minutes on one slow processor core.",
         )
-    with parser.catching():  # what the user can mend is one line
+    with parser.catching():  # reports mistakes of the user in one line
         tokenizer, items, held_out = load_task(script, args.seed)
-        # One completion per prompt: the heads' values take the place of the group that GRPO compares it with.
+        # One completion per prompt is enough: the heads' values take the place of the group of completions in GRPO.
         trainer = MTPCriticTrainer(
             load_policy(script, args, items),  # the small model learns demonstrations first, together with its heads
             make_reward(script),

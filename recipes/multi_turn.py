@@ -1,16 +1,16 @@
-"""Play a game of several turns that pays after every turn, with the MTP critic and with GRPO, and compare the curves.
+"""Train on a game of several turns with a reward after every turn, with the MTP critic and GRPO, and compare curves.
 
 The game is a cipher. In each of eight turns it shows a stake and two letters, such as "gdk", and the policy answers
 with the two letters that stand for them in a secret alphabet. It earns the stake times the share of right letters.
-Letters and stakes are dice of the game's own: most of what an episode earns is luck, which no policy can change. A
-critic that is paid after every turn sees past it; one number per episode does not.
+The game draws letters and stakes at random, so most of an episode's reward is luck, which no policy can change. A
+critic with a reward after every turn can tell right answers from luck. One reward per episode mixes both.
 
     python recipes/multi_turn.py                                       # two methods, some minutes on a laptop's CPU
     python recipes/multi_turn.py --methods critic grpo process reward_to_go discounted --seeds 0 1 2 3 4
 
 All methods play equally many episodes, so they generate equally many tokens. The small model starts from random
 weights; `--model` starts from any other, which then needs `--max_turn_length 8` or more and a smaller learning rate.
-Writes `curves.png`, `curves.json`, and for the critic `token_values.html`.
+The recipe writes `curves.png`, `curves.json`, and for the critic `token_values.html`.
 """
 
 import argparse
@@ -53,10 +53,10 @@ TURNS = 8
 
 
 class Cipher:
-    """The game, a [`~rl_plugins.rollouts.TextEnvironment`]. All instances share one alphabet and throw their own dice.
+    """The game, a [`~rl_plugins.rollouts.TextEnvironment`]. All instances have the same alphabet, but other dice.
 
     Args:
-        seed: Of the dice.
+        seed: Seed of the dice.
     """
 
     def __init__(self, seed: int) -> None:
@@ -75,7 +75,7 @@ class Cipher:
         return stake + self.word
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Pay for an answer, and show the next word."""
+        """Reward an answer, and show the next word."""
         wanted = "".join(self.secret[letter] for letter in self.word)
         right = sum(given == letter for given, letter in zip(action[:2], wanted, strict=False)) / 2
         earned = self.stake * right  # before the next stake is shown
@@ -84,21 +84,21 @@ class Cipher:
 
 
 class Curve(TrainerCallback):
-    """Share of right letters of each rollout, which no stake weighs, by the tokens that were generated."""
+    """Callback that records the share of right letters of each rollout, whatever the stakes, by generated tokens."""
 
     def __init__(self, episodes: EpisodeRollouts, tokens_per_rollout: int) -> None:
         self.episodes, self.tokens = episodes, tokens_per_rollout
         self.points: list[tuple[int, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note how many letters of the games just played were right."""
+        """Record the share of letters that were right in the games just played."""
         games = self.episodes.environments
         right = statistics.fmean(game.right / TURNS for game in games)  # type: ignore[attr-defined]
         self.points.append((state.global_step * self.tokens, right))
 
 
 class Brief(ProgressCallback):
-    """The host's progress bar with the few numbers that matter here."""
+    """Progress bar of transformers that prints three metrics only."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Print one short line."""
@@ -108,7 +108,7 @@ class Brief(ProgressCallback):
 
 
 def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights."""
+    """Make a Qwen3 with random weights."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -128,7 +128,7 @@ def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character."""
+    """Make a tokenizer with one token per character."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -138,13 +138,13 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-# method: trainer, config, and what makes the method
+# method: trainer, config, and the options that define the method
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "critic": (
         MTPCriticTrainer,
         MTPCriticConfig,
-        # Returns are up to 48, where a verifier says 0 or 1, and a squared error grows with the
-        # square: with the usual weight the values would take the trunk, and the clipped gradient, for themselves.
+        # Returns are up to 48, while those of a verifier are 0 or 1, and the value loss grows with their square. With
+        # the usual weight the value loss would dominate the trunk and the clipped gradient.
         {
             "num_mtp_heads": 1,
             "head_learning_rate": 3e-3,
@@ -160,7 +160,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "discounted": (
         GRPOVariantTrainer,
         GRPOVariantConfig,
-        # The critic's lambda as a discount, without values: it tells what the values are worth.
+        # The critic's lambda as a discount, without values: a comparison shows how much the values help.
         {
             "advantage": "reward_to_go",
             "advantage_kwargs": {"gamma": 0.5, "time_unit": "turn"},
@@ -172,7 +172,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> list[tuple[int, float]]:
-    """Train with one method and give its curve."""
+    """Train with one method, and return its curve."""
     trainer_class, config_class, own = METHODS[method]
     own = {**own, **(options.critic if method == "critic" else {})}
     set_seed(seed)
@@ -230,7 +230,7 @@ def run(method: str, seed: int, options: argparse.Namespace, output: Path) -> li
 
 
 def run_lightning(method: str, seed: int, options: argparse.Namespace, output: Path) -> list[tuple[int, float]]:
-    """Train with one method in Lightning and give its curve."""
+    """Train with one method in Lightning, and return its curve."""
     require("lightning", "lightning.pytorch")
     from lightning.pytorch import Callback, Trainer, seed_everything
 
@@ -238,7 +238,7 @@ def run_lightning(method: str, seed: int, options: argparse.Namespace, output: P
 
     own = {**METHODS[method][2], **(options.critic if method == "critic" else {})}
     seed_everything(seed, verbose=False)
-    tokenizer = character_tokenizer() if options.model is None else None  # else that of the model
+    tokenizer = character_tokenizer() if options.model is None else None  # else the model's own
     games: list[Cipher] = []
 
     def new_game() -> Cipher:
@@ -296,12 +296,12 @@ NAMES = {
 
 
 def smoothed(values: list[float], width: int = 10) -> list[float]:
-    """Means of the last `width` points."""
+    """Average the last `width` points at each point."""
     return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
 def interval(values: list[float]) -> str:
-    """Mean and, of several seeds, half the width of its 95 % interval (Student's t)."""
+    """Format the mean and, for several seeds, half the width of its 95 % interval (Student's t)."""
     mean, seeds = statistics.fmean(values), len(values)
     if seeds < 2:
         return f"{mean:.3f}"
@@ -310,13 +310,13 @@ def interval(values: list[float]) -> str:
 
 
 def first_at(curve: list[tuple[int, float]], level: float) -> float:
-    """Tokens after which a smoothed curve first reaches a level; infinite if it does not."""
+    """Return the tokens after which a smoothed curve first reaches a level; infinity if it does not."""
     heights = smoothed([height for _, height in curve])
     return next((tokens for (tokens, _), height in zip(curve, heights, strict=True) if height >= level), float("inf"))
 
 
 def compare(curves: dict[str, list[list[tuple[int, float]]]]) -> list[str]:
-    """Lines that say where each method ends, and when it is where GRPO ends."""
+    """Write a table: end and mean of each method's curve, and when the curve reaches the end of GRPO's."""
     lines = [f"{'method':28} {'end':>15} {'area':>15} {'share of tokens to the end of GRPO':>36}"]
     goals = [smoothed([h for _, h in curve], 20)[-1] for curve in curves.get("grpo", [])]
     for method, runs in curves.items():
@@ -329,7 +329,7 @@ def compare(curves: dict[str, list[list[tuple[int, float]]]]) -> list[str]:
 
 
 def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
-    """Mean curves over the seeds, each seed thin behind its mean."""
+    """Draw the mean curves over the seeds, with a thin line for each seed."""
     figure = new_figure(9, 4.5)
     axes = figure.add_subplot()
     ends: dict[Any, float] = {}
@@ -350,7 +350,7 @@ def draw(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
         f"Cipher: eight turns, a reward after each, most of it luck\n(means of 10 updates{thin})", fontsize=11
     )
     style_axes(axes)
-    # In the order in which the curves end, so that the eye finds each beside its name.
+    # The names are in the order in which the curves end, so that each name is beside its curve.
     lines = sorted(ends, key=lambda line: -ends[line])
     axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=2.6)
     save_png(figure, path)

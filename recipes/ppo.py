@@ -7,7 +7,7 @@
     RECIPE=ppo recipes/launch/single_node.sh --model Qwen/Qwen3-0.6B --output_dir outputs/qwen3-ppo \\
         --learning_rate 1e-6 --max_completion_length 512
 
-Writes the policy, the value model (`value_model/`), `curves.png`, `token_values.html` and `summary.json`.
+The recipe writes the policy, the value model (`value_model/`), `curves.png`, `token_values.html` and `summary.json`.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Config(Defaults, PPOConfig):
 def main() -> None:
     """Parse, warm-start, train, report."""
     parser, script, args = read_options(Config, __doc__)
-    with parser.catching():  # what the user can mend is one line
+    with parser.catching():  # reports mistakes of the user in one line
         tokenizer, items, held_out = load_task(script, args.seed)
         trainer = PPOTrainer(
             load_policy(script, args, items),

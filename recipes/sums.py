@@ -1,10 +1,10 @@
 """Sums and a small model that learns them: the task, its verifier, the model, its warm start and the report.
 
-`mtp_critic.py`, `ppo.py`, `grpo_variants.py` and `lightning_mtp_critic.py` share this file, which runs nothing itself.
+`mtp_critic.py`, `ppo.py`, `grpo_variants.py` and `lightning_mtp_critic.py` share this file, which is not a script.
 
 The task is one of reasoning-gym's, by default sums such as "4+38-15=", and its own verifier gives the reward. The
 small model is a Qwen3 with random weights and a character tokenizer. The warm start shows it worked solutions and
-guesses, so that reinforcement learning has something to choose from. Any other model (`--model`) skips the warm start.
+guesses, so that reinforcement learning can choose between them. Any other model (`--model`) skips the warm start.
 """
 
 import inspect
@@ -115,11 +115,11 @@ class Defaults:
 
 
 def demonstration(entry: dict[str, Any], guesses: float) -> str:
-    """A completion for the warm start: a worked solution, or with probability `guesses` a guess, marked by "~".
+    """Write a completion for the warm start: a worked solution, or with probability `guesses` a guess, marked by "~".
 
-    "4 + 3 - 5" is worked as its running totals, "7 2" (only the answer where the task is no chain of sums), and
-    guessed as, say, "~4". A policy that imitates both guesses too often, and it is for reinforcement learning to find
-    out that working pays.
+    For "4 + 3 - 5" the worked solution has the running totals, "7 2", and a guess is, for example, "~4". If the task
+    is not a chain of sums, the worked solution is the answer alone. A policy that imitates both guesses too often.
+    Reinforcement learning has to find out that worked solutions get more reward.
     """
     dice = random.Random(entry["question"])
     if dice.random() < guesses and re.fullmatch(r"-?\d+", entry["answer"]):
@@ -132,7 +132,7 @@ def demonstration(entry: dict[str, Any], guesses: float) -> str:
 
 
 def task_items(script: Script, **seed_and_size: int) -> Any:
-    """Items of the task.
+    """Make items of the task.
 
     Raises:
         ValueError: If there is no such task, or it does not have these options.
@@ -147,7 +147,7 @@ def task_items(script: Script, **seed_and_size: int) -> Any:
 
 
 def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Dataset]:
-    """Training and held-out items of one distribution; no held-out question is trained on.
+    """Make training and held-out items of one distribution; no held-out question is trained on.
 
     Raises:
         ValueError: If no question is left to train on, or the task is refused.
@@ -164,7 +164,7 @@ def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Data
 
 
 def as_row(entry: dict[str, Any], chat: bool, script: Script) -> dict[str, Any]:
-    """A row for TRL: chat models get a message, the small model only the expression."""
+    """Make a row for TRL: chat models get a message, the small model only the expression."""
     question = entry["question"]
     expression = question.rsplit(": ", 1)[-1]
     row = {"prompt": expression.replace(" ", ""), "question": question, "answer": entry["answer"]}
@@ -183,7 +183,7 @@ def as_row(entry: dict[str, Any], chat: bool, script: Script) -> dict[str, Any]:
 
 
 def make_reward(script: Script) -> Any:
-    """The task's own verifier, on the last number (or else the last line) of the completion."""
+    """Make a reward function: the task's own verifier, on the last number (or else the last line) of a completion."""
     verifier = task_items(script)
 
     def accuracy(completions: list[Any], entry: list[str], **_: Any) -> list[float]:
@@ -196,7 +196,7 @@ def make_reward(script: Script) -> Any:
 
 
 def final_answer(completion: Any) -> str:
-    """The last number of a completion, else its last line."""
+    """Return the last number of a completion, or else its last line."""
     text = completion if isinstance(completion, str) else completion[-1]["content"]
     numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
     return numbers[-1] if numbers else text.strip().rsplit("\n", 1)[-1]
@@ -206,7 +206,7 @@ def final_answer(completion: Any) -> str:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character."""
+    """Make a tokenizer with one token per character."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -217,7 +217,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_model(script: Script, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights."""
+    """Make a Qwen3 with random weights."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=script.hidden_size,
@@ -236,10 +236,10 @@ def small_model(script: Script, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 
 
 def warm_start(script: Script, args: Any, train: Dataset) -> str:
-    """Train the small model on demonstrations, with its heads; returns where it was saved."""
+    """Train the small model on demonstrations, with its heads, and return the folder where it is saved."""
     directory = str(Path(args.output_dir) / "warm_start")
     if args.resume_from_checkpoint and Path(directory, "config.json").is_file():
-        return directory  # done before; the checkpoint has newer weights anyway
+        return directory  # it was done before; the checkpoint has newer weights anyway
     tokenizer = character_tokenizer()
     set_seed(args.seed)
     sft_args = MTPSFTConfig(
@@ -247,7 +247,7 @@ def warm_start(script: Script, args: Any, train: Dataset) -> str:
         max_steps=script.warm_start_steps,
         per_device_train_batch_size=64,
         learning_rate=4e-3,
-        head_learning_rate=getattr(args, "head_learning_rate", 1e-3),  # recipes without heads start alike
+        head_learning_rate=getattr(args, "head_learning_rate", 1e-3),  # recipes without heads have the same warm start
         num_mtp_heads=getattr(args, "num_mtp_heads", 1),
         mtp_head_type=getattr(args, "mtp_head_type", "parallel"),
         lr_scheduler_type="cosine",
@@ -283,7 +283,7 @@ def warm_start(script: Script, args: Any, train: Dataset) -> str:
 
 
 def read_options(config: type, description: str | None) -> tuple[OptionParser, Script, Any]:
-    """Parse the command line of a recipe, and keep hosts from writing what says nothing here.
+    """Parse the command line of a recipe, and turn off progress bars and warnings that do not help the user.
 
     Args:
         config: Dataclass of the trainer's options.
@@ -301,7 +301,7 @@ def read_options(config: type, description: str | None) -> tuple[OptionParser, S
 
 
 def load_task(script: Script, seed: int) -> tuple[Any, Dataset, Dataset]:
-    """Tokenizer of `--model`, training items and held-out items.
+    """Load the tokenizer of `--model`, and make training items and held-out items.
 
     There is no tokenizer without `--model`: the trainer loads the one that the warm start saves.
 
@@ -321,7 +321,7 @@ def load_task(script: Script, seed: int) -> tuple[Any, Dataset, Dataset]:
 
 
 def load_policy(script: Script, args: Any, train: Dataset) -> Any:
-    """The policy to improve: a model or its folder, either that of `--model` or the small one after its warm start."""
+    """Return the policy to improve, a model or a folder: that of `--model`, or the small one after its warm start."""
     if script.model is None:
         announce(
             args,
@@ -340,19 +340,19 @@ def load_policy(script: Script, args: Any, train: Dataset) -> Any:
 
 
 def lora(script: Script) -> LoraConfig | None:
-    """LoRA adapters at all linear layers of the policy, if they are asked for."""
+    """Configure LoRA adapters at all linear layers of the policy, if `--lora_rank` asks for them."""
     rank = script.lora_rank
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
 
 
 # Progress and report
 
-ACCURACY = "eval_rewards/accuracy/mean"  # the task's own score, without what a variant adds to the reward
+ACCURACY = "eval_rewards/accuracy/mean"  # the task's own score, without terms that a variant adds
 VARIANCE = "eval_critic/explained_variance"
 
 
 def announce(args: Any, text: str) -> None:
-    """Say what happens next, in lines that fit a terminal; only the first process speaks."""
+    """Print what happens next, in lines that fit a terminal; only the first process prints."""
     if args.process_index == 0:
         print(f"\n{textwrap.fill(text, 100)}\n", flush=True)
 
@@ -361,7 +361,7 @@ class Column(NamedTuple):
     """A column of the table of progress.
 
     Args:
-        title: Above the column.
+        title: Heading of the column.
         metric: Name in the trainer's log.
         form: Format of its numbers.
     """
@@ -387,12 +387,12 @@ HELD_OUT_CRITIC_COLUMNS = (Column("explained variance (held out)", VARIANCE, ".2
 
 
 class TableProgress(TrainerCallback):
-    """One table of the metrics that matter here, and a bar below it where stderr is a terminal.
+    """Callback that prints a table of the main metrics, with a progress bar below it if stderr is a terminal.
 
     Loggers (`--report_to`) still get all fifty metrics. Lines that go into a file have no control characters.
 
     Args:
-        columns: Of the table, after the step.
+        columns: Columns of the table, after the step.
     """
 
     def __init__(self, columns: Sequence[Column]) -> None:
@@ -412,7 +412,7 @@ class TableProgress(TrainerCallback):
         self.write(f"{'step':>{len(str(state.max_steps))}} of {state.max_steps}", *titles, "min:s", "left")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the line of an earlier step, to which no evaluation will add any more."""
+        """Write the line of an earlier step, since no evaluation will add to it any more."""
         self.flush(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -421,7 +421,7 @@ class TableProgress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Keep what belongs into the table until the step is over."""
+        """Keep the metrics of the table until the step is over."""
         found = {column.metric: logs[column.metric] for column in self.columns if logs and column.metric in logs}
         if found and state.is_world_process_zero:
             self.waiting |= found
@@ -435,7 +435,7 @@ class TableProgress(TrainerCallback):
         self.columns = ()  # evaluations that follow are part of the report
 
     def flush(self, state: Any) -> None:
-        """Write the line that waits, if there is one."""
+        """Write the line that is waiting, if there is one."""
         if not self.waiting:
             return
         found, self.waiting = self.waiting, {}
@@ -456,19 +456,19 @@ class TableProgress(TrainerCallback):
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds."""
+    """Format minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def show_progress(trainer: Any, columns: Sequence[Column]) -> None:
-    """Have a trainer write a table in place of its bars and of its fifty metrics."""
+    """Make a trainer print a table instead of its bars and its fifty metrics."""
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     trainer.add_callback(TableProgress(columns))
 
 
 def improve(trainer: Any, parser: OptionParser, script: Script, args: Any) -> None:
-    """Train the policy, save it, and report: all that follows once a recipe has made its trainer."""
+    """Train the policy, save it, and report: all steps after a recipe has made its trainer."""
     with parser.catching(begun=lambda: trainer.state.global_step > 0):
         train(trainer, script, args)
     trainer.save_model(args.output_dir)  # a stock model and its tokenizer, with heads or a value model beside them
@@ -477,7 +477,7 @@ def improve(trainer: Any, parser: OptionParser, script: Script, args: Any) -> No
 
 
 def train(trainer: Any, script: Script, args: Any) -> None:
-    """Say what reinforcement learning does, and do it."""
+    """Print what reinforcement learning will do, and run it."""
     critic, draws = trainer.critic is not None, getattr(args, "dynamic_sampling", False)
     phase = "Phase 2 of 2, reinforcement" if script.model is None else "Reinforcement"
     judged = "the critic's values say which tokens raised the chance" if critic else "answers to a prompt are compared"
@@ -493,7 +493,7 @@ def train(trainer: Any, script: Script, args: Any) -> None:
 
 
 def report(trainer: Any, script: Script, args: Any) -> dict[str, Any]:
-    """Pictures and a summary of what was reached."""
+    """Write pictures and a summary of the results, and return the summary."""
     history = trainer.state.log_history
     accuracy = [row[ACCURACY] for row in history if ACCURACY in row]
     # Undefined, and left out of the log, where all completions are right or all are wrong.
@@ -526,11 +526,11 @@ def report(trainer: Any, script: Script, args: Any) -> dict[str, Any]:
 
 
 def finish(trainer: Any, script: Script, args: Any) -> None:
-    """Evaluate the trained policy where that is not done yet, save the log, and report on rank 0."""
+    """Evaluate the trained policy if that is not done yet, save the log, and report on rank 0."""
     evaluated = [row["step"] for row in trainer.state.log_history if ACCURACY in row]
-    rollout_is_missing = trainer.critic is not None and not trainer.last_rollout  # where a finished run is resumed
+    rollout_is_missing = trainer.critic is not None and not trainer.last_rollout  # if a finished run is resumed
     if evaluated[-1:] != [trainer.state.global_step] or rollout_is_missing:
-        trainer.evaluate()  # the report is on the last rollout, which shall be of the trained policy on held-out items
+        trainer.evaluate()  # the report shows the last rollout: it must be of the trained policy, on held-out items
     trainer.save_state()
     trainer.create_model_card()
     if not trainer.accelerator.is_main_process:
@@ -543,11 +543,11 @@ def finish(trainer: Any, script: Script, args: Any) -> None:
 
 
 def closing_words(summary: dict[str, Any], held_out: int, output: Path, has_critic: bool) -> str:
-    """Say what was measured, what to open, and what to look for in it.
+    """Write what was measured, which files to open, and what to look for in them.
 
     Args:
-        summary: What [`report`] gave.
-        held_out: Number of items that were measured on.
+        summary: The summary that [`report`] returns.
+        held_out: Number of held-out items.
         output: Folder of the run.
         has_critic: Whether there are values to look at.
     """

@@ -5,13 +5,14 @@
     python recipes/textarena_game.py --game TowerOfHanoi-v0 --max_turn_length 2
     python recipes/textarena_game.py --model Qwen/Qwen3-0.6B --max_turn_length 32 --learning_rate 1e-6
 
-`TextArenaGame` makes a [`~rl_plugins.rollouts.TextEnvironment`] of any game with one player. Where the game measures
-its progress, each turn earns what it adds, so that the turns of a whole game earn in sum what TextArena gives for it.
+`TextArenaGame` makes a [`~rl_plugins.rollouts.TextEnvironment`] of any game with one player. If the game measures its
+progress, the reward of a turn is the progress that the turn adds. The rewards of a whole game then add up to the
+reward that TextArena gives for it.
 
-Without `--model` a small Qwen3 with random weights plays. It has a token for each word that the game says, and reads
-no English. It learns which words are moves, and moves that do well on average. In Guess the Number the outcome is how
-near the last guess was: to guess in the middle is worth .74 without a look at the hints. The run shows that all parts
-fit, and not how good a language model can become. Writes `outcomes.json` and `token_values.html`.
+Without `--model` a small Qwen3 with random weights plays. It has a token for each word of the game, and does not know
+English. It learns which words are moves, and which moves do well on average. In Guess the Number the outcome is the
+closeness of the last guess: a guess in the middle is worth .74 without a look at the hints. The run shows that all
+parts work together, and not how well a language model can play. It writes `outcomes.json` and `token_values.html`.
 
 Some games need downloads (word lists of nltk) or a judge behind an API: Hangman, Wordle, Twenty Questions and others.
 These play offline: GuessTheNumber, Mastermind, TowerOfHanoi, FrozenLake, LightsOut, Minesweeper, Sudoku, 2048, Bandit.
@@ -50,7 +51,7 @@ PLAYER = 0
 
 
 def make_textarena(name: str) -> Any:
-    """A game of TextArena by its name, such as `GuessTheNumber-v0`."""
+    """Make a game of TextArena by its name, such as `GuessTheNumber-v0`."""
     require("textarena", "textarena")
     import textarena
 
@@ -61,15 +62,16 @@ class TextArenaGame:
     """A game of TextArena for one player, as a [`~rl_plugins.rollouts.TextEnvironment`].
 
     Args:
-        name: Of the game.
-        seed: Of its dice. TextArena throws Python's own, which every game here has for itself: the games of a run do
-            not depend on each other or on anything else that is random.
-        max_turns: Turns after which a game that goes on is cut (truncated); by default the game's own limit ends it.
+        name: Name of the game.
+        seed: Seed of the game's random numbers. TextArena uses Python's global generator. Every game here has a state
+            of that generator for itself, so that the games of a run do not depend on each other or on other code.
+        max_turns: Turns after which an unfinished game is cut (truncated); by default only the game's own limit ends
+            it.
         make: Makes the game from its name.
 
     Attributes:
-        outcome: Of the game that was played last: TextArena's reward, or the progress so far.
-        moves: Turns of that game.
+        outcome: Outcome of the last game: TextArena's reward, or the progress so far.
+        moves: Number of turns of that game.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class TextArenaGame:
         self.dice = random.Random(seed).getstate()
         with self._own_dice():
             self.game = make(name)
-        # TextArena's wrappers repeat all that was said; the game inside gives what is new.
+        # TextArena's wrappers repeat all messages; the game inside them returns only the new ones.
         self.inside = self.game
         while "env" in vars(self.inside):
             self.inside = self.inside.env
@@ -88,7 +90,7 @@ class TextArenaGame:
 
     @contextmanager
     def _own_dice(self) -> Iterator[None]:
-        """Throw the game's dice inside the block, and leave everybody else's as they are."""
+        """Use the game's random state inside the block, and restore that of all other code afterwards."""
         others = random.getstate()
         random.setstate(self.dice)
         try:
@@ -98,7 +100,7 @@ class TextArenaGame:
             random.setstate(others)
 
     def _news(self) -> str:
-        """Words of the game since this was last asked; the player's own words are no news."""
+        """Return the messages of the game since the last call, without those of the player."""
         _, messages = self.inside.get_observation()
         said = [str(text) for speaker, text, *_ in messages if speaker != PLAYER]
         return "\n" + "\n".join(said) + "\n"
@@ -111,7 +113,7 @@ class TextArenaGame:
             return self._news()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Make a move. The turn limit is a rule of the game and ends it, `max_turns` cuts it."""
+        """Make a move. The game's own turn limit is a rule that ends the game; `max_turns` cuts the game."""
         with self._own_dice():
             over, _ = self.game.step(action)
             self.moves += 1
@@ -126,7 +128,7 @@ class TextArenaGame:
 
 
 def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each word or run of signs in some texts."""
+    """Make a tokenizer with one token for each word, and for each group of punctuation marks, in some texts."""
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -137,7 +139,7 @@ def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights."""
+    """Make a Qwen3 with random weights."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -157,7 +159,7 @@ def small_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def overheard(game: TextArenaGame, games: int = 20) -> list[str]:
-    """Texts of a game with somebody who answers with words that it has said."""
+    """Play games with random words, mostly from their own messages, and return the texts of the games."""
     chance, texts = random.Random(0), [str(number) for number in range(21)]
     for _ in range(games):
         texts.append(game.reset())
@@ -170,19 +172,19 @@ def overheard(game: TextArenaGame, games: int = 20) -> list[str]:
 
 
 class Outcomes(TrainerCallback):
-    """Mean outcome of the games of each rollout."""
+    """Callback that records the mean outcome of the games of each rollout."""
 
     def __init__(self, games: list[TextArenaGame]) -> None:
         self.games = games
         self.points: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note how the games just played ended."""
+        """Record the mean outcome of the games just played."""
         self.points.append(statistics.fmean(game.outcome for game in self.games))
 
 
 def main() -> None:
-    """Train, and say how the games ended at first and at last."""
+    """Train, and report the outcomes of the games at the beginning and at the end."""
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--game", default="GuessTheNumber-v0")
     parser.add_argument("--model", help="path or hub id; a small new model by default")
@@ -248,7 +250,7 @@ def main() -> None:
 
 
 def report(trainer: MTPCriticTrainer, tokenizer: Any, outcomes: list[float], options: argparse.Namespace) -> None:
-    """Write outcomes and token values, and say how the games of this process ended at first and at last."""
+    """Write outcomes and token values, and print this process's mean outcomes at the beginning and at the end."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "outcomes.json").write_text(json.dumps(outcomes))
     write_token_values_html(

@@ -9,7 +9,7 @@ from rl_plugins import __version__
 from rl_plugins.known_warnings import ignore_known_warnings
 from rl_plugins.usage import OneLineErrors, one_line_errors
 
-# Named here without their trainers: `rl-plugins --help` should not wait for torch.
+# The names are here, without imports of the trainers, so that `rl-plugins --help` does not wait for torch.
 COMMANDS = {
     "mtp-critic": "train a policy with a critic inside it (the arguments of `trl grpo`, and those of the critic)",
     "grpo-variant": "train with a variant of GRPO, such as --preset dapo (those of `trl grpo`, and the variants')",
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
-    # The command parses what follows its name.
+    # The command parses the arguments after its name.
     command = parser.parse_args(argv[:1]).command
     prog = f"rl-plugins {command}"
     if command == "plot":
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
         return plot_command.main(argv[1:], prog=prog)
     ignore_known_warnings()
-    with one_line_errors(prog):  # where an extra is missing
+    with one_line_errors(prog):  # an extra may be missing
         from rl_plugins.trl.scripts import online
     online.main(command, argv[1:], prog=prog)
 

@@ -1,4 +1,4 @@
-"""Optional dependencies: which extra of the package brings them."""
+"""Optional dependencies, and the extras of the package that install them."""
 
 from importlib import import_module
 
@@ -7,11 +7,11 @@ def require(extra: str, *modules: str) -> None:
     """Import modules that an extra of the package installs.
 
     Args:
-        extra: Of `rl-plugins`.
-        modules: What to import.
+        extra: Name of the extra of `rl-plugins`.
+        modules: Names of the modules.
 
     Raises:
-        ImportError: If one is missing; the message says what to install.
+        ImportError: If a module is missing; the message says what to install.
     """
     for name in modules:
         try:

@@ -1,7 +1,7 @@
-"""A table of what we lean on in other libraries beyond their documented interface, and the check of that table.
+"""A table of hooks, which are the undocumented parts of other libraries that we use, and the check of this table.
 
-A release of TRL, transformers or Lightning fits as long as these hooks do, whatever its number. The import of a
-package of ours checks what the whole package needs, and the first use of a feature what that feature needs.
+A release of TRL, transformers or Lightning fits as long as its hooks do, whatever its number. The import of one of our
+packages checks the hooks that the whole package needs. The first use of a feature checks the hooks of that feature.
 """
 
 import importlib
@@ -44,7 +44,7 @@ TURN_OFF = {
     OFF_POLICY_MASK: "leave off_policy_mask_threshold at None",
     TOP_ENTROPY: "leave top_entropy_quantile at 1.0",
 }
-"""Settings that do without a feature."""
+"""Settings that avoid a feature, for the message about its hooks."""
 
 PRESENT = "is there"
 
@@ -53,11 +53,11 @@ class Hook(NamedTuple):
     """One name that we call, override or read.
 
     Args:
-        target: Its dotted path, from the module that we import it from.
-        parameters: Names that we pass or take, in order. Behind `*` they are passed by keyword, so that their order
-            does not matter; `a|b` is either name; with `...` at the end the library may add parameters that must be
-            given, since we pass on what we get. `PRESENT` where only presence matters, which for an attribute that a
-            class gives its objects means that its code mentions it.
+        target: Dotted path of the name, from the module that we import it from.
+        parameters: Names of parameters that we pass or take, in order. Parameters after `*` are passed by keyword, so
+            their order does not matter. `a|b` means either name. With `...` at the end the library may add parameters
+            that must be given, since we pass on all that we get. `PRESENT` if the name only has to exist. For an
+            attribute that a class sets on its objects, this means that the code of the class mentions it.
     """
 
     target: str
@@ -88,7 +88,7 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
             for kind in ("causal_mask", "sliding_window_causal_mask", "chunked_causal_mask")
         ),
     ),
-    # Of MtpLayer the names of its parts, which those of ours are on disk.
+    # Our layers are saved under the names of MtpLayer's parts.
     RELEASED_HEADS: (
         Hook("transformers.modeling_layers.MtpLayer.mtp_block"),
         Hook("transformers.modeling_layers.MtpLayer.post_norm"),
@@ -204,14 +204,14 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
     ),
     VLLM: (Hook("trl.generation.vllm_generation.VLLMGeneration._iter_named_params", ""),),
     "rl_plugins.trl.scripts": (Hook("trl.scripts.grpo.GRPOScriptArguments"),),
-    # Documented in Lightning, but easy to overlook: a loader with `state_dict` and `load_state_dict` is resumed in the
-    # middle of an epoch; a `val_dataloader` that is None counts as not defined; `configure_callbacks` of a module
-    # replaces callbacks of the same class in the Trainer, so ours brings none where there is one.
+    # We also use parts of Lightning that are documented, but easy to overlook: a loader with `state_dict` and
+    # `load_state_dict` is resumed in the middle of an epoch; a `val_dataloader` that is None counts as not defined;
+    # callbacks of `configure_callbacks` of a module replace those of the same class in the Trainer.
     "rl_plugins.lightning": (
-        # None where `trainer` raises: our modules can be used without a Trainer.
+        # `_trainer` is None where `trainer` raises an error: our modules can be used without a Trainer.
         Hook("lightning.pytorch.LightningModule._trainer"),
         Hook("lightning.pytorch.core.optimizer.LightningOptimizer"),
-        # rl_plugins/lightning/accumulation.py looks ahead in what the loop fetches: `(batch, index, loader)`.
+        # rl_plugins/lightning/accumulation.py looks ahead in the items of the loop: `(batch, index, loader)`.
         Hook("lightning.pytorch.LightningModule._on_before_batch_transfer", "batch, dataloader_idx"),
         Hook("lightning.pytorch.loops.fit_loop._FitLoop._data_fetcher"),
         Hook("lightning.pytorch.loops.fit_loop._FitLoop._should_accumulate", ""),
@@ -227,21 +227,21 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         Hook("lightning.pytorch.strategies.Strategy.setup_environment", ""),
         Hook("lightning.fabric.utilities.seed.reset_seed", ""),
     ),
-    # It puts a checkpoint's settings over those given on the command line.
+    # This method overwrites settings of the command line by those of the checkpoint; the recipe replaces it.
     "recipes/lightning_classic.py": (Hook("lightning.pytorch.cli.LightningCLI._parse_ckpt_path", ""),),
 }
-"""The hooks of each package, which its import checks, and of each feature, which its first use checks."""
+"""Hooks of each package, which its import checks, and hooks of each feature, which its first use checks."""
 
 
 @cache
 def require_hooks(user: str) -> None:
-    """Check that the installed libraries have what a package or a feature of ours leans on.
+    """Check that the installed libraries have the hooks that a package or a feature of ours needs.
 
     Args:
         user: A key of `HOOKS`.
 
     Raises:
-        ImportError: Naming each hook that has changed, the release it has changed in, and what to do.
+        ImportError: If a hook has changed. The message names each of them, the installed release, and what to do.
     """
     changes = list(changed_hooks(HOOKS[user]))
     if not changes:
@@ -261,7 +261,7 @@ def require_hooks(user: str) -> None:
 
 
 def changed_hooks(hooks: tuple[Hook, ...]) -> Iterator[tuple[Hook, str]]:
-    """Hooks that are not as we need them, each with what has changed about it."""
+    """Yield the hooks that are not as we need them, each with a description of the change."""
     for hook in hooks:
         change = _change(hook)
         if change is not None:
@@ -292,14 +292,14 @@ def _change(hook: Hook) -> str | None:
 
 
 def _absence(target: str, error: Exception) -> str:
-    """Why a name was not found: itself, or what its module imports."""
+    """Say why a name was not found: it is gone, or its module cannot be imported."""
     if isinstance(error, ImportError) and not f"{target}.".startswith(f"{error.name}."):
         return f"cannot be imported ({error})"
     return "is gone"
 
 
 def _resolve(path: str) -> Any:
-    """The object that a dotted path names."""
+    """Return the object that a dotted path names."""
     names = path.split(".")
     found: Any = importlib.import_module(names[0])
     for i, name in enumerate(names[1:], start=2):
@@ -312,7 +312,7 @@ def _resolve(path: str) -> Any:
 
 
 def _belongs_to_objects(owner: type, name: str) -> bool:
-    """Whether the code of a class, or of those that it extends, mentions an attribute."""
+    """Return whether the code of a class, or of its base classes, mentions an attribute."""
     for base in owner.__mro__:
         functions = (inspect.unwrap(member) for member in vars(base).values() if inspect.isfunction(member))
         if any(name in code for function in functions for code in _names(function.__code__)):
@@ -321,7 +321,7 @@ def _belongs_to_objects(owner: type, name: str) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[tuple[str, ...]]:
-    """The names in a function's code, and in that of the functions inside it."""
+    """Yield the names in a function's code, and in the code of the functions inside it."""
     yield code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -329,7 +329,7 @@ def _names(code: CodeType) -> Iterator[tuple[str, ...]]:
 
 
 def _parameter_change(expected: str, takes: list[inspect.Parameter]) -> str | None:
-    """Why a function with certain parameters cannot be called, or overridden, as a row of the table says."""
+    """Say why we cannot call or override a function with these parameters as expected; `None` if we can."""
     wanted = [name for name in expected.split(", ") if name]
     passes_on = "..." in wanted
     first = [name for name in wanted if name != "..."]

@@ -1,8 +1,8 @@
 """Warnings and log lines of host libraries that no user of this package can act on, and one function that hides them.
 
 Each entry hides one message of one category. Nothing is hidden at import: the configs of our trainers call
-[`ignore_known_warnings`] when they are made, and commands and recipes when they start. The filters stand behind all
-others, so that a filter of the user's own, such as `python -W error` or `warnings.filterwarnings(...)`, comes first.
+[`ignore_known_warnings`] when they are made, and commands and recipes call it when they start. The filters are added
+after all others, so a filter of the user, such as `python -W error` or `warnings.filterwarnings(...)`, comes first.
 """
 
 import logging
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 
 class KnownWarning(NamedTuple):
-    """A warning that says nothing to the user of this package.
+    """A warning that a user of this package cannot act on.
 
     Args:
-        message: Regular expression that its beginning matches.
-        category: Its class.
+        message: Regular expression that matches the beginning of the message.
+        category: Class of the warning.
         reason: Says why the user cannot act on it.
     """
 
@@ -55,12 +55,12 @@ KNOWN_WARNINGS = (
 """Warnings that [`ignore_known_warnings`] hides."""
 
 KNOWN_LOG_LINES = {"DeepSpeed": r"Setting accelerator to CPU"}
-"""Messages by the name of their logger: accelerate imports DeepSpeed where it is installed, whether it is used or not,
-and DeepSpeed then says that it has found no GPU."""
+"""Messages to hide, by the name of their logger. If DeepSpeed is installed, accelerate imports it even when it is not
+used, and DeepSpeed then logs that it has found no GPU."""
 
 
 class _WithoutKnownLines(logging.Filter):
-    """Drops the messages that begin with a pattern."""
+    """Filter that drops the messages whose beginning matches a pattern."""
 
     def __init__(self, pattern: str) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class _WithoutKnownLines(logging.Filter):
 def ignore_known_warnings() -> None:
     """Hide the warnings of [`KNOWN_WARNINGS`] and the lines of [`KNOWN_LOG_LINES`] for the rest of the process.
 
-    Filters of the user's own stay in front, and a second call adds nothing.
+    Filters of the user still come first, and a second call adds nothing.
     """
     for known in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", known.message, known.category, append=True)

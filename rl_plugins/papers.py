@@ -1,4 +1,4 @@
-"""Papers behind the methods, in one table that model cards cite from; docs/papers.md compares our code with them."""
+"""Papers behind the methods, in a table from which model cards cite; docs/papers.md compares our code with them."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Paper(NamedTuple):
         """Make the entry of a bibliography.
 
         Args:
-            key: By which texts cite it.
+            key: Key by which texts cite the paper.
         """
         journal = self.venue or f"arXiv preprint arXiv:{self.arxiv}"
         fields = {
@@ -237,14 +237,14 @@ PAPERS: dict[str, Paper] = {
         "2505.11821",
     ),
 }
-"""Papers by the key under which a bibliography has them."""
+"""Papers by their key in a bibliography."""
 
 
 class NamedMethod(NamedTuple):
     """A method as its paper calls it.
 
     Args:
-        name: For people to read.
+        name: Name for readers.
         papers: Keys of `PAPERS`; the first one introduced it.
     """
 
@@ -287,4 +287,4 @@ PRESET_METHODS: dict[str, NamedMethod] = {
     "mt_grpo": NamedMethod("MT-GRPO", ("mt_grpo", "grpo")),
     "vpg": NamedMethod("REINFORCE with a learned baseline", ("reinforce",)),
 }
-"""Methods by the preset of `GRPOVariantConfig` or `PPOConfig` that has their settings."""
+"""Methods by the name of the preset, in `GRPOVariantConfig` or `PPOConfig`, that has their settings."""

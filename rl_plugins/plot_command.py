@@ -1,4 +1,4 @@
-"""`rl-plugins plot RUN...`: learning curves from the files that runs leave, without training anything."""
+"""`rl-plugins plot RUN...`: draw learning curves from the logs that runs have written, without training anything."""
 
 import argparse
 import sys
@@ -30,7 +30,7 @@ which runs become one line:
 
 
 def make_parser(prog: str = "rl-plugins plot") -> argparse.ArgumentParser:
-    """The parser of the command."""
+    """Make the parser of the command."""
     parser = OneLineErrors(
         prog=prog,
         description=DESCRIPTION,
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "rl-plugins plot") -> No
         settings = group_runs(options.runs, names)
         _refuse_doubles(options.runs)
         _refuse_unknown(options.metrics or [], settings, options.runs)
-        # torch comes with these, and mistakes should not wait for it.
+        # This import loads torch, which takes time; mistakes are reported before it.
         from rl_plugins.report.curves import DEFAULT_PANELS, EVALUATION_PANELS, panel_of, plot_training_curves
 
         panels = [panel_of(key) for key in options.metrics or []] or (*EVALUATION_PANELS, *DEFAULT_PANELS)
@@ -122,7 +122,7 @@ def _refuse_unknown(metrics: Sequence[str], settings: dict[str, list[RunLog]], r
 
 
 def _tell_ends(runs: Sequence[str], logs: Sequence[RunLog]) -> None:
-    """Warn of runs that ended before the others of their setting: so does their mean."""
+    """Warn of runs that ended before the others of their setting, since the mean ends there as well."""
     ends = [max(int(row["step"]) for row in log) for log in logs]
     for run, end in zip(runs, ends, strict=True):
         if end < max(ends):

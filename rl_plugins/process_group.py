@@ -4,8 +4,8 @@ from torch import Tensor, distributed
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum a tensor over the ranks of the default process group, without gradient; `x` is left alone, and returned
-    where there is no group."""
+    """Sum a tensor over the ranks of the default process group, without gradient. `x` itself is not changed; it is
+    returned if there is no group."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return x
     total = x.detach().clone()
@@ -14,10 +14,10 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def end_process_group() -> None:
-    """Wait for all ranks, then end the process group, if there is one: the last call of a script.
+    """Wait for all ranks, then end the process group, if there is one. Make this the last call of a script.
 
-    A process that leaves without it may abort, whereupon the launcher kills the other ranks, which may still write
-    their report.
+    A process that exits without this call may abort. The launcher then kills the other ranks, which may still be
+    writing their report.
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()

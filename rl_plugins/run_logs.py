@@ -1,6 +1,6 @@
-"""Logs of training runs, read from their files, and put together where only the seed differs.
+"""Logs of training runs, read from files, and grouped where only the seed differs.
 
-The file needs nothing besides the standard library, so that the command line answers at once.
+This file imports nothing but the standard library, so that the command line answers at once.
 """
 
 import csv
@@ -20,12 +20,12 @@ def find_log(run: str | Path) -> Path:
     """Find the log of a run.
 
     Args:
-        run: The log itself, a `trainer_state.json` of TRL or a `metrics.csv` of Lightning; or a folder with one, an
-            `output_dir` with checkpoints, of which the last counts, or Lightning's folder with `version_N` inside, of
-            which the last counts as well.
+        run: The log itself, a `trainer_state.json` of TRL or a `metrics.csv` of Lightning; or a folder with a log. In
+            an `output_dir` with checkpoints the last checkpoint counts, and in a folder of Lightning the last
+            `version_N`.
 
     Raises:
-        FileNotFoundError: There is none; the message says who writes one.
+        FileNotFoundError: There is no log; the message says how logs are written.
     """
     run = Path(run)
     if run.is_file():
@@ -72,10 +72,10 @@ def _read_csv(path: Path) -> RunLog:
 
 
 def label_runs(runs: Sequence[str | Path]) -> list[str]:
-    """Name the setting of each run by its path, without the seed: runs of equal names differ in nothing else.
+    """Name the setting of each run by its path without the seed: runs with equal names differ in the seed only.
 
-    `seed1`, `seed_1`, `seed-1` and `seed=1` are left out of the names of folders, and folders whose name is a number.
-    So are the folders that all runs have in common.
+    Parts such as `seed1`, `seed_1`, `seed-1` and `seed=1` are left out of the names of folders. Folders whose name is
+    a number, and folders that all runs have in common, are left out as a whole.
     """
     paths = [
         [SEED.sub("", part).strip("-_.=") for part in Path(run).resolve().parts if not NO_NAMES.fullmatch(part)]
@@ -89,18 +89,18 @@ def label_runs(runs: Sequence[str | Path]) -> list[str]:
 
 
 def group_runs(runs: Sequence[str | Path], labels: Sequence[str] | None = None) -> dict[str, list[RunLog]]:
-    """Read runs and put together those of one setting, for `plot_training_curves`.
+    """Read runs and group them by setting, for `plot_training_curves`.
 
     Args:
         runs: Files or folders, as for `find_log`.
-        labels: Name of each run's setting; by default `label_runs` makes them of the paths.
+        labels: Name of each run's setting; by default `label_runs` makes the names from the paths.
 
     Returns:
         Name of a setting -> logs of its runs, in the order of `runs`.
 
     Raises:
         FileNotFoundError: A run has no log.
-        ValueError: A log cannot be read, or `labels` are not as many as `runs`.
+        ValueError: A log cannot be read, or `labels` and `runs` are not equally many.
     """
     names = label_runs(runs) if labels is None else list(labels)
     if len(names) != len(runs):

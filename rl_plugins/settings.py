@@ -1,4 +1,4 @@
-"""Numbers among settings: those that arrive as text become numbers, and what is no number is refused."""
+"""Checks of settings that must be numbers: text that spells a number is converted, and anything else is refused."""
 
 import inspect
 import types
@@ -10,16 +10,16 @@ NUMERIC = {int, float, type(None)}
 
 
 def as_number(name: str, value: Any, *, whole: bool = False) -> Any:
-    """A setting as a number; text such as `"1e-3"`, which YAML 1.1 reads that way, is converted.
+    """Return a setting as a number; text is converted, since YAML 1.1 reads `1e-3` as text.
 
     Args:
-        name: Of the setting.
+        name: Name of the setting, for the message.
         value: A number, or text.
-        whole: Whether it has to be an integer, which 2.0 is, too.
+        whole: Whether the number has to be an integer; 2.0 counts as one.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it has to be an integer and is not.
+        TypeError: If the value is not a number.
+        ValueError: If the number has to be an integer and is not.
     """
     number = value
     if isinstance(value, str):
@@ -36,10 +36,10 @@ def as_number(name: str, value: Any, *, whole: bool = False) -> Any:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Refuse a setting that is no number.
+    """Refuse a setting that is not a number.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If the setting is not a number.
     """
     if isinstance(value, str):
         raise TypeError(
@@ -53,7 +53,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def with_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a function, with numbers in place of text that is one."""
+    """Return the options of a function, with numbers in place of text that spells a number."""
     return {name: _read(value) if isinstance(value, str) else value for name, value in options.items()}
 
 
@@ -67,11 +67,11 @@ def _read(text: str) -> Any:
 
 
 def settle_numbers(config: Any) -> None:
-    """Make numbers of the numeric fields of a dataclass that hold text, and refuse what is no number.
+    """Convert text in the numeric fields of a dataclass to numbers, and refuse any other text.
 
     Raises:
-        TypeError: Naming the first field that holds no number.
-        ValueError: Naming the first integer field that holds a fraction.
+        TypeError: If a numeric field holds no number; the message names the field.
+        ValueError: If an integer field holds a fraction; the message names the field.
     """
     hints = get_type_hints(type(config))
     for field in fields(config):
@@ -93,5 +93,5 @@ def _kinds(hint: Any) -> set[Any]:
 
 
 def keyword_names(function: Callable[..., Any]) -> list[str]:
-    """Names of the keyword-only parameters of a function, which are its options."""
+    """Return the names of the keyword-only parameters of a function, which are its options."""
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]

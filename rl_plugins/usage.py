@@ -1,4 +1,4 @@
-"""Mistakes in what a user gives to a command: one line on stderr and exit status 2. Bugs show their traceback."""
+"""Errors of commands: wrong input becomes one line on stderr and exit status 2, and a bug shows its traceback."""
 
 import argparse
 import builtins
@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import NoReturn
 
 MISTAKE = 2
-"""Exit status of a command that was called wrongly, as argparse has it."""
+"""Exit status of a command that was called wrongly, as in argparse."""
 MEANT_FOR_USERS = (ValueError, TypeError, ImportError, NotImplementedError)
 """Built-in errors that libraries raise to say what is wrong with their input."""
 _RAISE = dis.opmap["RAISE_VARARGS"]
@@ -33,7 +33,7 @@ def exit_with(prog: str, message: object) -> NoReturn:
 
 
 class OneLineErrors(argparse.ArgumentParser):
-    """A parser whose errors are one line: the usage of four hundred options would push the message off the screen."""
+    """Parser whose errors are one line: the usage of four hundred options would push the message off the screen."""
 
     def error(self, message: str) -> NoReturn:
         """Write the message and leave with status 2."""
@@ -51,8 +51,8 @@ def one_line_errors(
         show_traceback: Leave all errors as they are.
         users_code: Names of modules that the user wrote. An error that comes out of them is the user's bug, and its
             traceback shows where.
-        begun: Says whether the work proper has begun. From then on the input has shown that it works, and every error
-            keeps its traceback.
+        begun: Returns whether the actual work has begun. The input has then shown that it works, and every error keeps
+            its traceback.
     """
     try:
         yield
@@ -63,14 +63,15 @@ def one_line_errors(
 
 
 def is_mistake(error: Exception, users_code: Collection[str] = ()) -> bool:
-    """Say whether an error tells what is wrong with the input, and is no accident of the code.
+    """Return whether an error says what is wrong with the input, and is not a bug in the code.
 
-    Errors of the operating system are about files and networks. An error class of a library, say for a broken file, is
-    made to be read. A built-in error counts if a `raise` statement raised it, in ours or in a library; the same class
-    from an operation that failed, such as adding a number to a text, is a bug.
+    Errors of the operating system count as wrong input, since they are about files and networks. Errors of a class
+    that a library defines, for example for a broken file, count as well. A built-in error counts if a `raise`
+    statement raised it, in our code or in a library. If an operation failed, such as adding a number to a text, the
+    error is a bug.
 
     Args:
-        error: With its traceback.
+        error: The error with its traceback.
         users_code: Names of modules whose errors always count as bugs.
     """
     frames = list(_frames(error.__traceback__))
@@ -92,5 +93,5 @@ def _frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
 
 
 def _was_raised_on_purpose(innermost: TracebackType) -> bool:
-    """Whether the frame that an error comes from was executing a `raise` statement."""
+    """Return whether the frame that an error comes from was executing a `raise` statement."""
     return innermost.tb_frame.f_code.co_code[innermost.tb_lasti] == _RAISE

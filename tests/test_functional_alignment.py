@@ -89,6 +89,8 @@ def test_value_after_the_last_token_by_hand() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 0, 1], [0, 0, 0]])
     assert value_after(values, mask).tolist() == [4.0, 2.0, 4.0, 1.0]
     assert torch.equal(value_after(values, mask.bool()), value_after(values, mask))
+    with pytest.raises(ValueError, match="one more column"):
+        value_after(values[:, 1:], mask)
 
 
 def test_head_targets_by_hand() -> None:

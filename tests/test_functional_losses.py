@@ -67,6 +67,8 @@ def test_value_losses_refuse_to_broadcast() -> None:
             call()
     with pytest.raises(ValueError, match="clip_range"):
         clipped_squared_error(single, single, single, clip_range=0.0)
+    with pytest.raises(ValueError, match="delta=-1"):
+        huber(single, single, delta=-1.0)
 
 
 def test_vanilla() -> None:

@@ -366,6 +366,18 @@ def test_phimoe_needs_its_scoring_told_for_a_loss() -> None:
     assert "moe/bias_range" not in metrics
 
 
+def test_a_router_of_unknown_scoring_is_refused_before_any_router_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_moe_model("ernie4_5_moe")
+    routers = find_routers(model)
+    for router in routers:
+        router.stored_bias.requires_grad_(True)  # as `from_pretrained` leaves them
+    last = routers[-1].module
+    monkeypatch.setattr("rl_plugins.moe.routers._scoring", lambda module: None if module is last else "softmax")
+    with pytest.raises(ValueError, match="scoring='softmax'"):
+        RouterBalancer(model, BalancingConfig(rate=0.1, rule="quantile"))
+    assert len(routers) == 2 and all(router.stored_bias.requires_grad for router in routers)
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [

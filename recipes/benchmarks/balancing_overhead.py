@@ -3,14 +3,14 @@
     python recipes/benchmarks/balancing_overhead.py --json outputs/balancing_overhead.json
 
 Two copies of a randomly initialised model with the same weights take the same batches: forward, backward, AdamW. They
-take turns (A B B A ...), so that both share what else the machine does. `loss_free` counts the load and moves the
+take turns (A B B A ...), so that other work of the machine slows both. `loss_free` counts the load and moves the
 bias; `aux` adds the gradient of the auxiliary loss.
 
     step    median time of a step over that of the plain copy
-    inside  share of a step that is spent in the balancer's own code (its hooks and `update`), timed directly: steps
-            differ from each other by more than what is to be measured
+    inside  share of a step that is spent in the balancer's own code (its hooks and `update`). It is timed directly,
+            because the times of steps differ from each other by more than this share
 
-Goal: counting and update at most 2 % of a step.
+Goal: counting and update take at most 2 % of a step.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
 
 
 class Clock:
-    """Seconds spent in functions that it has been put around."""
+    """Clock that adds up the seconds of the functions that it wraps."""
 
     def __init__(self, device: str) -> None:
         self.seconds, self.device = 0.0, device

@@ -1,16 +1,16 @@
-"""Classic agents on CartPole-v1: what they reach, and how fast, beside Stable-Baselines3's with the same settings.
+"""Compare returns and speed of the classic agents on CartPole-v1 with those of Stable-Baselines3, at equal settings.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/classic.py --seeds 0 1 2 3 4
     OMP_NUM_THREADS=1 python recipes/benchmarks/classic.py --speed_only --agents dqn a2c ppo trpo
 
-The settings are those of `recipes/classic/`, and Stable-Baselines3's (TRPO: sb3_contrib's) agent is built from ours,
-so that the two cannot differ. For every seed ours and theirs are trained one after the other in one process and one
-thread, in turns as to who is first. Timed are `Trainer.fit` and `learn`, by the clock and by CPU time, which others on
-the machine disturb less; ratios are taken within a pair. The return is the mean of `--episodes` episodes of the
-deterministic policy at the end, not of the best one on the way.
+The settings are those of `recipes/classic/`. The agent of Stable-Baselines3 (for TRPO, of sb3_contrib) is built from
+the settings of ours, so that the two cannot differ. For every seed ours and theirs are trained one after the other in
+one process and one thread, and take turns in being first. The benchmark times `Trainer.fit` and `learn`, by the clock
+and by CPU time, which depends less on other work of the machine. Ratios are taken within a pair. The return is the
+mean of `--episodes` episodes of the deterministic policy at the end, not of the best policy during training.
 
-With `--json` pairs are written as they are done, and those that the file has already are not run again. `--plot` draws
-the learning curves of ours.
+With `--json` every pair is written to the file when it is done, and pairs that the file has already are not run again.
+`--plot` draws the learning curves of our agents.
 """
 
 import argparse
@@ -50,11 +50,11 @@ POINTS = 100  # of a learning curve
 SPEED_SHARE = 5  # --speed_only takes a fifth of the steps
 
 
-# Stable-Baselines3's agents, from our settings.
+# Stable-Baselines3's agents, made from our settings.
 
 
 def their_dqn(settings: DQNSettings, **common: Any) -> BaseAlgorithm:
-    """Their target is copied by environment steps, ours by updates: here, both once per iteration."""
+    """Make DQN. It copies its target by environment steps, and ours by updates: here, both copy once per iteration."""
     assert settings.target_period == settings.gradient_steps and not settings.double_q and settings.tau is None
     return DQN(
         learning_rate=settings.learning_rate,
@@ -128,14 +128,14 @@ THEIRS: dict[str, Callable[..., BaseAlgorithm]] = {
     "ppo": their_ppo,
     "trpo": their_trpo,
 }
-"""REINFORCE, QAC and off-policy actor-critic have no counterpart there."""
+"""Agents of Stable-Baselines3, which has none for REINFORCE, QAC and off-policy actor-critic."""
 
 
 # Training.
 
 
 class Stopwatch:
-    """Seconds of a block, by the clock and of this process."""
+    """Seconds of a block, by the clock and by CPU time of this process."""
 
     def __enter__(self) -> "Stopwatch":
         self.start = time.perf_counter(), time.process_time()
@@ -147,20 +147,20 @@ class Stopwatch:
 
 
 class Curve(Callback):
-    """Environment steps and the mean return of the last 100 episodes, now and then."""
+    """Callback that records environment steps and the mean return of the last 100 episodes, now and then."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take a point."""
+        """Record a point, if there have been enough steps since the last one."""
         runner, last = pl_module.runner, self.points[-1][0] if self.points else 0
         if runner.returns and runner.steps - last >= pl_module.settings.total_steps / POINTS:
             self.points.append((runner.steps, round(float(np.mean(runner.returns)), 2)))
 
 
 def make_ours(agent: str, seed: int, steps: int | None = None) -> Agent:
-    """The agent of a file in `recipes/classic/`."""
+    """Make the agent of a file in `recipes/classic/`."""
     config = yaml.safe_load((CONFIGS / f"{agent}.yaml").read_text())["model"]
     config["init_args"] |= {"env": ENV, "seed": seed}
     if steps is not None:
@@ -171,7 +171,7 @@ def make_ours(agent: str, seed: int, steps: int | None = None) -> Agent:
 
 
 def make_theirs(agent: str, ours: Agent) -> BaseAlgorithm:
-    """Stable-Baselines3's agent with the settings of ours."""
+    """Make Stable-Baselines3's agent with the settings of ours."""
     envs = make_vec_env(ENV, n_envs=ours.settings.num_envs, seed=ours.seed)
     common = {"policy": "MlpPolicy", "env": envs, "gamma": ours.settings.gamma, "seed": ours.seed, "device": "cpu"}
     return THEIRS[agent](ours.settings, **common)
@@ -210,7 +210,7 @@ def train_theirs(model: BaseAlgorithm, steps: int, episodes: int) -> dict[str, A
 
 
 def run_pair(agent: str, seed: int, steps: int | None, episodes: int) -> dict[str, Any]:
-    """Ours and theirs with one seed; the odd seeds begin with theirs."""
+    """Run ours and theirs with one seed; the odd seeds begin with theirs."""
     ours = make_ours(agent, seed, steps)
     runs = {"ours": lambda: train_ours(ours, episodes)}
     if agent in THEIRS:
@@ -224,12 +224,12 @@ def run_pair(agent: str, seed: int, steps: int | None, episodes: int) -> dict[st
 
 
 def speed(run: dict[str, Any], clock: str = "seconds") -> float:
-    """Environment steps per second."""
+    """Compute environment steps per second."""
     return float(run["env_steps"] / run[clock])
 
 
 def summarise(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per agent: returns of all seeds, medians of the speeds, and their ratios within each pair."""
+    """Make one row per agent: returns of all seeds, medians of the speeds, and their ratios within each pair."""
     rows = []
     for agent in dict.fromkeys(pair["agent"] for pair in pairs):
         mine = [pair for pair in pairs if pair["agent"] == agent]
@@ -261,7 +261,7 @@ def _ratios(values: list[float]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows, as Markdown."""
+    """Format the rows as Markdown."""
     lines = [
         "| agent | env steps | goal | return, ours: median (range), seeds at the goal | SB3's | zoo's "
         "| steps/s, ours | SB3's | ratio (range) | of CPU time |",
@@ -285,7 +285,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """Targets that were missed."""
+    """List the goals that were missed."""
     missed = []
     for row in rows:
         returns = row["ours_returns"]
@@ -299,7 +299,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(pairs: list[dict[str, Any]], path: Path) -> None:
-    """A panel per agent: the mean return of the last 100 training episodes, thin for seeds, thick for the median."""
+    """Draw a panel per agent: the mean return of the last 100 episodes, thin for each seed, thick for the median."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -331,7 +331,7 @@ def draw(pairs: list[dict[str, Any]], path: Path) -> None:
     figure.supylabel("return, last 100 episodes", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    with Image.open(path) as picture:  # two hues need no more colours, which is a third of the bytes
+    with Image.open(path) as picture:  # two hues need no more than 32 colours: a third of the bytes
         few = picture.convert("RGB").quantize(32)
     few.save(path, optimize=True)
 

@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/critic_bias.py
 
-Random languages of short strings (`rl_plugins.tabular.TokenMDP`): every prefix has logits of its own, drawn from a
-normal distribution, and every finished string a reward of 0 or 1. All strings are enumerated and their values are
-exact, so that the expected gradient of each choice is exact, too, without sampling; it is compared with the gradient
-of the expected return. Reported is the cosine of the two over all logits: its mean over the languages, and the worst.
+The benchmark makes random languages of short strings (`rl_plugins.tabular.TokenMDP`). Every prefix has logits of its
+own, drawn from a normal distribution, and every finished string has a reward of 0 or 1. All strings are enumerated and
+their values are exact, so the expected gradient of each choice of options is exact, too, without sampling. It is
+compared with the gradient of the expected return by the cosine of the two over all logits. The benchmark prints the
+mean cosine over the languages, and the worst.
 
 With `N` completions in a batch, `token` divides the sum of their losses by the sum of their lengths. The expectation
-of this ratio needs the distribution of that sum only, which is a convolution. `micro_batch` is the same with the
-completions of one device, `prompt` with those of one prompt; `sequence` is `N = 1`.
+of this ratio needs only the distribution of the sum of lengths, which is a convolution. `micro_batch` is the same with
+the completions of one device, `prompt` with those of one prompt; `sequence` is `N = 1`.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Language:
 
     Attributes:
         logits: one table of all prefixes `(prefixes, V)`, depth by depth, with gradient.
-        rows: of each state of each string in it `(N, T)`.
+        rows: row in that table of each state of each string `(N, T)`.
         tokens: all strings `(N, T)`, padded with eos.
         mask: real tokens `(N, T)`.
         rewards: of each string `(N,)`.
@@ -53,16 +54,16 @@ class Language:
         return self.mask.sum(1)
 
     def log_probs(self) -> Tensor:
-        """`ln pi(y_t|s_t)` of every string `(N, T)`, with gradient; 0 after the end."""
+        """Compute `ln pi(y_t|s_t)` of every string `(N, T)`, with gradient; 0 after the end."""
         logps = torch.log_softmax(self.logits, -1)[self.rows, self.tokens]
         return torch.where(self.mask, logps, 0.0)
 
     def probabilities(self) -> Tensor:
-        """Of each string `(N,)`, without gradient."""
+        """Compute the probability of each string `(N,)`, without gradient."""
         return self.log_probs().detach().sum(1).exp()
 
     def mdp(self, gamma: float = 1.0) -> TokenMDP:
-        """Exact values of the policy."""
+        """Make the decision process with the exact values of the policy."""
         vocab_size, max_length = self.logits.shape[1], self.tokens.shape[1]
         table = torch.zeros(sum(vocab_size**d for d in range(max_length + 1)), dtype=torch.float64)
         for n in range(1, max_length + 1):
@@ -81,14 +82,14 @@ class Language:
 
 
 def prefix_rows(prefixes: Tensor, vocab_size: int) -> Tensor:
-    """Rows of prefixes `(N, d)` in a table of all prefixes, depth by depth `(N,)`."""
+    """Return the rows `(N,)` of prefixes `(N, d)` in a table of all prefixes, depth by depth."""
     depth = prefixes.shape[1]
     powers = vocab_size ** torch.arange(depth - 1, -1, -1)
     return sum(vocab_size**d for d in range(depth)) + (prefixes * powers).sum(1)
 
 
 def make_language(seed: int, vocab_size: int = 4, max_length: int = 6, sharpness: float = 1.0) -> Language:
-    """A random language; the last token of its vocabulary is eos."""
+    """Make a random language; the last token of its vocabulary is eos."""
     g = torch.Generator().manual_seed(seed)
     eos = vocab_size - 1
     strings = torch.cartesian_prod(*[torch.arange(vocab_size)] * max_length).view(-1, max_length)
@@ -103,12 +104,12 @@ def make_language(seed: int, vocab_size: int = 4, max_length: int = 6, sharpness
 
 
 def expected_gradient(language: Language, advantages: Tensor, factors: Tensor | float = 1.0) -> Tensor:
-    """`E[f(y) sum_t A_t grad ln pi(y_t|s_t)]` over all strings, flat.
+    """Compute `E[f(y) sum_t A_t grad ln pi(y_t|s_t)]` over all strings, flat.
 
     Args:
         language: The strings.
-        advantages: `A_t` of each `(N, T)`.
-        factors: `f` of each `(N,)`: what the aggregation multiplies the sum over its tokens with, on average.
+        advantages: `A_t` of each string `(N, T)`.
+        factors: `f` of each string `(N,)`: the aggregation multiplies the sum over its tokens by this, on average.
     """
     weights = language.probabilities() * factors
     total = (weights[:, None] * advantages * language.log_probs()).sum()
@@ -116,13 +117,14 @@ def expected_gradient(language: Language, advantages: Tensor, factors: Tensor | 
 
 
 def exact_gradient(language: Language, gamma: float = 1.0) -> Tensor:
-    """Gradient of the expected discounted return, `E[gamma^(|y| - 1) r(y)]`, by the sum over all strings, flat."""
+    """Compute the gradient of the expected discounted return, `E[gamma^(|y| - 1) r(y)]`, over all strings, flat."""
     returns = gamma ** (language.lengths - 1).double() * language.rewards
     return torch.autograd.grad((language.log_probs().sum(1).exp() * returns).sum(), language.logits)[0].flatten()
 
 
 def batch_factors(language: Language, size: int) -> Tensor:
-    """`E[n / (|y| + the lengths of n - 1 others)]` of each string `(N,)`: what `token` makes of it in a batch of n."""
+    """Compute `E[n / (|y| + the lengths of n - 1 others)]` of each string `(N,)`: its factor `f` for `token` with n
+    completions in a batch."""
     lengths, probabilities = language.lengths, language.probabilities()
     one = torch.zeros(language.tokens.shape[1] + 1, dtype=torch.float64).index_add(0, lengths, probabilities)
     others = torch.ones(1, dtype=torch.float64)
@@ -135,24 +137,24 @@ def batch_factors(language: Language, size: int) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
-    """Of two flat gradients."""
+    """Compute the cosine of two flat gradients."""
     return float(x @ y / (x.norm() * y.norm()))
 
 
 def noise(language: Language, size: int) -> float:
-    """Root mean square of the sampling error of a batch's gradient, as a multiple of the exact gradient's norm, for
-    `sequence_sum` with exact advantages."""
+    """Compute the root mean square of the sampling error of a batch's gradient, in units of the exact gradient's norm,
+    for `sequence_sum` with exact advantages."""
     advantages, exact = language.mdp().advantages(language.tokens), exact_gradient(language)
     policy = torch.softmax(language.logits.detach(), -1)[language.rows]
     chosen = torch.nn.functional.one_hot(language.tokens, policy.shape[-1])
-    # The states of a string are different rows of the table, so that the squares add up.
+    # The states of a string are different rows of the table, so their squares add up.
     squares = (advantages**2 * ((chosen - policy) ** 2).sum(-1) * language.mask).sum(1)
     variance = language.probabilities() @ squares - exact @ exact
     return float((variance / size).sqrt() / exact.norm())
 
 
 def of_aggregations(language: Language, sizes: tuple[int, ...] = SIZES) -> dict[str, float]:
-    """Cosine of every aggregation's expected gradient to the exact one, with exact advantages."""
+    """Compute the cosine of every aggregation's expected gradient to the exact one, with exact advantages."""
     advantages, exact = language.mdp().advantages(language.tokens), exact_gradient(language)
     found = {"sequence_sum, constant": cosine(expected_gradient(language, advantages), exact)}
     for size in sizes:
@@ -193,7 +195,7 @@ def of_lookahead(language: Language, heads: tuple[int, ...] = (2, 4)) -> dict[st
 
 
 def measure(languages: int = 50, vocab_size: int = 4, max_length: int = 6) -> dict[str, dict[str, float]]:
-    """Mean and worst cosine over random languages, by choice."""
+    """Compute mean and worst cosine over random languages, for each choice of options."""
     found: dict[str, list[float]] = {}
     for seed in range(languages):
         language = make_language(seed, vocab_size, max_length)

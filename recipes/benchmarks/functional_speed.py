@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/functional_speed.py
 
-The losses take turns within each repetition; reported are the median milliseconds of each, and the median over
-repetitions of its ratio to `ppo_clip` in the same one. Advantages are one per token, masks have ragged ends.
+The losses take turns within each repetition. The benchmark prints the median milliseconds of each loss, and its ratio
+to `ppo_clip` within a repetition, as the median over repetitions. There is one advantage per token, and sequences have
+different lengths.
 
-Goal: none above 3 times the clipped loss.
+Goal: no loss takes more than 3 times as long as the clipped loss.
 """
 
 import argparse
@@ -25,7 +26,7 @@ BASE, GOAL, GROUP = "ppo_clip", 3.0, 8
 
 
 def make_batch(rows: int, length: int, device: str) -> dict[str, Tensor]:
-    """Log-probabilities a step apart, advantages, ragged masks, and the ids of groups of 8."""
+    """Make log-probabilities before and after an update, advantages, masks of different lengths, and group ids."""
     g = torch.Generator().manual_seed(0)
     logps = -torch.rand(rows, length, generator=g) * 3
     batch = {
@@ -39,7 +40,7 @@ def make_batch(rows: int, length: int, device: str) -> dict[str, Tensor]:
 
 
 def seconds(loss: PolicyLoss, batch: dict[str, Tensor]) -> float:
-    """One forward and backward pass from log-probabilities to the aggregated loss."""
+    """Time one forward and backward pass from log-probabilities to the aggregated loss."""
     logps = batch["logps"].clone().requires_grad_()
     # GVPO is defined on one advantage per sequence.
     advantages = batch["advantages"][:, 0] if loss.name == "gvpo" else batch["advantages"]
@@ -55,7 +56,7 @@ def seconds(loss: PolicyLoss, batch: dict[str, Tensor]) -> float:
 
 
 def measure(rows: int = 64, length: int = 4096, repeats: int = 15, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """Median milliseconds of each loss, and its median ratio to the clipped loss."""
+    """Measure the median milliseconds of each loss, and its median ratio to the clipped loss."""
     batch = make_batch(rows, length, device)
     losses = {name: PolicyLoss(name) for name in POLICY_LOSSES}
     times: dict[str, list[float]] = {name: [] for name in losses}

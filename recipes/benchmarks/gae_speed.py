@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/gae_speed.py
 
-Prints the median of each and the ratio, at 64 sequences of 2048 tokens with holes in the mask.
+The benchmark prints the median time of each and the ratio, at 64 sequences of 2048 tokens with holes in the mask.
 """
 
 import statistics
@@ -19,7 +19,7 @@ GAMMA, LAM = 0.99, 0.95
 
 
 def loop_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
-    """The loop over `T` that everyone writes first: vectorised over `B`, skipping masked tokens."""
+    """Compute GAE by the usual loop over `T`, vectorised over `B`, skipping masked tokens."""
     advantages = torch.zeros_like(values)
     running = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -42,7 +42,7 @@ def median_seconds(function: Callable[[], Tensor], repeats: int) -> float:
 
 
 def measure(repeats: int = 7) -> tuple[float, float]:
-    """Median seconds of the loop and of the scan."""
+    """Measure the median seconds of the loop and of `gae`."""
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, BATCH, LENGTH, generator=generator)
     mask = torch.rand(BATCH, LENGTH, generator=generator) < 0.9

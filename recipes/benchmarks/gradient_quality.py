@@ -4,24 +4,25 @@
 
 32 prompts of mixed difficulty ask for strings of six tokens over four symbols. The policy is a small Qwen3, which
 `MTPCriticTrainer` trains from random weights, with a sequential head and a replay of its values. After 50, 100 and 200
-updates all is measured for the policy as it is then: all strings are enumerated (`rl_plugins.tabular.TokenMDP`), so
-that values and the gradient of the expected reward are exact. 20 batches of 256 completions, eight of each prompt, are
-drawn. Every method makes its gradient of the very same completions.
+updates the gradients are measured for the policy at that time. All its strings are enumerated
+(`rl_plugins.tabular.TokenMDP`), so that values and the gradient of the expected reward are exact. 20 batches of 256
+completions, eight of each prompt, are drawn. Every method computes its gradient from the same completions. There are
+two kinds of reward:
 
     at the end   1 if the prompt's one to four key tokens are right, else 0
-    every step   a share of it for each right key token, paid at once
+    every step   a share of 1 for each right key token, paid at once
 
 Methods: GRPO, RLOO, REINFORCE++ and SPO (whose tracker has seen every rollout of the run), PPO's value model (a
-network of its own that has learned from every rollout of the run), the critic with its learned values, and exact
-values as the ceiling, of the prompt alone and of every token.
+network of its own that has learned from every rollout of the run), the critic with its learned values, and, as the
+upper limit, exact values of the prompt alone and of every token.
 
-    SNR      length of the mean along the exact gradient's direction, by the root mean square of all else: what is off
-             in other directions, and what varies along this one. Bias counts as noise.
+    SNR      length of the mean gradient along the exact one, divided by the root mean square of the rest: the parts in
+             other directions, and the variation along the exact gradient. Bias counts as noise.
     cosine   of one batch's gradient to the exact gradient, mean over the batches
-    bias     1 - cosine of the mean of all batches' gradients to the exact gradient, an upper bound: 20 batches have
-             noise left
+    bias     1 - cosine of the mean of all batches' gradients to the exact gradient; an upper bound, since some noise
+             is left in 20 batches
 
-Writes `gradient_quality.json` and `gradient_quality.png`, and prints a table.
+The benchmark writes `gradient_quality.json` and `gradient_quality.png`, and prints a table.
 """
 
 import argparse
@@ -59,7 +60,7 @@ EXACT_LAMBDAS = (1.0, 0.95, 0.5, 0.0)
 
 
 class Task:
-    """Strings that each prompt asks for.
+    """Strings that each prompt asks for, and their rewards.
 
     Args:
         every_step: Whether each right key token is paid at once, instead of all of them at the end.
@@ -74,7 +75,7 @@ class Task:
         self.num_keys = torch.arange(PROMPTS) % len(KEY_PLACES) + 1
 
     def step_rewards(self, prompt: int, strings: Tensor) -> Tensor:
-        """Rewards (N, d) after each token of strings (N, d) that answer a prompt."""
+        """Compute the rewards (N, d) after each token of strings (N, d) that answer a prompt."""
         paid = torch.zeros(strings.shape, dtype=torch.float64)
         count = int(self.num_keys[prompt])
         for place in KEY_PLACES[:count]:
@@ -88,7 +89,7 @@ class Task:
         return shares if self.every_step else (shares > 1 - 1e-9).double()
 
     def language(self, prompt: int, policy: Callable[[Tensor], Tensor]) -> TokenMDP:
-        """Every string that a policy may answer a prompt with."""
+        """Make the decision process of all strings with which a policy may answer a prompt."""
 
         def last(strings: Tensor) -> Tensor:
             if self.every_step:
@@ -100,11 +101,11 @@ class Task:
         return TokenMDP(policy, last, step_reward=step_reward, **sizes)
 
     def spelled(self) -> list[str]:
-        """The prompts as text."""
+        """Return the prompts as text."""
         return ["".join(map(str, prompt)) for prompt in self.prompts.tolist()]
 
     def reward(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[Any]:
-        """Reward function of the trainers."""
+        """Compute rewards; the trainers take this method as their reward function."""
         rows, numbers = [], {text: i for i, text in enumerate(self.spelled())}
         for prompt, ids in zip(prompts, completion_ids, strict=True):
             string = torch.tensor([ids])
@@ -138,7 +139,7 @@ class Exact:
         ]
         self.values = [torch.stack(tables) for tables in zip(*(x.values for x in languages), strict=True)][:LENGTH]
         self.rewards = [torch.stack(tables) for tables in zip(*(x.rewards for x in languages), strict=True)]
-        # Every state of every depth is a prefix of one of these; the first one of each is followed by 0s.
+        # Every state of every depth is a prefix of one of these strings. In the first of them 0s follow the prefix.
         self.strings = torch.cartesian_prod(*[torch.arange(SYMBOLS)] * (LENGTH - 1))
 
     def _policy(self, prompt: Tensor) -> Callable[[Tensor], Tensor]:
@@ -154,8 +155,8 @@ class Exact:
         return float(self.values[0].mean())
 
     def gradient(self) -> Tensor:
-        """Gradient of the expected reward, flat: `E_s[sum_a pi(a|s) Q(s, a) grad ln pi(a|s)]`, summed over the states
-        of a string (Sutton et al., 1999)."""
+        """Compute the gradient of the expected reward, flat: `E_s[sum_a pi(a|s) Q(s, a) grad ln pi(a|s)]`, summed over
+        the states of a string (Sutton et al., 1999)."""
         reached = torch.ones(PROMPTS, 1, dtype=torch.float64)
         weights = []
         for depth in range(LENGTH):
@@ -175,10 +176,10 @@ class Exact:
 
     @torch.no_grad()
     def tables_of(self, values: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Learned values of all states, as tables.
+        """Compute learned values of all states, as tables.
 
         Args:
-            values: Gives values (N, LENGTH) of the states of rows of token ids (N, PROMPT_LENGTH + LENGTH - 1).
+            values: Returns values (N, LENGTH) of the states of rows of token ids (N, PROMPT_LENGTH + LENGTH - 1).
         """
         tables: list[list[Tensor]] = [[] for _ in range(LENGTH)]
         for prompt in self.task.prompts:
@@ -206,23 +207,23 @@ class Exact:
 
 
 def look_up(tables: list[Tensor], rows: list[Tensor]) -> Tensor:
-    """Values (N, T) of drawn strings."""
+    """Look up the values (N, T) of drawn strings."""
     prompt = torch.arange(PROMPTS).repeat_interleave(GROUP)
     return torch.stack([table[prompt, row] for table, row in zip(tables, rows, strict=True)], dim=1).float()
 
 
 def policy_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The policy's own, without those of the heads inside it."""
+    """Return the policy's own parameters, without those of the heads inside it."""
     return [p for name, p in model.named_parameters() if "mtp_heads" not in name]
 
 
 def flat_parameters(model: nn.Module) -> Tensor:
-    """The policy's own weights in one row."""
+    """Join the policy's own weights in one vector."""
     return torch.cat([p.detach().flatten() for p in policy_parameters(model)])
 
 
 def flat_gradient(total: Tensor, model: nn.Module, keep: bool = False) -> Tensor:
-    """Gradient with respect to the policy's own weights, in one row, float64."""
+    """Compute the gradient with respect to the policy's own weights, as one vector in float64."""
     found = torch.autograd.grad(total, policy_parameters(model), retain_graph=keep, allow_unused=True)
     whole = [torch.zeros_like(p) if g is None else g for p, g in zip(policy_parameters(model), found, strict=True)]
     return torch.cat([g.double().flatten() for g in whole])
@@ -243,8 +244,8 @@ def advantages_by_method(
 
     Args:
         task: The task.
-        rewards: Of the tokens (N, T).
-        rows: Of the states in the tables.
+        rewards: Rewards of the tokens (N, T).
+        rows: Rows of the states in the tables.
         tables: Values by name: `exact`, `critic` and `ppo`.
         tracked: SPO's tracker.
         keys: Prompt of every completion, as the tracker knows it.
@@ -278,7 +279,7 @@ def advantages_by_method(
 
 
 def explained(tables: list[Tensor], exact: Exact) -> float:
-    """`1 - MSE / Var` of learned values against exact ones, over the states that the policy visits."""
+    """Compute `1 - MSE / Var` of learned values against exact ones, over the states that the policy visits."""
     reached, errors, squares, means, total = torch.ones(PROMPTS, 1, dtype=torch.float64), 0.0, 0.0, 0.0, 0.0
     for depth in range(LENGTH):
         errors += float((reached * (tables[depth] - exact.values[depth]) ** 2).sum())
@@ -296,14 +297,14 @@ def measure(
     tracked: TrackedAdvantages,
     batches: int,
 ) -> dict[str, Any]:
-    """Compare the gradients of all methods for the policy as it is.
+    """Compare the gradients of all methods for the present policy.
 
     Args:
         model: The policy.
         task: The task.
         learned: Values by name, see [`Exact.tables_of`].
         tracked: SPO's tracker.
-        batches: How many to draw.
+        batches: Number of batches to draw.
     """
     exact = Exact(model, task)
     goal = exact.gradient()
@@ -327,7 +328,7 @@ def measure(
 
 
 def compare(gradients: Tensor, goal: Tensor) -> dict[str, float]:
-    """SNR, cosine and bias of gradients (N, P) of batches beside the exact one (P,)."""
+    """Compute SNR, cosine and bias of the gradients (N, P) of N batches against the exact one (P,)."""
     unit = goal / goal.norm()
     along = gradients @ unit
     rest = gradients - along.mean() * unit
@@ -341,7 +342,7 @@ def compare(gradients: Tensor, goal: Tensor) -> dict[str, float]:
 
 
 def tracked_keys(task: Task) -> list[str]:
-    """The prompts as the tracker knows them."""
+    """Return the prompts as the tracker knows them."""
     return task.spelled()
 
 
@@ -349,11 +350,11 @@ def tracked_keys(task: Task) -> list[str]:
 
 
 class Observer(TrainerCallback):
-    """Lets the other methods learn from every rollout of the run, and measures at some moments.
+    """Callback that lets the other methods learn from every rollout of the run, and measures after some updates.
 
     Args:
         task: The task.
-        options: Of the command line.
+        options: Options of the command line.
     """
 
     def __init__(self, task: Task, options: argparse.Namespace) -> None:
@@ -362,7 +363,7 @@ class Observer(TrainerCallback):
         self.found: dict[int, dict[str, Any]] = {}
 
     def begin(self, trainer: MTPCriticTrainer) -> None:
-        """Take a look at the policy, of which PPO's value model is a copy."""
+        """Make PPO's value model, which begins as a copy of the policy."""
         self.trainer = trainer
         config = PPOValueOptions()
         self.value_model = ValueModel.prepare(None, trainer.model)
@@ -370,7 +371,7 @@ class Observer(TrainerCallback):
         self.clip = config.value_clip_range
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Learn from the rollout, and measure if it is time."""
+        """Learn from the rollout, and measure after the chosen updates."""
         batch = self.trainer.last_rollout
         texts = self.trainer.processing_class.batch_decode(batch["prompt_ids"])
         keys = [text.replace(" ", "") for text in texts]
@@ -411,7 +412,7 @@ class Observer(TrainerCallback):
 
 
 def run(task: Task, seed: int, options: argparse.Namespace) -> dict[int, dict[str, Any]]:
-    """Train a policy from random weights and measure on the way."""
+    """Train a policy from random weights, and measure during training."""
     set_seed(seed)
     observer = Observer(task, options)
     args = MTPCriticConfig(
@@ -449,7 +450,7 @@ def run(task: Task, seed: int, options: argparse.Namespace) -> dict[int, dict[st
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines of Markdown: SNR of every method at every moment, in units of GRPO's, means over the seeds."""
+    """Format a table in Markdown: SNR of every method at every moment, also in units of GRPO's, means over seeds."""
     lines = []
     for name, moments in found.items():
         steps = [*moments]
@@ -472,7 +473,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def mean_of(runs: list[dict[str, Any]], method: str, key: str) -> float:
-    """Mean over the seeds."""
+    """Average a figure of a method over the seeds."""
     return statistics.fmean(run["methods"][method][key] for run in runs)
 
 
@@ -480,7 +481,7 @@ SHOWN = ("GRPO", "RLOO", "REINFORCE++", "SPO", "PPO's value model", "critic", "e
 
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """SNR over updates, a panel for each kind of reward."""
+    """Draw the SNR over updates, with a panel for each kind of reward."""
     figure = new_figure(10, 4.2)
     for number, (name, moments) in enumerate(found.items()):
         axes = figure.add_subplot(1, len(found), number + 1)

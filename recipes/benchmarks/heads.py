@@ -1,4 +1,4 @@
-"""Measure which heads to choose: parallel or sequential ones, and how many.
+"""Measure which MTP heads to choose: parallel or sequential ones, and how many.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/heads.py --json outputs/heads.json
 
@@ -8,16 +8,18 @@
             hidden state of the trunk tells most of it), and the number of 2s right after a 1 (hard: it does not).
     recipe  The task of `recipes/mtp_critic.py`. For every seed the trunk gets one warm start, from which all heads
             begin: first they learn to draft on the same demonstrations with the trunk frozen, then policy and critic
-            learn together. All runs have the same number of completions per step, and the first policy in common.
-            Explained variance is that of held-out items: at a quarter of the run, and at the end. That of the
-            training batches, before each is learnt from, is averaged over the whole run, which is less noisy.
+            learn together. All runs have the same number of completions per step, and start from the same policy.
+            Explained variance is measured on held-out items, at a quarter of the run and at the end. It is also
+            measured on each training batch before learning from it, and averaged over the whole run, which is less
+            noisy.
 
-After a run the heads draft the completions of held-out prompts at the temperature of the run: the share of drafts that
-were accepted at each place, of those with all before them accepted. The cost is the processor time of a training step,
-rollout included, in units of one parallel head of the same seed. The trunk has two layers here, so that one decoder
-layer more is much: `overhead.py` measures the cost in a deeper model.
+After a run the heads draft the completions of held-out prompts at the temperature of the run. The table has the share
+of drafts that were accepted at each place, among those whose earlier drafts were all accepted. The cost is the
+processor time of a training step, rollout included, in units of that of one parallel head with the same seed. The
+trunk has only two layers here, so that one more decoder layer costs a lot: `overhead.py` measures the cost in a deeper
+model.
 
-What is done is written to the file after every run, and not repeated by another call with the same file.
+Results are written to the file after every run, and another call with the same file does not repeat these runs.
 """
 
 import argparse
@@ -61,7 +63,7 @@ import sums
 
 VALUE = "critic/explained_variance"
 FIRST = ("parallel", 1)
-"""Heads whose cost is the unit."""
+"""Heads whose cost is the unit of all costs."""
 PROMPT_LENGTH = 4  # so that three heads in a row have read three tokens before the first state
 VOCAB_SIZE, MAX_LENGTH = 4, 6
 
@@ -70,12 +72,12 @@ VOCAB_SIZE, MAX_LENGTH = 4, 6
 
 
 def majority(strings: Tensor) -> Tensor:
-    """1, 0 or -1: whether 1s or 2s are in the majority."""
+    """Return 1 if 1s are in the majority, -1 if 2s are, else 0."""
     return torch.sign((strings == 1).sum(1) - (strings == 2).sum(1)).double()
 
 
 def pairs(strings: Tensor) -> Tensor:
-    """A half for every 2 right after a 1."""
+    """Return a half for every 2 right after a 1."""
     return ((strings[:, :-1] == 1) & (strings[:, 1:] == 2)).sum(1).double() / 2
 
 
@@ -83,12 +85,12 @@ REWARDS: dict[str, Callable[[Tensor], Tensor]] = {"easy": majority, "hard": pair
 
 
 def with_prompt(tokens: Tensor) -> Tensor:
-    """Strings behind a prompt of 0s."""
+    """Put a prompt of 0s in front of strings."""
     return torch.cat([tokens.new_zeros(len(tokens), PROMPT_LENGTH), tokens], dim=1)
 
 
 def random_policy(seed: int) -> Qwen3ForCausalLM:
-    """A random Qwen3 whose states and probabilities depend visibly on the whole prefix."""
+    """Make a random Qwen3 whose states and probabilities depend visibly on the whole prefix."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -109,7 +111,7 @@ def random_policy(seed: int) -> Qwen3ForCausalLM:
 
 
 def language(model: Qwen3ForCausalLM, reward: Callable[[Tensor], Tensor]) -> TokenMDP:
-    """All strings of the policy, with their exact values."""
+    """Make the decision process of all strings of the policy, with their exact values."""
 
     def policy(prefixes: Tensor) -> Tensor:
         logits = model(input_ids=with_prompt(prefixes), use_cache=False).logits[:, -1]
@@ -119,7 +121,7 @@ def language(model: Qwen3ForCausalLM, reward: Callable[[Tensor], Tensor]) -> Tok
 
 
 def run_heads(model: Qwen3ForCausalLM, heads: MTPHeads, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (B, T, K) of the states of strings, and what the heads read them off."""
+    """Return the values (B, T, K) of the states of strings, and the hidden states from which heads compute them."""
     states: list[Tensor] = []
 
     def select(hidden: Tensor) -> Tensor:
@@ -133,8 +135,8 @@ def run_heads(model: Qwen3ForCausalLM, heads: MTPHeads, tokens: Tensor) -> tuple
 
 
 def exact_scores(head_type: str, num_heads: int, reward: str, seed: int, steps: int) -> list[float]:
-    """`1 - MSE / Var` of each head after `steps` of temporal differences: parallel head k against the best forecast
-    of `V(s_{t+k-1})` from `s_t`, sequential heads all against `V(s_t)`."""
+    """Compute `1 - MSE / Var` of each head after `steps` of temporal differences: parallel head k against the best
+    forecast of `V(s_{t+k-1})` from `s_t`, sequential heads all against `V(s_t)`."""
     model = random_policy(seed)
     mdp = language(model, REWARDS[reward])
     heads = attach_mtp_heads(model, num_heads, head_type=head_type)
@@ -168,7 +170,7 @@ def exact_scores(head_type: str, num_heads: int, reward: str, seed: int, steps: 
 
 
 def accuracy_of(values: Tensor, exact: Tensor) -> float:
-    """`1 - MSE / Var`: explained variance to which a bias counts, too."""
+    """Compute `1 - MSE / Var`: explained variance, which a bias lowers, too."""
     return float(1 - (values - exact).square().mean() / exact.var(correction=0))
 
 
@@ -176,22 +178,22 @@ def accuracy_of(values: Tensor, exact: Tensor) -> float:
 
 
 class Clock(TrainerCallback):
-    """Processor time of every training step, rollout included and evaluation not."""
+    """Callback that records the processor time of every training step, with its rollout and without evaluation."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start the clock."""
         self._start = time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop."""
+        """Stop the clock."""
         self.seconds.append(time.process_time() - self._start)
 
 
 def make_config(output_dir: Path, seed: int, args: argparse.Namespace, **options: Any) -> mtp_critic.Config:
-    """The recipe's config."""
+    """Make the recipe's config."""
     return mtp_critic.Config(
         output_dir=str(output_dir),
         seed=seed,
@@ -207,7 +209,7 @@ def make_config(output_dir: Path, seed: int, args: argparse.Namespace, **options
 
 
 def warm_heads(head_type: str, num_heads: int, start: str, output: Path, train: Any, args: argparse.Namespace) -> str:
-    """Heads that have learnt to draft demonstrations, on the trunk as it is; returns where both were saved."""
+    """Train heads to draft demonstrations, on the frozen trunk, and return the folder where both are saved."""
     config = MTPSFTConfig(
         output_dir=str(output),
         max_steps=args.head_steps,
@@ -237,7 +239,7 @@ def warm_heads(head_type: str, num_heads: int, start: str, output: Path, train: 
 
 
 def explained(history: list[dict[str, Any]], steps: int) -> dict[str, float]:
-    """Explained variance out of the trainer's log: of held-out items at a quarter and at the end, and of training
+    """Read explained variances from the trainer's log: of held-out items at a quarter and at the end, and of training
     batches over the whole run."""
     held_out = {row["step"]: row[f"eval_{VALUE}"] for row in history if f"eval_{VALUE}" in row}
     training = [row[VALUE] for row in history if VALUE in row]
@@ -250,7 +252,7 @@ def explained(history: list[dict[str, Any]], steps: int) -> dict[str, float]:
 
 @torch.no_grad()
 def draft(model: Any, tokenizer: Any, prompts: list[str], config: mtp_critic.Config) -> dict[str, Any]:
-    """Acceptance of as many drafts as there are heads in every step."""
+    """Measure the acceptance of drafts, with as many drafts in every step as there are heads."""
     batch = tokenizer(text=prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     decoder = SpeculativeDecoder(draft_cost=0.0)
     torch.manual_seed(0)
@@ -310,7 +312,7 @@ def run_recipe(head_type: str, num_heads: int, seed: int, root: Path, args: argp
 
 
 def mean_and_range(xs: list[float]) -> str:
-    """Of the figures that are defined, for the table."""
+    """Format mean and range of the figures that are defined, for the table."""
     xs = [x for x in xs if not math.isnan(x)]
     if not xs:
         return ""
@@ -319,10 +321,10 @@ def mean_and_range(xs: list[float]) -> str:
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per heads, every figure as a list over seeds; costs are ratios within a seed.
+    """Make one row per type and number of heads, every figure as a list over seeds; costs are ratios within a seed.
 
     Args:
-        runs: Each with `part`, `heads`, `K`, `seed` and what was measured.
+        runs: Runs with `part`, `heads`, `K`, `seed` and their figures.
     """
     unit = {run["seed"]: run["cpu"] for run in runs if run["part"] == "recipe" and (run["heads"], run["K"]) == FIRST}
     rows = []
@@ -345,7 +347,7 @@ COLUMNS = ("easy", "hard", "quarter", "end", "training", "accuracy", "cost")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows, as Markdown: mean and range over seeds."""
+    """Print the rows as Markdown: mean and range over seeds."""
     print(f"| heads | K | {' | '.join(COLUMNS)} | accepted by place |\n|{'---|' * (len(COLUMNS) + 3)}")
     for row in rows:
         figures = " | ".join(mean_and_range(row[name]) for name in COLUMNS)
@@ -354,10 +356,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def read_cells(names: list[str]) -> list[tuple[str, int]]:
-    """Heads by name: `parallel2` are two parallel ones.
+    """Read types and numbers of heads from names: `parallel2` means two parallel heads.
 
     Raises:
-        ValueError: If a name is none of these.
+        ValueError: If a name is not of this form.
     """
     cells = []
     for name in names:
@@ -370,7 +372,7 @@ def read_cells(names: list[str]) -> list[tuple[str, int]]:
 
 
 def main() -> None:
-    """Measure what is not measured yet, and print."""
+    """Measure all cases that are not measured yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [f"{head_type}{k}" for k in (1, 2, 3) for head_type in HEAD_TYPES]
     parser.add_argument("--parts", nargs="+", choices=("exact", "recipe"), default=["exact", "recipe"])

@@ -1,7 +1,7 @@
-"""One trainer, trained for a few steps in a process of its own and measured: shared by two benchmarks.
+"""Run one trainer for a few steps in a process of its own, and measure it; two benchmarks share this file.
 
 `overhead.py` and `memory.py` call `spawn`, which runs this file as a script. The trainers of a comparison get the same
-model, prompts, optimizer and random numbers, so that all of them sample the very same completions.
+model, prompts, optimizer and random numbers, so that all of them sample exactly the same completions.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Settings) -> None:
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
-    """Settings of parsed options."""
+    """Make the settings from parsed options."""
     return Settings(**{option.name: getattr(args, option.name) for option in fields(Settings)})
 
 
@@ -59,7 +59,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 
 def spawn(name: str, settings: Settings) -> dict[str, Any]:
-    """Run one worker in a fresh process."""
+    """Run one trainer in a fresh process, and return what it measured."""
     options = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(settings).items()]
     threads = str(settings.threads)
     env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
@@ -71,7 +71,7 @@ def spawn(name: str, settings: Settings) -> dict[str, Any]:
     return result
 
 
-# The trainer's process. The benchmark's stays free of torch, so the imports are inside.
+# The trainer's process. The benchmark's process does not load torch, so the imports are inside of functions.
 
 
 def make_model(settings: Settings) -> Any:
@@ -114,7 +114,7 @@ def make_tokenizer(settings: Settings) -> Any:
 
 
 def make_prompts(settings: Settings, copies: int) -> list[str]:
-    """Enough prompts for all steps, each repeated `copies` times in a row."""
+    """Make enough prompts for all steps, each repeated `copies` times in a row."""
     distinct = (settings.steps + 1) * settings.completions // settings.generations
     if settings.model:
         known = json.loads((Path(settings.model) / "prompts.json").read_text())
@@ -129,7 +129,7 @@ def make_prompts(settings: Settings, copies: int) -> list[str]:
 
 
 def share_of_even_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """A reward that differs between completions and costs nothing."""
+    """Compute a reward that differs between completions and costs nearly no time."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
@@ -169,7 +169,7 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
     if name == "grpo":
         return GRPOTrainer(args=GRPOConfig(num_generations=settings.generations, **options), **shared)
     if name == "ppo":
-        # One epoch and no KL penalty, so that all three do the same to the policy.
+        # One epoch and no KL penalty, so that PPO makes as many passes over the policy as the other trainers.
         options |= {"num_iterations": 1, "beta": 0.0, "value_learning_rate": 0.0}
         return PPOTrainer(args=PPOConfig(**options), **shared)
     options |= {"mtp_loss_share": settings.loss_share, "mtp_loss_type": settings.loss}
@@ -185,7 +185,7 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
 
 
 def run_worker(name: str, settings: Settings) -> dict[str, Any]:
-    """Train with one trainer; seconds per counted step, peak memory, and a hash of every step's completions."""
+    """Train with one trainer, and return seconds per counted step, peak memory, and hashes of the completions."""
     import psutil
     import torch
     import transformers

@@ -1,14 +1,14 @@
-"""Peak memory of PPO with a separate critic, of GRPO and of the MTP critic, in runs of `measured_run.py`.
+"""Compare the peak memory of PPO with a separate critic, GRPO and the MTP critic, in runs of `measured_run.py`.
 
     python recipes/benchmarks/memory.py --json outputs/memory.json
 
-Every run is a fresh process with the same model, optimizer, prompts and completions (their hashes are compared, and a
-difference is an error), and without a reference model. PPO's value model is a copy of the policy's trunk with a scalar
-head. Counted is the peak of resident memory (or of CUDA's allocations) above what the process held before the model
-was made: weights, gradients, optimizer states and activations, without Python and its libraries. Reported is the
-median over `--repeats` runs.
+Every run is a fresh process with the same model, optimizer, prompts and completions, and without a reference model.
+The hashes of the completions are compared, and a difference is an error. PPO's value model is a copy of the policy's
+trunk with a scalar head. The benchmark measures the peak of resident memory (or of CUDA's allocations) above the
+memory of the process before the model was made: weights, gradients, optimizer states and activations, without Python
+and its libraries. It prints the median over `--repeats` runs.
 
-Goals: the MTP critic at most 0.6 of PPO, and at most 1.05 of GRPO.
+Goals: the MTP critic needs at most 0.6 of the memory of PPO, and at most 1.05 of that of GRPO.
 """
 
 import argparse
@@ -26,7 +26,7 @@ GOALS = {"ppo": 0.6, "grpo": 1.05}
 
 
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median peak per trainer in MiB, and the critic's as a share of the others'.
+    """Compute the median peak per trainer in MiB, and the critic's as a share of the others'.
 
     Raises:
         RuntimeError: If two runs trained on different completions.
@@ -40,7 +40,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any], parameters: dict[str, int]) -> None:
-    """Format the results as a table for the terminal."""
+    """Print the results as a table."""
     print(f"{'':8}{'parameters':>12}{'peak MiB':>10}")
     for name, peak in report["peak_mib"].items():
         print(f"{name:8}{parameters[name] / 1e6:11.1f}M{peak:10.0f}")

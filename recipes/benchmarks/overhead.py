@@ -4,37 +4,39 @@
 
 Both trainers get the same randomly initialised Qwen3 (41M parameters, 32k vocabulary, tied embeddings), the same
 reward function and the same optimizer. A step of GRPO samples `--generations` completions for each of its prompts,
-`--completions` in all; the critic's dataset names every prompt that often instead, one completion each. End-of-text is
-suppressed, so every completion has `--completion-length` tokens, and the policy's learning rate is 0, which costs
-an optimizer as much as any other: with equal seeds both trainers sample the very same tokens in every step. The
+`--completions` in all. The critic's dataset has every prompt that many times instead, with one completion each.
+End-of-text is suppressed, so every completion has `--completion-length` tokens. The policy's learning rate is 0, which
+costs an optimizer as much as any other. So with equal seeds both trainers sample the same tokens in every step. The
 hashes of all prompts and completions are compared, and a difference is an error.
 
 Every run is a fresh process, the trainers take turns (A B B A ...), and the first step of each run is not counted.
-Reported are medians over all counted steps, and as ratio the median over repetitions of the ratio within one: runs
-next to each other share what else the machine is doing.
+The benchmark prints medians over all counted steps. A ratio is taken within each repetition, whose runs follow each
+other, so that other work of the machine slows both; the median over the repetitions is printed.
 
     step      from the end of one optimizer step to the end of the next: everything
     rollout   generation, rewards, and for the critic its values, targets and advantages
     update    the rest: forward, backward, optimizer, target heads
-    memory    peak above what the process held once the model was loaded: resident memory, or CUDA's allocations
-    cpu       processor time of the same steps, which depends less on what else the machine runs
+    memory    peak above the memory of the process with the loaded model: resident memory, or CUDA's allocations
+    cpu       processor time of the same steps, which depends less on other work of the machine
 
-Goals: a step at most 1.06 times GRPO's, and memory at most 1.05 times. `--trainers grpo critic sequential` adds a
-critic with one sequential head, a decoder layer more: a step at most 1.15 times GRPO's, and memory at most 1.08 times.
+Goals: a step takes at most 1.06 times as long as GRPO's, and memory is at most 1.05 times GRPO's.
+`--trainers grpo critic sequential` adds a critic with one sequential head, which is one more decoder layer. Its goals
+are 1.15 for the step and 1.08 for memory.
 
-What it costs is the heads' token loss: each head multiplies its features with the LM head once forward and once
-backward, so the overhead grows with the embedding's share of the parameters (0.31 here, 0.26 in Qwen3-0.6B, less in
-larger models) and shrinks with the share of generation. `--loss-share` says at how many of the tokens the loss is
-taken, a quarter by default. `--trainers grpo critic values-only` adds a critic with `mtp_loss_coef=0`, which has no
-such loss.
+The cost of the critic is that of the heads' token loss: each head multiplies its features with the LM head once
+forward and once backward. So the overhead grows with the embedding's share of the parameters (0.31 here, 0.26 in
+Qwen3-0.6B, less in larger models) and shrinks with the share of generation. `--loss-share` is the share of the tokens
+that have this loss, a quarter by default. `--trainers grpo critic values-only` adds a critic with `mtp_loss_coef=0`,
+which has no such loss.
 
-The critic whose heads also draft the completions needs heads that know the task: those of `speculative.py`.
+A critic whose heads also draft the completions needs heads that have learnt the task: those of `speculative.py`.
 
     python recipes/benchmarks/overhead.py --model outputs/benchmarks/speculative/small --temperature 1e-5 \
         --completion-length 128 --trainers grpo critic speculative
 
 So close to temperature 0 all trainers get the same completions, and the hashes are compared as above. At
-`--temperature 1` drafting draws other random numbers, and its completions are as many and as long, but others.
+`--temperature 1` drafting draws other random numbers: the completions have the same number and lengths, but other
+tokens.
 """
 
 import argparse
@@ -54,15 +56,15 @@ GOALS = {
     ("sequential", "step"): 1.15,
     ("sequential", "memory"): 1.08,
 }
-"""For the model of the default settings."""
+"""Goals for the model of the default settings."""
 
 
 def compare(runs: list[dict[str, Any]], exempt: Collection[str] = ()) -> dict[str, Any]:
-    """Medians per trainer over all steps, and the median over repetitions of their ratios to GRPO's.
+    """Compute medians per trainer over all steps, and the median over repetitions of their ratios to GRPO's.
 
     Args:
-        runs: What the workers returned.
-        exempt: Trainers whose completions may be others.
+        runs: Results of the trainers' processes.
+        exempt: Trainers whose completions may differ.
 
     Raises:
         RuntimeError: If two runs trained on different completions.

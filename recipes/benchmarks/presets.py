@@ -1,13 +1,14 @@
-"""Variants of GRPO, PPO and the MTP critic side by side: same task, same warm start, same number of optimizer steps.
+"""Compare variants of GRPO, PPO and the MTP critic: same task, same warm start, same number of optimizer steps.
 
     python recipes/benchmarks/presets.py --methods mtp_critic ppo dapo gspo maxrl --seeds 42 1
 
 A method is a preset of `GRPOVariantConfig`, or `mtp_critic`, `ppo` or `vpg`. Every run is one of the recipes with its
 own defaults, from the warm start of its seed; other options (`--max_steps 300`, `--use_cpu True`) go to all of them.
 Methods differ in time and in how many tokens (prompts and completions) they need for a step: dynamic sampling draws
-more, PPO's epochs fewer. So both stand beside the accuracy. Runs that are done already are not repeated.
+more, PPO with its epochs fewer. So the table has time and tokens beside the accuracy. Runs that are done already are
+not repeated.
 
-Writes `presets.png`, `presets.json` and one folder per run.
+The benchmark writes `presets.png`, `presets.json` and one folder per run.
 """
 
 import argparse
@@ -29,7 +30,7 @@ ACCURACY = "eval_rewards/accuracy/mean"
 
 
 def run(method: str, seed: int, root: Path, options: list[str]) -> dict[str, Any]:
-    """Run a recipe unless it was, and read what it left."""
+    """Run a recipe unless its results exist, and read them."""
     output = root / f"{method}_{seed}"
     if not (output / "summary.json").is_file():
         script, *own = CRITICS.get(method, ("grpo_variants.py", f"--preset={method}"))
@@ -54,7 +55,7 @@ def run(method: str, seed: int, root: Path, options: list[str]) -> dict[str, Any
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method: means over seeds, best final accuracy first."""
+    """Make one row per method: means over seeds, best final accuracy first."""
     rows = []
     for method in dict.fromkeys(run["method"] for run in runs):
         mine = [run for run in runs if run["method"] == method]
@@ -74,7 +75,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows, as Markdown."""
+    """Print the rows as Markdown."""
     print("| method | before | after (range) | million tokens | minutes |\n|---|---|---|---|---|")
     for row in rows:
         print(
@@ -84,7 +85,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Held-out accuracy over optimizer steps, mean over seeds, one line per method in the order of the table."""
+    """Draw held-out accuracy over optimizer steps, mean over seeds, one line per method in the order of the table."""
     colors = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, row in enumerate(rows):

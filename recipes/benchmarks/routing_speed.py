@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python recipes/benchmarks/routing_speed.py
 
 Both get the same logits. Ours counts the experts that the routers have chosen, which a forward pass returns anyway,
-and calls `switch_balance_loss` for each layer with the mean load of all; transformers' chooses the experts again. The
-two take turns within each repetition; reported are the median milliseconds of each, forward and forward with backward,
-and the median over repetitions of the ratio in the same one. Values and gradients are compared before anything is
-timed.
+and calls `switch_balance_loss` for each layer with the mean load of all layers; transformers' chooses the experts
+again. The two take turns within each repetition. The benchmark prints the median milliseconds of each, forward and
+forward with backward, and the ratio within a repetition, as the median over repetitions. Values and gradients are
+compared before anything is timed.
 
-Goal: a forward at least 5 times as fast, with and without a mask.
+Goal: our forward pass is at least 5 times as fast, with and without a mask.
 """
 
 import argparse
@@ -31,19 +31,19 @@ Loss = Callable[[tuple[Tensor, ...]], Tensor]
 def make_routers(
     layers: int, tokens: int, experts: int, k: int, device: str
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Logits of every layer, and the experts that a softmax router chooses by them."""
+    """Make logits of every layer, and the experts that a softmax router chooses by them."""
     g = torch.Generator().manual_seed(0)
     logits = tuple(torch.randn(tokens, experts, generator=g).to(device).requires_grad_() for _ in range(layers))
     return logits, [x.detach().topk(k, dim=-1).indices for x in logits]
 
 
 def gradient(loss: Loss, logits: tuple[Tensor, ...]) -> Tensor:
-    """The gradient in the logits of all layers."""
+    """Compute the gradient with respect to the logits of all layers."""
     return torch.stack(torch.autograd.grad(loss(logits), logits))
 
 
 def seconds(loss: Loss, logits: tuple[Tensor, ...], backward: bool) -> float:
-    """One forward pass as in training, or with its backward pass."""
+    """Time one forward pass as in training, alone or with its backward pass."""
     on_gpu = logits[0].is_cuda
     if on_gpu:
         torch.cuda.synchronize()
@@ -57,7 +57,7 @@ def seconds(loss: Loss, logits: tuple[Tensor, ...], backward: bool) -> float:
 
 
 def compare(ours: Loss, theirs: Loss, logits: tuple[Tensor, ...], repeats: int) -> dict[str, float]:
-    """Relative differences of value and gradient, median milliseconds and ratios."""
+    """Compute relative differences of value and gradient, median milliseconds and ratios."""
     value, slope = theirs(logits), gradient(theirs, logits)
     figures = {
         "value_difference": ((ours(logits) - value).abs() / value).item(),
@@ -78,7 +78,7 @@ def compare(ours: Loss, theirs: Loss, logits: tuple[Tensor, ...], repeats: int) 
 def measure(
     layers: int = 24, tokens: int = 8192, experts: int = 64, k: int = 8, repeats: int = 15, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """The comparison without a mask, and with one that hides a fifth of the tokens."""
+    """Compare without a mask, and with one that hides a fifth of the tokens."""
     logits, indices = make_routers(layers, tokens, experts, k, device)
     padded = torch.rand(tokens, generator=torch.Generator().manual_seed(1)).to(device) > 0.2
     report = {}

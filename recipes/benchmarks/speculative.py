@@ -4,28 +4,30 @@
 
 The first run trains a Qwen3 of 21M parameters with four MTP heads (`MTPSFTTrainer`, trunk and heads from scratch) on
 sums that are worked in words, and keeps it in `--model-dir` for the next. One token is one character. Both decoders
-then complete the same prompts, in one process and in turns (A B B A ...): the same model, as many tokens of as many
-rows, end-of-text suppressed. Reported are tokens per second, the median over repetitions of the ratio within one, and
-the share of drafts that were accepted at each place, of those with all before them accepted. Every run has a decoder
-of its own, which first measures what drafts cost; that is part of its time.
+then complete the same prompts, in one process and in turns (A B B A ...), with the same model and the same number of
+tokens and rows; end-of-text is suppressed. The benchmark prints tokens per second, and the ratio within a repetition,
+as the median over repetitions. It also prints the share of drafts that were accepted at each place, among those whose
+earlier drafts were all accepted. Every run has a decoder of its own, which first measures what drafts cost; that is
+part of its time.
 
     trained   the heads as they were trained
-    poor      heads with random weights, whose drafts are rejected: what drafting costs where it brings nothing
+    poor      heads with random weights, whose drafts are rejected: the cost of drafting where it gains nothing
 
 Before anything is timed, greedy completions of both are compared, and a difference is an error. Goals: 1.5 times the
 tokens per second at batch size 1, 1.3 times at 16, and at least 0.95 times with poor heads.
 
-Any other model, whose heads are then trained on its own completions with the trunk frozen:
+Another model gets heads that are trained on its own completions with the trunk frozen:
 
     python recipes/benchmarks/speculative.py --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16
 
 `--head-type sequential --heads 1` trains one decoder layer that also reads the newest token, as DeepSeek-V3 has it, in
 place of parallel heads.
 
-A device that spends the time of a step on reading weights, and not on arithmetic, verifies a draft for nothing. The
-last column says what the measured acceptance by place `a_k` would bring there: `(1 + a_1 + a_1 a_2 + ...) / (1 + c)`,
-where all drafts of a step cost the share c of the model's weights that they read (Leviathan et al., 2211.17192,
-theorem 3.8, which has one acceptance for all places). The column is a projection, and no measurement.
+If a device spends the time of a step on reading weights, and not on arithmetic, verifying a draft costs no time. The
+last column is the speed-up on such a device, computed from the measured acceptance `a_k` by place:
+`(1 + a_1 + a_1 a_2 + ...) / (1 + c)`, where c is the cost of all drafts of a step, as the share of the model's weights
+that they read (Leviathan et al., 2211.17192, theorem 3.8, which has one acceptance for all places). The column is a
+projection, not a measurement.
 """
 
 import argparse
@@ -82,7 +84,7 @@ GOALS = {("trained", 1): 1.5, ("trained", 16): 1.3, ("poor", 1): 0.95, ("poor", 
 
 
 def worked_sum(dice: random.Random, terms: int) -> dict[str, str]:
-    """A sum, and how it is worked."""
+    """Make a sum, and the text that works it out."""
     total = dice.randint(0, 20)
     prompt, steps = str(total), []
     for _ in range(terms - 1):
@@ -95,7 +97,7 @@ def worked_sum(dice: random.Random, terms: int) -> dict[str, str]:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character."""
+    """Make a tokenizer with one token per character."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -106,7 +108,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights."""
+    """Make a Qwen3 with random weights."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
@@ -150,7 +152,7 @@ def train_heads(model: Any, tokenizer: Any, rows: Dataset, args: argparse.Namesp
 
 
 def make_small(args: argparse.Namespace) -> None:
-    """A model for sums in words, from scratch."""
+    """Train a model for sums in words, from scratch."""
     tokenizer, dice = character_tokenizer(), random.Random(0)
     rows = [worked_sum(dice, dice.randint(4, 7)) for _ in range(args.steps * 8)]
     set_seed(0)
@@ -170,7 +172,7 @@ def make_small(args: argparse.Namespace) -> None:
 
 
 def make_pretrained(args: argparse.Namespace) -> None:
-    """Heads for a finished model, trained on what it says itself."""
+    """Train heads for a finished model on the model's own completions."""
     unpacked = {"quantization_config": GgufConfig(dequantize=True)} if args.gguf_file else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
         args.model, gguf_file=args.gguf_file, dtype="float32", **unpacked
@@ -193,7 +195,7 @@ def make_pretrained(args: argparse.Namespace) -> None:
 def own_completions(
     model: Any, tokenizer: Any, prompts: list[str], args: argparse.Namespace
 ) -> list[dict[str, list[int]]]:
-    """Sample what the heads learn from, and keep it in a file for heads of another type."""
+    """Sample the completions that the heads learn from, and keep them in a file for heads of another type."""
     path = args.own_completions or args.model_dir / "completions.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -217,7 +219,7 @@ def own_completions(
 
 
 def own_rows(inputs: dict[str, Tensor], output: Tensor, eos: int) -> list[dict[str, list[int]]]:
-    """Tokens of prompts and completions, each up to its first end of text, which one that was cut has not."""
+    """Return the tokens of prompts and completions, each up to its first end of text, if it has one."""
     width, rows = inputs["input_ids"].shape[1], []
     for tokens, mask in zip(output.tolist(), inputs["attention_mask"].tolist(), strict=True):
         prompt = [token for token, real in zip(tokens, mask, strict=False) if real]
@@ -231,7 +233,7 @@ def train_on_states(model: Any, rows: list[dict[str, list[int]]], args: argparse
     """Train heads on the states of a frozen trunk, which are computed once.
 
     `MTPSFTTrainer` with `freeze_trunk=True` learns from the same loss. It runs the trunk in every step, which would be
-    most of the work here: a head of one layer meets every row several times.
+    most of the work here, since heads of one layer learn several times from every row.
     """
     model.requires_grad_(False)
     heads = attach_mtp_heads(model, args.heads, head_type=args.head_type).requires_grad_(True)
@@ -262,7 +264,7 @@ def train_on_states(model: Any, rows: list[dict[str, list[int]]], args: argparse
 def state_loss(
     model: Any, heads: MTPHeads, rows: list[dict[str, list[int]]], hidden: list[Tensor], args: argparse.Namespace
 ) -> tuple[Tensor, Tensor]:
-    """Token loss of each head on some rows, and the numbers of its labels (K,), from the trunk's states (L, D)."""
+    """Compute the token loss of each head on some rows, and its number of labels (K,), from the states (L, D)."""
 
     def padded(rows: list[Any], value: float) -> Tensor:
         return pad_sequence([torch.as_tensor(row, device=args.device) for row in rows], True, value)
@@ -290,13 +292,13 @@ def state_loss(
 
 
 def encode(tokenizer: Any, prompts: list[str], device: str) -> dict[str, Tensor]:
-    """Prompts, padded on the left."""
+    """Encode prompts, padded on the left."""
     batch = tokenizer(text=prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def seconds(call: Any, device: str) -> tuple[float, Any]:
-    """Time of a call, and what it returns."""
+    """Return the time of a call, and its result."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -309,7 +311,7 @@ def seconds(call: Any, device: str) -> tuple[float, Any]:
 def measure(
     model: Any, inputs: dict[str, Tensor], options: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tokens per second of both decoders on one batch, their ratio, and what became of the drafts."""
+    """Measure tokens per second of both decoders on one batch, their ratio, and the acceptance of drafts."""
     tokens = len(inputs["input_ids"]) * args.new_tokens
     speeds: dict[str, list[float]] = {"generate": [], "speculative": []}
     decoder = SpeculativeDecoder(draft_cost=args.draft_cost)
@@ -345,7 +347,7 @@ def check_greedy(model: Any, inputs: dict[str, Tensor], options: dict[str, Any])
 
 @torch.no_grad()
 def spoil(heads: nn.Module) -> None:
-    """Make every draft a bad one."""
+    """Randomize weights of the heads, so that every draft is bad."""
     torch.manual_seed(0)
     for name, param in heads.named_parameters():
         if name.endswith(("down.weight", "eh_proj.weight")):
@@ -353,7 +355,7 @@ def spoil(heads: nn.Module) -> None:
 
 
 def draft_cost(model: Any, heads: MTPHeads) -> float:
-    """Weights that all drafts of a step read, in units of those that a step without drafts reads.
+    """Count the weights that all drafts of a step read, in units of those that a step without drafts reads.
 
     Parallel heads read the LM head once for all drafts, sequential ones once for each.
     """
@@ -366,7 +368,7 @@ def draft_cost(model: Any, heads: MTPHeads) -> float:
 
 
 def projection(acceptance: list[float], cost: float) -> float:
-    """Tokens per time on a device that is bound by memory, in units of those without drafts; see the module's text."""
+    """Compute the speed-up on a device that is bound by memory bandwidth; see the docstring of this file."""
     tokens = 1.0 + sum(math.prod(acceptance[: k + 1]) for k in range(len(acceptance)))
     return tokens / (1.0 + cost)
 
@@ -406,7 +408,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """Format the results as a table for the terminal."""
+    """Print the results as a table."""
     print(
         f"{'heads':9}{'batch':>6}{'generate':>10}{'speculative':>13}{'ratio':>7}{'range':>13}{'tokens/step':>13}",
         end="",

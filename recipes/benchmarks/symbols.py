@@ -1,6 +1,6 @@
 """A small policy over four symbols, its tokenizer, and the critic that two benchmarks compare with other methods.
 
-`gradient_quality.py` and `tokens_to_target.py` share this file, which runs nothing itself.
+`gradient_quality.py` and `tokens_to_target.py` share this file, which is not a script.
 """
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -8,11 +8,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SYMBOLS = 4
 CRITIC = {"mtp_head_type": "sequential", "value_replay": 1, "head_learning_rate": 1e-3}
-"""The critic that learns best, see docs/experiments.md."""
+"""Options of the critic that learns best, see docs/experiments.md."""
 
 
 def symbol_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per symbol. Padding and end-of-text have ids that the model does not have: nothing is ever padded."""
+    """Make a tokenizer with one token per symbol. The ids of padding and end-of-text are outside of the model's
+    vocabulary, since nothing is ever padded."""
     vocabulary = {str(i): i for i in range(SYMBOLS)} | {"<eos>": SYMBOLS, "<pad>": SYMBOLS + 1}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -22,7 +23,7 @@ def symbol_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_policy(longest: int = 32) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights, for rows of up to `longest` tokens."""
+    """Make a Qwen3 with random weights, for rows of up to `longest` tokens."""
     config = Qwen3Config(
         vocab_size=SYMBOLS,
         hidden_size=64,

@@ -1,7 +1,8 @@
 """Agents for Gymnasium environments, as LightningModules.
 
 Each algorithm is one file that can be read alone, top to bottom: settings, networks, acting, loss, iteration. For that
-reason some lines stand in several of these files. `Agent` is their only base; what else they share are functions.
+reason some lines are repeated in several of these files. `Agent` is their only base class; everything else that they
+share is a function.
 """
 
 from rl_plugins.extras import require

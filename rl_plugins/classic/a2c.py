@@ -25,7 +25,7 @@ class A2CSettings(PolicySettings):
 
     rollout_steps: int = 5
     gae_lambda: float = 1.0
-    """Trace decay of the advantages in [0, 1]: 1 is the n-step return less the value, 0 is the TD error."""
+    """Trace decay of the advantages in [0, 1]: 1 is the n-step return minus the value, 0 is the TD error."""
     value_coef: float = 0.5
     """Weight of the critic's loss."""
     learning_rate: Schedule = 7e-4
@@ -39,8 +39,8 @@ class A2CAgent(Agent):
     """A2C takes one gradient step on each short rollout; it is A3C, made synchronous (Mnih et al., arXiv 1602.01783).
 
     `L = mean(-A ln pi(a | s) + value_coef (V(s) - R)^2 - entropy_coef H)` with `R = A + V(s)`, both under
-    stop-gradient. At `gae_lambda = 1` the advantage `A` is the n-step return less the value, at 0 the TD error (Sutton
-    and Barto 2018, section 13.5). For another loss, override `loss`.
+    stop-gradient. The advantage `A` is the n-step return minus the value at `gae_lambda = 1`, and the TD error at 0
+    (Sutton and Barto 2018, section 13.5). For another loss, override `loss`.
 
     Args:
         env: The id of a registered environment, or a callable that makes one.
@@ -77,11 +77,11 @@ class A2CAgent(Agent):
         return self.policy.act(self.normalizer(observations), None if deterministic else self.generator)
 
     def values(self, observations: Tensor) -> Tensor:
-        """Return `V(s) (...)` of observations `(..., D)` as the networks take them."""
+        """Return `V(s) (...)` of observations `(..., D)`, as `normalizer` returns them."""
         return self.critic(observations).squeeze(-1)
 
     def loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a rollout, and what is logged of it."""
+        """Return the loss of a rollout, and the metrics for the log."""
         settings = self.settings
         observations = self.normalizer(rollout.observations)
         values = self.values(observations)  # (N, T + 1)
@@ -95,13 +95,13 @@ class A2CAgent(Agent):
         value_loss = squared_error(values[:, :-1], returns).mean()
         loss = policy_loss + settings.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
+        if settings.entropy_coef:  # the entropy costs time, so it is computed only where it counts
             metrics["entropy"] = distribution.entropy().mean()
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics
 
     def iterate(self) -> Mapping[str, Tensor | float]:
-        """Collect, then take one gradient step."""
+        """Collect a rollout, then take one gradient step."""
         rollout = collect(self, self.settings.rollout_steps)
         loss, metrics = self.loss(rollout)
         self.optimize(loss, self.optimizer, list(self.parameters()))

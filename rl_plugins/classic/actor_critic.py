@@ -1,4 +1,4 @@
-"""Advantages of a policy with a state value beside it: A2C, PPO, TRPO and the off-policy agent share them."""
+"""Advantages from a critic of state values, which A2C, PPO, TRPO and the off-policy agent share."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -19,14 +19,14 @@ class ActorCritic(HasModules, Protocol):
     normalizer: nn.Module
 
     def values(self, observations: Tensor) -> Tensor:
-        """Return `V(s) (...)` of observations `(..., D)` as the networks take them."""
+        """Return `V(s) (...)` of observations `(..., D)`, as `normalizer` returns them."""
 
 
 class Estimates(NamedTuple):
-    """Transitions to learn from, `M` of them, with what policy and critic said of them when they were collected."""
+    """`M` transitions to learn from, with the results of policy and critic from before they learn."""
 
     observations: Tensor
-    """`(M, D)`, as the networks take them."""
+    """`(M, D)`, as the normalizer returns them."""
     actions: Tensor
     """`(M,)` indices, or `(M, A)` vectors."""
     logps: Tensor
@@ -39,7 +39,7 @@ class Estimates(NamedTuple):
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator["Estimates"]:
         """Yield the transitions in random order, `size` at a time."""
         if size >= len(self.logps):
-            yield self  # its order would not matter, and costs a copy
+            yield self  # the order does not matter in one batch, and a new one costs a copy
             return
         order = torch.randperm(len(self.logps), generator=generator).to(self.logps.device)
         for indices in order.split(size):
@@ -49,18 +49,18 @@ class Estimates(NamedTuple):
 def final_values(agent: ActorCritic, rollout: Rollout) -> Tensor:
     """Return `V (M,)` of the states in which the episodes of a rollout were cut off."""
     final = rollout.final_observations
-    if not len(final):  # a network of one's own need not take zero rows
+    if not len(final):  # a user's network may not accept zero rows
         return final.new_zeros(0)
-    with evaluation_mode(agent):  # batch statistics of so few states would mean little
+    with evaluation_mode(agent):  # statistics of so small a batch would mean little
         return agent.values(agent.normalizer(final))
 
 
 @torch.no_grad()
 def gae_advantages(agent: ActorCritic, rollout: Rollout, values: Tensor, *, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation over the episodes of each row (Schulman et al., arXiv 1506.02438, eq. 16).
+    """Estimate advantages over the episodes of each row by GAE (Schulman et al., arXiv 1506.02438, eq. 16).
 
     Args:
-        agent: Its critic judges the states in which episodes were cut off.
+        agent: The agent, whose critic gives the values of the states in which episodes were cut off.
         rollout: `N` rows of `T` steps.
         values: `V(s_t) (N, T + 1)` of its observations.
         gamma: Discount in [0, 1].
@@ -83,10 +83,10 @@ def gae_advantages(agent: ActorCritic, rollout: Rollout, values: Tensor, *, gamm
 def estimate(
     agent: ActorCritic, rollout: Rollout, *, gamma: float, gae_lambda: float, normalize_advantages: bool
 ) -> Estimates:
-    """Judge the transitions of a rollout by the present policy and critic, before either of them learns.
+    """Compute log-probabilities, advantages and returns of a rollout, before policy and critic learn from it.
 
     Args:
-        agent: With policy and critic.
+        agent: The agent, with policy and critic.
         rollout: `N` rows of `T` steps, `M = N T`.
         gamma: Discount in [0, 1].
         gae_lambda: Trace decay of the advantages in [0, 1].

@@ -53,8 +53,8 @@ class Iterations:
     """The loader behind a training epoch. It exists for Lightning alone: an agent makes its own data.
 
     Lightning trains over a loader, so this one yields the number of each iteration. Its length gives Lightning a
-    progress bar and keeps it from fetching ahead. Its state keeps Lightning from warning that a run which resumes in
-    the middle would see data twice.
+    progress bar, and keeps Lightning from fetching ahead. Its state keeps Lightning from warning that a run which
+    resumes in the middle would see data twice.
 
     Args:
         length: Number of iterations.
@@ -79,34 +79,35 @@ class Iterations:
         return {"done": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after those that were handed out."""
+        """Go on after the iterations that were handed out."""
         self.done = state["done"]
 
 
 class Agent(LightningModule, ABC):
     """A reinforcement learning agent as a LightningModule, the base of all agents in this folder.
 
-    One training step is one iteration of the algorithm: it collects from `num_envs` environments, then updates. An
-    epoch is `total_steps` environment steps:
+    One training step is one iteration of the algorithm: it collects steps from `num_envs` environments, then updates
+    the networks. An epoch is `total_steps` environment steps:
 
     ```python
     Trainer(max_epochs=1).fit(PPOAgent("CartPole-v1", total_steps=100_000))
     ```
 
-    `Trainer(val_check_interval=n)` evaluates the deterministic policy every `n` iterations, `trainer.validate(agent)`
-    does it once. A checkpoint holds all that training needs, the environments included, so that a resumed run equals
-    one that was never interrupted; resuming unpickles the environments, so resume from files that you trust only.
-    Callables among the settings, `Linear` aside, are not stored: give them to `load_from_checkpoint` again.
+    `Trainer(val_check_interval=n)` evaluates the deterministic policy every `n` iterations, and
+    `trainer.validate(agent)` evaluates it once. A checkpoint holds all that training needs, the environments included,
+    so that a resumed run equals one that was never interrupted; resuming unpickles the environments, so resume from
+    files that you trust only. Callables among the settings, except `Linear`, are not stored: give them to
+    `load_from_checkpoint` again.
 
     An algorithm is one class that derives from this one. It builds its networks in `__init__` inside
-    `with self.seeded():` and defines `act`, `iterate` and `configure_optimizers`; what else it has to remember goes
-    into `training_state`.
+    `with self.seeded():` and defines `act`, `iterate` and `configure_optimizers`; everything else that it has to
+    remember goes into `training_state`.
 
-    Logged are `time/env_steps`, `rollout/return_mean` and `rollout/length_mean` of the last 100 episodes, `train/...`
+    The log has `time/env_steps`, `rollout/return_mean` and `rollout/length_mean` of the last 100 episodes, `train/...`
     as `iterate` returns it, and `eval/return_mean`, `eval/return_std`, `eval/length_mean`, `eval/cut_off_share`.
 
-    Networks act and judge in evaluation mode. Only the forward passes that a gradient goes through run in training
-    mode, in which dropout is random and batch statistics count.
+    Networks act and compute values in evaluation mode. Only the forward passes that a gradient goes through run in
+    training mode, in which dropout is random and batch statistics are used.
 
     Args:
         env: The id of a registered environment, or a callable that makes one.
@@ -126,7 +127,8 @@ class Agent(LightningModule, ABC):
     def __init__(self, env: EnvSpec, settings: AgentSettings) -> None:
         super().__init__()
         self.settings = settings
-        # All settings, also those left at a default that may change; then what the constructors of subclasses take.
+        # Store all settings, also defaults, which may change later; then the arguments of the constructors of
+        # subclasses.
         self.save_hyperparameters({field.name: getattr(settings, field.name) for field in fields(settings)})
         self.save_hyperparameters(ignore="settings")
         # A checkpoint that torch.load's safe mode can read holds no callables.
@@ -155,7 +157,7 @@ class Agent(LightningModule, ABC):
         self.action_size = action_size(self.action_space)
 
     def _step_limit(self, *, waits_for_ends: bool) -> int | None:
-        """Steps after which an episode is cut off, besides the environment's own limit; None for no other limit."""
+        """Return the limit of an episode's steps besides the environment's own; None for no other limit."""
         if self.settings.max_episode_steps is None and waits_for_ends and not self._has_time_limit:
             return _MAX_EPISODE_STEPS
         return self.settings.max_episode_steps
@@ -176,12 +178,12 @@ class Agent(LightningModule, ABC):
 
     @abstractmethod
     def iterate(self) -> Mapping[str, Tensor | float]:
-        """Collect with `step_environments`, update with `optimize`; the result is logged as `train/...`."""
+        """Collect with `step_environments`, update with `optimize`; the metrics returned are logged as `train/...`."""
 
     # An algorithm uses these.
 
     def build_network(self, inputs: int, outputs: int, *, gain: float) -> nn.Module:
-        """Make a network from `(..., inputs)` to `(..., outputs)`; override it for another.
+        """Make a network from `(..., inputs)` to `(..., outputs)`; override this method for another network.
 
         Args:
             inputs: Numbers that go in.
@@ -189,8 +191,8 @@ class Agent(LightningModule, ABC):
             gain: Scale of the initial weights of the last layer.
 
         Returns:
-            A perceptron with `hidden_sizes`. By then `self.settings` is there, and `self.hparams` has what else the
-            constructor of a subclass takes.
+            A perceptron with `hidden_sizes`. An override can read `self.settings`, and finds the other arguments of a
+            subclass's constructor in `self.hparams`.
         """
         return mlp([inputs, *self.settings.hidden_sizes, outputs], output_gain=gain)
 
@@ -212,7 +214,7 @@ class Agent(LightningModule, ABC):
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
-        """Inside, torch's global generator draws what `seed` says, each time from where the last time ended."""
+        """Let torch's global generator draw from `seed` inside; each use goes on where the last one ended."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._init_state)
             yield
@@ -229,7 +231,7 @@ class Agent(LightningModule, ABC):
 
     @property
     def optimizer(self) -> LightningOptimizer:
-        """The optimizer of an agent that has one only."""
+        """The optimizer of an agent that has only one."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer), "there are several: take them from self.optimizers()"
         return optimizer
@@ -239,10 +241,10 @@ class Agent(LightningModule, ABC):
 
         Args:
             loss: 0-d.
-            optimizer: The one that steps.
-            parameters: All that it optimises.
+            optimizer: The optimizer that takes the step.
+            parameters: All parameters that the optimizer updates.
         """
-        for parameter in parameters:  # what zero_grad does, less its records for the profiler
+        for parameter in parameters:  # this is zero_grad without its records for the profiler
             parameter.grad = None
         self.manual_backward(loss)
         if self.settings.max_grad_norm is not None:
@@ -333,7 +335,8 @@ class Agent(LightningModule, ABC):
     def evaluate(self, episodes: int, *, seed: int | None = None) -> Evaluation:
         """Play episodes with the deterministic policy, in fresh environments and in evaluation mode.
 
-        Every environment plays a fixed share of the episodes: to take those that end first would favour short ones.
+        Every environment plays a fixed share of the episodes: taking the episodes that end first would favour short
+        ones.
 
         Args:
             episodes: Number of episodes.
@@ -404,7 +407,7 @@ class Agent(LightningModule, ABC):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know of."""
+        """Add the state that Lightning does not know about."""
         checkpoint[_STATE] = {"identity": self._identity()}
         if self._runner is not None:
             checkpoint[_STATE]["training"] = self.training_state()
@@ -413,7 +416,7 @@ class Agent(LightningModule, ABC):
         """Check that the checkpoint fits, before weights are copied.
 
         Raises:
-            ValueError: If it is of another agent, environment or architecture.
+            ValueError: If the checkpoint is of another agent, environment or architecture.
         """
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if _STATE not in checkpoint:

@@ -24,7 +24,7 @@ class Linear:
 
     Args:
         start: The value when training starts.
-        end: The value when it ends.
+        end: The value when training ends.
     """
 
     start: float
@@ -68,8 +68,8 @@ class AgentSettings:
     hidden_sizes: Sequence[int] = (64, 64)
     """Widths of the hidden layers."""
     seed: int | None = None
-    """Makes environments, exploration and initial weights reproducible, whatever was drawn before. By default it is
-    drawn from torch's global generator."""
+    """Seed of environments, exploration and initial weights, which are then reproducible. By default it is drawn from
+    torch's global generator."""
     eval_episodes: int = 10
     """Episodes of an evaluation."""
     max_episode_steps: int | None = None

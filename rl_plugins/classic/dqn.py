@@ -27,9 +27,9 @@ class DQNSettings(AgentSettings):
     num_envs: int = 1
     rollout_steps: int = 256
     gradient_steps: int = 128
-    """Updates of an iteration."""
+    """Updates in each iteration."""
     batch_size: int = 64
-    """Transitions of an update."""
+    """Transitions in each update."""
     buffer_size: int = 100_000
     """Transitions to remember."""
     learning_starts: int = 1000
@@ -37,7 +37,7 @@ class DQNSettings(AgentSettings):
     double_q: bool = False
     """Whether the online network chooses the action that the target network judges."""
     target_period: int = 128
-    """Copy the network into the target every so many updates."""
+    """Number of updates between two copies of the network into the target."""
     tau: float | None = None
     """If given, the target moves this share of the way after every update instead."""
     epsilon_start: float = 1.0
@@ -70,7 +70,7 @@ class DQNSettings(AgentSettings):
 
 
 class DQNAgent(Agent):
-    """DQN learns `q(s, a)` from a replay buffer, towards a slow copy `q'` of the network, and acts greedily.
+    """DQN learns `q(s, a)` from a replay buffer, with targets from a slow copy `q'`, and acts epsilon-greedily.
 
     `Y = r + gamma max_a q'(s', a)`, `L = huber(q(s, a), Y)` (Mnih et al., Nature 518, 2015, algorithm 1), or with
     `double_q` `Y = r + gamma q'(s', argmax_a q(s', a))` (van Hasselt et al., arXiv 1509.06461, eq. 4).
@@ -90,7 +90,7 @@ class DQNAgent(Agent):
     continuous = False
     settings: DQNSettings
     replay: ReplayBuffer
-    """The transitions of the past, which exist from the start of fit on."""
+    """The buffer of past transitions; it exists from the start of fit on."""
 
     def __init__(self, env: EnvSpec, **settings: Any) -> None:
         super().__init__(env, DQNSettings(**settings))
@@ -111,7 +111,7 @@ class DQNAgent(Agent):
 
     @property
     def epsilon(self) -> float:
-        """Share of random actions now: 1 until `learning_starts`, then by the straight line from the start on."""
+        """Share of random actions now: 1 until `learning_starts`, then on a line that starts with training."""
         settings = self.settings
         if self.runner.steps < settings.learning_starts:
             return 1.0
@@ -123,7 +123,7 @@ class DQNAgent(Agent):
         """Take the best actions `(N,)` for observations `(N, D)`; unless `deterministic`, some of them at random."""
         if deterministic:
             return self.network(observations).argmax(-1)
-        # Both are drawn at every step, so that the draws do not depend on what the network says.
+        # Both are drawn at every step, so that the draws do not depend on the network.
         explores = torch.rand(len(observations), generator=self.generator) < self.epsilon
         actions = torch.randint(self.action_size, (len(observations),), generator=self.generator)
         if explores.all():
@@ -133,7 +133,7 @@ class DQNAgent(Agent):
     # Learning.
 
     def iterate(self) -> Mapping[str, Tensor | float]:
-        """Collect into the buffer, then update."""
+        """Collect transitions into the buffer, then update the network."""
         self.collect()
         metrics: dict[str, Tensor | float] = {"epsilon": self.epsilon}
         if self.runner.steps > self.settings.learning_starts:
@@ -142,7 +142,7 @@ class DQNAgent(Agent):
 
     @torch.inference_mode()
     def collect(self) -> None:
-        """Step the environments, and store what happened."""
+        """Step the environments, and store the transitions."""
         rows = []
         with evaluation_mode(self):
             for _ in range(self.settings.rollout_steps):
@@ -198,7 +198,7 @@ class DQNAgent(Agent):
         self.updates = 0
 
     def training_state(self) -> dict[str, Any]:
-        """Return the buffer and the number of updates, as well."""
+        """Return the state of the base class, the buffer and the number of updates."""
         return {**super().training_state(), "replay": self.replay.state_dict(), "updates": self.updates}
 
     def load_training_state(self, state: dict[str, Any]) -> None:

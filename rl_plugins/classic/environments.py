@@ -1,4 +1,4 @@
-"""Gymnasium environments in rows: creation, the spaces that are supported, and tensors in and out of them."""
+"""Gymnasium environments side by side: how they are made, which spaces are supported, and conversion to tensors."""
 
 import copy
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def make_environments(
     """
     if num_envs < 1:
         raise ValueError(f"num_envs={num_envs}: give at least 1 environment.")
-    # Gymnasium's checker looks at the first steps of an environment: once is enough, it takes time at every step.
+    # Gymnasium's checker takes time at every step, and one checked copy is enough.
     first = partial(gym.make, env) if isinstance(env, str) else env
     others = partial(gym.make, env, disable_env_checker=True) if isinstance(env, str) else env
 
@@ -74,7 +74,7 @@ def environment_name(env: gym.Env) -> str:
 
 
 def has_time_limit(env: gym.Env) -> bool:
-    """Tell whether a wrapper cuts off the episodes of an environment, as `gym.make` adds one to most."""
+    """Tell whether a wrapper cuts off the episodes of an environment; `gym.make` adds such a wrapper to most."""
     while isinstance(env, gym.Wrapper):
         if isinstance(env, TimeLimit):
             return True
@@ -83,7 +83,7 @@ def has_time_limit(env: gym.Env) -> bool:
 
 
 def check_spaces(name: str, observation_space: gym.Space, action_space: gym.Space, *, continuous: bool = True) -> None:
-    """Raise for spaces that the agents cannot handle.
+    """Refuse spaces that the agents cannot handle.
 
     Args:
         name: The environment's name, for the message.
@@ -113,7 +113,7 @@ def check_spaces(name: str, observation_space: gym.Space, action_space: gym.Spac
 
 
 def observation_size(space: gym.Space) -> int:
-    """Count the numbers in an observation as the networks see it: entries of a Box, values of a Discrete."""
+    """Count the numbers in an observation as the networks see it: entries of a Box, or values of a Discrete."""
     return int(space.n) if isinstance(space, Discrete) else int(np.prod(space.shape or ()))
 
 

@@ -19,8 +19,9 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Tanh, *, output_g
     Args:
         sizes: Widths from input to output, at least two.
         activation: Class of the activations between the layers.
-        output_gain: Initialise orthogonally, hidden layers with gain sqrt(2) and the last one with this (Engstrom et
-            al., arXiv 2005.12729, count this among what makes PPO work); PyTorch's initialisation by default.
+        output_gain: Gain of the last layer in an orthogonal initialisation, in which hidden layers have gain sqrt(2).
+            It is among the details that make PPO work (Engstrom et al., arXiv 2005.12729). By default PyTorch's own
+            initialisation.
 
     Returns:
         A module from `(..., sizes[0])` to `(..., sizes[-1])`.
@@ -47,12 +48,12 @@ class HasModules(Protocol):
     """Anything with submodules: a network, or an agent with all of its networks."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """Yield the submodules, itself included."""
+        """Yield all submodules, the module itself included."""
 
 
 @contextmanager
 def evaluation_mode(module: HasModules) -> Iterator[None]:
-    """Let a module act and judge as it is: dropout does nothing, and batch statistics neither count nor change.
+    """Hold a module in evaluation mode: dropout does nothing, and batch statistics are neither used nor recorded.
 
     Submodules that were in evaluation mode before stay in it afterwards.
 
@@ -70,7 +71,7 @@ def evaluation_mode(module: HasModules) -> Iterator[None]:
 
 
 class Policy(nn.Module, ABC):
-    """A distribution over actions in each state, around a network of one's own."""
+    """A distribution over the actions in each state, given by a network."""
 
     @abstractmethod
     def forward(self, observations: Tensor) -> Distribution:
@@ -80,7 +81,8 @@ class Policy(nn.Module, ABC):
     def act(self, observations: Tensor, generator: torch.Generator | None) -> Tensor:
         """Sample actions with a generator on the CPU, or take the most likely ones where it is None.
 
-        The objects of torch.distributions cost more than a small network, and know no generators.
+        This method does not use `forward`: objects of torch.distributions cost more time than a small network, and
+        take no generators.
         """
 
 
@@ -111,12 +113,12 @@ class CategoricalPolicy(Policy):
 class GaussianPolicy(Policy):
     """A policy that draws Box actions: `pi(a | s) = N(mean(s), sigma^2)`, diagonal.
 
-    `ln sigma` is a parameter of its own, the same in all states.
+    `ln sigma` is a parameter of its own, equal in all states.
 
     Args:
         network: From observations `(..., D)` to means `(..., A)`.
         size: `A`.
-        log_std: Where `ln sigma` starts.
+        log_std: Initial value of `ln sigma`.
     """
 
     def __init__(self, network: nn.Module, size: int, *, log_std: float = 0.0) -> None:
@@ -155,9 +157,10 @@ def make_policy(network: nn.Module, action_space: Space) -> Policy:
 
 
 class ObservationNorm(nn.Module):
-    """Scales observations to zero mean and unit variance by the statistics of all that `update` has seen.
+    """Scales observations to zero mean and unit variance, by the statistics of those given to `update`.
 
-    `clamp((x - mean) / sqrt(var + eps), -limit, limit)`; before the first update, the identity inside the limits.
+    `clamp((x - mean) / sqrt(var + eps), -limit, limit)`; before the first update, this is the identity inside the
+    limits.
 
     Args:
         size: `D`.
@@ -181,7 +184,7 @@ class ObservationNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, observations: Tensor) -> None:
-        """Take in observations `(..., D)` (Chan et al. 1979, the pairwise update of mean and variance)."""
+        """Update by observations `(..., D)` (Chan et al. 1979, the pairwise update of mean and variance)."""
         batch = observations.reshape(-1, observations.shape[-1])
         total = self.count + len(batch)
         share = len(batch) / total
@@ -192,7 +195,7 @@ class ObservationNorm(nn.Module):
 
 
 def make_normalizer(size: int, *, normalize: bool) -> nn.Module:
-    """Make what stands before the networks of an agent: an `ObservationNorm`, or nothing.
+    """Make the module before the networks of an agent: an `ObservationNorm`, or the identity.
 
     Args:
         size: `D`.

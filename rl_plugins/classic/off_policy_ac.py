@@ -37,13 +37,13 @@ class OffPolicyACSettings(PolicySettings):
     replay_rollouts: int = 8
     """Number of the latest rollouts that are kept."""
     updates: int = 2
-    """Gradient steps of an iteration, each on one of the rollouts kept."""
+    """Gradient steps in each iteration, each on one of the rollouts kept."""
     gae_lambda: float = 0.95
     """Trace decay of targets and advantages in [0, 1]."""
     clip_rho: float = 1.0
-    """Largest importance weight; infinite for none."""
+    """Largest importance weight; infinite for no bound."""
     entropy_coef: float = 0.01
-    """Weight of the entropy bonus in the loss; with none, policies that had become deterministic stayed so."""
+    """Weight of the entropy bonus in the loss; without a bonus, policies that had become deterministic stayed so."""
     value_coef: float = 0.5
     """Weight of the critic's loss."""
     learning_rate: Schedule = 7e-4
@@ -63,8 +63,8 @@ class OffPolicyACAgent(Agent):
     with the targets `v` and advantages `A` of `functional.vtrace` (Degris et al., arXiv 1205.4839; Espeholt et al.,
     arXiv 1802.01561, section 4.2). `gae_lambda = 0` is the one-step rule for the policy, `rho delta grad ln pi`.
 
-    The behaviour is that of past policies: each iteration collects one rollout, then learns from `updates` of those
-    kept. For another behaviour override `act` and `behaviour_logps` together.
+    `beta` is a past policy: each iteration collects one rollout, then learns from `updates` of the rollouts kept. For
+    another behaviour policy override `act` and `behaviour_logps` together.
 
     Args:
         env: The id of a registered environment, or a callable that makes one.
@@ -102,11 +102,11 @@ class OffPolicyACAgent(Agent):
         return self.policy.act(self.normalizer(observations), None if deterministic else self.generator)
 
     def values(self, observations: Tensor) -> Tensor:
-        """Return `V(s) (...)` of observations `(..., D)` as the networks take them."""
+        """Return `V(s) (...)` of observations `(..., D)`, as `normalizer` returns them."""
         return self.critic(observations).squeeze(-1)
 
     def behaviour_logps(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return `ln beta(a | s) (N, T)` of what `act` has just done in observations `(N, T, D)`, not normalised."""
+        """Return `ln beta(a | s) (N, T)` of actions that `act` has just taken in raw observations `(N, T, D)`."""
         return self.policy(self.normalizer(observations)).log_prob(actions)
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class OffPolicyACAgent(Agent):
         self.replay.append(Experience(rollout, logps))
 
     def loss(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a rollout, and what is logged of it."""
+        """Return the loss of a rollout, and the metrics for the log."""
         settings = self.settings
         rollout, behaviour_logps = experience
         observations = self.normalizer(rollout.observations)
@@ -132,7 +132,7 @@ class OffPolicyACAgent(Agent):
         value_loss = squared_error(values[:, :-1], targets).mean()
         loss = policy_loss + settings.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "ratio_max": ratios.max()}
-        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
+        if settings.entropy_coef:  # the entropy costs time, so it is computed only where it counts
             metrics["entropy"] = distribution.entropy().mean()
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics
@@ -179,7 +179,7 @@ class OffPolicyACAgent(Agent):
         self.replay.clear()
 
     def training_state(self) -> dict[str, Any]:
-        """Return the rollouts that are kept, as well."""
+        """Return the state of the base class, and the rollouts that are kept."""
         replay = [{"behaviour_logps": logps, **rollout._asdict()} for rollout, logps in self.replay]
         return super().training_state() | {"replay": replay}
 

@@ -25,7 +25,7 @@ class PPOSettings(PolicySettings):
     epochs: int = 10
     """Passes over each rollout."""
     batch_size: int = 256
-    """Transitions of a gradient step."""
+    """Transitions in each gradient step."""
     clip_range: Schedule = 0.2
     """Largest distance of the ratio from 1, a number or a function of the share of training that remains."""
     gae_lambda: float = 0.95
@@ -74,7 +74,7 @@ class PPOAgent(Agent):
         return self.build_network(self.observation_size, 1, gain=1.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make Adam, with the epsilon of PPO's first code; fused, which is faster on a CPU as well."""
+        """Make Adam, with the epsilon of the first PPO code; it is fused, which is faster on a CPU as well."""
         return torch.optim.Adam(self.parameters(), eps=1e-5, fused=True)
 
     def act(self, observations: Tensor, deterministic: bool = False) -> Tensor:
@@ -82,11 +82,11 @@ class PPOAgent(Agent):
         return self.policy.act(self.normalizer(observations), None if deterministic else self.generator)
 
     def values(self, observations: Tensor) -> Tensor:
-        """Return `V(s) (...)` of observations `(..., D)` as the networks take them."""
+        """Return `V(s) (...)` of observations `(..., D)`, as `normalizer` returns them."""
         return self.critic(observations).squeeze(-1)
 
     def loss(self, batch: Estimates) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a minibatch, and what is logged of it."""
+        """Return the loss of a minibatch, and the metrics for the log."""
         settings = self.settings
         distribution = self.policy(batch.observations)
         logps = distribution.log_prob(batch.actions)
@@ -95,13 +95,13 @@ class PPOAgent(Agent):
         value_loss = squared_error(self.values(batch.observations), batch.returns).mean()
         loss = policy_loss + settings.value_coef * value_loss
         metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
+        if settings.entropy_coef:  # the entropy costs time, so it is computed only where it counts
             metrics["entropy"] = distribution.entropy().mean()
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics
 
     def iterate(self) -> Mapping[str, Tensor | float]:
-        """Collect, then `epochs` passes over the rollout in minibatches; the metrics are those of the last one."""
+        """Collect a rollout, then make `epochs` passes over it in minibatches; return the metrics of the last one."""
         settings = self.settings
         rollout = collect(self, settings.rollout_steps)
         batch = estimate(

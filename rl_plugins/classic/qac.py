@@ -31,10 +31,10 @@ class QACSettings(PolicySettings):
     learning_rate: Schedule = 1e-3
     """Learning rate of the policy, a number or a function of the share of training that remains."""
     critic_learning_rate: Schedule = 3e-3
-    """Learning rate of the critic, likewise."""
+    """Learning rate of the critic, a number or a function of the share of training that remains."""
     normalize_advantages: bool = False
-    """Whether the `q` of an update are scaled to zero mean and unit variance, over all states, which has hidden the
-    difference between actions in our trials."""
+    """Whether the `q` of an update are scaled to zero mean and unit variance over all states. In our trials this hid
+    the differences between actions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,12 +46,12 @@ class QACAgent(Agent):
     """QAC lets the policy follow a critic `q(s, a)`, which learns by Sarsa.
 
     `L_policy = mean(-q(s, a) ln pi(a | s) - entropy_coef H)`, `L_critic = mean((q(s, a) - r - gamma q(s', a'))^2)`
-    (Sutton and Barto 2018, eq. 6.7), with stopped gradients on `q` in the first and on the target in the second. `a'`
-    is the action taken next; after the last step of a row, and where an episode was cut off, one is drawn. For other
-    losses, override `policy_loss` or `critic_loss`.
+    (Sutton and Barto 2018, eq. 6.7), with stopped gradients on `q` in the first loss and on the target in the second.
+    `a'` is the action taken next; after the last step of a row, and where an episode was cut off, `a'` is drawn from
+    the policy. For other losses, override `policy_loss` or `critic_loss`.
 
-    Without a baseline, an action is reinforced for what its state is worth. Large rollouts, and a critic that learns
-    faster than the policy, are what makes it work; A2CAgent needs neither.
+    Without a baseline, an action is also reinforced for the value of its state. QAC needs large rollouts, and a critic
+    that learns faster than the policy; A2CAgent needs neither.
 
     Args:
         env: The id of a registered environment, or a callable that makes one.
@@ -76,7 +76,7 @@ class QACAgent(Agent):
         return make_policy(self.build_network(self.observation_size, self.action_size, gain=0.01), self.action_space)
 
     def build_critic(self) -> nn.Module:
-        """Make the critic: from observations to `q` of all Discrete actions, or from both to one `q` for a Box."""
+        """Make the critic: observations to `q` of all Discrete actions, or observations and Box actions to one `q`."""
         if isinstance(self.action_space, Discrete):
             return self.build_network(self.observation_size, self.action_size, gain=1.0)
         return self.build_network(self.observation_size + self.action_size, 1, gain=1.0)
@@ -98,7 +98,7 @@ class QACAgent(Agent):
         """Return `q(s, a) (...)`.
 
         Args:
-            observations: `(..., D)`, as the networks take them.
+            observations: `(..., D)`, as `normalizer` returns them.
             actions: Indices `(...)`, or vectors `(..., A)`.
         """
         if isinstance(self.action_space, Discrete):
@@ -131,7 +131,7 @@ class QACAgent(Agent):
         return squared_error(q, self.targets(rollout, q.detach())).mean()
 
     def policy_loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss whose gradient is the policy gradient with the critic's `q`, and what is logged of it."""
+        """Return the loss whose gradient is the policy gradient with the critic's `q`, and the metrics for the log."""
         settings = self.settings
         observations = self.normalizer(rollout.observations[:, :-1])
         with torch.no_grad(), evaluation_mode(self.critic):
@@ -141,13 +141,13 @@ class QACAgent(Agent):
         distribution = self.policy(observations)
         loss = vanilla(distribution.log_prob(rollout.actions), weights).mean()
         metrics = {"policy_loss": loss}
-        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
+        if settings.entropy_coef:  # the entropy costs time, so it is computed only where it counts
             metrics["entropy"] = distribution.entropy().mean()
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics
 
     def iterate(self) -> Mapping[str, Tensor | float]:
-        """Collect, then take `critic_updates` gradient steps of the critic and one of the policy."""
+        """Collect a rollout, then take `critic_updates` gradient steps of the critic and one of the policy."""
         rollout = collect(self, self.settings.rollout_steps)
         optimizers = self.optimizers()
         assert isinstance(optimizers, list)

@@ -25,8 +25,8 @@ class ReinforceSettings(PolicySettings):
     rollout_steps: int = 128
     """Steps after which an environment finishes its episode, then waits for the others."""
     discounted_objective: bool = False
-    """Whether step `t` of an episode weighs `gamma^t`, as the gradient of the discounted return has it; most code
-    leaves it out, so that late steps count as much as early ones."""
+    """Whether step `t` of an episode has the weight `gamma^t`, as in the gradient of the discounted return. Most code
+    leaves this weight out, so that late steps count as much as early ones."""
     normalize_advantages: bool = True
     """Whether the returns of an update are scaled to zero mean and unit variance."""
     learning_rate: Schedule = 3e-3
@@ -35,12 +35,12 @@ class ReinforceSettings(PolicySettings):
 class ReinforceAgent(Agent):
     """REINFORCE learns from the returns of whole episodes (Williams 1992; Sutton and Barto 2018, section 13.3).
 
-    `L = mean(-G_t ln pi(a_t | s_t) - entropy_coef H)`. Normalised returns, the default, have a constant baseline and
-    an own scale. An episode that a time limit cuts off counts as it is; without a limit of the environment's own it is
-    10,000 steps, or `max_episode_steps`.
+    `L = mean(-G_t ln pi(a_t | s_t) - entropy_coef H)`. By default the returns are normalised: their mean is subtracted
+    as a baseline, and they are divided by their deviation. An episode that a time limit cuts off counts as it is; the
+    limits are the environment's own and `max_episode_steps`, or 10,000 steps where there is neither.
 
-    An iteration stands for `num_envs rollout_steps` environment steps; as episodes are not cut, one may take more,
-    and those after it then less, or nothing.
+    An iteration stands for `num_envs rollout_steps` environment steps. Since rollouts have whole episodes, an
+    iteration may take more steps, and the next iterations then fewer, or none.
 
     Args:
         env: The id of a registered environment, or a callable that makes one.
@@ -74,14 +74,14 @@ class ReinforceAgent(Agent):
 
     def returns(self, rollout: Rollout) -> Tensor:
         """Return `G_t (N, T)`, each to the end of its own episode."""
-        # Lambda-returns that bootstrap from nothing are plain ones, and a trace decay of 0 stops them at an end.
+        # Lambda-returns with values of 0 are plain returns, and a trace decay of 0 stops them where an episode ends.
         nothing = torch.zeros_like(rollout.rewards)
         lam = torch.where(rollout.ends, 0.0, 1.0)
         gamma = self.settings.gamma
         return lambda_returns(rollout.rewards, nothing, rollout.mask, gamma=gamma, lam=lam, next_values=nothing)
 
     def loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a rollout, and what is logged of it."""
+        """Return the loss of a rollout, and the metrics for the log."""
         settings = self.settings
         weights = self.returns(rollout)
         if settings.normalize_advantages:
@@ -92,7 +92,7 @@ class ReinforceAgent(Agent):
         step_loss = vanilla(distribution.log_prob(rollout.actions), weights, rollout.mask)
         loss = aggregate(step_loss, rollout.mask, "token")  # the mean over all steps that are learned from
         metrics = {"policy_loss": loss}
-        if settings.entropy_coef:  # it costs time, so it is computed only where it counts
+        if settings.entropy_coef:  # the entropy costs time, so it is computed only where it counts
             metrics["entropy"] = masked_mean(distribution.entropy(), rollout.mask)
             loss = loss - settings.entropy_coef * metrics["entropy"]
         return loss, metrics

@@ -1,4 +1,4 @@
-"""A buffer of past transitions, drawn uniformly, so that DQN learns from each of them more than once.
+"""A buffer of past transitions, from which DQN samples uniformly to learn from each transition more than once.
 
 Legend: `N` transitions, `O` numbers of an observation.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 class Transitions(NamedTuple):
     """Steps `(s, a, r, s', d)`, `N` of them, in no particular order.
 
-    Where an episode is cut by a time limit, `s'` is its real last observation and `d` is false: the state after it has
-    a value, which targets bootstrap. `d` is true only where the environment ends the episode.
+    Where an episode is cut by a time limit, `s'` is its real last observation and `d` is false: this state has a
+    value, from which targets bootstrap. `d` is true only where the environment ends the episode.
 
     Args:
         observations: `s (N, O)`, float32.
@@ -40,7 +40,7 @@ class ReplayBuffer:
     Args:
         capacity: transitions to keep; the oldest go first.
         observation_size: `O`.
-        seed: of the draws.
+        seed: the seed of the draws.
 
     Raises:
         ValueError: `capacity` is below 1.
@@ -101,7 +101,7 @@ class ReplayBuffer:
         return Transitions(*(stored.index_select(0, rows) for stored in self.storage))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: the rows in use, how many there have been, and the generator."""
+        """Return the state for a checkpoint: the rows in use, the number of rows ever added, and the generator."""
         return {
             # Cloned: a slice would be saved with the whole storage behind it.
             "rows": {name: rows[: len(self)].clone() for name, rows in self.storage._asdict().items()},

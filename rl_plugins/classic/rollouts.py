@@ -40,11 +40,11 @@ def collect(agent: Agent, steps: int, *, whole_episodes: bool = False) -> Rollou
     """Act in the training environments.
 
     With `whole_episodes`, all environments start anew, and every row runs on after `steps` until its episode is over.
-    A row's number of episodes is then a stopping time, so that sums over its steps are unbiased (Wald's identity), as
-    they are not if episodes that are cut off, the long ones, are thrown away.
+    A row's number of episodes is then a stopping time, so that sums over its steps are unbiased (Wald's identity).
+    They would be biased if unfinished episodes, which are mostly long, were thrown away.
 
     Args:
-        agent: Its `act` explores.
+        agent: The agent, whose `act` explores.
         steps: `T`; with `whole_episodes`, the smallest `T`.
         whole_episodes: Whether rows consist of whole episodes; what comes after the last one is masked.
 
@@ -61,7 +61,7 @@ def collect(agent: Agent, steps: int, *, whole_episodes: bool = False) -> Rollou
     truncated: list[np.ndarray] = []
     mask: list[np.ndarray] = []
     # An episode that is cut off goes on in the next step of its row with the first state of another one. The state in
-    # which it was cut off has a value that the last step needs, and a place only here.
+    # which it was cut off has a value that the last step needs, and is stored only here.
     final = np.empty((0, agent.observation_size), dtype=np.float32)
     # The rows that are still learned from. Two environments, steps=4, whole episodes of 3, 3 and 5 steps:
     #     row 0   1 2 3 | 1 2 3   closes at step 6, the first end of an episode at or after step 4
@@ -71,11 +71,10 @@ def collect(agent: Agent, steps: int, *, whole_episodes: bool = False) -> Rollou
         while len(rewards) < steps or (whole_episodes and open_rows.any()):
             observations.append(runner.observations)
             actions.append(agent.act(to_tensor(runner.observations, agent.device)))
-            # Episodes of rows that wait for the others are not learned from, and do not count for the logged means
-            # either. Most of them would be short ones: the next rollout starts anew, which leaves out those that take
-            # longer than the others need.
+            # Episodes of rows that wait for the others are not learned from, and do not count in the logged means
+            # either. Only short ones would end in time, since the next rollout starts anew.
             transition = agent.step_environments(actions[-1], counted=open_rows)
-            # An environment may report both at once. The task is over then, and the state reached has no value.
+            # An environment may report both at once. The task is then over, and the state reached has no value.
             cut = transition.truncated & ~transition.terminated
             if cut.any():
                 final = np.concatenate([final, transition.next_observations[cut]])
@@ -121,7 +120,7 @@ def next_values(rollout: Rollout, values: Tensor, final_values: Tensor) -> Tenso
 
 
 def episode_steps(rollout: Rollout) -> Tensor:
-    """Count the steps of its episode that came before each step, if rows start with an episode.
+    """Count for each step the earlier steps of its episode; rows must start with an episode.
 
     Args:
         rollout: `N` rows of `T` steps.
@@ -131,18 +130,18 @@ def episode_steps(rollout: Rollout) -> Tensor:
     """
     index = torch.arange(rollout.ends.shape[1], device=rollout.ends.device).expand_as(rollout.ends)
     # The step after an end is the first of an episode: carry its index on to the next one. Ends at steps 2 and 4 of 6:
-    # 0 0 3 0 5 0, cummax 0 0 3 3 5 5, shifted by one 0 0 0 3 3 5, index less that 0 1 2 0 1 0.
+    # 0 0 3 0 5 0, cummax 0 0 3 3 5 5, shifted by one 0 0 0 3 3 5, index minus this 0 1 2 0 1 0.
     starts = torch.where(rollout.ends, index + 1, 0).cummax(dim=1).values.roll(1, dims=1)
     starts[:, 0] = 0
     return index - starts
 
 
 def update_normalizer(normalizer: nn.Module, rollout: Rollout) -> None:
-    """Take in the observations of a rollout; do it after the update, which is to see what the policy saw.
+    """Update the normalizer by a rollout, after the gradient steps, which must see the observations as the policy did.
 
     Args:
         normalizer: From `make_normalizer`.
-        rollout: The steps that were learned from count.
+        rollout: The rollout, of which only the steps that were learned from count.
     """
     if isinstance(normalizer, ObservationNorm):
         normalizer.update(rollout.observations[:, :-1][rollout.mask])

@@ -1,4 +1,4 @@
-"""Steps through environments in rows, and the book-keeping of their episodes."""
+"""Steps of environments side by side, and records of their episodes."""
 
 import pickle
 from collections import deque
@@ -70,8 +70,8 @@ class Runner:
 
         Args:
             seed: Environment `i` is seeded with `seed + i`.
-            whole_episodes: Whether `returns` and `lengths` take in or let go all episodes until the next reset
-                together, so that they may hold more than `window`.
+            whole_episodes: Whether all episodes until the next reset enter and leave `returns` and `lengths` together,
+                which may then hold more than `window`.
         """
         self._whole_episodes = whole_episodes
         if whole_episodes:
@@ -119,7 +119,7 @@ class Runner:
         self._running_returns[ends] = 0
         self._running_lengths[ends] = 0
         kept = sum(len(group) for group in self._episodes)
-        # The oldest group goes once the others alone fill the window, so that there are never fewer than it holds.
+        # The oldest group leaves once the others alone fill the window, so that at least `window` episodes stay.
         while self._episodes and kept - len(self._episodes[0]) >= self.window:
             kept -= len(self._episodes.popleft())
 

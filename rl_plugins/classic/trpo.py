@@ -32,17 +32,17 @@ class TRPOSettings(PolicySettings):
     max_kl: float = 0.01
     """Size of the trust region."""
     cg_steps: int = 15
-    """Most steps of conjugate gradient."""
+    """Largest number of steps of conjugate gradient."""
     cg_damping: float = 1e-3
     """Number added to the diagonal of the Fisher information."""
     line_search_steps: int = 10
-    """Most trials of the line search."""
+    """Largest number of trials of the line search."""
     line_search_shrink: float = 0.8
     """Factor in (0, 1) from one trial to the next."""
     critic_epochs: int = 20
     """Passes of the critic over each rollout."""
     batch_size: int = 512
-    """Transitions of a gradient step of the critic."""
+    """Transitions in each gradient step of the critic."""
     normalize_advantages: bool = True
     learning_rate: Schedule = 1e-3
     """Learning rate of the critic, a number or a function of the share of training that remains."""
@@ -100,7 +100,7 @@ class TRPOAgent(Agent):
         return self.policy.act(self.normalizer(observations), None if deterministic else self.generator)
 
     def values(self, observations: Tensor) -> Tensor:
-        """Return `V(s) (...)` of observations `(..., D)` as the networks take them."""
+        """Return `V(s) (...)` of observations `(..., D)`, as `normalizer` returns them."""
         return self.critic(observations).squeeze(-1)
 
     def surrogate(self, batch: Estimates) -> Tensor:
@@ -121,7 +121,8 @@ class TRPOAgent(Agent):
             batch: A rollout, which the present policy sampled.
 
         Returns:
-            `kl` and `improvement` of the step, both 0 where no length would do, and `step_share`, that length.
+            `kl` and `improvement` of the step, and `step_share`, the share of its full length; all are 0 where no
+            length would do.
         """
         with evaluation_mode(self.policy):
             return self._step(batch)
@@ -171,7 +172,7 @@ class TRPOAgent(Agent):
         return loss.detach()
 
     def iterate(self) -> Mapping[str, Tensor | float]:
-        """Collect, then take one step of the policy and several of the critic."""
+        """Collect a rollout, then take one step of the policy and several of the critic."""
         settings = self.settings
         rollout = collect(self, settings.rollout_steps)
         batch = estimate(

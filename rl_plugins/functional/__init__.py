@@ -1,23 +1,23 @@
-"""The book of equations: pure functions on tensors, without state, configuration or process groups.
+"""The equations of the package: pure functions on tensors, without state, configuration or process groups.
 
-Shapes: `B` sequences, `T` completion tokens, `P` prompt tokens, `L` tokens of a whole row, `K` heads,
-`D` hidden, `V` vocabulary. Of mixtures of experts: `N` routed tokens (`B T`, flattened), `E` experts, `k` experts
-per token.
+Shapes: `B` sequences, `T` completion tokens, `P` prompt tokens, `L` tokens of a whole row, `K` heads, `D` hidden, `V`
+vocabulary. In mixtures of experts: `N` routed tokens (`B T`, flattened), `E` experts, `k` experts per token.
 
-Time index. The completion is `y_0 .. y_{T-1}`. State `s_t` is the prompt and `y_{<t}`; the action in it is
-`y_t`; the reward `r_t` is paid after `y_t`; `V(s_t) = E[sum_i gamma^i r_{t+i}]`; `V = 0` after the last real
-token. Head `k = 1..K` of `values (B, T, K)` at `t` forecasts, from `s_t` alone, the return that begins with
-the reward `r_{t+k-1}`.
+Time index. The completion is `y_0 .. y_{T-1}`. State `s_t` is the prompt and `y_{<t}`; the action in it is `y_t`; the
+reward `r_t` is paid after `y_t`; `V(s_t) = E[sum_i gamma^i r_{t+i}]`; `V = 0` after the last real token. At position
+`t`, parallel head `k = 1..K` of `values (B, T, K)` forecasts, from `s_t` alone, the return that begins with the reward
+`r_{t+k-1}`; every sequential head estimates `V(s_t)`.
 
-Masks are `(B, T)`, bool or 0/1, and may have holes (tool output inside a completion). A masked token is
-skipped: the next state is the next real token. Outputs are 0 at masked positions, and whatever stands there
-on input (NaN, inf) reaches neither a result nor a gradient.
+Masks are `(B, T)`, bool or 0/1, and may have holes (tool output inside a completion). A masked token is skipped: the
+state after a token is that of the next real token. Outputs are 0 at masked positions. Whatever the inputs hold there
+(NaN, inf) reaches neither a result nor a gradient.
 
-Arithmetic is float32 or wider: half-precision inputs are upcast; functions that only move entries keep dtype.
-Nothing here is a matrix product, which autocast would take in bfloat16: inside autocast the results are the same.
+Arithmetic is float32 or wider: half-precision inputs are upcast; functions that only move entries keep the dtype. No
+function uses a matrix product, which autocast would compute in bfloat16, so autocast does not change the results.
 Float64 inputs give float64 results. Log-ratios of policies are clamped to [-20, 20] before an exponential (see
 `ratios`), and a log-probability of -inf is valid, so that losses and gradients are finite whatever was sampled.
-Stop-gradients are the caller's: nothing here detaches, except where an equation itself writes sg[.].
+Stop-gradients are up to the caller: a function detaches a tensor only where its equation has `sg[.]`, or its docstring
+says that a term is constant in the gradient.
 """
 
 from rl_plugins.functional.acceptance import (

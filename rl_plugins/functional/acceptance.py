@@ -1,4 +1,4 @@
-"""Speculative sampling: which drafted tokens stay, and the token that takes the place of the first that does not.
+"""Speculative sampling: which drafted tokens are accepted, and which token replaces the first rejected one.
 
 A draft model proposes tokens with probabilities `q`; the model itself has `p`. Leviathan et al., arXiv 2211.17192, and
 Chen et al., arXiv 2302.01318, keep some of the drafts such that the tokens have exactly the distribution `p`.
@@ -11,13 +11,13 @@ from rl_plugins.functional.masking import upcast
 
 
 def acceptance_probs(target: Tensor, draft: Tensor) -> Tensor:
-    """Decide how likely a drafted token stays: `min(1, p(d) / q(d))`.
+    """Compute the probability that a drafted token is accepted: `min(1, p(d) / q(d))`.
 
     2211.17192, section 2.3; 2302.01318, algorithm 2.
 
     Args:
         target: `p(d)`, the model's probability of the drafted token, any shape.
-        draft: `q(d)`, the probability that it was drafted with, of the same shape; above 0.
+        draft: `q(d)`, the probability with which the token was drafted, of the same shape; above 0.
 
     Returns:
         Probabilities of the same shape, float32 or wider.
@@ -26,7 +26,7 @@ def acceptance_probs(target: Tensor, draft: Tensor) -> Tensor:
 
 
 def count_accepted(accepted: Tensor) -> Tensor:
-    """Count the drafts before the first one that is rejected: those that a sequence keeps.
+    """Count the drafts that a sequence keeps: those before the first rejected one.
 
     Args:
         accepted: whether each draft passes its own test `(B, K)`, bool.
@@ -38,7 +38,7 @@ def count_accepted(accepted: Tensor) -> Tensor:
 
 
 def residual_probs(target: Tensor, draft: Tensor) -> Tensor:
-    """Give the distribution to sample from after a rejection: `max(0, p - q) / sum max(0, p - q)`.
+    """Compute the distribution to sample from after a rejection: `max(0, p - q) / sum max(0, p - q)`.
 
     2211.17192, section 2.3.
 
@@ -50,7 +50,7 @@ def residual_probs(target: Tensor, draft: Tensor) -> Tensor:
         draft: `q (B, V)`; zeros where nothing was drafted, which leaves `p`.
 
     Returns:
-        `(B, V)`, float32 or wider. `p` itself where nothing is left of it, which only rounding brings about.
+        `(B, V)`, float32 or wider. It is `p` itself where `max(0, p - q)` is 0 for all tokens, by rounding.
     """
     target, draft = upcast(target), upcast(draft)
     rest = (target - draft).clamp(min=0.0)
@@ -59,12 +59,12 @@ def residual_probs(target: Tensor, draft: Tensor) -> Tensor:
 
 
 def expected_tokens(acceptance: Tensor) -> Tensor:
-    """Predict the tokens that a forward pass brings when `k` are drafted: `1 + sum_{j <= k} prod_{i <= j} a_i`.
+    """Predict the number of tokens per forward pass with `k` drafts: `1 + sum_{j <= k} prod_{i <= j} a_i`.
 
-    2211.17192, equation 1, for rates that differ from place to place.
+    2211.17192, equation 1, for acceptance rates that differ between drafts.
 
     Args:
-        acceptance: probability `a_j` that draft `j` stays once it is reached `(K,)`.
+        acceptance: probability `a_j` that draft `j` is accepted once it is reached `(K,)`.
 
     Returns:
         `(K + 1,)` for `k = 0 .. K`.

@@ -1,8 +1,9 @@
 """Targets for action values, which differ in how they read the next state, and the one update towards them.
 
-Arguments that functions here share, and do not list again, for `N` transitions `(s, a, r, s')` of any number of
-    leading
-dimensions and `A` actions:
+The functions take `N` transitions `(s, a, r, s')`, where `N` stands for any number of leading dimensions, and `A`
+actions.
+
+Arguments that functions here share, and do not list again:
     rewards: `r (N,)`.
     next_q: `q(s', .) (N, A)`.
     terminated: whether the episode ended in `s'`, bool `(N,)`. There is no next state then: the target is the reward
@@ -10,9 +11,9 @@ dimensions and `A` actions:
         termination: leave it false, and give the values of the state that was cut off.
     gamma: discount in `[0, 1]`.
 
-Targets are `(N,)`, float32 or wider. All raise `ValueError` where shapes do not fit or a number is out of range.
-Nothing is detached here: pass `next_q` from a target network, or under stop-gradient. Equation numbers without a paper
-are those of Sutton and Barto 2018.
+Targets are `(N,)`, float32 or wider. All functions raise `ValueError` where shapes do not fit or a number is out of
+range. Nothing is detached here: pass `next_q` from a target network, or under stop-gradient. Equation numbers without
+a paper are those of Sutton and Barto 2018.
 """
 
 import torch
@@ -29,7 +30,7 @@ ONE_EACH = "give one entry for each of the others'"
 def expected_sarsa_targets(
     rewards: Tensor, next_q: Tensor, next_policy: Tensor, terminated: Tensor, *, gamma: float
 ) -> Tensor:
-    """Judge a policy by all of its next actions, without the noise of one draw.
+    """Evaluate a policy by the mean over its next actions, without the noise of one draw.
 
     `Y = r + gamma sum_a pi(a|s') q(s', a)` (eq. 6.9). Actions of probability 0 do not count, whatever their value
     (-inf for an action that is not allowed).
@@ -49,9 +50,9 @@ def expected_sarsa_targets(
 def sarsa_targets(
     rewards: Tensor, next_q: Tensor, next_actions: Tensor, terminated: Tensor, *, gamma: float
 ) -> Tensor:
-    """Judge a policy by the next action that it took: `Y = r + gamma q(s', a')` (eq. 6.7).
+    """Evaluate a policy by the next action that it took: `Y = r + gamma q(s', a')` (eq. 6.7).
 
-    Expected Sarsa with all probability on that action.
+    This is expected Sarsa with all probability on that action.
 
     Args:
         next_actions: `a' (N,)`, long, in `0 .. A - 1`; ignored where `terminated`.
@@ -67,14 +68,14 @@ def sarsa_targets(
 def double_q_targets(
     rewards: Tensor, next_q_online: Tensor, next_q_target: Tensor, terminated: Tensor, *, gamma: float
 ) -> Tensor:
-    """Let one table choose and another one judge, against overestimation: `Y = r + gamma q'(s', argmax_a q(s', a))`.
+    """Let one table choose and another evaluate, against overestimation: `Y = r + gamma q'(s', argmax_a q(s', a))`.
 
-    Double Q-learning (van Hasselt et al., arXiv 1509.06461, eq. 4), which removes the upward bias of the maximum over
-    noisy values: Sarsa whose next action is greedy in `q`, judged by `q'`.
+    Double Q-learning (van Hasselt et al., arXiv 1509.06461, eq. 4) reduces the upward bias of the maximum over noisy
+    values. It is Sarsa with a next action that is greedy in `q` and has its value from `q'`.
 
     Args:
-        next_q_online: `q(s', .) (N, A)`, which chooses.
-        next_q_target: `q'(s', .) (N, A)`, which judges.
+        next_q_online: `q(s', .) (N, A)`, which chooses the action.
+        next_q_target: `q'(s', .) (N, A)`, which has the action's value.
     """
     _check(rewards, next_q_online, terminated, gamma)
     check_shape("next_q_target", next_q_target, next_q_online.shape, ONE_EACH)
@@ -82,9 +83,9 @@ def double_q_targets(
 
 
 def q_learning_targets(rewards: Tensor, next_q: Tensor, terminated: Tensor, *, gamma: float) -> Tensor:
-    """Judge the best policy, whichever one acts: `Y = r + gamma max_a q(s', a)` (eq. 6.8).
+    """Evaluate the best policy, whichever policy acts: `Y = r + gamma max_a q(s', a)` (eq. 6.8).
 
-    Expected Sarsa of the greedy policy: one table both chooses and judges.
+    This is expected Sarsa of the greedy policy: one table both chooses and evaluates.
     """
     return double_q_targets(rewards, next_q, next_q, terminated, gamma=gamma)
 
@@ -92,7 +93,7 @@ def q_learning_targets(rewards: Tensor, next_q: Tensor, terminated: Tensor, *, g
 def stochastic_update(q: Tensor, targets: Tensor, alpha: float | Tensor) -> Tensor:
     """Move estimates a step towards their targets: `q <- q - alpha (q - Y)` (Robbins and Monro 1951).
 
-    The update of every method from Monte Carlo to Q-learning; they differ in the target. With `alpha = 1` the result
+    All methods from Monte Carlo to Q-learning use this update; they differ in the target. With `alpha = 1` the result
     is the target itself, to the last bit.
 
     Args:

@@ -1,4 +1,4 @@
-"""Alignment of states, tokens and multi-token-prediction heads: the one place of index shifts.
+"""Alignment of states, tokens and multi-token-prediction heads: the only file that shifts indices.
 
 Arguments that functions here share, and do not list again:
     mask: real tokens `(B, T)`; distances count real tokens only.
@@ -6,7 +6,7 @@ Arguments that functions here share, and do not list again:
     ahead: how many tokens further each head looks than the one before it: 1 for parallel heads, which forecast from
         one hidden state; 0 for sequential heads, which have read the tokens in between.
 
-All raise `ValueError` where shapes do not fit or `num_heads` is out of range.
+The functions raise `ValueError` where shapes do not fit or `num_heads` is out of range.
 """
 
 import torch
@@ -26,7 +26,7 @@ def shift_real(x: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         offset: number of real tokens to look ahead; negative looks back.
 
     Returns:
-        `(shifted (B, T, ...), valid (B, T))`; 0 and False where there is no such token, or it is masked.
+        `(shifted (B, T, ...), valid (B, T))`; 0 and False where there is no such token, and at masked positions.
     """
     if mask.ndim != 2 or x.shape[:2] != mask.shape:
         raise ValueError(f"x {tuple(x.shape)} must be (B, T, ...) for a mask (B, T), not {tuple(mask.shape)}.")
@@ -38,7 +38,7 @@ def shift_real(x: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     #     slot = 1 0 2 3      where each entry is written:  packed = 0 a c d 0 0
     #     goal = 2 0 3 4      where each one reads:        shifted = c 0 d 0      valid = 1 0 1 0
     #
-    # The integers are worked on in place because allocating them is most of the time this takes.
+    # The integers are changed in place, because their allocation would take most of the time.
     rank = real.cumsum(1)
     count = rank[:, -1:].clone()
     slot = rank.mul_(real)
@@ -61,7 +61,7 @@ def last_real(mask: Tensor) -> Tensor:
 
 
 def next_state_values(values: Tensor, mask: Tensor) -> Tensor:
-    """Read off the value of the state after each token, for one-step targets: `V(s_{t+1})`, 0 after the last one.
+    """Return the value of the state after each token, for one-step targets: `V(s_{t+1})`, 0 after the last one.
 
     Args:
         values: `V(s_t) (B, T)`.
@@ -73,15 +73,16 @@ def next_state_values(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def value_after(values: Tensor, mask: Tensor) -> Tensor:
-    """Read off the value of the state that each completion ends in: that of the column behind its last token.
+    """Return the value of the state in which each completion ends: that of the column after its last token.
 
     Args:
-        values: Of the states before the tokens, and of the one behind the last column `(B, T + 1)`.
+        values: Those of the states before the tokens, and of the state after the last column `(B, T + 1)`.
         mask: 1 for the tokens of a completion `(B, T)`; may have holes.
 
     Returns:
         `(B,)`; that of the first column where a row has no token.
     """
+    check_shape("values", values, (mask.shape[0], mask.shape[1] + 1), "give one more column than the mask has")
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return values.gather(1, (mask.bool() * columns).amax(1, keepdim=True)).squeeze(1)
 
@@ -197,8 +198,8 @@ def completion_labels(
 def predicted_mask(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Mark the actions of a labelled row that count in a loss.
 
-    Action `t` is token `t + 1`, chosen in the state of token `t`.
-    Goes with `completion_states(hidden, L - 1)`, which takes the whole row after its first token for the completion.
+    Action `t` is token `t + 1`, chosen in the state of token `t`. The mask goes with
+    `completion_states(hidden, L - 1)`, which takes the row after its first token for the completion.
 
     Args:
         labels: `(B, L)`.

@@ -1,23 +1,23 @@
-"""Checks of arguments that several modules of this layer share. All raise `ValueError`, with the numbers."""
+"""Checks of arguments for several modules of this layer. All raise `ValueError`; the message has the numbers."""
 
 from torch import Tensor
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...], give: str) -> None:
-    """Refuse a tensor of another shape, which broadcasting would pair with the wrong entries without a word.
+    """Refuse a tensor of another shape, which broadcasting would silently pair with the wrong entries.
 
     Args:
-        name: of the argument.
-        x: the argument.
-        shape: that it must have.
-        give: the advice, which ends where the shape is named.
+        name: the name of the argument.
+        x: its value.
+        shape: the shape that it must have.
+        give: the advice of the message, which ends with the shape.
     """
     if x.shape != shape:
         raise ValueError(f"{name} {tuple(x.shape)}: {give}, {tuple(shape)}.")
 
 
 def check_groups(name: str, x: Tensor, group_size: int) -> None:
-    """Refuse what cannot be split into groups of equal size: one entry per completion, a prompt's side by side."""
+    """Refuse a tensor, of one entry per completion, that cannot be split into groups of equal size."""
     if x.ndim != 1 or group_size < 1 or len(x) % group_size:
         raise ValueError(
             f"{name} {tuple(x.shape)} do not divide into groups of {group_size}: give one per completion, (B,), and "

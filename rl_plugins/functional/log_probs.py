@@ -1,13 +1,13 @@
 """Log-probabilities and entropies of tokens from logits, and divergences between two policies from sampled tokens.
 
 Arguments that functions here share, and do not list again:
-    logits: `z (B, T, V)`, those that predict each token.
+    logits: `z (B, T, V)`; those at `t` predict the token `y_t`.
     temperature: `tau` above 0, of the policy that samples.
     logps, ref_logps, ...: log-probabilities of the same tokens under two policies `(B, T)`.
 
-Results are `(B, T)`, in nats, float32 or wider. All raise `ValueError` where shapes do not fit or `temperature` is not
-positive. Where a probability is 0, its logarithm counts as -1e6 in the divergences, and the exponent of the k3
-estimate is held at 20 (see `ratios`). Values and gradients are finite then, and nothing else changes.
+Results are `(B, T)`, in nats, float32 or wider. The functions of logits raise `ValueError` where shapes do not fit or
+`temperature` is not positive. In the divergences, the logarithm of a probability of 0 counts as -1e6, and the exponent
+of the k3 estimate is at most 20 (see `ratios`), so that values and gradients are finite.
 """
 
 import torch
@@ -19,7 +19,7 @@ from rl_plugins.functional.ratios import LOG_RATIO_LIMIT, finite_logps
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Score tokens under the policy that samples: `ln pi(y_t|s_t) = z_y / tau - ln sum_a exp(z_a / tau)`.
+    """Compute the log-probability of each token: `ln pi(y_t|s_t) = z_y / tau - ln sum_a exp(z_a / tau)`.
 
     Args:
         tokens: `y (B, T)`.
@@ -72,15 +72,16 @@ def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def kl_to_sampler(logps: Tensor, sampler_logps: Tensor) -> Tensor:
     """Hold a policy close to the one that sampled, by an estimate of `KL(sampler || pi)` on its tokens.
 
-    `r - 1 - ln r`, `r = pi / sampler`: non-negative, and its gradient is that of the divergence in expectation
-    (Schulman, 2020, estimator k3, in the direction that Phasic Policy Gradient holds the policy with, 2009.04416,
-    equation 4). No gradient where `r` is above `e^20`.
+    `r - 1 - ln r`, `r = pi / sampler`: it is never negative, and in expectation its gradient is that of the divergence
+    (Schulman, 2020, estimator k3, for the divergence in the policy loss of Phasic Policy Gradient, 2009.04416,
+    equation 4). There is no gradient where `r` is above `e^20`.
 
     Args:
         logps: under `pi`, the policy being trained.
         sampler_logps: under the policy to stay close to.
     """
-    # Bounded on one side: far below 0 the estimate is a straight line, whose slope pulls the policy back.
+    # The log-ratio is bounded above only: far below 0 the estimate is a straight line, whose slope pulls the policy
+    # back.
     log_ratio = kl_k1(logps, sampler_logps).clamp(max=LOG_RATIO_LIMIT)
     return log_ratio.exp() - 1 - log_ratio
 
@@ -88,8 +89,8 @@ def kl_to_sampler(logps: Tensor, sampler_logps: Tensor) -> Tensor:
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Estimate `KL(pi || ref)` on tokens of `pi` with little variance and never below 0, as in GRPO's loss.
 
-    `r - 1 - ln r`, `r = ref / pi` (Schulman, 2020, estimator k3; 2402.03300, equation 4); unbiased. No gradient where
-    `r` is above `e^20`.
+    `r - 1 - ln r`, `r = ref / pi` (Schulman, 2020, estimator k3; 2402.03300, equation 4); unbiased. There is no
+    gradient where `r` is above `e^20`.
 
     Args:
         logps: under `pi`, the policy that sampled.

@@ -4,9 +4,9 @@ Arguments that functions here share, and do not list again:
     x: `(B, T, ...)`; masked entries may hold anything (NaN, inf).
     mask: `(B, T)`, or any leading part of the shape of `x`; true for real entries.
     dim: dimension to reduce; all of them by default.
-    reduce: sums a 1-D tensor of statistics across ranks; `None` where there is one rank.
+    reduce: a function that sums a 1-D tensor of statistics across ranks; `None` where there is one rank.
 
-All raise `ValueError` where the shape of `mask` does not lead the shape of `x`.
+Functions with a `mask` raise `ValueError` where its shape is not a leading part of the shape of `x`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch import Tensor
 from rl_plugins.functional.checks import check_shape
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a 1-D tensor of statistics across ranks; `None` in a signature means one rank."""
+"""A function that sums a 1-D tensor of statistics across ranks; `None` in a signature means one rank."""
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def upcast(x: Tensor) -> Tensor:
 def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
     """Replace the masked entries of `x` by 0, whatever they hold, and cut their gradient.
 
-    Apply it to what goes *into* a loss: a NaN zeroed only afterwards is still a NaN in the gradient.
+    Apply it to the *inputs* of a loss: a NaN that is replaced only after the loss is still a NaN in the gradient.
 
     Returns:
         The shape of `x`, float32 or wider.
@@ -72,7 +72,7 @@ def masked_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> 
 
 
 def exact_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the `masked_moments` in float64, for those who subtract the mean from `x`.
+    """Compute `masked_moments` and return them in float64, for callers that subtract the mean from `x`.
 
     The sum of equal float32 numbers is exact in float64 (up to 2^29 of them), hence so is their mean.
     """
@@ -80,10 +80,10 @@ def exact_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> t
     local = torch.stack([real.sum(), _expand(mask, x).sum().double()])
     total, count = (reduce(local) if reduce else local).unbind()
     mean = total / count.clamp(min=1)
-    # A second pass: E[x^2] - E[x]^2 cancels to noise once the mean exceeds the spread.
+    # A second pass: E[x^2] - E[x]^2 would cancel to noise where the mean is much larger than the spread.
     squares = masked_sum((real - mean) ** 2, mask).reshape(1)
     var = (reduce(squares) if reduce else squares).squeeze(0) / count.clamp(min=1)
-    # The mean of equal float64 numbers is off by a few units in the last place: that is no variance.
+    # The mean of equal float64 numbers may be off by a few units in the last place, which is no variance.
     rounding = 32 * torch.finfo(mean.dtype).eps * mean
     return mean, torch.where(var <= rounding**2, 0.0, var), count
 
@@ -91,11 +91,11 @@ def exact_moments(x: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> t
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, reduce: Reduce | None = None
 ) -> Tensor:
-    """Scale the real entries to unit variance and, with `shift_mean`, zero mean, whatever the units of a batch are.
+    """Scale the real entries to unit variance and, with `shift_mean`, zero mean, so that their units do not matter.
 
-    `(x - mean) / sqrt(var + eps)`, plus `mean` when not `shift_mean`, as rewards are whitened where their sign
-    matters. The differences are taken in float64, as in `masked_moments`: equal entries become exactly 0, or stay as
-    they are when not `shift_mean`.
+    `(x - mean) / sqrt(var + eps)`, plus `mean` without `shift_mean`, which is for rewards whose sign matters. The
+    differences are taken in float64, as in `masked_moments`: equal entries become exactly 0, or stay as they are
+    without `shift_mean`.
 
     Args:
         shift_mean: whether to leave the mean at 0.
@@ -112,7 +112,7 @@ def masked_whiten(
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor, *, reduce: Reduce | None = None) -> Tensor:
-    """Tell how good predictions are, as a share of the targets' variance: `1 - Var(y - yhat) / Var(y)`.
+    """Measure how much of the targets' variance the predictions explain: `1 - Var(y - yhat) / Var(y)`.
 
     1 is perfect, 0 is as good as the targets' mean, and below 0 is worse than that.
 
@@ -148,7 +148,7 @@ def masked_line(
         slopes: smallest and largest slope; the best one in between is taken.
 
     Returns:
-        Slope and intercept, 0-d float64. Where `x` does not vary, the slope is the one nearest to 0.
+        Slope and intercept, 0-d float64. Where `x` does not vary, the slope is the allowed one nearest to 0.
     """
     check_shape("x", x, y.shape, "align both")
     mean_x, var_x, _ = exact_moments(x, mask, reduce=reduce)
@@ -160,7 +160,7 @@ def masked_line(
 
 
 def _expand(mask: Tensor, x: Tensor) -> Tensor:
-    """`mask` as bool in the shape of `x`, trailing dimensions repeated."""
+    """Return `mask` as bool in the shape of `x`, repeated along the trailing dimensions."""
     if mask.shape != x.shape[: mask.ndim]:
         raise ValueError(
             f"mask {tuple(mask.shape)} must lead the shape of x {tuple(x.shape)}: "

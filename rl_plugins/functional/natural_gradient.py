@@ -1,12 +1,13 @@
-"""The natural gradient: steps measured by how far they move a distribution, not its parameters.
+"""The natural gradient: the length of a step is how far it moves a distribution, not the distribution's parameters.
 
 Arguments that functions here share, and do not list again:
     parameters: `theta`, tensors with `n` entries in all.
     product: `v -> A v` for a positive definite `A`, both `(n,)`.
     steps: most steps of conjugate gradient, at least 1.
 
-Vectors are `(n,)`. All raise `ValueError` where shapes do not fit or a number is out of range. Dot products are sums
-of products, which stay in float32 under autocast; `@` would be taken in bfloat16.
+Vectors are `(n,)`. `conjugate_gradient` and `trust_region_step` raise `ValueError` where a shape does not fit or a
+number is out of range. Dot products are sums of products, which stay in float32 under autocast; autocast would compute
+`@` in bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from rl_plugins.functional.masking import upcast
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], b: Tensor, *, steps: int = 10, tolerance: float = 1e-10
 ) -> Tensor:
-    """Solve `A x = b` for a matrix that is too large to build and is known by its products only.
+    """Solve `A x = b` for a matrix that is too large to build and is known only by its products with vectors.
 
     Hestenes and Stiefel 1952. In exact arithmetic, `n` steps solve a system of size `n`; few steps give the best `x`
     in a Krylov space (Nocedal and Wright 2006, algorithm 5.2).
@@ -72,7 +73,7 @@ def flat_gradient(
     Args:
         scalar: 0-d.
         create_graph: whether the gradient is to be differentiated again.
-        retain_graph: whether the graph of `scalar` is needed again; by default as `create_graph`.
+        retain_graph: whether the graph of `scalar` is needed again; by default the value of `create_graph`.
     """
     gradients = torch.autograd.grad(
         scalar,
@@ -87,17 +88,17 @@ def flat_gradient(
 def trust_region_step(
     product: Callable[[Tensor], Tensor], gradient: Tensor, *, max_kl: float, steps: int = 10
 ) -> Tensor:
-    """Step as far up the gradient as a trust region allows: the best `x` with `1/2 x^T H x <= max_kl`.
+    """Compute the best step that a trust region allows: the `x` with `1/2 x^T H x <= max_kl` that gains the most.
 
     `x = sqrt(2 max_kl / (s^T H s)) s` with `H s = gradient` (Schulman et al., arXiv 1502.05477, appendix C); `product`
-    is that of `H`.
+    multiplies by `H`.
 
     Args:
         gradient: of the objective, `(n,)`.
         max_kl: size of the region, above 0.
 
     Returns:
-        `(n,)`; 0 where the gradient is.
+        `(n,)`; 0 if the gradient is 0.
     """
     check_positive("give a positive bound, such as 0.01", max_kl=max_kl)
     direction = conjugate_gradient(product, gradient, steps=steps)

@@ -1,11 +1,11 @@
 """Probability ratios between the policy and the one that sampled, and the inputs of policy losses in one form.
 
-A token that the old policy did not choose (forced, filtered or replayed) may have any ratio: above `e^88` it is
-infinite in float32, and a clipped loss or an advantage of 0 then makes NaN of it, `0 * inf`. Hence log-ratios are
-clamped to `LOG_RATIO_LIMIT` on either side, as in verl. Inside the clamp nothing changes; a token outside it has the
-ratio at the edge, and no gradient through its ratio.
+A token that the old policy did not choose (forced, filtered or replayed) may have any ratio. A ratio above `e^88` is
+infinite in float32, and a clipped loss or an advantage of 0 then turns it into NaN, `0 * inf`. Hence log-ratios are
+clamped to `LOG_RATIO_LIMIT` on either side, as in verl. Inside the clamp nothing changes; a token outside of it has
+the ratio at the edge, and no gradient through this ratio.
 
-Names: `ln pi` is `logps`, `ln pi_old` is `old_logps`. All raise `ValueError` where shapes do not fit.
+Names: `ln pi` is `logps`, `ln pi_old` is `old_logps`. All functions raise `ValueError` where shapes do not fit.
 """
 
 import torch
@@ -17,14 +17,14 @@ from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
 LEVELS = ("token", "sequence")
 
 LOG_RATIO_LIMIT = 20.0
-"""Largest `|ln rho|`: beyond it a token is not of the old policy's choosing. The ratio is then 4.9e8 or 2.1e-9."""
+"""Largest `|ln rho|`: beyond it, the old policy did not choose the token. The ratio is then 4.9e8 or 2.1e-9."""
 
 LOG_PROB_LIMIT = 1e6
-"""Size of a log-probability that stands for infinity: float32 resolves no ratio of larger ones."""
+"""Size of a log-probability that stands for infinity: float32 resolves no ratio of larger log-probabilities."""
 
 
 def finite_logps(logps: Tensor) -> Tensor:
-    """Bring log-probabilities to float32 and to at least `-LOG_PROB_LIMIT`, which stands for `ln 0 = -inf`.
+    """Upcast log-probabilities and clamp them to at least `-LOG_PROB_LIMIT`, which stands for `ln 0 = -inf`.
 
     No gradient passes at the limit, since nothing can raise a probability of 0. NaN stays NaN.
     """
@@ -34,8 +34,8 @@ def finite_logps(logps: Tensor) -> Tensor:
 def log_ratios(logps: Tensor, old_logps: Tensor) -> Tensor:
     """Compare two policies on the same tokens: `ln rho = clamp(ln pi - ln pi_old, -20, 20)`.
 
-    The exponential of any ratio and its gradient are finite then. -inf (a probability of 0) is a valid
-    log-probability: the clamp's edge is its ratio, or 1 where both policies have it.
+    The ratio and its gradient are then finite. A log-probability of -inf (a probability of 0) is valid: `ln rho` is
+    the edge of the clamp, or 0 where both log-probabilities are -inf.
 
     Args:
         logps: `ln pi`, any shape.
@@ -80,7 +80,7 @@ def policy_inputs(
 
 
 def log_importance_weights(log_ratio: Tensor, mask: Tensor, level: str = "token") -> Tensor:
-    """Weigh each token by its own ratio or by that of its sequence, in logarithms.
+    """Return the log of each token's weight, which is its own ratio or that of its sequence.
 
     `token`: `ln rho_t`. `sequence`: `1/|y| sum_t ln rho_t` for every real token, GSPO's length-normalised sequence
     ratio (Zheng et al., arXiv 2507.18071, eq. 7).
@@ -110,7 +110,7 @@ def clipped_objective(
         advantages: `A_t (B, T)`.
         low: lower bound of `x`, a float or 0-d.
         high: upper bound of `x`, of the same kind.
-        cap: bound on `x` where it is not clipped; `None` for no bound.
+        cap: upper bound of `x` in the first term; `None` for no bound.
 
     Returns:
         `(B, T)`.

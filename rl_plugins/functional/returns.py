@@ -1,19 +1,19 @@
-"""Targets for values and advantages: one reverse scan, and the special cases of it.
+"""Targets for values and advantages: one reverse scan, and its special cases.
 
 Arguments that functions here share, and do not list again:
     rewards: `r_t (B, T)`.
     values: `V(s_t) (B, T)`.
     mask: real tokens `(B, T)`.
-    gamma: discount in `[0, 1]`, a float, or per token `(B, T)`: that of the step from `s_t` to `s_{t+1}`. Where time
-        only passes between the turns of a conversation, it is `turns.at_turn_ends(gamma, mask)`.
-    lam: trace decay in `[0, 1]`, a float, per sequence `(B,)` or `(B, 1)`, or per token `(B, T)`. A 0 where an episode
-        ends lets a row hold several (with `next_values` given).
+    gamma: discount in `[0, 1]`, a float, or one per token `(B, T)`, for the step from `s_t` to `s_{t+1}`. If time
+        should pass only between the turns of a conversation, give `turns.at_turn_ends(gamma, mask)`.
+    lam: trace decay in `[0, 1]`, a float, one per sequence `(B,)` or `(B, 1)`, or one per token `(B, T)`. A row may
+        hold several episodes if `lam` is 0 where they end, and `next_values` is given.
     next_values: `V'(s_{t+1}) (B, T)`, the value of the state after `y_t`, from another network than `values` (a Polyak
-        target). By default it is `V(s_{t+1})` from `values`, 0 after the last real token. A given tensor is used there
-        as it is, so that a truncated completion can be bootstrapped.
+        target). By default it is `V(s_{t+1})` from `values`, 0 after the last real token. A tensor that is given is
+        not set to 0 there, so that a truncated completion can be bootstrapped.
 
-Results are `(B, T)`, 0 at masked positions. All raise `ValueError` where shapes do not fit or a number is out of
-range. Equation numbers without a paper are those of Sutton and Barto 2018.
+Results are `(B, T)`, 0 at masked positions. All functions raise `ValueError` where shapes do not fit or a number is
+out of range. Equation numbers without a paper are those of Sutton and Barto 2018.
 """
 
 import torch
@@ -27,7 +27,7 @@ from rl_plugins.functional.masking import upcast, zero_masked
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float | Tensor = 1.0) -> Tensor:
     """Sum up the rewards that follow each token, a target without any bias: `G_t = sum_i gamma^i r_{t+i}` (eq. 3.8).
 
-    The Monte Carlo return varies most of all targets, since it holds all of the randomness up to the end.
+    This Monte Carlo return has the highest variance of all targets, since it contains all randomness up to the end.
     """
     return _scan_real(_clean(rewards, mask), _discount(gamma, mask), mask)
 
@@ -37,10 +37,10 @@ def discount_factors(mask: Tensor, *, gamma: float | Tensor, dtype: torch.dtype 
     is the number of real tokens before it.
 
     The gradient of the discounted objective, `E[sum_t gamma^t A_t grad ln pi(y_t|s_t)]`, has this factor (section
-    13.3, box); most implementations leave it out.
+    13.3, box); most implementations leave the factor out.
 
     Args:
-        dtype: of the numbers that the factors are multiplied with; they are float32 at least.
+        dtype: that of the numbers to be multiplied by the factors; the factors are float32 at least.
     """
     gamma = _discount(gamma, mask)
     real = mask.bool().to(torch.promote_types(dtype, torch.float32))
@@ -53,7 +53,7 @@ def discount_factors(mask: Tensor, *, gamma: float | Tensor, dtype: torch.dtype 
 def td_targets(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float | Tensor = 1.0, next_values: Tensor | None = None
 ) -> Tensor:
-    """Make one-step targets, which trust the value of the next state: `Y_t = r_t + gamma V'(s_{t+1})` (eq. 6.2)."""
+    """Make one-step targets, which bootstrap from the next state: `Y_t = r_t + gamma V'(s_{t+1})` (eq. 6.2)."""
     return _clean(rewards, mask) + _discount(gamma, mask) * _next_values(values, mask, next_values)
 
 
@@ -76,7 +76,7 @@ def n_step_returns(
     gamma: float = 1.0,
     next_values: Tensor | None = None,
 ) -> Tensor:
-    """Make targets between one step and the end: `sum_{i<n} gamma^i r_{t+i} + gamma^n V'(s_{t+n})` (eq. 7.1).
+    """Make targets of `n` rewards and a bootstrap: `sum_{i<n} gamma^i r_{t+i} + gamma^n V'(s_{t+n})` (eq. 7.1).
 
     Args:
         n: rewards to sum before the bootstrap, at least 1; where fewer are left, the return runs to the end.
@@ -85,7 +85,7 @@ def n_step_returns(
     if n < 1:
         raise ValueError(f"n={n}: give at least 1, which is td_targets.")
     following, last = _next_values(values, mask, next_values), last_real(mask)
-    # The end pays its own bootstrap, so that windows which reach it need no case of their own.
+    # The last token's bootstrap is added to its reward, so that windows which reach the end are no special case.
     window = _clean(rewards, mask) + gamma * torch.where(last, following, 0.0)
     bootstrap = shift_real(torch.where(last, 0.0, following), mask, n - 1)[0]
     return _window_sums(window, mask, n, gamma) + gamma**n * bootstrap
@@ -121,7 +121,7 @@ def gae(
     lam: float | Tensor = 0.95,
     next_values: Tensor | None = None,
 ) -> Tensor:
-    """Estimate advantages with as much bias or variance as `lam` allows: `A_t = sum_l (gamma lam)^l delta_{t+l}`.
+    """Estimate advantages, with `lam` to trade bias for variance: `A_t = sum_l (gamma lam)^l delta_{t+l}`.
 
     Generalised advantage estimation (arXiv 1506.02438, eq. 16): the lambda-return minus the value.
     """
@@ -145,14 +145,14 @@ def vtrace(
 
     `v_t = V(s_t) + rho_t delta_t + gamma c_t (v_{t+1} - V(s_{t+1}))`, with `rho_t = min(clip_rho, pi / beta)` and
     `c_t = lam min(clip_c, pi / beta)` (Espeholt et al., arXiv 1802.01561, eq. 1 and remarks 1 and 2), and
-    `A_t = delta_t + gamma lam (v_{t+1} - V(s_{t+1}))`, yet to be weighed by `rho_t` in a policy gradient (section
-    4.2). Where `pi = beta`, these are `lambda_returns` and `gae`; at `lam = 0`, `V(s_t) + rho_t delta_t` and
+    `A_t = delta_t + gamma lam (v_{t+1} - V(s_{t+1}))`, which a policy gradient still has to multiply by `rho_t`
+    (section 4.2). Where `pi = beta`, these are `lambda_returns` and `gae`; at `lam = 0`, `V(s_t) + rho_t delta_t` and
     `delta_t`.
 
     Args:
         ratios: `pi(y_t|s_t) / beta(y_t|s_t) (B, T)`.
         clip_rho: largest weight of a TD error, above 0; it decides the values that the targets converge to.
-        clip_c: largest weight of the trace, at most 1; it decides how fast.
+        clip_c: largest weight of the trace, at most 1; it decides how fast they converge.
 
     Returns:
         `(targets, advantages)`, both `(B, T)`.
@@ -167,13 +167,13 @@ def vtrace(
 
 
 def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
-    """Make traces as long as completions are: `lam = clamp(1 - 1 / (alpha l), 0, 1)` (VAPO, arXiv 2504.05118).
+    """Make traces longer for longer completions: `lam = clamp(1 - 1 / (alpha l), 0, 1)` (VAPO, arXiv 2504.05118).
 
     The trace's weights sum to `1 / (1 - lam) = alpha l`, a fixed share of the length.
 
     Args:
         lengths: `l`, real tokens of each completion `(B,)`.
-        alpha: that share, above 0.
+        alpha: the share of the length, above 0.
 
     Returns:
         `(B,)`.
@@ -186,7 +186,7 @@ def _reverse_scan(a: Tensor, b: Tensor) -> Tensor:
     """Solve `x_t = b_t + a_t x_{t+1}`, `x_T = 0`, by doubling: `O(log T)` passes (Hillis and Steele 1986)."""
     length, step = b.shape[1], 1
     while step < length:
-        # b_t now sums `step` terms and a_t is their product: compose each with the block that follows it.
+        # b_t now sums `step` terms, and a_t is the product of their factors: combine each block with the one after it.
         reach = length - step
         b = torch.cat([torch.addcmul(b[:, :reach], a[:, :reach], b[:, step:]), b[:, reach:]], dim=1)
         # Blocks that end past T meet x_T = 0: their products are never used again, so `a` shrinks.
@@ -196,13 +196,13 @@ def _reverse_scan(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _scan_real(b: Tensor, decay: float | Tensor, mask: Tensor) -> Tensor:
-    """The scan over real tokens; a masked one hands the state on untouched and is 0 in the result."""
+    """Run the scan over real tokens; a masked token passes the state on unchanged and is 0 in the result."""
     decay = torch.as_tensor(decay, dtype=b.dtype, device=b.device)
     return zero_masked(_reverse_scan(torch.where(mask.bool(), decay, 1.0), b), mask)
 
 
 def _window_sums(rewards: Tensor, mask: Tensor, n: int, gamma: float) -> Tensor:
-    """`sum_{i<n} gamma^i r_{t+i}` by doubling: one window for each binary digit of `n`."""
+    """Compute `sum_{i<n} gamma^i r_{t+i}` by doubling: one window for each binary digit of `n`."""
     total, block, size, done = torch.zeros_like(rewards), rewards, 1, 0
     n = min(n, rewards.shape[1])
     while size <= n:
@@ -246,7 +246,7 @@ def check_trace_decay(lam: float, name: str = "lam") -> None:
 
     Args:
         lam: the decay.
-        name: under which the caller knows it.
+        name: the caller's name of the decay, for the message.
 
     Raises:
         ValueError: If it is.
@@ -256,7 +256,7 @@ def check_trace_decay(lam: float, name: str = "lam") -> None:
 
 
 def _discount(gamma: float | Tensor, mask: Tensor) -> float | Tensor:
-    """`gamma` as a float or `(B, T)`."""
+    """Check `gamma`, and return it as a float or `(B, T)`."""
     if not isinstance(gamma, Tensor):
         check_discount(gamma)
         return gamma
@@ -269,7 +269,7 @@ def _discount(gamma: float | Tensor, mask: Tensor) -> float | Tensor:
 
 
 def _trace_decay(lam: float | Tensor, mask: Tensor) -> float | Tensor:
-    """`lam` as a float, `(B, 1)` or `(B, T)`."""
+    """Check `lam`, and return it as a float, `(B, 1)` or `(B, T)`."""
     if not isinstance(lam, Tensor):
         check_trace_decay(lam)
         return lam

@@ -1,6 +1,6 @@
 """Rewards per token, from a score per completion and log-probabilities.
 
-All raise `ValueError` where shapes do not fit or a number is out of range.
+All functions raise `ValueError` where shapes do not fit or a number is out of range.
 """
 
 import torch
@@ -27,17 +27,17 @@ def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def kl_shaped_rewards(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, beta: float) -> Tensor:
-    """Charge each token for leaving the reference: `r_t - beta (ln pi(y_t|s_t) - ln pi_ref(y_t|s_t))`.
+    """Penalise each token for leaving the reference: `r_t - beta (ln pi(y_t|s_t) - ln pi_ref(y_t|s_t))`.
 
-    The k1 estimate of the KL divergence, inside the reward (Ouyang et al., arXiv 2203.02155, eq. 2). A reward
-    is data: pass `logps` detached.
+    The penalty is the k1 estimate of the KL divergence (Ouyang et al., arXiv 2203.02155, eq. 2). A reward is data:
+    pass `logps` detached.
 
     Args:
         rewards: `(B, T)`.
         logps: `ln pi(y_t|s_t) (B, T)` of the policy that sampled.
         ref_logps: `ln pi_ref(y_t|s_t) (B, T)`.
         mask: `(B, T)`.
-        beta: weight of the charge.
+        beta: weight of the penalty.
 
     Returns:
         `(B, T)`.
@@ -46,7 +46,7 @@ def kl_shaped_rewards(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: T
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
-    """Push completions away from the limit of their length by a soft penalty.
+    """Penalise completions whose length is close to the limit, by a penalty that grows with the length.
 
     0 up to `L_max - L_cache` tokens, then `(L_max - L_cache - |y|) / L_cache`, down to -1 at `L_max` and beyond.
     DAPO's overlong reward shaping, Yu et al., arXiv 2503.14476, eq. 13 (there `L_max` = 20480, `L_cache` = 4096).

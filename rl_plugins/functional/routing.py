@@ -1,7 +1,7 @@
 """Balance of mixture-of-experts routers: losses on their logits, updates of their selection bias, and measures.
 
-Which experts a token goes to is taken from the router and never chosen again here: a bias on the selection, sigmoid
-scores or groups of experts make the largest logits something else than the experts used.
+The functions take the experts of a token from the router and never choose them again: with a bias on the selection, or
+with groups of experts, the experts used need not be those with the largest logits.
 """
 
 import math
@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from rl_plugins.functional.masking import masked_mean, upcast, zero_masked
 
 Scoring = Literal["softmax", "sigmoid"]
-"""Function that makes scores of a router's logits."""
+"""The function that turns the logits of a router into scores."""
 
 BiasRule = Literal["sign", "proportional", "quantile"]
 """One of `BIAS_RULES`."""
 
 
 def router_probabilities(logits: Tensor, scoring: Scoring = "softmax") -> Tensor:
-    """A router's scores, normalised over the experts.
+    """Compute a router's scores, normalised over the experts.
 
     - `softmax`: `p_i = exp(x_i) / sum_j exp(x_j)`.
     - `sigmoid`: `p_i = s_i / sum_j s_j`, `s_i = 1 / (1 + exp(-x_i))` (DeepSeek-V3, arXiv 2412.19437, eq. 19).
@@ -41,7 +41,7 @@ def router_probabilities(logits: Tensor, scoring: Scoring = "softmax") -> Tensor
     if scoring == "softmax":
         return logits.softmax(-1)
     if scoring == "sigmoid":
-        # The same as dividing by the sum, but not 0 / 0 where all scores underflow.
+        # This equals a division by the sum, but is not 0 / 0 where all scores underflow.
         return F.logsigmoid(logits).softmax(-1)
     raise ValueError(f"Unknown scoring {scoring!r}; choose 'softmax' or 'sigmoid', whichever the router uses.")
 
@@ -49,7 +49,7 @@ def router_probabilities(logits: Tensor, scoring: Scoring = "softmax") -> Tensor
 def expert_counts(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
     """Count the real tokens of each expert: `c_i = sum_t m_t [i in indices_t]`.
 
-    Does not wait for the device.
+    The host does not wait for the device.
 
     Args:
         indices: experts of each token `(N, k)`; rows of masked tokens may hold anything.
@@ -69,7 +69,7 @@ def expert_counts(indices: Tensor, num_experts: int, mask: Tensor | None = None)
 
 
 def load_fractions(counts: Tensor, k: int) -> Tensor:
-    """Share of the tokens that each expert has: `f_i = k c_i / sum_j c_j`, which is `c_i / n` for `n` tokens.
+    """Compute the share of the tokens that each expert has: `f_i = k c_i / sum_j c_j`, or `c_i / n` for `n` tokens.
 
     Fedus et al., arXiv 2101.03961, eq. 5, for `k` experts per token.
 
@@ -86,19 +86,19 @@ def load_fractions(counts: Tensor, k: int) -> Tensor:
 def switch_balance_loss(
     logits: Tensor, fractions: Tensor, mask: Tensor | None = None, *, scoring: Scoring = "softmax"
 ) -> Tensor:
-    """The balance loss of Switch Transformers, of one layer: `E sum_i f_i P_i`.
+    """Compute the balance loss of Switch Transformers for one layer: `E sum_i f_i P_i`.
 
-    `f_i` is the share of the tokens that went to expert `i`, a constant to the gradient, and
-    `P_i = 1/n sum_t p_i(x_t)` the mean probability of that expert over the `n` real tokens (Fedus et al., arXiv
-    2101.03961, eq. 4 to 6). The shares sum to `k`, as in transformers, so that its coefficients carry over: a balanced
-    router has `k`.
+    `f_i` is the share of the tokens that went to expert `i`, a constant in the gradient, and
+    `P_i = 1/n sum_t p_i(x_t)` is the mean probability of that expert over the `n` real tokens (Fedus et al., arXiv
+    2101.03961, eq. 4 to 6). The shares sum to `k`, as in the library transformers, so that the same coefficients can
+    be used: the loss of a balanced router is `k`.
 
-    Where the shares come from decides what has to be balanced. Those of the same tokens,
+    The tokens behind the shares decide what has to be balanced. Shares of the same tokens,
     `load_fractions(expert_counts(indices, E, mask), k)`, ask for balance within the micro-batch, which costs
-    specialisation; those of the accumulation window or of all ranks ask for it there (Qiu et al., arXiv 2501.11873).
-    With the mean of the shares over all layers, the mean of this loss over the layers is transformers'
-    `load_balancing_loss_func`. That one asks too little: two layers that have collapsed onto opposite experts are
-    balanced on average (huggingface/transformers#31464).
+    specialisation. Shares of the accumulation window or of all ranks ask for balance over all of these tokens (Qiu et
+    al., arXiv 2501.11873). With the mean of the shares over all layers, the mean of this loss over the layers is
+    transformers' `load_balancing_loss_func`. That function asks for too little: two layers that have collapsed onto
+    opposite experts are balanced on average (huggingface/transformers#31464).
 
     Args:
         logits: of the layer's router, `(N, E)`; masked tokens may hold anything.
@@ -121,12 +121,12 @@ def switch_balance_loss(
 def sequence_balance_loss(
     logits: Tensor, indices: Tensor, mask: Tensor | None = None, *, scoring: Scoring = "sigmoid"
 ) -> Tensor:
-    """DeepSeek-V3's balance loss within each sequence, of one layer: `sum_i f_i P_i`, mean over the sequences.
+    """Compute DeepSeek-V3's balance loss within each sequence, for one layer: the mean of `sum_i f_i P_i`.
 
-    `f_i = E / (k n) c_i` from the `n` real tokens of a sequence, a constant to the gradient, and
-    `P_i = 1/n sum_t p_i(x_t)` (arXiv 2412.19437, eq. 17 to 20). 1 where a sequence is balanced. The counts are of the
-    `indices` given, the router's own: those of the unbiased scores, as eq. 18 writes, are other experts once the
-    selection has a bias.
+    `f_i = E / (k n) c_i` from the `n` real tokens of a sequence, a constant in the gradient, and
+    `P_i = 1/n sum_t p_i(x_t)` (arXiv 2412.19437, eq. 17 to 20). The loss is 1 where a sequence is balanced. The counts
+    are those of `indices`, the experts that the router used. Eq. 18 counts the experts with the largest scores without
+    the bias, which are others once the selection has a bias.
 
     Args:
         logits: `x (B, T, E)`; masked tokens may hold anything.
@@ -152,7 +152,7 @@ def sequence_balance_loss(
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The z-loss of ST-MoE, which keeps logits small: `1/n sum_t (ln sum_i exp(x_ti))^2`.
+    """Compute the z-loss of ST-MoE, which keeps logits small: `1/n sum_t (ln sum_i exp(x_ti))^2`.
 
     Zoph et al., arXiv 2202.08906, eq. 5.
 
@@ -172,17 +172,17 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _sign(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
-    """`sign(mean c - c_i)`."""
+    """Compute `sign(mean c - c_i)`."""
     return _shortfall(counts).sign().to(bias.dtype)
 
 
 def _proportional(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
-    """`(mean c - c_i) / mean c`."""
+    """Compute `(mean c - c_i) / mean c`."""
     return _over_total(_shortfall(counts).to(bias.dtype), counts)
 
 
 def _quantile(bias: Tensor, counts: Tensor, targets: Tensor | None) -> Tensor:
-    """`targets_i - b_i`."""
+    """Compute `targets_i - b_i`."""
     if targets is None or targets.shape != bias.shape:
         raise ValueError(
             f"rule 'quantile' moves to targets: give those of selection_bias_quantile, {tuple(bias.shape)}."
@@ -195,32 +195,32 @@ BIAS_RULES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "proportional": _proportional,
     "quantile": _quantile,
 }
-"""Name to direction, from the bias, the counts and the targets."""
+"""For each name, the function that computes the direction of the step from the bias, the counts and the targets."""
 
 
 def selection_bias_update(
     bias: Tensor, counts: Tensor, *, rate: float, rule: BiasRule = "sign", targets: Tensor | None = None
 ) -> Tensor:
-    """Balance without a loss: the next bias on the scores that experts are selected by, `b + d - mean d`.
+    """Compute the next bias on the scores that select experts, to balance without a loss: `b + d - mean d`.
 
     - `sign`: `d_i = rate sign(mean c - c_i)` (Wang et al., arXiv 2408.15664, algorithm 1).
     - `proportional`: `d_i = rate (mean c - c_i) / mean c`: smaller steps where the load is nearly balanced.
     - `quantile`: `d_i = rate (targets_i - b_i)`, towards the bias that would have balanced these tokens.
 
-    The bias chooses experts and weighs none. A constant added to all biases of a layer chooses the same experts, so
-    the mean of `d` would only let the bias drift away from the scores, until half precision no longer resolves the
-    differences: it is taken out.
+    The bias changes which experts are chosen, and not their weights. A constant added to all biases of a layer changes
+    nothing, so the mean of `d` is subtracted. Otherwise the bias would drift away from the scores, until half
+    precision no longer resolves the differences.
 
     Args:
         bias: `b (..., E)`: one layer, or several stacked.
         counts: `c (..., E)` tokens of each expert, over all ranks and the whole optimizer step.
-        rate: how far to go; 0 leaves the bias.
+        rate: size of the step; 0 leaves the bias as it is.
         rule: one of `BIAS_RULES`.
         targets: `(..., E)` from `selection_bias_quantile`, for `quantile`.
 
     Returns:
-        The new bias `(..., E)`, float32 or wider: keep it so, in bfloat16 0.5 + 0.001 is 0.5. Layers without any
-        token keep theirs.
+        The new bias `(..., E)`, float32 or wider. Store it so, since 0.5 + 0.001 is 0.5 in bfloat16. Layers without
+        any token keep their bias.
 
     Raises:
         ValueError: `rule` is unknown or lacks its `targets`, `rate` is negative or the shapes differ.
@@ -237,14 +237,14 @@ def selection_bias_update(
 
 
 def selection_bias_quantile(scores: Tensor, bias: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
-    """Quantile Balancing: the bias with which each expert would pass the threshold of `k / E` of the tokens.
+    """Compute the bias with which `k / E` of the tokens would choose each expert (Quantile Balancing).
 
-    `b_j = -Q_{1 - k/E}(s_tj - a_t)` over the real tokens `t`. The threshold `a_t` is the `(k + 1)`-th largest of
-    `s_t + b` with the bias in use: what must be exceeded to be chosen. One of two alternating steps that solve the
+    `b_j = -Q_{1 - k/E}(s_tj - a_t)` over the real tokens `t`. An expert must exceed the threshold `a_t` to be chosen:
+    the `(k + 1)`-th largest of `s_t + b` with the bias in use. This is one of two alternating steps that solve the
     balanced assignment (Jianlin Su, kexue.fm/archives/11619).
 
     Args:
-        scores: `s (N, E)` that the selection adds the bias to; masked tokens may hold anything.
+        scores: `s (N, E)`, to which the selection adds the bias; masked tokens may hold anything.
         bias: `b (E,)` in use.
         k: experts per token.
         mask: real tokens `(N,)`; `None` means all.
@@ -286,13 +286,15 @@ def max_violation(counts: Tensor) -> Tensor:
 
 
 def load_entropy(counts: Tensor) -> Tensor:
-    """Entropy of the load over that of a balanced one: `-sum_i q_i ln q_i / ln E`, `q_i = c_i / sum_j c_j`.
+    """Compute the entropy of the load, divided by that of a balanced load.
+
+    `-sum_i q_i ln q_i / ln E`, with `q_i = c_i / sum_j c_j`.
 
     Args:
         counts: `c (..., E)`.
 
     Returns:
-        `(...)` in `[0, 1]`, 1 where balanced; also where there are no tokens, or one expert.
+        `(...)` in `[0, 1]`; 1 where the load is balanced, where there are no tokens, and with a single expert.
     """
     experts = counts.shape[-1]
     if experts == 1:
@@ -302,7 +304,7 @@ def load_entropy(counts: Tensor) -> Tensor:
 
 
 def _mean_probabilities(logits: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
-    """Mean probability of each expert over the real tokens `(E,)`; 0 where no token is real."""
+    """Compute the mean probability of each expert over the real tokens `(E,)`; 0 where no token is real."""
     _check_logits(logits)
     if mask is None:
         return router_probabilities(logits, scoring).sum(0) / max(len(logits), 1)
@@ -311,45 +313,45 @@ def _mean_probabilities(logits: Tensor, mask: Tensor | None, scoring: Scoring) -
     if _is_free_to_select(logits):
         rows = logits.index_select(0, real.nonzero().squeeze(1))
         return router_probabilities(rows, scoring).sum(0) / tokens
-    # Not a matrix product, which autocast would take in bfloat16.
+    # Not a matrix product, which autocast would compute in bfloat16.
     return (router_probabilities(zero_masked(logits, real), scoring) * real[:, None]).sum(0) / tokens
 
 
 def _is_free_to_select(x: Tensor) -> bool:
-    """Whether rows can be selected without waiting for their number; twice as fast as masking them."""
+    """Tell whether rows can be selected without a wait for the device; this is twice as fast as masking them."""
     return x.device.type == "cpu"
 
 
 def _count(indices: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
-    """Counts `(B, E)` of indices `(B, T, k)` where the mask `(B, T)` is set."""
+    """Count each expert in indices `(B, T, k)` where the mask `(B, T)` is set: `(B, E)`."""
     weights = torch.ones_like(indices, dtype=torch.int64)
     if mask is not None:
         weights = mask[..., None].expand_as(indices).long()
         indices = indices * weights
     zeros = weights.new_zeros(len(indices), num_experts)
-    # Not bincount, for which a GPU waits.
+    # Not bincount, which makes the host wait for a GPU.
     return zeros.scatter_add_(1, indices.flatten(1).long(), weights.flatten(1))
 
 
 def _shortfall(counts: Tensor) -> Tensor:
-    """`E (mean c - c_i)`, exact for integers."""
+    """Compute `E (mean c - c_i)`, which is exact for integers."""
     counts = _wide(counts)
     return counts.sum(-1, keepdim=True) - counts.shape[-1] * counts
 
 
 def _over_total(x: Tensor, counts: Tensor) -> Tensor:
-    """`x / sum_j c_j`, 0 where there are no tokens."""
+    """Compute `x / sum_j c_j`, 0 where there are no tokens."""
     total = _wide(counts).sum(-1, keepdim=True)
     return torch.where(total > 0, _wide(x) / torch.where(total > 0, total, 1), 0.0)
 
 
 def _wide(counts: Tensor) -> Tensor:
-    """Integers as they are, which count further than float32."""
+    """Upcast floats, and keep integers, which count further than float32."""
     return upcast(counts) if counts.is_floating_point() else counts
 
 
 def _upper_quantile(x: Tensor, rows: Tensor, k: int, of: int) -> Tensor:
-    """The `1 - k / of` quantile of the largest `rows` entries of every column of `x (N, E)`, interpolated."""
+    """Interpolate the `1 - k / of` quantile of the largest `rows` entries of every column of `x (N, E)`."""
     # Not torch.quantile, which neither takes a mask nor more than 16 million entries.
     ordered = x.sort(dim=0, descending=True).values
     position = (rows - 1).clamp(min=0) * k
@@ -377,7 +379,7 @@ def _check_routed(logits: Tensor, indices: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """`mask` as bool where `x` is."""
+    """Return `mask` as bool, on the device of `x`."""
     if mask.shape != x.shape[:-1]:
         raise ValueError(f"mask {tuple(mask.shape)}: give one entry per token, {tuple(x.shape[:-1])}.")
     return mask.to(device=x.device, dtype=torch.bool)

@@ -1,10 +1,10 @@
-"""Target networks: parameters that follow others. The only functions of this layer that write in place.
+"""Target networks: parameters that follow others. No other functions of this layer write in place.
 
 Arguments that functions here share, and do not list again:
     target: `theta'`, tensors that are updated in place.
     online: `theta`, as many tensors of the same shapes.
 
-All raise `ValueError` where tensors do not match or a number is out of range; nothing is written then.
+Both functions raise `ValueError`, and write nothing, where tensors do not match or a number is out of range.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from rl_plugins.functional.checks import check_shares
 
 @torch.no_grad()
 def polyak_update(target: Iterable[Tensor], online: Iterable[Tensor], *, tau: float) -> None:
-    """Let a target network trail the online one, a share `tau` of the way: `theta' <- tau theta + (1 - tau) theta'`.
+    """Move a target network a share `tau` of the way to the online one: `theta' <- tau theta + (1 - tau) theta'`.
 
     Lillicrap et al., arXiv 1509.02971, algorithm 1. The target keeps its dtype and device; use float32, since
     bfloat16 rounds away any step below 0.2 % of a weight.
@@ -39,7 +39,7 @@ def polyak_update(target: Iterable[Tensor], online: Iterable[Tensor], *, tau: fl
 
 
 def periodic_update(target: Iterable[Tensor], online: Iterable[Tensor], *, step: int, period: int) -> bool:
-    """Keep a target network still between copies: `theta' <- theta if step mod period = 0`.
+    """Copy the online network into the target once in `period` steps: `theta' <- theta if step mod period = 0`.
 
     Mnih et al., Nature 518 (2015), algorithm 1.
 

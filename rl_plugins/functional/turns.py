@@ -40,12 +40,12 @@ def turn_numbers(mask: Tensor) -> Tensor:
 def at_turn_ends(factor: float | Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Make a discount or a trace decay act once a turn: `factor` where a turn ends, 1 inside it.
 
-    With these as `gamma` and `lam`, the estimators of `returns` measure time in turns: inside a turn nothing is
-    discounted and no trace decays. Tokens of the environment take no time in either unit.
+    With these factors as `gamma` and `lam`, the estimators of `returns` measure time in turns: inside a turn nothing
+    is discounted and no trace decays. Tokens of the environment take no time in either unit.
 
     Args:
         factor: a float, or one per sequence, `(B,)` or `(B, 1)`.
-        dtype: of the numbers that the factors are multiplied with; they are float32 at least.
+        dtype: that of the numbers to be multiplied by the factors; the factors are float32 at least.
 
     Returns:
         `(B, T)`, 0 where the mask is 0.

@@ -4,9 +4,9 @@ Arguments that functions here share, and do not list again:
     values: `v (B, T)` or `(B, T, K)`.
     targets: `Y`, the shape of `values`.
 
-Results have the shape of `values`. All raise `ValueError` where shapes differ or a number is not positive. Nothing is
-detached here: pass targets and old values under stop-gradient. There is no mask either: where padding may hold NaN,
-pass the inputs through `zero_masked` first.
+Results have the shape of `values`. All functions raise `ValueError` where shapes differ or a number is not positive.
+Nothing is detached here: pass targets and old values under stop-gradient. There is no mask either: where padding may
+hold NaN, pass the inputs through `zero_masked` first.
 """
 
 import torch
@@ -17,7 +17,7 @@ from rl_plugins.functional.checks import check_positive, check_shape
 from rl_plugins.functional.masking import upcast
 
 ALIGN = "align values and targets with head_targets"
-"""Advice where `(B, T, K)` stands against `(B, T)`."""
+"""Advice in the error for shapes that differ, such as `(B, T, K)` and `(B, T)`."""
 
 
 def squared_error(values: Tensor, targets: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def squared_error(values: Tensor, targets: Tensor) -> Tensor:
 
 
 def clipped_squared_error(values: Tensor, targets: Tensor, old_values: Tensor, *, clip_range: float) -> Tensor:
-    """Regress values on targets with no reward for leaving the old value by more than `clip_range`.
+    """Regress values on targets, without a gain from moving further than `clip_range` from the old value.
 
     `max((v - Y)^2, (clip(v, v_old - c, v_old + c) - Y)^2)`, PPO2's pessimistic error without its factor 1/2
     (openai/baselines, ppo2).
@@ -44,13 +44,14 @@ def clipped_squared_error(values: Tensor, targets: Tensor, old_values: Tensor, *
 
 
 def huber(values: Tensor, targets: Tensor, *, delta: float = 1.0) -> Tensor:
-    """Regress values on targets that have outliers, whose gradient it bounds (Huber's loss).
+    """Regress values on targets that have outliers, with a bound on their gradient (Huber's loss).
 
     `e^2 / 2` where `|e| = |v - Y| <= delta`, and `delta (|e| - delta / 2)` beyond. The 1/2 is part of its usual
-    definition, so inside `delta` it is half of `squared_error`.
+    definition, so inside `delta` the loss is half of `squared_error`.
 
     Args:
         delta: error from which the loss is linear, above 0.
     """
+    check_positive("give a positive error, or use squared_error", delta=delta)
     check_shape("values", values, targets.shape, ALIGN)
     return F.huber_loss(upcast(values), upcast(targets), reduction="none", delta=delta)

@@ -1,4 +1,4 @@
-"""Accumulation windows: all micro-batches of an optimizer step are known before the first of them is learnt from."""
+"""Accumulation windows: all micro-batches of an optimizer step are fetched before the first of their losses."""
 
 import math
 from collections import deque
@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 class Lookahead(Iterator[Any]):
-    """An iterator that can show what it will give next.
+    """Iterator that can show its next items without consuming them.
 
     Args:
-        iterator: Where the items come from.
+        iterator: Source of the items.
 
     Attributes:
-        counts: Of [`~rl_plugins.lightning.language.window_counts`] for the newest window: its number, the place of the
-            first micro-batch that is counted, the counts of each, and their sum over all ranks.
+        counts: Result of [`~rl_plugins.lightning.language.window_counts`] for the newest window: the number of the
+            window, the place in it of the first micro-batch that is counted, the counts of each micro-batch, and
+            their sum over micro-batches and ranks.
     """
 
     def __init__(self, iterator: Iterator[Any]) -> None:
@@ -31,7 +32,7 @@ class Lookahead(Iterator[Any]):
         return self._waiting.popleft() if self._waiting else next(self._iterator)
 
     def peek(self, number: int) -> list[Any]:
-        """The next `number` items, or as many as there are; they are still given afterwards."""
+        """Return the next `number` items, or as many as there are. The iterator still gives them afterwards."""
         while len(self._waiting) < number:
             try:
                 self._waiting.append(next(self._iterator))
@@ -41,23 +42,23 @@ class Lookahead(Iterator[Any]):
 
 
 def is_accumulating(module: LightningModule) -> bool:
-    """Whether a training step of `Trainer.fit` runs that shares its optimizer step with others."""
+    """Return whether `Trainer.fit` is training with several micro-batches for each optimizer step."""
     trainer = module._trainer
     return trainer is not None and bool(trainer.training) and trainer.accumulate_grad_batches > 1
 
 
 def window_size(module: LightningModule) -> int:
-    """A, the number of micro-batches that Lightning divides the loss by: 1 outside of `Trainer.fit`."""
+    """Return the number of micro-batches by which Lightning divides the loss; 1 outside of `Trainer.fit`."""
     return module.trainer.accumulate_grad_batches if is_accumulating(module) else 1
 
 
 def micro_step(module: LightningModule) -> int:
-    """Number of the micro-batch in its epoch, from 0."""
+    """Return the number of the current micro-batch in its epoch, counted from 0."""
     return int(module.trainer.fit_loop.epoch_loop.batch_progress.current.ready) - 1
 
 
 def lookahead(module: LightningModule) -> Lookahead:
-    """The training loader's iterator, able to look ahead from now on."""
+    """Return the iterator of the training loader, which can look ahead from now on."""
     fetcher: Any = module.trainer.fit_loop._data_fetcher
     if not isinstance(fetcher.iterator, Lookahead):
         fetcher.iterator = Lookahead(fetcher.iterator)
@@ -65,13 +66,16 @@ def lookahead(module: LightningModule) -> Lookahead:
 
 
 def batches_ahead(module: LightningModule) -> list[Any]:
-    """The batches of this window that come after the one at hand, as Lightning will hand them over: converted, moved
-    and with the module's own hooks. Fewer at the end of an epoch. They come again, each in its turn."""
+    """Return the batches of this window that come after the current one.
+
+    They are converted, moved and changed by the module's own hooks, as Lightning will do it. At the end of an epoch
+    there may be fewer of them. Lightning still gives each of them to the module in its turn.
+    """
     trainer, size, step = module.trainer, window_size(module), micro_step(module)
     limit = trainer.num_training_batches - step - 1
     number = int(min(size - step % size - 1, limit))
     fetcher: Any = trainer.fit_loop._data_fetcher
-    waiting = list(getattr(fetcher, "batches", []))  # fetched by Lightning, where the loader has no length
+    waiting = list(getattr(fetcher, "batches", []))  # Lightning has fetched these where the loader has no length
     waiting = (waiting + lookahead(module).peek(max(number - len(waiting), 0)))[:number]
     batches = []
     for batch, *_ in waiting:
@@ -82,14 +86,15 @@ def batches_ahead(module: LightningModule) -> list[Any]:
 
 
 def ends_window(module: LightningModule) -> bool:
-    """Whether the optimizer makes a step after this micro-batch."""
+    """Return whether the optimizer makes a step after this micro-batch."""
     return not is_accumulating(module) or not module.trainer.fit_loop._should_accumulate()
 
 
 def check_windows_fit(trainer: Trainer) -> None:
-    """Check that windows end with the epoch under DeepSpeed, whose engine does not know of epochs.
+    """Check under DeepSpeed that the last window of an epoch is full, since DeepSpeed's engine knows no epochs.
 
-    The engine would make a step in the middle of a window of the next epoch, and Lightning would count it later.
+    Otherwise the engine would make a step in the middle of a window of the next epoch, and Lightning would count this
+    step later.
 
     Raises:
         ValueError: If micro-batches are left over at the end of an epoch that another one follows.
@@ -108,7 +113,10 @@ def check_windows_fit(trainer: Trainer) -> None:
 
 
 class WindowMeans:
-    """Means over the micro-batches of a window: of every metric, weighed by what it is a mean over."""
+    """Mean of every metric over the micro-batches of a window, weighted by the number of items in each micro-batch.
+
+    Metrics such as `completions/min_length` and `completions/max_length` are combined by minimum and maximum.
+    """
 
     def __init__(self) -> None:
         self._newest: dict[str, Tensor] = {}
@@ -118,12 +126,12 @@ class WindowMeans:
 
     @torch.no_grad()
     def add(self, metrics: Mapping[str, Tensor], weights: Mapping[str, Tensor], default: Tensor) -> None:
-        """Take in a micro-batch.
+        """Add the metrics of a micro-batch.
 
         Args:
             metrics: 0-d tensors; NaN where undefined.
-            weights: How many items a metric is a mean over, by name.
-            default: The same for all others.
+            weights: Number of items that a metric is a mean over, by name.
+            default: This number for all other metrics.
         """
         self._newest, self._number = dict(metrics), self._number + 1
         for name, value in metrics.items():
@@ -138,13 +146,16 @@ class WindowMeans:
             self._weights[name] = self._weights.get(name, torch.zeros_like(value)) + weight
 
     def flush(self) -> dict[str, Tensor]:
-        """The means, of a single micro-batch as they are; NaN where nothing was weighed. A new window begins."""
+        """Return the means and begin a new window.
+
+        The metrics of a window of one micro-batch are returned as they are. A mean is NaN where all weights are 0.
+        """
         single, self._number = self._number == 1, 0
         sums, weights, self._sums, self._weights = self._sums, self._weights, {}, {}
         return self._newest if single else {name: total / weights[name] for name, total in sums.items()}
 
 
 def _extreme(name: str) -> Any:
-    """Function that combines a smallest or largest number over micro-batches; `None` for a mean."""
+    """Return the function that combines a minimum or maximum over micro-batches; `None` for a mean."""
     last = name.rpartition("/")[2]
     return torch.fmin if last.startswith("min_") else torch.fmax if last.startswith("max_") else None

@@ -4,10 +4,10 @@ from typing import Any
 
 
 class LightningOnly:
-    """A callback of Lightning that transformers' `Trainer` refuses with a hint, when it is given to it."""
+    """Callback of Lightning that raises an error with a hint when it is given to transformers' `Trainer`."""
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        """The first event of transformers' `Trainer`.
+        """Refuse transformers' `Trainer`, whose first event this is.
 
         Raises:
             TypeError: Always.

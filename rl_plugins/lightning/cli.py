@@ -17,7 +17,7 @@ CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line on stderr, with exit status 2."""
+    """Parser whose errors are one line on stderr, with exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write the message and leave with status 2."""
@@ -26,29 +26,29 @@ class OneLineParser(LightningArgumentParser):
 
 
 class OneLineCLI(LightningCLI):
-    """`LightningCLI` that tells a mistake in the command line, the config file or a setting in one line.
+    """`LightningCLI` that reports a mistake in the command line, the config file or a setting in one line.
 
-    Takes the arguments of [`~lightning.pytorch.cli.LightningCLI`]. Errors from the training keep their traceback.
+    It takes the arguments of [`~lightning.pytorch.cli.LightningCLI`]. Errors from the training keep their traceback.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make the parser, with the options that the host gives it, such as `--config`."""
+        """Make the parser, with the options that Lightning gives it, such as `--config`."""
         parser = super().init_parser(**kwargs)
-        parser.__class__ = OneLineParser  # the host names its own class
+        parser.__class__ = OneLineParser  # Lightning always makes a parser of its own class
         return parser
 
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer, which look at their settings.
+        """Make model, data and trainer, each of which checks its settings.
 
         Raises:
-            SystemExit: With status 2 and one line on stderr, if one refuses its settings.
+            SystemExit: With status 2 and one line on stderr, if one of them refuses its settings.
         """
         with one_line_errors(self.parser.prog):
             super().instantiate_classes()
             self._check_checkpoint()
 
     def _check_checkpoint(self) -> None:
-        """Look for the checkpoint before the data are made ready."""
+        """Refuse a checkpoint that does not exist, before the data are prepared."""
         given = self.config if self.subcommand is None else self.config[self.subcommand]
         path = given.get("ckpt_path")
         if path is not None and path not in CHECKPOINT_WORDS and not Path(path).exists():

@@ -15,18 +15,18 @@ from rl_plugins.hooks import DEEPSPEED_ON_CPU, require_hooks
 
 
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy on CPUs with gloo, so that the code that runs on GPUs can be tried and tested
-    without one: stages 1 to 3, checkpoints, several processes.
+    """Lightning's DeepSpeed strategy on CPUs with gloo. It lets you try and test code for GPUs without a GPU: stages 1
+    to 3, checkpoints, several processes.
 
     ```python
     Trainer(accelerator="cpu", devices=2, strategy=CPUDeepSpeedStrategy(stage=3))  # in place of "deepspeed_stage_3"
     ```
 
-    Lightning's own strategy refuses CPUs in `setup_environment`, and would name a CPU by its rank. On a GPU machine
-    use Lightning's names; nothing else changes.
+    Lightning's own strategy refuses CPUs in `setup_environment`. On a machine with GPUs use the names of Lightning's
+    strategies; nothing else changes.
 
     Args:
-        process_group_backend: What the processes talk through.
+        process_group_backend: Backend of `torch.distributed` by which the processes communicate.
         kwargs: For [`~lightning.pytorch.strategies.DeepSpeedStrategy`].
     """
 
@@ -36,12 +36,12 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The one CPU."""
+        """The CPU, always with the index 0."""
         return torch.device("cpu", 0)
 
     def setup_environment(self) -> None:
         """Set up precision and accelerator, without a compiled communication kernel."""
-        # Compiled on first use, for a minute, and crashes where there is no compiler.
+        # DeepSpeed compiles this kernel at its first use, for a minute, and crashes where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super(DeepSpeedStrategy, self).setup_environment()
 

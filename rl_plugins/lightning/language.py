@@ -1,6 +1,7 @@
-"""A language model in training, inside a LightningModule: optimizer, hooks, logging over windows, exact checkpoints.
+"""Parts of every LightningModule that trains a language model: optimizer, hooks, logs over windows, exact checkpoints.
 
-Modules hold a [`LanguageTraining`] and bring a [`LanguageCallback`] along, instead of inheriting from each other.
+A module holds a [`LanguageTraining`] and adds a [`LanguageCallback`] to the Trainer, instead of inheriting from a base
+class.
 """
 
 import math
@@ -52,12 +53,12 @@ class LanguageTraining:
 
     Attributes:
         attached: Modules attached to the model, and their learning rates; `None` for `learning_rate`.
-        router_weights: Share of the newest micro-batch in its accumulation window, by tokens and by rows, for the
-            losses of routers.
+        router_weights: Weights of the newest micro-batch in the losses of routers: its tokens, and its rows, relative
+            to the mean over the micro-batches of its accumulation window and over the ranks.
 
     Raises:
-        TypeError: If a setting is no number.
-        ValueError: If one is out of range.
+        TypeError: If a setting is not a number.
+        ValueError: If a setting is out of range.
     """
 
     def __init__(
@@ -87,10 +88,10 @@ class LanguageTraining:
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
     def configure_optimizers(self, module: Any) -> Any:
-        """Make AdamW with a schedule per optimizer step.
+        """Make AdamW, and a schedule that changes the learning rate after each optimizer step.
 
         Raises:
-            ValueError: If the schedule needs to know how long training is, and the trainer does not.
+            ValueError: If the schedule needs the number of steps, and the trainer does not know it.
         """
         optimizer = torch.optim.AdamW(module.parameter_groups(), lr=self.learning_rate)
         steps = module.trainer.estimated_stepping_batches
@@ -118,13 +119,13 @@ class LanguageTraining:
         *,
         shown: Sequence[str] = ("loss",),
     ) -> None:
-        """Log a training step: where it shares its optimizer step with others, all of them together, at the last.
+        """Log a training step. If several micro-batches make one optimizer step, log them together at the last one.
 
         Args:
             module: The module.
-            loss: As `training_step` returns it.
-            metrics: Means over the micro-batch, of all ranks.
-            tokens: How many tokens those are means over, if `metrics` does not say; of all ranks.
+            loss: The loss that `training_step` returns.
+            metrics: Means over the micro-batch on all ranks.
+            tokens: Number of tokens, on all ranks, that a metric is a mean over; `metrics` may give another number.
             shown: Names in the progress bar.
         """
         self.share_of_loss = self.share_of_loss + mean_over_ranks(loss) / window_size(module)
@@ -139,20 +140,20 @@ class LanguageTraining:
     def save_checkpoint(
         self, module: LightningModule, checkpoint: dict[str, Any], rank_state: dict[str, Any], shared: dict[str, Any]
     ) -> None:
-        """Add to a checkpoint the shapes of the architecture, the state of every rank, and the state they share."""
+        """Add to a checkpoint the shapes of all parameters, the state of every rank, and the state they share."""
         ranks = gather_objects({**random_state(module.device), **rank_state})
         checkpoint[STATE] = {"shapes": parameter_shapes(module), "ranks": ranks, "shared": shared}
 
     def load_checkpoint(self, module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Check that a checkpoint fits, and keep the ranks' state until training goes on.
+        """Check that a checkpoint fits, and keep the state of every rank until training continues.
 
-        `validate`, and `load_from_checkpoint` for a new run, take the weights only.
+        `validate`, and `load_from_checkpoint` for a new run, do not use the state of the ranks.
 
         Returns:
             The state that the ranks share.
 
         Raises:
-            ValueError: If it was written by another module or architecture.
+            ValueError: If the checkpoint was written by another module or for another architecture.
         """
         state = checkpoint.get(STATE)
         if state is None:
@@ -166,10 +167,10 @@ class LanguageTraining:
         return state["shared"]
 
     def take_resumed(self, module: LightningModule) -> dict[str, Any] | None:
-        """Go on with the random state of a checkpoint, and give the rest of this rank's; `None` without a checkpoint.
+        """Restore the random state of a checkpoint, and return the state of this rank; `None` without a checkpoint.
 
         Raises:
-            ValueError: If it was written by another number of ranks.
+            ValueError: If the checkpoint was written by another number of ranks.
         """
         if self.resumed is None:
             return None
@@ -185,7 +186,7 @@ class LanguageTraining:
     # Export
 
     def save_pretrained(self, module: Any, directory: str | Path) -> None:
-        """Write model and tokenizer as transformers does, with everything attached beside them; a collective call."""
+        """Write model and tokenizer as transformers does, and the attached modules beside them; a collective call."""
         with whole_parameters(list(module.model.parameters())):
             if rank() == 0:
                 module.model.save_pretrained(directory)
@@ -195,13 +196,13 @@ class LanguageTraining:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Random state of this rank."""
+    """Return the random state of this rank."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu_rng": torch.get_rng_state(), "cuda_rng": cuda}
 
 
 def load_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on with the random numbers that [`random_state`] left off at."""
+    """Restore a random state that [`random_state`] has returned."""
     torch.set_rng_state(state["cpu_rng"].cpu())
     if state["cuda_rng"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
@@ -215,18 +216,18 @@ def log_metrics(
     shown: Sequence[str] = (),
     rows: int = 1,
 ) -> None:
-    """Log numbers that are of all ranks already; undefined ones (NaN) are left out.
+    """Log numbers that are already reduced over all ranks; undefined ones (NaN) are left out.
 
     Args:
         module: The module that logs.
         metrics: 0-d tensors by name.
-        prefix: Of the names; `eval_` in a validation.
+        prefix: Prefix of the names; `eval_` in a validation.
         shown: Names in the progress bar.
         rows: Weight in the mean over the batches of a validation.
     """
     if not metrics:
         return
-    evaluating = prefix != ""  # Lightning warns there unless told to average over ranks, of which all have the same
+    evaluating = prefix != ""  # then Lightning warns unless it averages over ranks, all of which have the same numbers
     undefined = torch.stack([value.detach().float() for value in metrics.values()]).isnan().tolist()
     for (name, value), skip in zip(metrics.items(), undefined, strict=True):
         if not skip:
@@ -234,22 +235,22 @@ def log_metrics(
 
 
 def router_weights(module: LightningModule) -> tuple[Tensor, Tensor] | None:
-    """Give the newest micro-batch's share of its window, by tokens and by rows; `None` where nobody counts."""
+    """Return the `router_weights` of the module's [`LanguageTraining`]; `None` if the module has none."""
     language = getattr(module, "language", None)
     return language.router_weights if isinstance(language, LanguageTraining) else None
 
 
 def window_counts(module: LightningModule, own: Tensor, count: Callable[[Any], Tensor]) -> Tensor:
-    """Count the items of the whole accumulation window, over all ranks, before its first micro-batch is learnt from.
+    """Count the items of the whole accumulation window, over all ranks, before its first loss is computed.
 
     Lightning divides the loss of every micro-batch by `accumulate_grad_batches`, and the strategy averages
-    gradients over ranks. So a loss that is divided by these counts is divided by those of the window in the end,
-    however many micro-batches it has.
+    gradients over ranks. If a module divides the losses by the counts returned here, the result is the sum of the
+    losses over the window, divided by the counts of the whole window, however many micro-batches it has.
 
     Args:
         module: The module.
-        own: Counts of the micro-batch at hand (N,).
-        count: Gives the same of a batch as the loader gives it.
+        own: Counts of the current micro-batch (N,).
+        count: Returns the counts of a batch as the loader gives it.
 
     Returns:
         Sums over window and ranks, divided by the number of ranks and by `accumulate_grad_batches` (N,).
@@ -276,9 +277,9 @@ def window_counts(module: LightningModule, own: Tensor, count: Callable[[Any], T
 
 
 class LanguageCallback(Callback):
-    """Looks after a module with a [`LanguageTraining`] while Lightning's Trainer runs it; the module brings it along.
+    """Callback that a module with a [`LanguageTraining`] adds to Lightning's Trainer.
 
-    It checks the strategy, puts hooks back that DeepSpeed's strategy takes off, keeps losses in their units, moves the
+    It checks the strategy, restores hooks that DeepSpeed's strategy removes, keeps the scale of the loss, updates the
     critic's slow copies, logs the value gradient, and keeps validation from changing the random numbers of training.
     """
 
@@ -288,7 +289,7 @@ class LanguageCallback(Callback):
         self._dice: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies and precisions that cannot train the module; copy what follows slowly.
+        """Refuse strategies and precisions that cannot train the module, and make the critic's slow copies.
 
         Raises:
             TypeError: Under Lightning's `FSDPStrategy`, or `ModelParallelStrategy` without a `configure_model`.
@@ -310,7 +311,7 @@ class LanguageCallback(Callback):
                 )
             check_trainable_dtype(pl_module)
         critic = getattr(pl_module, "critic", None)
-        # A validation after training goes on with the copies that training left.
+        # A validation after training uses the copies that the training has left.
         if critic is not None and (stage == "fit" or critic.target is None):
             critic.copy()  # before DDP or DeepSpeed wrap the model
 
@@ -319,13 +320,13 @@ class LanguageCallback(Callback):
             attached.hook(pl_module.model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Put hooks back, and slow copies on the module's device."""
+        """Restore hooks, and put slow copies on the module's device."""
         self._restore_hooks(pl_module)
         if pl_module.critic is not None:
             pl_module.critic.place(pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begin with empty windows, from the step of a checkpoint if there is one, which Lightning knows only now.
+        """Begin an empty window, at the step of a checkpoint if there is one; Lightning knows this step only now.
 
         Raises:
             ValueError: If micro-batches would be left over at the end of an epoch that DeepSpeed carries into the next
@@ -336,13 +337,13 @@ class LanguageCallback(Callback):
         self._step, self._gradients = trainer.global_step, None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Divide the loss by the number of micro-batches once: DeepSpeed divides what Lightning has divided."""
+        """Undo DeepSpeed's division of the loss by the number of micro-batches, which Lightning has done already."""
         size = window_size(pl_module)
         if size > 1 and trainer.strategy.handles_gradient_accumulation and loss.requires_grad:
             loss.register_hook(lambda grad: grad * size)
 
     def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
-        """Log what the backward passes of an optimizer step showed of the value gradient."""
+        """Log the value gradient of all backward passes of an optimizer step."""
         totals = None if pl_module.critic is None else pl_module.critic.gradient_totals(pl_module)
         if totals is not None:
             self._gradients = totals if self._gradients is None else self._gradients + totals
@@ -351,14 +352,14 @@ class LanguageCallback(Callback):
             log_metrics(pl_module, gradient_metrics(totals))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Move slow copies where the optimizer has made a step."""
+        """Update slow copies if the optimizer has made a step."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if pl_module.critic is not None:
                 pl_module.critic.follow(self._step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Put hooks back, and keep the random state of training.
+        """Restore hooks, and save the random state of training.
 
         A resumed run does not repeat a validation that came after its checkpoint, so validation must not change the
         numbers that training draws.
@@ -369,14 +370,14 @@ class LanguageCallback(Callback):
         self._dice = {**random_state(pl_module.device), "drafts": pl_module.draft_state()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Go on as if there had been no validation."""
+        """Restore the random state from before the validation."""
         load_random_state(self._dice, pl_module.device)
         pl_module.load_draft_state(self._dice["drafts"])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Note on the error of a run that was given a model's folder as `ckpt_path` how to start from it.
+        """Add a note to the error if `ckpt_path` is a model's folder: how to start from that model.
 
-        Lightning reads the checkpoint before any hook that knows its path.
+        An earlier check is not possible: Lightning reads the checkpoint before it calls any hook that knows the path.
         """
         path = trainer.ckpt_path
         if isinstance(exception, Exception) and path is not None and is_model_folder(path):

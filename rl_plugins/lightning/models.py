@@ -1,4 +1,4 @@
-"""Language models inside LightningModules: find them, load them, tell whether two are built alike."""
+"""Language models inside LightningModules: find them, load them, compare the shapes of their parameters."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from rl_plugins.nn.sources import check_language_model, check_source, check_toke
 
 
 def find_language_model(module: nn.Module) -> nn.Module | None:
-    """The outermost Hugging Face (or PEFT) model in a module."""
+    """Return the outermost Hugging Face (or PEFT) model in a module; `None` if there is none."""
     found = (
         x for x in module.modules() if isinstance(x, PreTrainedModel) or callable(getattr(x, "get_base_model", None))
     )
@@ -21,16 +21,16 @@ def find_language_model(module: nn.Module) -> nn.Module | None:
 
 
 def load_language_model(model: str | nn.Module, init_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """A causal language model, ready for training.
+    """Return a causal language model, ready for training.
 
     Args:
         model: A model, a PEFT model around one, or a folder or hub id.
-        init_kwargs: For `AutoModelForCausalLM.from_pretrained`; float32 unless they say otherwise.
+        init_kwargs: For `AutoModelForCausalLM.from_pretrained`; the dtype is float32 unless they set another.
 
     Raises:
-        TypeError: If it is no transformers model.
+        TypeError: If it is not a transformers model.
         FileNotFoundError: If there is no model of that name.
-        ValueError: If it has no LM head, or is an encoder-decoder.
+        ValueError: If the model has no LM head, or is an encoder-decoder.
     """
     check_language_model(model, init_kwargs)
     loaded: Any = model
@@ -40,10 +40,11 @@ def load_language_model(model: str | nn.Module, init_kwargs: Mapping[str, Any] |
 
 
 def load_tokenizer(tokenizer: Any, model: str | nn.Module) -> Any:
-    """A tokenizer that pads: the one given, or that of the model's own folder or hub id.
+    """Return a tokenizer that can pad: the given one, or that of the model's own folder or hub id.
 
     Raises:
-        ValueError: If none is given and the model does not say where it came from, or it has no token to pad with.
+        ValueError: If no tokenizer is given and the model does not say where it came from, or if the tokenizer has no
+            token to pad with.
     """
     if tokenizer is None:
         tokenizer = model if isinstance(model, str) else base_model_of(model).config._name_or_path
@@ -59,7 +60,7 @@ def load_tokenizer(tokenizer: Any, model: str | nn.Module) -> Any:
 
 
 def is_model_folder(path: Any) -> bool:
-    """Whether something is a model's folder or file, such as other trainers write, and no checkpoint of Lightning."""
+    """Return whether a path is a model's folder or file, as other trainers write it, and no Lightning checkpoint."""
     folder = Path(path)
     return folder.suffix == ".safetensors" or any(
         (folder / name).is_file() for name in ("config.json", "adapter_config.json")
@@ -67,5 +68,5 @@ def is_model_folder(path: Any) -> bool:
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, whole where ZeRO-3 has partitioned it."""
+    """Return the shape of every parameter; that of the whole parameter where ZeRO-3 has partitioned it."""
     return {name: tuple(vars(p).get("ds_shape", p.shape)) for name, p in module.named_parameters()}

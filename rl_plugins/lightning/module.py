@@ -1,4 +1,4 @@
-"""Online reinforcement learning of language models in Lightning: prompts in, rollouts, one objective per step."""
+"""Online reinforcement learning of language models in Lightning: rollouts from prompts, and the loss of each step."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -59,47 +59,48 @@ from rl_plugins.signals.warmup import pause_weight_decay
 
 
 class RLModule(LightningModule):
-    """Learns from completions of its own by any [`~rl_plugins.signals.Signal`]; base of the other online modules.
+    """Module that generates completions and learns from them by any [`~rl_plugins.signals.Signal`]; base of the other
+    online modules.
 
-    A batch is a list of prompts (rows with a `prompt`, text or messages, and whatever columns the reward functions
-    read). `training_step` generates `num_generations` completions of each, scores them, and makes
-    `steps_per_generation * num_iterations` training steps of them, one slice at a time; where that is more than one,
-    the loader has to repeat each batch as often, which [`PromptDataModule`] does. Gradient accumulation, clipping,
-    precision and strategies are the Trainer's.
+    A batch is a list of prompts: rows with a `prompt`, text or messages, and the columns that the reward functions
+    read. `training_step` generates `num_generations` completions of each prompt, scores them, and makes
+    `steps_per_generation * num_iterations` training steps on them, one slice at a time. If this is more than one step,
+    the loader must repeat each batch as many times, as [`PromptDataModule`] does. Gradient accumulation, clipping,
+    precision and strategies are options of the Trainer.
 
     Override `generate` for rollouts of your own, `score` for rewards, `configure_optimizers` for another optimizer.
 
-    Options of a concept (`policy`, `drafts`, `heads`, ...) are a dataclass of `rl_plugins.signals`; each of its fields
-    may be given by its name instead: `policy_loss="gspo_token"` for `policy=PolicyOptions(policy_loss="gspo_token")`.
+    Related options (`policy`, `drafts`, `heads`, ...) are a dataclass of `rl_plugins.signals`. Each of its fields may
+    be given by its name instead: `policy_loss="gspo_token"` for `policy=PolicyOptions(policy_loss="gspo_token")`.
 
     Args:
         model: The policy: a model, a PEFT model around one, or a folder or hub id.
         tokenizer: Its tokenizer; by default that of the model's folder or hub id.
         reward_funcs: Reward functions with TRL's signature, `(prompts, completions, completion_ids, **columns) ->
-            one number, list or None per completion` ([`~rl_plugins.rollouts.rewards_per`] says for what a list is);
-            reward models or their paths; or a list of these.
-        signal: Says what a scored batch of completions teaches.
+            one number, list or None per completion` (for a list, [`~rl_plugins.rollouts.rewards_per`] declares the
+            unit of its rewards); reward models or their paths; or a list of these.
+        signal: Computes the advantages of a scored batch of completions.
         policy: The policy loss; TRL's default, `dapo`, if none is named.
         drafts: Speculative rollouts.
         heads: Heads that draft, where the signal has no critic with heads.
         sampling: Groups of equal rewards, and the penalty on length.
         reward_weights: Weight of each function; ones by default.
-        environment: Makes a [`~rl_plugins.rollouts.TextEnvironment`] that answers the policy's turns and may pay for
-            each; then reward functions are optional.
+        environment: Makes a [`~rl_plugins.rollouts.TextEnvironment`] that answers the policy's turns and may give a
+            reward for each; then reward functions are optional.
         max_turns: Most turns of the policy in an episode.
         max_turn_length: Longest turn in tokens.
         num_generations: G, completions per prompt.
         max_completion_length: T, longest completion in tokens.
-        temperature: Of sampling; log-probabilities are taken at it, too.
-        top_p: Share of the probability that is sampled from.
-        top_k: Tokens that are sampled from; 0 for all.
-        min_p: Smallest probability relative to the largest.
+        temperature: Temperature of sampling, and of the log-probabilities in the loss.
+        top_p: Total probability of the most probable tokens, from which alone a token is sampled.
+        top_k: Number of most probable tokens, from which alone a token is sampled; 0 for all tokens.
+        min_p: Smallest probability of a token that may be sampled, relative to the largest.
         repetition_penalty: Of sampling; 1 for none.
         generation_kwargs: Further fields of transformers' `GenerationConfig`, such as `{"no_repeat_ngram_size": 3}`.
         steps_per_generation: Slices that a batch of completions is cut into, one for each training step.
         num_iterations: Passes over the slices.
-        beta: Coefficient of the KL to the reference, which is the policy as it is given.
-        use_bias_correction_kl: Weigh the KL term by the importance ratio, as TRL does by default.
+        beta: Coefficient of the KL to the reference, which is the policy before training.
+        use_bias_correction_kl: Weight the KL term by the importance ratio, as TRL does by default.
         entropy_coef: Weight of the entropy bonus.
         mask_truncated_completions: Leave completions that did not end out of the loss.
         learning_rate: Peak learning rate of AdamW.
@@ -112,11 +113,11 @@ class RLModule(LightningModule):
 
     Attributes:
         last_rollout: The newest batch of completions of this rank, for reports.
-        last_extras: Columns that the reward functions gave to `log_extra` with it.
+        last_extras: Columns that the reward functions gave to `log_extra` for that batch.
 
     Raises:
-        TypeError: If the model is no transformers model, a reward function cannot be called, or there is no such
-            setting.
+        TypeError: If the model is not a transformers model, a reward function cannot be called, or a setting does not
+            exist.
         FileNotFoundError: If there is no model of that name.
         ValueError: If the model has no LM head or is an encoder-decoder, or a setting is unknown or out of range.
     """
@@ -202,7 +203,7 @@ class RLModule(LightningModule):
         self._steps = StepRewards(Completed([]))
         self._set_up_rewards(reward_funcs, reward_weights, sampling)
         self._loss_is_named = policy.policy_loss is not None
-        if self.batch_repeats == 1:  # else it depends on the Trainer
+        if self.batch_repeats == 1:  # else the Trainer's accumulation decides, see `on_fit_start`
             self._warn_of_inert_loss()
         self._set_up_model(model, tokenizer, model_init_kwargs, gradient_checkpointing)
         self._set_up_drafts(model, drafts, heads)
@@ -229,7 +230,7 @@ class RLModule(LightningModule):
             weights = with_unit_weight(weights, len(functions))
             functions = [*functions, overlong_reward(sampling, self.max_completion_length)]
         self.reward_funcs: list[RewardFunc] = functions
-        # Other columns are known when rows are.
+        # The columns of the data are known only when there are rows, see `_check_rows`.
         check_reward_arguments(self.reward_funcs, REWARD_ARGUMENTS, complete=False)
         self.reward_weights = check_weights(weights, len(self.reward_funcs))
         self.sampling = GroupSampling(sampling)
@@ -238,7 +239,7 @@ class RLModule(LightningModule):
         self, model: Any, tokenizer: Any, init_kwargs: Mapping[str, Any] | None, checkpointing: bool
     ) -> None:
         """Load the policy, and put the critic into it."""
-        check_language_model(model, init_kwargs)  # before anything is looked for beside it, copied or loaded
+        check_language_model(model, init_kwargs)  # before saved heads are looked for, and anything is copied or loaded
         if self.critic is not None:
             self.critic.prepare(model, init_kwargs)
         self.model = load_language_model(model, init_kwargs)
@@ -265,7 +266,7 @@ class RLModule(LightningModule):
 
     @property
     def critic(self) -> Critic | None:
-        """The critic that is trained along, if there is one."""
+        """The critic that is trained together with the policy, if there is one."""
         return self.signal.critic
 
     @property
@@ -275,19 +276,19 @@ class RLModule(LightningModule):
 
     @property
     def batch_repeats(self) -> int:
-        """Training steps of one batch of prompts; the loader repeats each batch as often."""
+        """Number of training steps on one batch of prompts; the loader repeats each batch as many times."""
         return self.steps_per_generation * self.num_iterations
 
     @property
     def auxiliary_repeats(self) -> tuple[int, int]:
-        """Count the batches of prompts of a policy phase, and how often the loader repeats the last of them for the
-        auxiliary phase that follows."""
+        """Number of batches of prompts in a policy phase, and number of further times that the loader repeats the last
+        of them for the auxiliary phase."""
         if self.phasic is None:
             return 1, 0
         return self.phasic.every, self.phasic.every * self.phasic.epochs * self.steps_per_generation
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring along what looks after the module while a Trainer runs it."""
+        """Return the `LanguageCallback` that the module needs, which Lightning adds to the Trainer's callbacks."""
         return [LanguageCallback()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -295,19 +296,20 @@ class RLModule(LightningModule):
         return self.language.parameter_groups(self)
 
     def configure_optimizers(self) -> Any:
-        """Make AdamW with a schedule per optimizer step. Override it for an optimizer of your own."""
+        """Make AdamW, and a schedule that changes the learning rate after each optimizer step. Override this method
+        for an optimizer of your own."""
         return self.language.configure_optimizers(self)
 
-    # A host of signals (`rl_plugins.signals.host.Host`)
+    # The methods by which a signal calls the module (`rl_plugins.signals.host.Host`)
 
     @property
     def step(self) -> int:
-        """Optimizer steps that have been made."""
+        """Number of optimizer steps so far."""
         return 0 if self._trainer is None else self.trainer.global_step
 
     @property
     def group_size(self) -> int:
-        """Completions per prompt."""
+        """Number of completions per prompt."""
         return self.num_generations
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
@@ -319,7 +321,7 @@ class RLModule(LightningModule):
         return gather_rows(x)
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Take this rank's rows out of those of all ranks."""
+        """Take this rank's rows out of the rows of all ranks."""
         return own_rows(x)
 
     def gather_objects(self, x: Sequence[Any]) -> list[Any]:
@@ -327,7 +329,7 @@ class RLModule(LightningModule):
         return [item for part in gather_objects(list(x)) for item in part]
 
     def log_probs(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
-        """Score completions, `ln pi(y_t|s_t)` (B, T), without gradient, in slices of the size that training has."""
+        """Compute `ln pi(y_t|s_t)` (B, T) of completions, without gradient, in slices as large as in training."""
         num_tokens, critic = batch["completion_ids"].shape[1], self.critic if model is None else None
         parts = torch.arange(num_rows(batch)).chunk(self.steps_per_generation)
         with torch.no_grad(), nullcontext() if critic is None else critic.scoring(num_tokens):
@@ -335,7 +337,7 @@ class RLModule(LightningModule):
         return torch.cat(scored)
 
     def _pass(self, batch: Batch, model: nn.Module, *, entropy: bool = False) -> tuple[Tensor, Any]:
-        """Log-probabilities and entropies (B, T) of completions."""
+        """Compute log-probabilities and entropies (B, T) of completions."""
         num_tokens = batch["completion_ids"].shape[1]
         output = model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
@@ -353,10 +355,10 @@ class RLModule(LightningModule):
     # Rollout
 
     def rollout(self, rows: Sequence[Row]) -> tuple[Batch, Metrics]:
-        """Complete prompts, score the completions, and have the signal say what they teach.
+        """Complete prompts, score the completions, and let the signal compute their advantages.
 
         Returns:
-            The batch (see [`~rl_plugins.rollouts.Batch`]), and metrics (0-d, of all ranks).
+            The batch (see [`~rl_plugins.rollouts.Batch`]), and metrics (0-d, over all ranks).
         """
         metrics = self.signal.before_rollout(self)
         if self.critic is not None:
@@ -377,9 +379,9 @@ class RLModule(LightningModule):
         return without(batch, REWARD_KEYS), metrics
 
     def _draw(self, rows: Sequence[Row]) -> tuple[Batch, list[Any], Metrics]:
-        """Complete and score prompts: the batch, the prompt of each completion, and metrics."""
+        """Complete prompts and score the completions; return the batch, the prompt of each completion, and metrics."""
         if self.decoder is not None:
-            self.decoder.last = None  # a `generate` of one's own may do without
+            self.decoder.last = None  # a `generate` that overrides ours may not use the decoder
         self._check_rows(rows)
         repeated = [row for row in rows for _ in range(self.num_generations)]
         prompts = [row["prompt"] for row in repeated]
@@ -413,7 +415,7 @@ class RLModule(LightningModule):
         return batch, prompts, metrics
 
     def _scored(self, rows: Sequence[Row], completions: Completions) -> tuple[Tensor, list[str], Tensor | None]:
-        """Rewards of completions (B, F) by function, the functions' names, and their weights."""
+        """Return the rewards (B, F) of completions by F functions, the functions' names, and their weights."""
         own = completions.completion_mask if completions.tool_mask is None else completions.tool_mask
         mask = completions.completion_mask * own
         self._steps = StepRewards(Completed(completions.token_lists(), completions.policy_lists(), self.tokenizer))
@@ -422,7 +424,7 @@ class RLModule(LightningModule):
         if isinstance(scored, TokenRewards):
             names, weights = ["score"], None
             scored = self._steps.take_tokens(0, scored.rewards, mask).unsqueeze(1)
-        elif scored.shape[1] != len(names):  # from elsewhere than the reward functions
+        elif scored.shape[1] != len(names):  # an overriding `score` has rewards of its own
             weights, columns = None, range(1, scored.shape[1] + 1)
             names = ["score"] if len(columns) == 1 else [f"score_{column}" for column in columns]
         rewards = scored.to(self.device)
@@ -438,8 +440,10 @@ class RLModule(LightningModule):
         return rewards, names, weights
 
     def _cut_episodes(self, completions: Completions) -> Tensor | None:
-        """Rows (B,) whose episode goes on after their last token, as far as the critic cares; `None` where all ranks
-        have none."""
+        """Return which rows (B,) were cut, so that the critic bootstraps from the state after their last token.
+
+        The option `bootstrap_truncated` decides which cuts count. `None` if no rank has such a row.
+        """
         bootstraps, told = self.signal.bootstrap_truncated, completions.truncated
         if bootstraps is False or (bootstraps is None and told is None):
             return None
@@ -449,30 +453,31 @@ class RLModule(LightningModule):
         return cut if self.sum_over_ranks(cut.sum().view(1)) > 0 else None
 
     def _draw_further(self, groups: int, draw: int) -> Batch:
-        """Draw further prompts from the training data, the same after a resumption."""
+        """Draw further prompts from the training data; a resumed run draws the same ones."""
         dataset = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
-        # Counted, since several rollouts may share an optimizer step.
+        # The draws are counted, since several rollouts may belong to the same optimizer step.
         rows = further_rows(groups, len(dataset), torch.initial_seed(), self._further_draws)
         self._further_draws += 1
         return self._draw([dataset[i] for i in rows])[0]
 
     def _check_rows(self, rows: Sequence[Row]) -> None:
-        """Before anything is generated: can the prompts be rendered, and the reward functions be called?"""
+        """Check, before anything is generated, that prompts can be rendered and reward functions be called."""
         check_tokenizer(self.tokenizer, rows[0]["prompt"])
         if type(self).score is RLModule.score:
             columns = [key for key in rows[0] if key not in NOT_COLUMNS]
             check_reward_arguments(self.reward_funcs, [*REWARD_ARGUMENTS, *columns])
 
     def _complete(self, prompts: Sequence[Any]) -> Completions:
-        """Call `generate`, with the critic listening where that is ours: decoding steps of another may be anything."""
+        """Call `generate`. Meanwhile the critic saves values, unless `generate` is overridden, since the decoding
+        steps of another `generate` are not known."""
         ours = getattr(self.generate, "__func__", None) is RLModule.generate
-        saves = ours and self.environment is None  # values of several turns come from a pass
+        saves = ours and self.environment is None  # values of several turns come from a forward pass afterwards
         with self.critic.generating(self.model, self.decoder) if self.critic and saves else nullcontext():
             return self.generate(prompts)
 
     def generate(self, prompts: Sequence[Any]) -> Completions:
-        """Complete every prompt (text or messages) once by the model's own `generate`. Override it for rollouts of
-        your own: tools, another engine, several turns."""
+        """Complete every prompt (text or messages) once by the model's own `generate`, or play an episode if there is
+        an environment. Override this method for rollouts of your own, for example with tools or another engine."""
         if self.environment is not None:
             return self._play(prompts, self.environment)
         prompt_ids = prompt_tokens(self.tokenizer, prompts)
@@ -492,7 +497,7 @@ class RLModule(LightningModule):
         )
 
     def _play(self, prompts: Sequence[Any], environment: Callable[[], TextEnvironment]) -> Completions:
-        """Play an episode for every prompt; environments are made once and reset for every episode."""
+        """Play an episode for every prompt. Environments are made once and reset for every episode."""
         self._environments += [environment() for _ in range(len(prompts) - len(self._environments))]
         together = gathers_in_forward(self.model)
         rows = [{key: value for key, value in row.items() if key != "completion"} for row in self._episode_rows]
@@ -524,11 +529,12 @@ class RLModule(LightningModule):
         return bool(self.sum_over_ranks(torch.tensor([float(holds)], device=self.device)) > 0)
 
     def score(self, rows: Sequence[Row], completions: Completions) -> Tensor | TokenRewards:
-        """Call the reward functions: rewards (B, F), NaN for none. Override it for rewards from elsewhere, and return
-        such a tensor, or [`~rl_plugins.rollouts.TokenRewards`] with a reward for every token."""
+        """Call the F reward functions, and return their rewards (B, F), NaN for none. Override this method for rewards
+        from elsewhere, and return such a tensor, or [`~rl_plugins.rollouts.TokenRewards`] with a reward for every
+        token."""
         prompts, ids = [row["prompt"] for row in rows], completions.token_lists()
         columns: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0] if key not in NOT_COLUMNS}
-        columns["trainer_state"] = self._trainer  # of TRL's state, functions mostly read global_step
+        columns["trainer_state"] = self._trainer  # functions for TRL mostly read `global_step`, which it has
         columns["log_metric"] = lambda name, value: self._reward_metrics.setdefault(name, []).append(float(value))
         columns["log_extra"] = lambda column, values: self.last_extras.update({column: list(values)})
         texts = as_completions(self.tokenizer, prompts, ids)
@@ -539,17 +545,17 @@ class RLModule(LightningModule):
 
     @property
     def _moment(self) -> str:
-        """When reward functions are called, for their errors."""
+        """Time at which reward functions are called, in words, for error messages."""
         if self._trainer is None:
             return ""
         step = self.trainer.global_step
         return f" in step {step + 1}" if self.training else f" in the validation after step {step}"
 
     def _is_off_policy(self) -> bool:
-        """Whether the policy changes between sampling and the last loss on it.
+        """Return whether the policy changes between a rollout and the last loss on it.
 
-        A rollout makes `batch_repeats` micro-steps, an optimizer step takes `accumulate_grad_batches`:
-        - 4 and 2: the third slice of a rollout meets a policy that its first two have changed;
+        A rollout gives `batch_repeats` micro-steps, and an optimizer step takes `accumulate_grad_batches` micro-steps:
+        - 4 and 2: the third slice of a rollout meets a policy that the first two have changed;
         - 2 and 3: the third micro-step begins a rollout that ends in the next optimizer step;
         - 2 and 4: two whole rollouts share a step, and all their slices meet the policy that sampled them.
         """
@@ -569,7 +575,7 @@ class RLModule(LightningModule):
         return metrics
 
     def _num_items(self, batch: Batch) -> Tensor:
-        """Real tokens per rank and slice: what DAPO's loss of a training step is divided by."""
+        """Return the number of real tokens per rank and slice, by which DAPO's loss of a training step is divided."""
         tokens = sum_over_ranks(loss_mask(batch).sum().float())
         return tokens.clamp(min=1.0) / world_size() / self.steps_per_generation
 
@@ -580,30 +586,33 @@ class RLModule(LightningModule):
     # Training
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Roll out if the last batch of completions is used up, then one objective on one slice.
+        """Generate completions if the last batch of them is used up, and return the loss on one slice.
 
-        With the first batch of an epoch begin a rollout, and a policy phase where there are phases: completions are
-        not carried over into a new epoch of prompts, nor from a run that was stopped.
+        The first batch of an epoch begins a rollout, and a policy phase where there are phases. Completions are not
+        carried over from the epoch before, nor from a `Trainer.fit` that was stopped.
         """
         if batch_idx == 0:  # Lightning calls no hook at the start of an epoch that it resumes at
             self._begin_anew()
-        if self.signal.warmup_steps:  # no weight decay while only the critic learns: it needs no gradient
-            for optimizer in self.trainer.optimizers:  # `self.optimizers()` is a list with DeepSpeed's, else none
+        if self.signal.warmup_steps:  # while only the critic learns: weight decay would change the policy, too
+            for optimizer in self.trainer.optimizers:  # `self.optimizers()` is a list only under DeepSpeed
                 pause_weight_decay(optimizer, self.step < self.signal.warmup_steps)
         inputs, rollout_metrics = self._next_inputs(batch)
         self.language.router_weights = inputs["router_weight"], inputs["row_weight"]
         loss, metrics = self.loss(inputs)
         tokens, rows = sum_over_ranks(counts_of(inputs)[1:3])
         by_rows = [name for name in rollout_metrics if name != "kl" and not name.startswith("critic/")]
-        # The rollout's with every step, since loggers may look at any of them.
+        # Every step has the metrics of the rollout, since loggers may read any step.
         every = Metrics(rollout_metrics, dict.fromkeys(by_rows, rows))
         every.add(metrics)
         self.language.log_step(self, loss, every, tokens, shown=("loss", "reward"))
         return loss
 
     def _next_inputs(self, batch: Any) -> tuple[Batch, Metrics]:
-        """The slice of this training step, and its rollout's metrics; completions of the whole accumulation window are
-        there before its first loss, so that their tokens can be counted. The policy is the same for all of them."""
+        """Return the slice of this training step, and the metrics of its rollout.
+
+        All completions of an accumulation window are generated before its first loss, so that their tokens can be
+        counted. The policy is the same for all of them.
+        """
         rows = rows_of(batch)
         if not self._queue:
             window = [rows, *(map(rows_of, batches_ahead(self)) if is_accumulating(self) else ())]
@@ -619,7 +628,7 @@ class RLModule(LightningModule):
         return inputs, metrics
 
     def _count_window(self) -> None:
-        """Put into every slice of the window what its losses are divided by."""
+        """Put the numbers by which the losses are divided into every slice of the window."""
         size, number = window_size(self), len(self._queue)
         total = sum_over_ranks(torch.stack([counts_of(inputs) for _, inputs, _ in self._queue]).sum(0))
         items, tokens, rows, real = (total / (world_size() * size)).clamp(min=1e-9)
@@ -631,8 +640,8 @@ class RLModule(LightningModule):
             inputs["router_weight"] = own[3] / real
 
     def _prepare(self, rows: list[Row]) -> tuple[list[Any], Batch, Metrics]:
-        """Prompts, slice and the rollout's metrics of the next training step; rolls out if the last batch of
-        completions is used up."""
+        """Return prompts, slice and rollout metrics of the next training step; generate completions if the last batch
+        of them is used up."""
         position, phasic = self._position, self.phasic
         if phasic is not None and phasic.auxiliary:
             self._check_repeated(rows)
@@ -662,11 +671,12 @@ class RLModule(LightningModule):
             )
 
     def next_epoch(self, slices: list[Batch]) -> list[Batch]:
-        """The slices of another pass over the same completions."""
+        """Return the slices of another pass over the same completions."""
         return slices
 
     def on_fit_start(self) -> None:
-        """Say so if the policy loss that was named cannot act, and refuse phases that end inside an optimizer step."""
+        """Warn if the named policy loss has no effect with these settings; refuse phases that end inside an optimizer
+        step."""
         if self.batch_repeats > 1:
             self._warn_of_inert_loss()
         if self.phasic is not None:
@@ -688,7 +698,10 @@ class RLModule(LightningModule):
             rank_zero_warn(message)
 
     def on_train_epoch_end(self) -> None:
-        """Begin anew in a checkpoint that is written now, too: Lightning resumes it with the next epoch's order."""
+        """Drop the rest of the completions, also for a checkpoint that is written now.
+
+        Lightning resumes such a checkpoint with the order of the next epoch.
+        """
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -700,7 +713,7 @@ class RLModule(LightningModule):
     # Loss
 
     def loss(self, inputs: Batch) -> tuple[Tensor, Metrics]:
-        """The objective on one slice, and its metrics (0-d, of all ranks)."""
+        """Compute the loss on one slice, and its metrics (0-d, over all ranks)."""
 
         def objective() -> tuple[Tensor, Metrics]:
             return self._objective(*self._pass(inputs, self.model, entropy=True), inputs)
@@ -717,7 +730,7 @@ class RLModule(LightningModule):
         )
 
     def _objective(self, logps: Tensor, entropies: Tensor | None, inputs: Batch) -> tuple[Tensor, Metrics]:
-        """[`~rl_plugins.signals.online_loss`] with this module's settings."""
+        """Call [`~rl_plugins.signals.online_loss`] with this module's settings."""
         by_micro_batch = self.policy_loss.aggregation == "micro_batch"
         loss, metrics = online_loss(
             self.policy_loss,
@@ -746,10 +759,10 @@ class RLModule(LightningModule):
         return loss, metrics
 
     def _weigh_policy_loss(self, metrics: Metrics, inputs: Batch) -> None:
-        """Make `policy_loss` a mean that the micro-batches of a window can be averaged by."""
+        """Make the metric `policy_loss` a mean that can be averaged over the micro-batches of a window."""
         aggregation, own = self.policy_loss.aggregation, loss_mask(inputs).sum().float()
         tokens, rows = sum_over_ranks(torch.stack([own, own.new_tensor(num_rows(inputs))]))
-        if aggregation == "token":  # so far divided by the tokens of the window
+        if aggregation == "token":  # so far it is divided by the tokens of the window
             metrics["policy_loss"] *= inputs["num_items"] * world_size() / tokens.clamp(min=1.0)
             metrics.counts["policy_loss"] = tokens
         else:
@@ -758,7 +771,7 @@ class RLModule(LightningModule):
     # Validation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Roll out, and log `eval_reward` and what else a rollout says."""
+        """Generate completions, and log `eval_reward` and the other metrics of a rollout."""
         rows = rows_of(batch)
         _, metrics = self.rollout(rows)
         log_metrics(self, metrics, prefix="eval_", shown=("reward",), rows=len(rows))
@@ -766,17 +779,19 @@ class RLModule(LightningModule):
     # Checkpoints
 
     def draft_state(self) -> dict[str, Any]:
-        """State of the decoder: the shares of drafts that were accepted."""
+        """Return the state of the decoder: the shares of drafts that were accepted."""
         return {} if self.decoder is None else self.decoder.state_dict()
 
     def load_draft_state(self, state: dict[str, Any]) -> None:
-        """Go on drafting as many tokens; a checkpoint from before speculation says nothing about it."""
+        """Restore the state of the decoder, so that it drafts as many tokens; `state` is empty if it was not saved."""
         if self.decoder is not None:
             self.decoder.load_state_dict(state)
 
     def rank_state(self) -> dict[str, Any]:
-        """State of this rank for a checkpoint: between two rollouts the rest of the completions is still to be learnt
-        from."""
+        """Return the state of this rank for a checkpoint.
+
+        Between two rollouts it contains the completions, the rest of which is still to be learnt from.
+        """
         mid = self._position != 0 or (self.phasic is not None and self.phasic.auxiliary)
         return {
             "phasic": None if self.phasic is None else self.phasic.state_dict(),
@@ -791,7 +806,7 @@ class RLModule(LightningModule):
         }
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
-        """Go on in the middle of a batch of completions."""
+        """Restore the state of this rank, so that it continues in the middle of a batch of completions."""
         self._queue.clear()
         self.load_draft_state(state.get("draft_length", {}))
         self._position, self._prompts = state["position"], state["prompts"]
@@ -804,25 +819,26 @@ class RLModule(LightningModule):
         self.signal.load_rank_state(move_data_to_device(state["signal"], self.device))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of every rank, what they share, and what tells one architecture from another."""
+        """Add the state of every rank, the state that they share, and the shapes of all parameters."""
         self.language.save_checkpoint(self, checkpoint, self.rank_state(), self.signal.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits, and keep the ranks' state until training goes on.
+        """Check that the checkpoint fits, and keep the state of every rank until training continues.
 
         Raises:
-            ValueError: If it was written by another module or architecture.
+            ValueError: If the checkpoint was written by another module or for another architecture.
         """
         shared = self.language.load_checkpoint(self, checkpoint)
         if self._trainer is not None and shared:
             self.signal.load_state_dict(shared)
 
     def on_train_start(self) -> None:
-        """Take over the state of a checkpoint, or give every rank dice of its own, as TRL does: after
-        `seed_everything` all would draw the same numbers.
+        """Restore the state of a checkpoint, or give every rank a seed of its own, as TRL does.
+
+        Without this, all ranks would draw the same random numbers after `seed_everything`.
 
         Raises:
-            TypeError: If further prompts are to be drawn from a stream.
+            TypeError: If `dynamic_sampling` is to draw further prompts from a stream.
         """
         self._check_further_prompts()
         state = self.language.take_resumed(self)
@@ -846,6 +862,6 @@ class RLModule(LightningModule):
             )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write model and tokenizer as transformers does, with everything of ours beside them: TRL and
-        `AutoModelForCausalLM.from_pretrained` read the folder. Call it on all ranks; rank 0 writes."""
+        """Write model and tokenizer as transformers does, and the attached modules beside them. TRL and
+        `AutoModelForCausalLM.from_pretrained` can read the folder. Call this method on all ranks; rank 0 writes."""
         self.language.save_pretrained(self, directory)

@@ -1,4 +1,4 @@
-"""The online modules: a critic inside the policy, PPO, and GRPO with its variants. Each says what it is made of."""
+"""The online modules: a critic inside the policy, PPO, and GRPO with its variants."""
 
 from dataclasses import fields
 from typing import Any, TypeAlias
@@ -43,18 +43,18 @@ LOSS_OPTIONS = {
     "epsilon_high": "epsilon_high",
     "importance_sampling_level": "level",
 }
-"""Option of a policy loss for a field of TRL's that presets set."""
+"""Fields of TRL's configs that presets set, and the options of our policy losses that take their place."""
 OF_ENGINES = ("vllm_importance_sampling_correction",)
-"""Fields of TRL's about engines that Lightning's modules do not have."""
+"""Fields of TRL's configs for inference engines, which Lightning's modules do not have."""
 
 
 def preset_options(preset: Preset, given: dict[str, Any], *kinds: tuple[Options, Options]) -> dict[str, Any]:
-    """Translate a preset, which sets fields of TRL's configs, into options of modules, where they are not set already.
+    """Translate a preset, which sets fields of TRL's configs, into options of modules. The user's options stay.
 
     Args:
         preset: The preset.
-        given: Options that were given one by one, all of which win.
-        kinds: Dataclasses as they were given and as they are by default; fields that differ win.
+        given: Options that were given one by one. They override the preset.
+        kinds: Pairs of dataclasses, as given and with the defaults. Fields that differ override the preset.
 
     Returns:
         Options by name, those of `given` included.
@@ -76,7 +76,7 @@ def preset_options(preset: Preset, given: dict[str, Any], *kinds: tuple[Options,
 
 class MTPCriticModule(RLModule):
     r"""Online reinforcement learning with a critic inside the policy: multi-token-prediction heads that also output a
-    value. One network, one completion per prompt, an advantage for every token.
+    value. There is one network, one completion per prompt is enough, and every token has its own advantage.
 
     `L = L_policy + lambda_1 L_MTP + lambda_2 L_TD`; see [`~rl_plugins.signals.critic_targets`] for the equations and
     [`~rl_plugins.signals.HeadCritic`] for the critic.
@@ -94,16 +94,16 @@ class MTPCriticModule(RLModule):
         model: See [`RLModule`]. Heads attached to it, or saved beside its weights, are trained on.
         tokenizer: See [`RLModule`].
         reward_funcs: See [`RLModule`].
-        heads: The heads; they draft, too, where rollouts are speculative.
+        heads: The heads, which also draft where rollouts are speculative.
         values: Value targets, advantages and value loss.
-        replay: The replay of values.
-        phasic: The phasic mode.
+        replay: The replay of values: a copy of the heads learns further from cached states.
+        phasic: The phasic mode: phases in which only the values learn.
         num_generations: Completions per prompt; a critic needs one.
         kwargs: For [`RLModule`], or fields of `heads`, `values`, `replay` and `phasic`.
 
     Raises:
         TypeError: As [`RLModule`].
-        ValueError: As [`RLModule`]; if the model's heads are others than the options say.
+        ValueError: As [`RLModule`]; also if the model's heads do not match the options.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class MTPCriticModule(RLModule):
 
     @property
     def polyak_target(self) -> PolyakTarget | None:
-        """The slow heads; `None` where a replay teaches the copy of the heads, and before a Trainer has set the module
-        up, where the online heads stand in for them."""
+        """The slow heads. `None` where a replay trains the copy of the heads, and before a Trainer has set the module
+        up, when the online heads give the values instead."""
         assert isinstance(self.critic, HeadCritic)
         return self.critic.polyak_target
 
@@ -147,9 +147,9 @@ class PPOModule(RLModule):
     r"""Proximal Policy Optimization with a separate value model (Schulman et al., 1707.06347; for
     language models Ouyang et al., 2203.02155).
 
-    `L = L_clip + lambda_2 L_value - c H`, on advantages by GAE from token rewards that carry the score at the last
-    token and a KL penalty at each. Slices are shuffled anew for each pass over a batch of completions. Policy and
-    value model are trained by one optimizer and one engine. The critic is a
+    `L = L_clip + lambda_2 L_value - c H`. The advantages come from GAE. The reward of every token is a KL penalty, to
+    which the score is added at the last token. Slices are shuffled anew for each pass over a batch of completions.
+    Policy and value model are trained by one optimizer and one engine. The critic is a
     [`~rl_plugins.signals.ValueModelCritic`].
 
     ```python
@@ -166,8 +166,8 @@ class PPOModule(RLModule):
         reward_funcs: See [`RLModule`].
         value_model: A [`ValueModel`], a transformers model whose trunk is copied, or a path or hub id; by default the
             one attached to or saved with the policy, else a copy of the policy's trunk.
-        preset: `"vpg"`: REINFORCE with a learned baseline. Options that you set win; of a dataclass that is a field
-            that differs from its default.
+        preset: `"vpg"`: REINFORCE with a learned baseline. Options that you set override the preset; in a dataclass
+            these are the fields that differ from their defaults.
         network: Where the value model comes from, and its learning rate.
         values: Value targets, advantages and value loss.
         policy: The policy loss; PPO's clipped loss if none is named.
@@ -177,8 +177,8 @@ class PPOModule(RLModule):
         kwargs: For [`RLModule`], or fields of `network` and `values`.
 
     Raises:
-        TypeError: As [`RLModule`]; if the value model is none of the above.
-        ValueError: As [`RLModule`]; if the value model does not know the policy's tokens.
+        TypeError: As [`RLModule`]; also if the value model is none of the above.
+        ValueError: As [`RLModule`]; also if the value model does not know the policy's tokens.
     """
 
     usual_loss = "ppo_clip"
@@ -234,11 +234,11 @@ class PPOModule(RLModule):
 
 
 class GRPOModule(RLModule):
-    r"""Group Relative Policy Optimization (2402.03300) and its variants: any advantage, policy loss and way of
-    sampling of the package, by name, or all of a paper's by `preset`.
+    r"""Group Relative Policy Optimization (2402.03300) and its variants. Choose advantage, policy loss and way of
+    sampling by name, or all settings of a paper by `preset`.
 
     `A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)` by default; [`~rl_plugins.signals.ADVANTAGES`] and
-    [`~rl_plugins.signals.POLICY_LOSSES`] list what there is.
+    [`~rl_plugins.signals.POLICY_LOSSES`] list the choices.
 
     ```python
     from lightning.pytorch import Trainer
@@ -252,8 +252,8 @@ class GRPOModule(RLModule):
         model: See [`RLModule`].
         tokenizer: See [`RLModule`].
         reward_funcs: See [`RLModule`].
-        preset: The settings of a paper in one word, such as `"dapo"`, `"gspo"` or `"maxrl"`. Options that you set win;
-            of a dataclass that is a field that differs from its default.
+        preset: Name for the settings of a paper, such as `"dapo"`, `"gspo"` or `"maxrl"`. Options that you set
+            override the preset; in a dataclass these are the fields that differ from their defaults.
         variant: The advantage; `group_normalized` if none is named.
         policy: The policy loss; TRL's default, `dapo`, if none is named.
         sampling: Dynamic sampling, rejection of uniform groups, replay, and the penalty on length.
@@ -263,8 +263,8 @@ class GRPOModule(RLModule):
 
     Raises:
         TypeError: As [`RLModule`].
-        ValueError: As [`RLModule`]; for an unknown advantage, options that do not suit it, or one completion per
-            prompt where it compares several.
+        ValueError: As [`RLModule`]; also for an unknown advantage, for options that do not suit it, or for one
+            completion per prompt where the advantage compares several.
     """
 
     def __init__(
@@ -310,5 +310,5 @@ class GRPOModule(RLModule):
 
     @property
     def value_tracker(self) -> ValueTracker | None:
-        """Success of every prompt so far; `None` where the advantage does not track it."""
+        """Tracker of the success on every prompt so far; `None` where the advantage does not track it."""
         return self.signal.value_tracker if isinstance(self.signal, GroupSignal) else None

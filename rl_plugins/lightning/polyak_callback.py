@@ -13,26 +13,26 @@ from rl_plugins.nn.target_heads import PolyakTarget, check_polyak
 
 
 class PolyakCallback(LightningOnly, Callback):
-    """Keeps a float32 copy of the part of the MTP heads that makes values, which follows them slowly:
-    `theta' <- tau theta + (1 - tau) theta'`.
+    """Callback that keeps a float32 copy of the parameters by which MTP heads compute values. The copy follows the
+    heads slowly: `theta' <- tau theta + (1 - tau) theta'`.
 
     ```python
     polyak = PolyakCallback(tau=0.05)
     Trainer(callbacks=[polyak]).fit(module)  # where the heads run: polyak.target(heads.states(hidden_states))
     ```
 
-    [`MTPSFTModule`] and [`MTPCriticModule`] have target heads of their own; this is for a module of yours.
+    [`MTPSFTModule`] and [`MTPCriticModule`] have target heads of their own. This callback is for a module of yours.
 
     Args:
         tau: Step towards the online heads after every optimizer step, above 0 and at most 1.
-        period: Copy the online heads every this many optimizer steps instead.
+        period: If set, the online heads are copied once in so many optimizer steps instead.
 
     Attributes:
-        target: The slow heads (see [`PolyakTarget`]), from `setup` on. They are outside the module, so that no engine
-            partitions them, and in Lightning's checkpoints.
+        target: The slow heads (see [`PolyakTarget`]), from `setup` on. They are not part of the module, so that no
+            engine partitions them. Lightning's checkpoints contain them.
 
     Raises:
-        ValueError: For settings out of range; when training starts, for a module without MTP heads.
+        ValueError: For settings out of range. When training starts, also for a module without MTP heads.
     """
 
     def __init__(self, tau: float = 0.05, period: int | None = None) -> None:
@@ -71,15 +71,15 @@ class PolyakCallback(LightningOnly, Callback):
         self._start(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the copy on the device of a `trainer.validate` without a fit."""
+        """Put the copy on the module's device, for a `trainer.validate` without a fit before it."""
         self._start(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on from the step of a checkpoint, which Lightning knows only now."""
+        """Continue from the step of a checkpoint, which Lightning knows only at this point."""
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Move the copy where the optimizer has made a step."""
+        """Update the copy if the optimizer has made a step."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -88,11 +88,11 @@ class PolyakCallback(LightningOnly, Callback):
             self.target.update(online, step=self._step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The slow heads, for Lightning's checkpoints."""
+        """Return the slow heads, for Lightning's checkpoints."""
         return {"target": self._saved if self.target is None else self.target.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the slow heads of a checkpoint, or keep them until the module is there."""
+        """Load the slow heads of a checkpoint, or keep them until there is a module."""
         self._saved = state_dict["target"]
         if self.target is not None and self._saved is not None:
             # DeepSpeed and FSDP restore after `on_fit_start`.

@@ -1,4 +1,4 @@
-"""Batches of prompts for the online modules: any loader will do, and one that repeats batches and resumes exactly."""
+"""Batches of prompts for the online modules, and a loader that repeats batches and resumes exactly."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,11 +14,11 @@ Row = Mapping[str, Any]
 
 
 def rows_of(batch: Any) -> list[Row]:
-    """The rows of a batch: a list of rows, or a dictionary of columns as torch's default collation makes it.
+    """Return the rows of a batch: a list of rows, or a dictionary of columns as torch's default collation makes it.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If it has no rows, or rows without a `prompt`.
+        TypeError: If the batch is neither.
+        ValueError: If the batch has no rows, or rows without a `prompt`.
     """
     if isinstance(batch, Mapping):
         columns = {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
@@ -43,11 +43,11 @@ def check_rows(name: str, dataset: Any) -> None:
     """Refuse a dataset without rows.
 
     Args:
-        name: Of the setting.
+        name: Name of the setting, for the message.
         dataset: Rows with a length.
 
     Raises:
-        TypeError: If it is no sequence of rows.
+        TypeError: If the dataset is not a sequence of rows.
         ValueError: If it is empty.
     """
     if isinstance(dataset, str | Mapping) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -64,17 +64,18 @@ def check_rows(name: str, dataset: Any) -> None:
 
 
 class RepeatSampler(DistributedSampler):
-    """Hands out batch-sized runs of indices, each several times, to every rank its own.
+    """Sampler that repeats batches: it cuts the indices of each rank into runs of one batch, and gives each run
+    several times.
 
     Args:
         dataset: Something with a length.
-        batch_size: Indices of a run; what does not fill a last one is left out.
-        repeats: How often each run is handed out.
-        auxiliary: `(n, m)`: every n-th run is handed out m times more.
+        batch_size: Number of indices in a run. Indices that do not fill a last run are left out.
+        repeats: Number of times that each run is given.
+        auxiliary: `(n, m)`: every n-th run is given m times more.
         shuffle: Whether to draw a new order for every epoch.
-        seed: Of the order.
+        seed: Seed of the order.
         num_replicas: Number of ranks.
-        rank: Of this process.
+        rank: Number of this rank.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class RepeatSampler(DistributedSampler):
 
     @property
     def start(self) -> int:
-        """Batches of this epoch to leave out: none of one that a resumed run begins."""
+        """Number of batches of this epoch that a resumed run leaves out; 0 in an epoch that it begins itself."""
         epoch, batches = self.resumed
         return batches if epoch == self.epoch else 0
 
@@ -111,7 +112,7 @@ class RepeatSampler(DistributedSampler):
             yield from indices[first : first + self.batch_size]
 
     def _run(self, batch: int) -> int:
-        """Number of the run that a batch is.
+        """Return the number of the run that a batch is.
 
         With repeats = 2 and auxiliary = (2, 3), batches 0 .. 7 are runs 0 0 1 1 1 1 1 2: the second run comes three
         times more.
@@ -122,16 +123,16 @@ class RepeatSampler(DistributedSampler):
 
 
 class PromptLoader(DataLoader):
-    """A loader of rows that goes on in the middle of an epoch, which Lightning asks of it when it resumes.
+    """Loader of rows that can continue in the middle of an epoch, as Lightning requires when it resumes a run.
 
     Args:
-        sampler: Which rows.
+        sampler: Chooses the rows of each batch.
         dataset: The rows.
     """
 
     def __init__(self, dataset: Any, sampler: RepeatSampler) -> None:
-        # Iterators draw a seed for their workers when they start, which a resumed run does once more: not from the
-        # generator that completions are sampled with.
+        # An iterator draws a seed for its workers when it starts, and a resumed run starts one iterator more. The seed
+        # must not come from the generator with which completions are sampled.
         own = torch.Generator()
         super().__init__(dataset, batch_size=sampler.batch_size, sampler=sampler, collate_fn=list, generator=own)
         self._batches = 0
@@ -144,30 +145,31 @@ class PromptLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Batches of this epoch so far."""
+        """Return the number of the epoch, and of its batches so far."""
         assert isinstance(self.sampler, RepeatSampler)
         return {"epoch": self.sampler.epoch, "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Leave out the batches that were had."""
+        """Leave out the batches that the run has had already."""
         assert isinstance(self.sampler, RepeatSampler)
         self.sampler.resumed = (state["epoch"], state["batches"])
 
 
 class PromptDataModule(LightningDataModule):
-    """Prompts for an [`RLModule`], each batch repeated as often as the module makes steps of its completions.
+    """Prompts for an [`RLModule`]. Each batch is repeated as often as the module makes training steps on it.
 
     Args:
         train_dataset: Rows with a `prompt`, and what the reward functions read.
         eval_dataset: Rows to validate on.
         batch_size: Prompts of one batch on each rank.
-        eval_batch_size: The same for validation; `batch_size` by default.
+        eval_batch_size: Prompts of one batch on each rank in validation; `batch_size` by default.
         shuffle: Whether to shuffle the training prompts anew for every epoch.
-        seed: Of that order.
+        seed: Seed of that order.
 
     Raises:
-        TypeError: If a dataset is no sequence of rows.
-        ValueError: If it is empty, or smaller than one batch on every rank.
+        TypeError: If a dataset is not a sequence of rows.
+        ValueError: If a dataset is empty. When training starts, also if the training data do not fill one batch on
+            every rank.
     """
 
     def __init__(
@@ -195,11 +197,11 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def _ranks(self) -> tuple[int, int]:
-        """Number of ranks, and this one."""
+        """Number of ranks, and number of this rank."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def train_dataloader(self) -> PromptLoader:
-        """Shuffled batches, each repeated as often as the module makes steps of it."""
+        """Make the loader of the training batches, each repeated as often as the module makes steps on it."""
         ranks, rank = self._ranks
         if len(self.train_dataset) < self.batch_size * ranks:
             raise ValueError(
@@ -223,22 +225,22 @@ class PromptDataModule(LightningDataModule):
             self._resumed = {}
         return self._train_loader
 
-    # Lightning gives a resumed loader its state only if nothing has asked for the loader before. With max_epochs the
-    # schedule of the learning rate has, to know how long training is.
+    # The data module keeps the state of the loader as well. Lightning gives a resumed loader its state only if nothing
+    # has asked for the loader before. With max_epochs the learning-rate schedule has asked for it, to count the steps.
 
     def state_dict(self) -> dict[str, int]:
-        """Where the training loader is."""
+        """Return the position of the training loader."""
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there, if the run trains."""
+        """Continue from that position, if the run trains."""
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         self._resumed = state_dict if fitting else {}
 
     def val_dataloader(self) -> Any:
-        """The rows to validate on, in order; every rank has as many, at the cost of a few twice."""
+        """Make the loader of the validation rows, in order. All ranks get equally many, so a few may come twice."""
         sampler: DistributedSampler = DistributedSampler(self.eval_dataset, *self._ranks, shuffle=False)
-        # Its iterators draw from a generator of their own, so that training goes on as without validation.
+        # The loader has a generator of its own, so that validation does not change the random numbers of training.
         return DataLoader(
             self.eval_dataset, self.eval_batch_size, sampler=sampler, collate_fn=list, generator=torch.Generator()
         )

@@ -1,4 +1,4 @@
-"""Sums and rows of all ranks, whichever strategy started them."""
+"""Sums and rows over all ranks, whichever strategy started them."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from rl_plugins.process_group import sum_over_ranks as sum_over_ranks
 
 
 def world_size() -> int:
-    """Number of ranks."""
+    """Return the number of ranks."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this rank."""
+    """Return the number of this rank."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of a tensor over all ranks, such as of a loss that every rank has its share of; without gradient."""
+    """Average a tensor over all ranks, without gradient, such as a loss of which every rank has its share."""
     return sum_over_ranks(x.detach()) / world_size()
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows (B, ...) of all ranks, in their order; every rank must have as many."""
+    """Join the rows (B, ...) of all ranks, in the order of the ranks; all ranks must have equally many rows."""
     if not distributed.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -33,12 +33,12 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def own_rows(x: Tensor) -> Tensor:
-    """Take the rows of this rank out of what [`gather_rows`] gave."""
+    """Take the rows of this rank out of the rows that [`gather_rows`] has joined."""
     return x.chunk(world_size())[rank()]
 
 
 def gather_objects(x: Any) -> list[Any]:
-    """One object of every rank."""
+    """Return a list with one object of every rank."""
     if not distributed.is_initialized():
         return [x]
     parts: list[Any] = [None] * world_size()

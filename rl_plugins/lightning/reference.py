@@ -1,4 +1,4 @@
-"""The policy as it was given, which the KL term holds the policy close to."""
+"""The reference policy: the policy before training, to which the KL term keeps the trained policy close."""
 
 import copy
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from rl_plugins.nn.attachment import attachments_of
 
 
 class Reference:
-    """A frozen copy of the policy, or the policy itself without its adapters where it is a PEFT model.
+    """Frozen copy of the policy; where the policy is a PEFT model, the policy itself without its adapters.
 
-    No module, so that it is in no checkpoint and no engine partitions it: every rank holds all of it. A resumed run
-    makes it from the model that it is given, as the first run did.
+    The reference is not a `nn.Module`. So no checkpoint contains it, no engine partitions it, and every rank holds all
+    of it. A resumed run makes it from the model that it is given, as the first run did.
 
     Args:
-        policy: As it is before training.
+        policy: The policy before training.
     """
 
     def __init__(self, policy: nn.Module) -> None:

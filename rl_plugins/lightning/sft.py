@@ -32,12 +32,12 @@ class MTPSFTModule(LightningModule):
 
     `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)`. Where rows have a `reward` (a number, paid at
     the last token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). With
-    `mtp_head_type="sequential"` the heads are decoder layers (DeepSeek-V3, 2412.19437). Those that DeepSeek-V3 and
-    GLM-4.5 were released with are trained further, and `generate(use_mtp=True)` of transformers drafts with them after
-    `save_pretrained`.
+    `mtp_head_type="sequential"` the heads are decoder layers (DeepSeek-V3, 2412.19437). If the model was released with
+    such heads, like DeepSeek-V3 and GLM-4.5, these are trained further. After `save_pretrained`, transformers'
+    `generate(use_mtp=True)` drafts with them.
 
-    A batch is a list of rows with `prompt` and `completion` (text or messages), or with `text`; or a dictionary of
-    tensors `input_ids`, `attention_mask`, `labels` (B, L), and perhaps `reward` (B,), NaN for none.
+    A batch is a list of rows with `prompt` and `completion` (text or messages), or with `text`. It may also be a
+    dictionary of tensors `input_ids`, `attention_mask`, `labels` (B, L), and perhaps `reward` (B,), NaN for none.
 
     ```python
     from lightning.pytorch import Trainer
@@ -52,21 +52,20 @@ class MTPSFTModule(LightningModule):
         tokenizer: See [`RLModule`].
         heads: The heads.
         values: Value targets and value loss.
-        max_length: Longest row in tokens; what is beyond is cut off.
+        max_length: Longest row in tokens; longer rows are cut.
         completion_only: Leave the tokens of prompts out of the loss.
         freeze_trunk: Train the heads only.
-        learning_rate: See [`RLModule`], as for the next ones.
-        weight_decay: Of AdamW.
-        lr_scheduler_type: Name of a schedule.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of AdamW; biases and norms are left out.
+        lr_scheduler_type: Name of a schedule, see [`RLModule`].
         warmup_steps: Optimizer steps of linear warm-up.
         gradient_checkpointing: Recompute activations in the backward pass.
         model_init_kwargs: For loading a model by its name.
         options: Fields of `heads` and `values`.
 
     Raises:
-        TypeError: If the model is no transformers model, or there is no such setting.
-        ValueError: If the model has no LM head, its heads are others than the options say, or a setting is out of
-            range.
+        TypeError: If the model is not a transformers model, or a setting does not exist.
+        ValueError: If the model has no LM head, its heads do not match the options, or a setting is out of range.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class MTPSFTModule(LightningModule):
         check_at_least(2, max_length=max_length)
         check_head_reach(heads.num_mtp_heads, max_length - 1, "max_length - 1")
         self.max_length, self.completion_only = max_length, completion_only
-        check_language_model(model, model_init_kwargs)  # before heads are looked for beside it
+        check_language_model(model, model_init_kwargs)  # before saved heads are looked for
         self.critic = HeadCritic(heads, values)
         self.critic.prepare(model, model_init_kwargs)
         self.along = HeadsAlong(self.critic)
@@ -124,7 +123,7 @@ class MTPSFTModule(LightningModule):
         return self.critic.polyak_target
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring along what looks after the module while a Trainer runs it."""
+        """Return the `LanguageCallback` that the module needs, which Lightning adds to the Trainer's callbacks."""
         return [LanguageCallback()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -132,7 +131,8 @@ class MTPSFTModule(LightningModule):
         return self.language.parameter_groups(self)
 
     def configure_optimizers(self) -> Any:
-        """Make AdamW with a schedule per optimizer step. Override it for an optimizer of your own."""
+        """Make AdamW, and a schedule that changes the learning rate after each optimizer step. Override this method
+        for an optimizer of your own."""
         return self.language.configure_optimizers(self)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class MTPSFTModule(LightningModule):
     # Batches
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Tokens, mask and labels (B, L) of rows, padded on the right; `reward` (B,) where every row has one."""
+        """Make tokens, mask and labels (B, L) of rows, padded on the right; `reward` (B,) where every row has one."""
         hidden, tokens = self._tokens(rows)
         width = min(max(map(len, tokens)), self.max_length)
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
@@ -157,7 +157,7 @@ class MTPSFTModule(LightningModule):
         return {name: column.to(self.device) for name, column in batch.items()}
 
     def _tokens(self, rows: Sequence[Row]) -> tuple[list[int], list[list[int]]]:
-        """Count the tokens of each row that are hidden from the loss, and all of its tokens."""
+        """Return, for each row, the number of first tokens that the loss leaves out, and all tokens."""
         missing = [row for row in rows if "completion" not in row and "text" not in row]
         if missing:
             raise ValueError(f"A row needs `prompt` and `completion`, or `text`; one has {', '.join(missing[0])}.")
@@ -176,7 +176,7 @@ class MTPSFTModule(LightningModule):
         return [len(start) if prompt else 0 for start, prompt in zip(starts, prompts, strict=True)], tokens
 
     def tensors(self, batch: Any) -> dict[str, Tensor]:
-        """Make tensors of a batch, whichever way the loader gives it."""
+        """Make tensors of a batch, in whichever form the loader gives it."""
         if isinstance(batch, Mapping) and "input_ids" in batch:
             return dict(batch)
         if isinstance(batch, Mapping):
@@ -186,19 +186,20 @@ class MTPSFTModule(LightningModule):
     # Loss
 
     def _counts(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Tokens with a label, real tokens, and rows (3,)."""
+        """Count the tokens with a label, the real tokens, and the rows (3,)."""
         labelled, real = predicted_mask(inputs["labels"]).sum(), inputs["attention_mask"].sum()
         return torch.stack([labelled, real, real.new_tensor(len(inputs["labels"]))]).float().to(self.device)
 
     def _num_items(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Tokens that the losses are averaged over: those of the accumulation window, per rank and micro-batch."""
+        """Count the tokens that the losses are averaged over: those of the accumulation window, per rank and
+        micro-batch."""
         own = self._counts(inputs)
         items, real, rows = window_counts(self, own, lambda batch: self._counts(self.tensors(batch)))
         self.language.router_weights = own[1] / real.clamp(min=1e-9), own[2] / rows
         return items.clamp(min=1e-9)
 
     def loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        """The objective on one batch of tensors, and its metrics (0-d, of all ranks)."""
+        """Compute the loss on one batch of tensors, and its metrics (0-d, over all ranks)."""
         rewards, num_items = inputs.get("reward"), self._num_items(inputs)
         if rewards is not None and rewards.ndim != 1:
             check_row_reward(rewards[0].tolist())
@@ -209,7 +210,7 @@ class MTPSFTModule(LightningModule):
         return loss + term, metrics
 
     def _own_loss(self, inputs: Mapping[str, Tensor], num_items: Tensor) -> tuple[Tensor, Metrics]:
-        """The model's own token loss, in the one forward pass that the heads run in as well."""
+        """Compute the model's own token loss, in the forward pass in which the heads run as well."""
         mask = predicted_mask(inputs["labels"])
         output = self.model(
             input_ids=inputs["input_ids"],
@@ -223,14 +224,14 @@ class MTPSFTModule(LightningModule):
         return output.loss, Metrics({"token_loss": total / tokens.clamp(min=1.0), "mean_token_accuracy": accuracy})
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One objective on one batch."""
+        """Compute the loss on one batch, and log it."""
         inputs = self.tensors(batch)
         loss, metrics = self.loss(inputs)
         self.language.log_step(self, loss, metrics, sum_over_ranks(predicted_mask(inputs["labels"]).sum()))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The objective without learning."""
+        """Log the loss and the metrics of a batch, without learning from it."""
         loss, metrics = self.loss(self.tensors(batch))
         log_metrics(self, {"loss": mean_over_ranks(loss), **metrics}, prefix="eval_", shown=("loss",))
 
@@ -244,33 +245,33 @@ class MTPSFTModule(LightningModule):
         """Ignore the state: fine-tuning drafts nothing."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of every rank, what they share, and what tells one architecture from another."""
+        """Add the state of every rank, the state that they share, and the shapes of all parameters."""
         shared = self.critic.state_dict()
         self.language.save_checkpoint(self, checkpoint, {}, shared)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits, and keep the ranks' state until training goes on.
+        """Check that the checkpoint fits, and keep the state of every rank until training continues.
 
         Raises:
-            ValueError: If it was written by another module or architecture.
+            ValueError: If the checkpoint was written by another module or for another architecture.
         """
         shared = self.language.load_checkpoint(self, checkpoint)
         if self._trainer is not None and shared:
             self.critic.load_state_dict(shared)
 
     def on_train_start(self) -> None:
-        """Take over the state of a checkpoint."""
+        """Restore the random state of a checkpoint."""
         self.language.take_resumed(self)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write model and tokenizer as transformers does, with everything of ours beside them: TRL and
-        `AutoModelForCausalLM.from_pretrained` read the folder. Call it on all ranks; rank 0 writes."""
+        """Write model and tokenizer as transformers does, and the attached modules beside them. TRL and
+        `AutoModelForCausalLM.from_pretrained` can read the folder. Call this method on all ranks; rank 0 writes."""
         self.language.save_pretrained(self, directory)
 
 
 @torch.no_grad()
 def _accuracy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Share of the tokens of all ranks that the model would have chosen."""
+    """Return the share of the labels of all ranks that are the model's most probable token."""
     right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) & mask
     counts = sum_over_ranks(torch.stack([right.sum(), mask.sum()]).float())
     return counts[0] / counts[1].clamp(min=1.0)

@@ -13,12 +13,12 @@ from rl_plugins.signals.metrics import Metrics, completion_metrics, reward_metri
 
 
 def cut_rollout(rollout: Batch, slices: int, *, whole_groups_of: int | None = None) -> list[Batch]:
-    """A batch of completions in equal slices, one for each training step, in random order.
+    """Cut a batch of completions into equal slices, one for each training step, in random order.
 
     Args:
         rollout: B completions.
-        slices: How many.
-        whole_groups_of: Keep so many neighbours together, in the order that they have.
+        slices: Number of slices.
+        whole_groups_of: Number of neighbouring rows to keep together; all rows then stay in their order.
 
     Raises:
         ValueError: If `slices` does not divide B, or a slice does not hold whole groups.
@@ -42,8 +42,8 @@ def cut_rollout(rollout: Batch, slices: int, *, whole_groups_of: int | None = No
 
 
 def counts_of(batch: Batch) -> Tensor:
-    """Count what the losses of a batch of completions are divided by, on this rank (4,): its `num_items`, the policy's
-    tokens, completions, and all tokens with the prompts'."""
+    """Count the items of a batch of completions on this rank, by which losses are divided (4,): its `num_items`, the
+    policy's tokens, the completions, and all tokens including the prompts."""
     tokens = loss_mask(batch).sum()
     real = batch["completion_mask"].sum() + batch["prompt_mask"].sum()
     items = torch.as_tensor(batch["num_items"], device=tokens.device)
@@ -56,14 +56,14 @@ def describe_rollout(
     """Describe rewards and lengths of all ranks.
 
     Args:
-        completions: Of this rank (B).
-        rewards: Theirs (B, F), NaN for none.
-        weights: Of the reward functions (F,).
-        names: Of the reward functions.
+        completions: The B completions of this rank.
+        rewards: Their rewards (B, F), NaN for none.
+        weights: Weights of the reward functions (F,).
+        names: Names of the reward functions.
         group_size: Completions per prompt.
     """
     rewards = gather_rows(rewards)
-    rewards = rewards.masked_fill(rewards.isinf(), torch.nan)  # as TRL's metrics: only that number is left out
+    rewards = rewards.masked_fill(rewards.isinf(), torch.nan)  # as in TRL's metrics, only that number is left out
     own = completions.completion_mask if completions.tool_mask is None else completions.tool_mask
     lengths = gather_rows((completions.completion_mask * own).sum(1))
     return Metrics(

@@ -1,4 +1,4 @@
-"""A picture of what the critic thinks of each token, while training goes on."""
+"""A page that shows the critic's values of single tokens, written during training."""
 
 from itertools import chain
 from pathlib import Path
@@ -13,16 +13,16 @@ from rl_plugins.report.traces import traces_from_rollout
 
 
 class TokenValueReport(LightningOnly, Callback):
-    """Writes `token_values.html` after every validation and at the end: the newest completions of the first rank,
-    coloured by the critic's values and temporal-difference errors.
+    """Callback that writes `token_values.html` after every validation and at the end: the newest completions of the
+    first rank, coloured by the critic's values and temporal-difference errors.
 
-    Goes with [`MTPCriticModule`] and [`PPOModule`]. Where the rows of a [`PromptDataModule`] have an `answer` or a
+    It works with [`MTPCriticModule`] and [`PPOModule`]. Where the rows of a [`PromptDataModule`] have an `answer` or a
     `solution`, the page shows it beside the completion.
 
     Args:
         path: File to write; `token_values.html` in the trainer's log directory by default.
         limit: Completions to show.
-        title: Of the page.
+        title: Heading of the page.
 
     Raises:
         ValueError: When training starts, for a module without a critic.
@@ -47,11 +47,11 @@ class TokenValueReport(LightningOnly, Callback):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the last ones."""
+        """Show the last completions."""
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
         rollout: Any = pl_module.last_rollout
         if not trainer.is_global_zero or "td_errors" not in rollout:
             return

@@ -31,7 +31,7 @@ ATTRIBUTE = "router_balancer"
 
 
 def get_router_balancer(model: nn.Module) -> "RouterBalancer | None":
-    """The balancer at work on a model, or `None`."""
+    """Return the balancer at work on a model, or `None`."""
     balancer = vars(trunk_of(base_model_of(model))).get(ATTRIBUTE)
     return balancer if isinstance(balancer, RouterBalancer) and balancer.is_active else None
 
@@ -39,19 +39,19 @@ def get_router_balancer(model: nn.Module) -> "RouterBalancer | None":
 class RouterBalancer:
     """Balances the experts of one model during its training.
 
-    It lives in hooks: one around the trunk, which says when a training forward runs, and one on every router. Tokens
-    count once, in forwards with gradient of a model in training mode; not in evaluation, in no-grad passes, or when
-    checkpointing runs a layer again; padding never. The gradient of an auxiliary loss is added to that of the
-    router's logits on the way back, so it needs neither a loss from the model nor a particular checkpointing, and the
-    forward stays as it was, bit for bit.
+    It works by hooks: one around the trunk, which says when a training forward runs, and one on every router. Each
+    real token counts once, in a forward with gradient of a model in training mode. Evaluation, no-grad passes, layers
+    that checkpointing runs again, and padding do not count. In the backward pass the gradient of an auxiliary loss is
+    added to that of the router's logits. So the model need not return this loss, any kind of checkpointing works, and
+    the forward stays as it was, bit for bit.
 
-    Call [`update`] after every optimizer step, and tell [`scale_losses`] what the loss of a micro-batch is multiplied
-    by (1 / accumulation steps). Nothing here is a parameter or buffer: engines neither see nor save it.
+    Call [`update`] after every optimizer step, and tell [`scale_losses`] by which factor the loss of a micro-batch is
+    multiplied (1 / accumulation steps). Nothing here is a parameter or buffer: engines neither see nor save it.
 
     Args:
         model: Causal LM, or a PEFT model around one; before or after an engine has wrapped it.
         config: Settings.
-        reduce: Sum of a tensor over ranks.
+        reduce: Sums a tensor over ranks.
         extra_modules: More modules with routers, outside the model. Run those inside [`counting`].
 
     Attributes:
@@ -60,12 +60,12 @@ class RouterBalancer:
             a bias that is stored in half precision would round most of them away.
         last_counts: Tokens per expert (E,) of each router in the last optimizer step, over all ranks; empty before
             the first.
-        driver: Whoever calls [`update`], for a driver that takes over.
+        driver: The object that calls [`update`], so that another driver can take over from it.
 
     Raises:
         TypeError: If the model has no routers, or one that cannot be counted or biased.
-        ValueError: If the model is being balanced already, its code does not tell how logits become affinities, or
-            its layers cannot be pooled.
+        ValueError: If the model is being balanced already, the code of a router does not show whether it uses softmax
+            or sigmoid, or the layers cannot be pooled.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class RouterBalancer:
         self._model, self._trunk = model, trunk_of(base_model_of(model))
         if get_router_balancer(model) is not None:
             raise ValueError("This model is being balanced already; call detach() of its balancer first.")
-        # From here on the model changes: whatever can be refused has been.
+        # From here on the model changes: all checks but those of `_add_biases` have been made.
         if self.config.rate > 0.0:
             self._add_biases()
         for router in self.routers:
@@ -97,14 +97,14 @@ class RouterBalancer:
         self._targets: dict[int, Tensor] = {}
         self._current: RoutingCounts | None = None  # while a training forward runs
         self._has_counted = False
-        self.is_active = True  # not so in a copy that came with a copied model
+        self.is_active = True  # False in a copy that came with a copied model
         self.driver: Any = None
         self._attach_hooks()
 
     # Set-up
 
     def lacks_routers(self) -> bool:
-        """Whether the model has routers that came after this balancer, such as those of sequential heads."""
+        """Tell whether the model has got routers after this balancer was made, such as those of sequential heads."""
         known = {id(router.module) for router in self.routers}
         return any(id(router.module) not in known for router in find_routers(self._model))
 
@@ -113,9 +113,9 @@ class RouterBalancer:
         setattr(trunk, ATTRIBUTE, self)
         self._handles = [
             trunk.register_forward_pre_hook(self._on_trunk_start, with_kwargs=True),
-            # Also after a forward that failed, or the next forward outside training would count as a part of it.
+            # Also after a forward that failed: else the next forward outside training would count as a part of it.
             trunk.register_forward_hook(self._on_trunk_end, always_call=True),
-            # Before an engine's hooks, which put other tensors in place of the outputs that the graph goes on from.
+            # Before an engine's hooks, which replace the outputs by other tensors, on which the graph goes on.
             *(
                 router.module.register_forward_hook(partial(self._on_router, i), prepend=True)
                 for i, router in enumerate(self.routers)
@@ -123,22 +123,22 @@ class RouterBalancer:
         ]
 
     def _add_biases(self) -> None:
-        # All are looked at before the first is changed, so that a refusal leaves the model as it was.
+        # All routers are checked before the first is changed, so that a refusal leaves the model as it was.
         for router in self.routers:
             if not router.has_bias:
                 router.check_can_add_bias()
+            elif self.config.rule == "quantile" and router.injected is None:
+                self.losses.scoring(router)  # raises where the scores cannot be told from the logits
         for router in self.routers:
             router.add_bias()
             if router.injected is not None:
                 router.injected.keep_scores = self.config.rule == "quantile"
-            elif self.config.rule == "quantile":
-                self.losses.scoring(router)  # raises where the scores cannot be told from the logits
             # `from_pretrained` makes every parameter trainable, also biases that their architecture freezes.
             router.stored_bias.requires_grad_(False)
 
     def detach(self) -> None:
-        """Stop counting. Added biases stay, since the model was trained with them (`remove_selection_bias`), and so do
-        float32 biases of which the model has rounded copies."""
+        """Stop counting. Added biases stay, since the model was trained with them (`remove_selection_bias` takes them
+        off). Float32 biases stay where the model has only rounded copies of them."""
         for handle in self._handles:
             handle.remove()
         for router in self.routers:
@@ -155,8 +155,8 @@ class RouterBalancer:
         """Weigh the auxiliary losses of the micro-batches that follow as the host weighs its own loss.
 
         Args:
-            by_tokens: For losses that are means over tokens.
-            by_rows: For the loss per sequence, a mean over rows; as `by_tokens` if not given.
+            by_tokens: Factor for losses that are means over tokens.
+            by_rows: Factor for the loss per sequence, a mean over rows; `by_tokens` by default.
         """
         self.losses.token_scale = by_tokens
         self.losses.row_scale = by_tokens if by_rows is None else by_rows
@@ -241,21 +241,22 @@ class RouterBalancer:
 
     @torch.no_grad()
     def update(self, progress: float = 0.0) -> dict[str, Tensor]:
-        """Call once after every optimizer step, on all ranks: one all-reduce of the counts, then the biases move.
+        """Move the biases by the counts of all ranks; call this once after every optimizer step, on all ranks.
 
-        The quantile rule adds an all-reduce, and so do auxiliary losses, for their values.
+        A call takes one all-reduce. The quantile rule adds another, and so do auxiliary losses, for their values.
 
         Args:
             progress: Share of the training that was over before this step, in [0, 1).
 
         Returns:
             Metrics as 0-d tensors: `moe/max_violation` (mean over layers) and `moe/max_violation_worst`,
-            `moe/load_entropy`, `moe/unused_experts` (share without a token), `moe/bias_range` (largest difference
-            between two experts of a layer), `moe/aux_loss` and `moe/z_loss` where they are on.
+            `moe/load_entropy`, `moe/unused_experts` (share of experts without a token), `moe/bias_range` (largest
+            difference between two experts of a layer) where routers have biases, `moe/aux_loss` and `moe/z_loss` where
+            these losses are on.
 
         Raises:
             RuntimeError: At the first step, if the model is in evaluation mode, no router has run, or the gradient of
-                the loss has reached none.
+                an auxiliary loss has reached no router.
         """
         self._check_first_step()
         self.last_counts = self._reduced_counts()
@@ -286,7 +287,7 @@ class RouterBalancer:
 
     def _reduced_counts(self) -> list[Tensor]:
         device = next(iter(self._counts.values())).device if self._counts else self.float32_biases[0].device
-        # Zeros for routers that have not run: every rank must bring as many numbers to the all-reduce.
+        # Zeros for routers that have not run: every rank must bring equally many numbers to the all-reduce.
         counts = [
             self._counts[i].to(device)
             if i in self._counts
@@ -303,7 +304,7 @@ class RouterBalancer:
             sums = [self._targets.get(i, torch.zeros_like(m)).to(device) for i, m in enumerate(self.float32_biases)]
             sums = list(self.reduce(torch.cat(sums)).split([len(m) for m in self.float32_biases]))
             targets = [x / c.sum().clamp(min=1) for x, c in zip(sums, self.last_counts, strict=True)]
-        # Layers with equally many experts move in one call: the update is a handful of small kernels for each.
+        # Layers with equally many experts move in one call, since each call is a handful of small kernels.
         for num_experts in {router.num_experts for router in self.routers}:
             layers = [i for i, router in enumerate(self.routers) if router.num_experts == num_experts]
             counts = torch.stack([self.last_counts[i] for i in layers])
@@ -339,10 +340,10 @@ class RouterBalancer:
             return [bias.detach().reshape(-1).float().clone() for bias in whole]
 
     def read_again(self) -> None:
-        """Take over the live biases before the first step, once an engine has the model.
+        """Read the model's biases again before the first step, once an engine has the model.
 
         Where FSDP2 saves memory while loading (`cpu_ram_efficient_loading`), one rank reads the checkpoint, and the
-        others get its values with the sharding.
+        others get its values when the model is sharded.
         """
         if not self._has_counted and is_fsdp2(self._model):
             self.float32_biases = self._read_biases()
@@ -355,14 +356,14 @@ class RouterBalancer:
                 router.set_bias(bias, live)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The float32 biases by router, on the CPU."""
+        """Return the float32 biases by router, on the CPU."""
         return {router.name: bias.cpu() for router, bias in zip(self.routers, self.float32_biases, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with saved biases.
 
         Raises:
-            ValueError: If they belong to other routers, or another number of experts; nothing is changed then.
+            ValueError: If they belong to other routers, or to another number of experts; nothing is changed then.
         """
         check_biases_fit(state, self.routers, whose="the checkpoint")
         self.float32_biases = [

@@ -18,10 +18,10 @@ class BalancingConfig:
         rate: Step u of the selection bias per optimizer step (2408.15664, algorithm 1), in the units of the router's
             scores: probabilities for softmax and sigmoid routers, logits for gpt_oss, granitemoe and llama4. 0 leaves
             the biases alone.
-        rule: How the bias moves, see `functional.selection_bias_update`.
+        rule: Rule by which the bias moves; see `functional.selection_bias_update`.
         start: Share of the training after which the bias begins to move, in [0, 1).
-        stop: Share of the training after which it stands still, in (start, 1]. DeepSeek-V3 (2412.19437, section 4.2)
-            stopped after 14.3 of 14.8 trillion tokens: 0.966.
+        stop: Share of the training after which the bias stands still, in (start, 1]. DeepSeek-V3 (2412.19437, section
+            4.2) stopped after 14.3 of 14.8 trillion tokens: 0.966.
         aux_loss_coef: Coefficient alpha of the load-balancing loss, averaged over layers. Its scale is transformers'
             `router_aux_loss_coef`.
         aux_loss_type: `"layer"`: Switch (2101.03961, equation 4) for each layer. `"pooled"`: over all layers at once,
@@ -30,8 +30,8 @@ class BalancingConfig:
         batch: Tokens over which the load f of the auxiliary loss is counted: this micro-batch of this rank
             (`"local"`), the micro-batches since the last optimizer step (`"accumulated"`), or those of all ranks
             (`"global"`, 2501.11873).
-        scoring: Whether routers score experts by softmax or sigmoid, where their code does not tell.
-        count_only: Count and log the load, and balance nothing; goes with `rate=0` and no loss.
+        scoring: Whether routers score experts by softmax or sigmoid, where their code does not show it.
+        count_only: Count and log the load, and balance nothing; needs `rate=0` and no loss.
 
     Raises:
         TypeError: For a value that is no number.
@@ -67,7 +67,7 @@ class BalancingConfig:
             )
         if self.batch != "local" and self.aux_loss_type == "sequence":
             raise ValueError(f"batch={self.batch!r}: the loss per sequence is counted over one sequence; use 'local'.")
-        # Counting alone must be asked for: a forgotten coefficient would otherwise balance nothing without a word.
+        # Counting alone must be asked for: otherwise a forgotten coefficient would silently balance nothing.
         if self.count_only == (self.rate > 0.0 or self.has_loss):
             raise ValueError(
                 "count_only=True balances nothing: set rate=0 and leave the losses at 0, or drop it."
@@ -82,7 +82,7 @@ class BalancingConfig:
         return self.aux_loss_coef > 0.0 or self.z_loss_coef > 0.0
 
     def rate_at(self, progress: float) -> float:
-        """Step of the bias after a share `progress` of the training.
+        """Return the step of the bias after a share `progress` of the training.
 
         `stop=1.0` never stops the bias: a host may train for longer than it has announced.
         """
@@ -95,7 +95,7 @@ class BalancingConfig:
             num_steps: Optimizer steps of the training; the progress of step i is i / num_steps.
 
         Raises:
-            ValueError: If none does.
+            ValueError: If no step moves it.
         """
         if self.rate > 0.0 and not any(self.rate_at(step / num_steps) for step in range(num_steps)):
             raise ValueError(

@@ -14,7 +14,7 @@ from rl_plugins.nn.attachment import SELECTION_BIAS_NAME, base_model_of
 
 def save_selection_bias(model: nn.Module, directory: str | Path) -> Path | None:
     """Write selection biases in float32 into `directory`, beside `model.safetensors`: those that were added to a
-    model, and an architecture's own where a cast has rounded the copy in the module tree.
+    model, and an architecture's own ones where the model holds only rounded copies.
 
     Args:
         model: Causal LM, or a PEFT model around one.
@@ -36,11 +36,11 @@ def save_selection_bias(model: nn.Module, directory: str | Path) -> Path | None:
 
 
 def load_selection_bias(model: nn.Module, directory: str | Path) -> None:
-    """Route with the selection biases that were saved beside a model: the one call after `from_pretrained`.
+    """Route with the selection biases that were saved beside a model; call this after `from_pretrained`.
 
     Args:
         model: The model, freshly loaded.
-        directory: Where it was saved; `selection_bias.safetensors` is read.
+        directory: Folder that the model was saved in; `selection_bias.safetensors` is read.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -54,12 +54,12 @@ def load_selection_bias(model: nn.Module, directory: str | Path) -> None:
             "unless they are trained in half precision."
         )
     routers = {router.name: router for router in find_routers(model)}
-    # Sequential heads have routers, too. The policy may be loaded without them, or get new ones.
+    # Sequential heads have routers, too. The policy may be loaded without these heads, or get new ones.
     biases = {name: bias for name, bias in load_file(path).items() if name in routers or not is_attached(name)}
     routers = {name: router for name, router in routers.items() if name in biases or not is_attached(name)}
     check_biases_fit(biases, list(routers.values()), whose=str(path))
     for name, bias in biases.items():
-        routers[name].add_bias()  # of an architecture's own nothing is added
+        routers[name].add_bias()  # adds nothing where the architecture has its own
         routers[name].set_bias(bias)
     save_beside(model)
 
@@ -68,7 +68,7 @@ def check_biases_fit(biases: Mapping[str, Tensor], routers: list[Router], *, who
     """Check that biases belong to these routers, by names and numbers of experts.
 
     Raises:
-        ValueError: Naming what differs.
+        ValueError: If they do not; the message names what differs.
     """
     wanted = {router.name: router.num_experts for router in routers}
     given = {name: bias.numel() for name, bias in biases.items()}
@@ -89,7 +89,7 @@ def check_biases_fit(biases: Mapping[str, Tensor], routers: list[Router], *, who
 class _SaveBeside:
     """Wraps `save_pretrained` of one model so that it writes the added biases, too.
 
-    A class and not a closure: a copy of the model then carries a copy of the wrapper, which saves the copy.
+    It is a class and not a closure, so that a copy of the model carries a copy of the wrapper, which saves this copy.
     """
 
     def __init__(self, model: Any) -> None:
@@ -97,7 +97,7 @@ class _SaveBeside:
         self.stock: Callable[..., Any] = model.save_pretrained
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
-        # First the model: a failure leaves no biases without one.
+        # The model first, so that a failure leaves no biases without a model.
         result = self.stock(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and save_selection_bias(self.model, save_directory) is not None:
             added = any(router.injected is not None for router in find_routers(self.model))
@@ -113,7 +113,7 @@ class _SaveBeside:
 
 def save_beside(model: nn.Module) -> None:
     """Make `save_pretrained` write added biases too, whoever calls it; a second call does nothing."""
-    # Trainers save the PEFT model, users often the base model; by id, since both are one without PEFT.
+    # Trainers save the PEFT model, users often the base model. By id, since both are one object without PEFT.
     modules: dict[int, Any] = {id(module): module for module in (model, base_model_of(model))}
     for module in modules.values():
         if "save_pretrained" not in vars(module):

@@ -1,4 +1,4 @@
-"""Keeps a selection bias of an architecture's own in float32 for its router, whatever the model is cast to."""
+"""Keeps an architecture's own selection bias in float32 for its router, whatever the model is cast to."""
 
 from functools import partial
 from typing import Any
@@ -16,16 +16,16 @@ ATTRIBUTE = "float32_bias"
 class Float32Bias:
     """The float32 tensor behind a bias that a cast or an engine has rounded.
 
-    A bias of 5 in bfloat16 cannot take a step of 1e-3, nor be put into float32 where engines own the parameter. So the
-    tensor in the module tree stays as it is, a rounded copy, and while it is not float32 the owner's attribute is a
-    plain tensor that hides it: routers read that one. State dicts hold the float32 tensor.
+    A bias of 5 in bfloat16 cannot take a step of 1e-3, and where engines own the parameter it cannot become float32.
+    So the tensor in the module tree stays a rounded copy. While it is not float32, a plain float32 tensor in the
+    owner's attribute hides it, and routers read this tensor. State dicts hold the float32 tensor.
 
     Args:
         owner: The module that holds the bias.
         name: Its attribute there.
 
     Attributes:
-        value: The bias in float32, of the whole shape.
+        value: The whole bias in float32, not sharded.
     """
 
     def __init__(self, owner: nn.Module, name: str) -> None:
@@ -37,7 +37,7 @@ class Float32Bias:
 
     @classmethod
     def of(cls, owner: nn.Module, name: str) -> "Float32Bias":
-        """The float32 tensor of a bias, made where there is none."""
+        """Return the float32 tensor of a bias; make it where there is none."""
         present = get_float32_bias(owner)
         if present is not None:
             return present
@@ -45,14 +45,14 @@ class Float32Bias:
         setattr(owner, ATTRIBUTE, ours)
         ours.handles = [
             owner.register_forward_pre_hook(ours._before_forward),
-            # torch marks these functions, which it cannot do with methods.
+            # torch sets an attribute on these functions, which methods do not allow.
             owner.register_state_dict_post_hook(partial(ours._save)),
             owner.register_load_state_dict_pre_hook(partial(ours._load)),
         ]
         return ours
 
     def release(self, owner: nn.Module) -> None:
-        """Leave the owner as it was, if the bias in the module tree is float32; a rounded one stays hidden."""
+        """Undo the changes to the owner, if the bias in the module tree is float32; a rounded one stays hidden."""
         if stored(owner, self.name).dtype == torch.float32 and self.name not in vars(owner):
             for handle in self.handles:
                 handle.remove()
@@ -68,14 +68,14 @@ class Float32Bias:
         live, hidden = stored(owner, self.name), self.name in vars(owner)
         if live.dtype == torch.float32:
             if hidden:
-                # The model has been cast back, from numbers that the first cast had rounded.
+                # The model has been cast back to float32, from numbers that the first cast had rounded.
                 del vars(owner)[self.name]
                 self._write(live)
             elif self._is_whole(live):
-                self.value = live.detach().clone()  # a cast does not ask before it rounds
+                self.value = live.detach().clone()  # kept, since a cast rounds without notice
             return live
         # Half precision, not hidden yet: where the value does not round to the live numbers, somebody has written
-        # others, and those count.
+        # new numbers there, which replace the value.
         if not hidden and self._is_whole(live) and not torch.equal(self.value.to(live), live):
             self.value = live.detach().float()
         if self.value.device != live.device:
@@ -85,12 +85,12 @@ class Float32Bias:
 
     @torch.no_grad()
     def set(self, owner: nn.Module, bias: Tensor, live: Tensor) -> None:
-        """Give the bias other numbers, of as many entries.
+        """Replace the entries of the bias.
 
         Args:
             owner: The module that holds the bias.
-            bias: The numbers.
-            live: What [`stored`] gives, whole: where an engine shards it, from `whole_parameters(writing=True)`.
+            bias: The new entries.
+            live: Result of [`stored`]; where an engine shards it, the tensor of `whole_parameters(writing=True)`.
         """
         self.value = bias.detach().to(live.device, torch.float32).reshape(self.value.shape).clone()
         self._write(live)
@@ -99,7 +99,7 @@ class Float32Bias:
 
     @torch.no_grad()
     def _write(self, live: Tensor) -> None:
-        # Under ZeRO-3 a parameter that is whole for now; of FSDP2's the whole copy is written instead.
+        # Under ZeRO-3 only while the parameter is gathered; under FSDP2 only a whole copy, which is written back.
         if live.numel() == self.value.numel() and not isinstance(live, DTensor):
             live.copy_(self.value)
 
@@ -114,7 +114,7 @@ class Float32Bias:
             state[f"{prefix}{self.name}"] = self.show(owner)
 
     def _load(self, owner: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Before torch copies the same numbers into the module tree, and rounds them there.
+        # This runs before torch copies the numbers into the module tree, and rounds them there.
         given = state.get(f"{prefix}{self.name}")
         if isinstance(given, Tensor) and given.shape == self.value.shape:
             self.value = given.detach().to(self.value.device, torch.float32).clone()
@@ -123,13 +123,13 @@ class Float32Bias:
 
 
 def stored(owner: nn.Module, name: str) -> Tensor:
-    """The bias in the module tree, which casts and engines see; looked up anew each time since engines replace it."""
+    """Look up the bias in the module tree, which casts and engines see. Engines replace it, so do not keep it."""
     tensor = owner._parameters.get(name, owner._buffers.get(name))
     assert tensor is not None
     return tensor
 
 
 def get_float32_bias(owner: nn.Module) -> Float32Bias | None:
-    """The float32 tensor behind the bias of a module, or `None`."""
+    """Return the float32 tensor behind the bias of a module, or `None`."""
     ours = vars(owner).get(ATTRIBUTE)
     return ours if isinstance(ours, Float32Bias) else None

@@ -69,7 +69,7 @@ class ExpertLoadHistory:
     counts: list[list[list[int]]]
 
     def tokens(self, layer: str) -> NDArray[np.int64]:
-        """Counts of one layer, (S, E).
+        """Return the counts of one layer, (S, E).
 
         Raises:
             ValueError: There is no such layer.
@@ -80,7 +80,7 @@ class ExpertLoadHistory:
         return np.array([step[index] for step in self.counts], dtype=np.int64)
 
     def max_violation(self) -> NDArray[np.float64]:
-        """`max_e load_e - 1` (see `rl_plugins.functional.max_violation`) of every step and layer, (S, L)."""
+        """Compute `max_e load_e - 1` (see `rl_plugins.functional.max_violation`) of every step and layer, (S, L)."""
         columns = [max_violation(torch.from_numpy(self.tokens(layer))).double().numpy() for layer in self.layers]
         return np.stack(columns, axis=1)
 
@@ -97,7 +97,7 @@ def append_expert_load(path: str | Path, step: int, layers: Sequence[str], count
         counts: (L, E) tokens of each expert since the line before, on all ranks.
 
     Raises:
-        ValueError: Not one list of counts for each layer.
+        ValueError: There is not one list of counts for each layer.
     """
     if len(layers) != len(counts):
         raise ValueError(f"{len(layers)} layers but {len(counts)} lists of counts: give one list for each layer")
@@ -112,7 +112,7 @@ def append_expert_load(path: str | Path, step: int, layers: Sequence[str], count
 
 
 def _drop_cut_line(file: BinaryIO) -> None:
-    """Cut a file back to its last line end; it is open for appending, and stands at its end."""
+    """Cut a file back to its last line end; the file is open for appending, at its end."""
     if file.tell() == 0:
         return
     file.seek(-1, 2)
@@ -125,8 +125,8 @@ def _drop_cut_line(file: BinaryIO) -> None:
 def read_expert_load(path: str | Path) -> ExpertLoadHistory:
     """Read the log of a run.
 
-    A resumed run repeats steps: a line replaces all earlier ones at its step or a later one. A last line
-    without an end, as a killed run leaves it, is ignored.
+    A resumed run repeats steps: a line replaces all earlier lines that have its step or a later one. A last line
+    without an end, which a killed run leaves, is ignored.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -141,7 +141,7 @@ def read_expert_load(path: str | Path) -> ExpertLoadHistory:
         # The run was resumed from a checkpoint before these steps.
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
-        # After the repeated steps are gone: a new run in the same folder, from step 1, may have another model.
+        # Checked after the repeated steps are gone: a new run in the same folder, from step 1, may have another model.
         if rows and _shape(rows[0]) != _shape(row):
             raise ValueError(
                 f"{path}, line {number}: other layers or numbers of experts than at step {rows[0]['step']}; "

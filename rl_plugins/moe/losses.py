@@ -1,4 +1,4 @@
-"""Auxiliary losses of the routers: their gradient joins that of the logits on the way back."""
+"""Auxiliary losses of the routers: their gradient is added to that of the logits in the backward pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +27,10 @@ class RoutingCounts:
         mask: Real tokens (B, S), or `None` where all are real.
         shape: (B, S).
         counts: Tokens per expert (E,), by router.
-        targets: Biases (E,) that the quantile rule moves to, times tokens, by router.
+        targets: Biases (E,) that the quantile rule moves to, times the number of tokens, by router.
         fractions: Load f (E,) that the auxiliary loss refers to, by router; filled once the forward is over.
-        waiting: Routers whose logits have not been given the loss's gradient yet, with the experts that they chose
-            (N, k). Under reentrant checkpointing that is all of them until the forward is run again.
+        waiting: Routers whose logits do not carry the loss's gradient yet, with the experts that they chose (N, k).
+            Under reentrant checkpointing these are all routers, until their layers run again.
     """
 
     mask: Tensor | None
@@ -41,30 +41,31 @@ class RoutingCounts:
     waiting: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def token_mask(self, num_tokens: int, device: torch.device) -> Tensor | None:
-        """Mask of a router's tokens (N,); `None` where it sees other tokens than the trunk (image patches)."""
+        """Return the mask of a router's tokens (N,); `None` where it sees other tokens than the trunk (images)."""
         if self.mask is None or self.mask.numel() != num_tokens:
             return None
         return self.mask.reshape(-1).to(device)
 
     def rows(self, num_tokens: int) -> tuple[int, int]:
-        """Sequences and tokens of each in a router's N tokens: (B, S), or (1, N) where it sees other tokens."""
+        """Return the shape of a router's N tokens: (B, S), or (1, N) where it sees other tokens than the trunk."""
         return self.shape if num_tokens == self.shape[0] * self.shape[1] else (1, num_tokens)
 
 
 class RouterLosses:
     """Gradients of the load-balancing loss and the z-loss, each averaged over layers.
 
-    Both are sums over layers of functions of one layer's logits (the load f is a constant), so a hook on those logits
-    can add the gradient when it passes. It needs no loss from the model, and checkpointing cannot cut it off: where a
-    layer runs again, the logits of the second run carry the hook.
+    Both are sums over layers. The term of a layer depends on this layer's logits alone (the load f is a constant), so
+    a hook on the logits can add its gradient in the backward pass. The model need not return a loss. Checkpointing
+    works, too: where a layer runs again, the logits of the second run carry the hook.
 
     Args:
         config: Coefficients.
-        routers: Routers by number.
-        reduce: Sum of a tensor over ranks.
+        routers: The routers; their places in this list are their numbers.
+        reduce: Sums a tensor over ranks.
 
     Raises:
-        ValueError: If the code of a router does not tell its scoring, or pooled layers differ in their experts.
+        ValueError: If the code of a router does not show its scoring, or pooled layers have different numbers of
+            experts.
     """
 
     def __init__(self, config: BalancingConfig, routers: Sequence[Router], reduce: Reduce) -> None:
@@ -82,7 +83,7 @@ class RouterLosses:
             raise ValueError("aux_loss_type='pooled' needs layers with equal numbers of experts; use 'layer'.")
 
     def scoring(self, router: Router) -> Scoring:
-        """Whether a router scores experts by softmax or sigmoid.
+        """Return `softmax` or `sigmoid`, by which a router scores experts.
 
         Raises:
             ValueError: If neither the config nor the code of the router says.
@@ -104,7 +105,7 @@ class RouterLosses:
             current.waiting.append((i, indices))
 
     def finish(self, current: RoutingCounts, window: Mapping[int, Tensor]) -> None:
-        """End a forward: settle the load that its loss refers to, and wait for the routers that had no gradient.
+        """End a forward: compute the load that its loss refers to, and wait for the routers that had no gradient.
 
         Args:
             current: The forward.
@@ -130,7 +131,7 @@ class RouterLosses:
         return dict(zip(current.counts, shares, strict=True))
 
     def on_router_again(self, i: int, output: object) -> None:
-        """Attach the gradient of router `i`, which has run outside any forward, as checkpointing makes it."""
+        """Attach the gradient of router `i`, which checkpointing has run outside of any forward."""
         # Reentrant checkpointing runs a layer without gradient in the forward, and once more, with gradient, in the
         # backward. Only the logits of the second run are part of the graph, and the second run does not say which
         # forward it belongs to. Micro-batches A and B of a model with routers 0 to 2, both forwards before one
@@ -212,12 +213,12 @@ class RouterLosses:
     # Optimizer step
 
     def flush(self, device: torch.device) -> dict[str, Tensor]:
-        """Mean value of each loss over layers, micro-batches and ranks since the last call, 0-d.
+        """Return the mean value of each loss over layers, micro-batches and ranks since the last call, 0-d.
 
-        Micro-batches weigh as they do in the gradient.
+        Micro-batches have the weights that they have in the gradient.
 
         Args:
-            device: Where to reduce.
+            device: Device to reduce on.
 
         Raises:
             RuntimeError: If no gradient has ever come through the logits that should have carried it.
@@ -232,7 +233,7 @@ class RouterLosses:
         # A rank whose routers had no gradient takes part in the all-reduce, or the others would wait for it.
         nothing = torch.zeros(2)
         sums = [self._terms.get(name, nothing).to(device) for name in names]
-        # Forwards that still wait were never differentiated; keeping them would take the next step's recomputations.
+        # Forwards that still wait had no backward pass; kept, they would take recomputations of the next step.
         self._terms, self._waiting = {}, []
         if not names:
             return {}

@@ -36,7 +36,7 @@ class Router:
         top_k: k, experts per token.
         scoring: Whether the router scores experts by softmax or sigmoid; `None` if this cannot be read from its code.
         bias_owner: The module that holds a selection bias of the architecture's own; `None` without one.
-        bias_key: Its dotted name in the model, which ends in its attribute there.
+        bias_key: Dotted name of that bias in the model, which ends in its attribute of `bias_owner`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Router:
 
     @property
     def has_bias(self) -> bool:
-        """Whether selection can be biased: by the architecture, or since [`SelectionBias`] was added."""
+        """Whether the router has a selection bias: the architecture's own, or an added [`SelectionBias`]."""
         return self.bias_owner is not None or self.injected is not None
 
     @property
@@ -59,7 +59,7 @@ class Router:
 
     @property
     def bias(self) -> Tensor:
-        """The bias with E entries that the router adds; of a model that is being balanced it is float32."""
+        """The bias with E entries that the router adds to its scores; float32 while the model is being balanced."""
         if self.bias_owner is not None:
             behind = get_float32_bias(self.bias_owner)
             return self.stored_bias if behind is None else behind.show(self.bias_owner)
@@ -100,7 +100,7 @@ class Router:
 
         Args:
             bias: (E,).
-            live: [`stored_bias`], whole: where an engine shards it, from `whole_parameters(writing=True)`.
+            live: [`stored_bias`]; where an engine shards it, the tensor of `whole_parameters(writing=True)`.
         """
         if self.bias_owner is not None:
             live = self.stored_bias if live is None else live
@@ -131,20 +131,20 @@ class Router:
             SelectionBias.add_to(self.module, self.num_experts, self.top_k)
 
     def read(self, output: object) -> tuple[Tensor, Tensor]:
-        """Logits (N, E) and indices (N, k) in what the router's forward returned.
+        """Find logits (N, E) and indices of the selected experts (N, k) in the output of the router's forward.
 
         Raises:
-            TypeError: If it is neither `(logits, weights, indices)`, nor Llama 4's `(scores, logits)`, nor JetMoe's
-                `(slots, tokens, weights, counts, logits)`, whose N k slots are sorted by expert.
+            TypeError: If the output is neither `(logits, weights, indices)`, nor Llama 4's `(scores, logits)`, nor
+                JetMoe's `(slots, tokens, weights, counts, logits)`, whose N k slots are sorted by expert.
         """
         match output:
             case (Tensor() as logits, Tensor(), Tensor() as indices) if not indices.is_floating_point():
                 return logits, indices
             case (Tensor() as scores, Tensor() as logits) if scores.shape == logits.shape:
-                # Zero for all experts but the selected ones.
+                # Scores are zero for all experts but the selected ones.
                 return logits, scores.detach().topk(self.top_k, dim=-1).indices
-            # Sorted by expert: `counts[e]` slots go to expert e, and each says in `slots` which of the tokens' N k
-            # choices it is. Written back to there, the experts stand by token.
+            # Slots are sorted by expert: `counts[e]` of them go to expert e. `slots` says which of the tokens' N k
+            # choices each one is. Written to these places, the experts are sorted by token.
             case (Tensor() as slots, Tensor(), Tensor(), list() as counts, Tensor() as logits):
                 experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(slots.device)
                 return logits, torch.empty_like(slots).scatter_(0, slots, experts).view(-1, self.top_k)
@@ -155,18 +155,18 @@ class Router:
 
 
 def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> list[Router]:
-    """All routers of a model, in the order of its modules.
+    """Find all routers of a model, in the order of its modules.
 
     They are the modules that transformers records `router_logits` from; in a model that names none, every `gate` or
-    `router` beside `experts`. Those of sequential MTP heads, which are decoder layers of the model's own kind, come
-    last.
+    `router` beside `experts`. Routers of sequential MTP heads, which are decoder layers of the model's own kind,
+    come last.
 
     Args:
         model: Causal LM, or a PEFT model around one.
         extra_modules: More modules to search, such as MTP layers that transformers keeps outside the model.
 
     Raises:
-        TypeError: If the model has no router, or one whose numbers of experts are not to be read.
+        TypeError: If the model has no router, or one whose numbers of experts cannot be read.
     """
     require_hooks(BALANCING)
     base = base_model_of(model)
@@ -193,7 +193,7 @@ def find_routers(model: nn.Module, extra_modules: Sequence[nn.Module] = ()) -> l
 
 
 def is_attached(router_name: str) -> bool:
-    """Whether a router is a part of sequential heads, and not of the model as it was loaded."""
+    """Tell whether a router is a part of sequential heads, and not of the model as it was loaded."""
     return router_name.startswith(f"{MTPHeads.name}.")
 
 
@@ -237,7 +237,7 @@ def _is_idle(name: str, modules: dict[str, nn.Module]) -> bool:
 
 
 def _without_peft(name: str) -> str:
-    """The name that a module had before PEFT wrapped it, or a module around it, to save that whole."""
+    """Give the name that a module had before PEFT wrapped it, or a module around it, to save it whole."""
     return re.sub(r"\.modules_to_save\.[^.]+", "", name)
 
 
@@ -264,7 +264,7 @@ def _own_bias(path: str, module: nn.Module, parent: nn.Module, num_experts: int)
     for prefix, owner in [*inside, (path.rpartition(".")[0], parent)]:
         for name in BIAS_NAMES:
             tensor = owner._parameters.get(name, owner._buffers.get(name))
-            # The size tells a bias of the experts from others of that name. ZeRO-3 leaves a part of a parameter only.
+            # The size tells a bias of the experts from others of that name. Under ZeRO-3 only a part of it is here.
             if tensor is not None and whole_size(tensor) == num_experts:
                 return owner, f"{prefix}.{name}"
     return None, ""
@@ -276,7 +276,7 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 def _scoring(module: nn.Module) -> Scoring | None:
-    """Which of softmax and sigmoid the router's code calls; `None` for both or neither."""
+    """Find out whether the router's code calls softmax or sigmoid; `None` for both or neither."""
     names = _names_in_forward(module)
     match "softmax" in names, "sigmoid" in names:
         case True, False:

@@ -1,4 +1,4 @@
-"""One training run with balanced experts, for whichever host trains: what its callback calls, event by event."""
+"""One training run with balanced experts, for any host: the methods that its callback calls, event by event."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from rl_plugins.moe.load_log import ExpertLoadLog, append_expert_load
 
 
 class BalancingRun:
-    """Balances the experts of a model over a training run: checks it, moves biases, keeps the log of loads.
+    """Balances the experts of a model over a training run: checks settings, moves biases, keeps the log of loads.
 
     ```python
     run = BalancingRun(model, BalancingConfig(rate=1e-3))  # before an engine wraps the model, if possible
@@ -29,7 +29,8 @@ class BalancingRun:
     Args:
         model: Causal LM, or a PEFT model around one.
         config: Settings.
-        driver: Whoever calls the methods, for a driver that takes over (see [`get_router_balancer`]).
+        driver: The object that calls the methods, so that another driver can take over from it (see
+            [`get_router_balancer`]).
 
     Raises:
         TypeError: If the model cannot be balanced.
@@ -54,7 +55,7 @@ class BalancingRun:
         """Begin the training, once an engine has the model.
 
         Args:
-            num_steps: Optimizer steps of the training; `None` where nobody knows.
+            num_steps: Optimizer steps of the training; `None` if unknown.
             float16: Whether the host trains in float16, with a loss scale.
             log_file: File that the load of every expert is appended to; `None` on all ranks but one, or for no file.
             biases: Float32 biases of a checkpoint to go on from, as [`state_dict`] gave them.
@@ -65,7 +66,7 @@ class BalancingRun:
         if num_steps is not None:
             self.config.check_schedule(num_steps)
         if float16 and self.config.has_loss:
-            # The gradient of the loss is added during backward, where that of the host has been multiplied already.
+            # The gradient of this loss is added in the backward pass, when the host's loss has been scaled already.
             raise ValueError(
                 "The auxiliary losses of balancing do not know float16's loss scale. Train in bfloat16, or with a "
                 "selection bias only (aux_loss_coef=0, z_loss_coef=0)."
@@ -82,7 +83,7 @@ class BalancingRun:
 
         Args:
             loss_scale: Factor by which the host multiplies the loss of a micro-batch.
-            row_scale: Factor for the loss per sequence, where rows weigh otherwise than tokens.
+            row_scale: Factor for the loss per sequence, where rows have other weights than tokens.
         """
         self.balancer.scale_losses(loss_scale, row_scale)
 
@@ -117,11 +118,11 @@ class BalancingRun:
         return metrics
 
     def detach(self) -> None:
-        """Leave the model as it is now: hooks go, added biases stay."""
+        """Take the hooks off the model; added biases stay."""
         self.balancer.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The float32 biases by router, on the CPU."""
+        """Return the float32 biases by router, on the CPU."""
         return self.balancer.state_dict()
 
     def load_state_dict(self, biases: Mapping[str, Tensor]) -> None:

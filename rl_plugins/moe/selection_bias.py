@@ -23,7 +23,7 @@ class _BiasedTopK(TorchFunctionMode):
     router_top_value, router_indices = torch.topk(router_probs, self.top_k, dim=-1)
     ```
 
-    Group-limited routers (DeepSeek-V2) keep the groups of the best experts first:
+    Group-limited routers (DeepSeek-V2) first keep the groups with the best experts:
 
     ```python
     group_scores = scores.view(-1, self.num_group, self.num_experts // self.num_group).max(dim=-1).values
@@ -31,7 +31,8 @@ class _BiasedTopK(TorchFunctionMode):
     topk_weights, topk_indices = torch.topk(scores, k=self.top_k, dim=-1, sorted=False)
     ```
 
-    There `max` compares groups with the bias, too, and `masked_fill` tells which experts are out, whatever their bias.
+    There the bias is also added before `max` compares groups. `masked_fill` tells which experts are out, whatever
+    their bias.
     """
 
     def __init__(self, bias: Tensor, top_k: int) -> None:
@@ -63,7 +64,7 @@ class _BiasedTopK(TorchFunctionMode):
         self.scores = x.detach()
         biased = self.scores + self.bias
         if self._dropped is not None:
-            # The router has given them a score of zero, which with a large bias would win.
+            # The router has given these experts a score of zero, and a large bias would let them win.
             biased = biased.masked_fill(self._dropped, -torch.inf)
         indices = biased.topk(k, dim=dim, **kwargs).indices
         # From `x` and not from the detached scores: the weights of the experts carry the router's gradient.
@@ -84,9 +85,9 @@ class SelectionBias:
         self.top_k = top_k
         self.keep_scores = False  # the quantile rule reads them
         self.scores: Tensor | None = None
-        # Three forwards: `_forward` takes the place of the router's, and calls `_unbiased`, which is the method of its
-        # class, or what somebody has put in its place before us, as accelerate does to hook a module. `_replaced` is
-        # the latter, or None, and goes back when the bias is taken off.
+        # Three forwards: `_forward` takes the place of the router's, and calls `_unbiased`. This is the method of the
+        # router's class, or a function that was put in its place before, as accelerate does to hook a module.
+        # `_replaced` is that function, or None, and is put back when the bias is taken off.
         self._unbiased = router.forward
         self._replaced = vars(router).get("forward")
 
@@ -104,7 +105,7 @@ class SelectionBias:
     def remove_from(self, router: nn.Module) -> None:
         """Take the bias off, and route as before it was added."""
         delattr(router, ATTRIBUTE)
-        del router.forward  # that of the class shows again
+        del router.forward  # the forward of the class shows again
         if self._replaced is not None:
             router.forward = self._replaced
 
@@ -125,13 +126,13 @@ class SelectionBias:
 
 
 def get_selection_bias(router: nn.Module) -> SelectionBias | None:
-    """The bias that was added to a router, or `None`."""
+    """Return the bias that was added to a router, or `None`."""
     ours = vars(router).get(ATTRIBUTE)
     return ours if isinstance(ours, SelectionBias) else None
 
 
 def remove_selection_bias(model: nn.Module) -> None:
-    """Take every added bias off; the routers are as they were."""
+    """Take every added bias off; the routers then work as before."""
     for module in model.modules():
         ours = get_selection_bias(module)
         if ours is not None:

@@ -1,5 +1,5 @@
-"""Modules that attach to a Hugging Face model: MTP value heads and their slow copies, a value model, or one of your
-own."""
+"""Modules that attach to a Hugging Face model: MTP value heads and their slow copies, a value model, or a module of
+your own."""
 
 from rl_plugins.hooks import require_hooks
 

@@ -55,20 +55,20 @@ def attach_mtp_heads(
 def load_mtp_heads(model: nn.Module, directory: str | Path) -> MTPHeads:
     """Load saved heads into a model, attaching them if the model has none.
 
-    A folder without saved heads may be the checkpoint of a model that was released with sequential ones
-    (DeepSeek-V3, GLM-4.5), which are loaded then; their values start at 0.
+    A folder without saved heads may be the checkpoint of a model that was released with sequential heads
+    (DeepSeek-V3, GLM-4.5). These heads are loaded then. They have no value weights, so new heads return 0 at first.
 
     Args:
         model: Causal LM, with or without heads.
-        directory: Where the heads were saved, or a released model.
+        directory: Folder of saved heads, or of a released model.
 
     Returns:
         The heads of `model`.
 
     Raises:
         FileNotFoundError: If `directory` holds no heads.
-        ValueError: If the file's hidden size does not fit the model, or its type, K or width those of the attached
-            heads.
+        ValueError: If the saved hidden size does not fit the model, or the saved type, K or width differs from that of
+            the attached heads.
     """
     heads = MTPHeads.of(model)
     released = count_released_layers(model, directory) if MTPHeads.find(directory) is None else 0
@@ -92,7 +92,7 @@ def _read(heads: MTPHeads, directory: str | Path, released: int) -> None:
 
 @contextmanager
 def _detached_on_failure(model: nn.Module) -> Iterator[None]:
-    """Leave a model without its new heads where they cannot be read."""
+    """Take new heads off a model again if they cannot be read."""
     try:
         yield
     except Exception:
@@ -118,7 +118,7 @@ def prepare_mtp_heads(
         head_type: `parallel` or `sequential`.
         inner_size: Width of each new parallel head's residual block; the trunk's hidden size by default.
         path: Folder of saved heads, or a model that was released with sequential ones.
-        seed: Of new heads.
+        seed: Seed of new heads.
 
     Raises:
         FileNotFoundError: If there are no heads in `path`.
@@ -143,8 +143,8 @@ def prepare_mtp_heads(
 
 
 def _take_out_adapters(heads: MTPHeads) -> None:
-    """Take out what PEFT has put into heads that were attached before it came: they learn as a whole, and are saved
-    under the names of their own weights."""
+    """Take out what PEFT has put into heads that were attached before PEFT: all weights of the heads learn, and are
+    saved under their own names."""
     for parent in list(heads.modules()):
         child: Any
         for name, child in list(parent.named_children()):

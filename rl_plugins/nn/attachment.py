@@ -17,20 +17,20 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from rl_plugins.nn.gradient import tie
 
 SELECTION_BIAS_NAME = "selection_bias.safetensors"
-"""File beside a model that routes with biases which its architecture does not have."""
+"""File of selection biases (mixture of experts) beside a model whose own checkpoint cannot hold them."""
 
 Observer = Callable[[Tensor], Iterable[Tensor | None] | None]
-"""Receives the trunk's last hidden states (B, S, D) of a forward pass, and returns the tensors with a graph that it
-made of them."""
+"""Receives the trunk's last hidden states (B, S, D) of a forward pass, and returns the differentiable tensors that
+it computed from them."""
 
 
 class TrunkInputs(NamedTuple):
     """Inputs of a forward pass of the trunk.
 
     Attributes:
-        input_ids: Tokens (B, S); `None` where the caller embedded them.
+        input_ids: Tokens (B, S); `None` where the caller passed embeddings.
         attention_mask: Real tokens (B, L), those of the cache included; `None` for all.
-        position_ids: Positions (B, S) of the tokens; `None` for those that the model counts itself.
+        position_ids: Positions (B, S) of the tokens; `None` where the model counts them itself.
     """
 
     input_ids: Tensor | None
@@ -39,7 +39,7 @@ class TrunkInputs(NamedTuple):
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
-    """The `PreTrainedModel` that owns the LM head: the model itself, or the one inside a PEFT wrapper."""
+    """Return the `PreTrainedModel` that owns the LM head: the model itself, or the one inside a PEFT wrapper."""
     if isinstance(model, PreTrainedModel):
         return model
     get_base_model = getattr(model, "get_base_model", None)
@@ -52,24 +52,24 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def has_soft_prompt(model: nn.Module) -> bool:
-    """Whether PEFT puts trained embeddings or cache entries before every prompt of the model."""
+    """Tell whether PEFT puts trained embeddings or cache entries before every prompt of the model."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def trunk_of(base: PreTrainedModel) -> PreTrainedModel:
-    """The part of a causal LM before its LM head: what every forward goes through, whoever starts it."""
+    """Return the part of a causal LM before its LM head, which runs in every forward pass."""
     if base.base_model is not base:
         return base.base_model
-    # Llama 4's text model names a prefix that it does not have, and is its own `base_model`.
+    # Llama 4's text model names a prefix that it does not have, so `base_model` is the model itself.
     return next((child for child in base.children() if isinstance(child, PreTrainedModel)), base)
 
 
 def find_file(path: str | os.PathLike[str], name: str, **where: Any) -> str | None:
-    """One file of a model, in its folder or in the hub's cache, after a download where that is possible.
+    """Find one file of a model, in its folder or in the hub's cache, and download it where that is possible.
 
     Args:
-        path: Folder or hub id; an empty one has no files.
-        name: Of the file, relative to the folder.
+        path: Folder or hub id; an empty string has no files.
+        name: Name of the file, relative to the folder.
         where: Keyword arguments of transformers' `cached_file`, such as `revision`.
 
     Returns:
@@ -90,11 +90,11 @@ class Attachment(nn.Module):
     """A module inside a Hugging Face model, trained by the model's engine and saved beside the model.
 
     An attached module is a submodule of the causal LM, so that optimizers, DDP, DeepSpeed and FSDP2 see it. It runs
-    **inside** the model's forward pass, by a hook on the model's trunk, so that an engine gathers and reduces its
-    parameters as it does the model's. Logits, generation and `save_pretrained` of the model stay as they were. The
-    order relative to PEFT or `add_fused_lm_head` does not matter.
+    **inside** the model's forward pass, by a hook on the model's trunk. So these engines gather its parameters and
+    reduce its gradients like those of the model. Logits, generation and `save_pretrained` of the model stay as they
+    were. It may be attached before or after PEFT and `add_fused_lm_head`.
 
-    A subclass names itself and where it is saved; the rest is inherited:
+    A subclass defines its name and the file that it is saved in; the rest is inherited:
 
     ```python
     class Probe(Attachment):
@@ -125,9 +125,9 @@ class Attachment(nn.Module):
     Attributes:
         name: Name of the submodule in the model, and prefix of its keys in the model's state dict.
         mark: File, relative to a checkpoint's folder, by which saved weights are recognised; `None` where the weights
-            are part of the model's own files, which needs `save`, `load` and `find` of the subclass's own.
-        observer: What receives the hidden states; `None` outside [`watching`].
-        inputs: What the watched forward that runs now was given; `None` outside of one.
+            are part of the model's own files; such a subclass needs its own `save`, `load` and `find`.
+        observer: Function that receives the hidden states; `None` outside [`watching`].
+        inputs: Inputs of the watched forward pass that runs now; `None` where none runs.
     """
 
     name: ClassVar[str]
@@ -150,24 +150,24 @@ class Attachment(nn.Module):
 
     @staticmethod
     def names() -> frozenset[str]:
-        """Names of all subclasses, a user's own among them: the submodules of a model that are not the model's."""
+        """List the names of all subclasses, also a user's own: submodules that do not belong to the model itself."""
         return frozenset(Attachment._names)
 
     @staticmethod
     def marks() -> frozenset[str]:
-        """Files by which saved weights of any subclass are recognised."""
+        """List the files by which saved weights of any subclass are recognised."""
         return frozenset(Attachment._marks)
 
     @classmethod
     def _family(cls) -> str:
-        """Name of the class that the submodule's name is from, for messages."""
+        """Name of the class that defines the submodule's name, for messages."""
         return next(kind.__name__ for kind in cls.__mro__ if "name" in vars(kind))
 
     # In a model
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
-        """The attached module of this class; `None` where the model has none.
+        """Return the attached module of this class; `None` where the model has none.
 
         Args:
             model: Causal LM, or a PEFT model around one.
@@ -179,10 +179,10 @@ class Attachment(nn.Module):
         return found if isinstance(found, cls) else None
 
     def attach(self, model: nn.Module) -> Self:
-        """Make this module a submodule of a model, in the model's dtype and on its device, and run it in its forward.
+        """Add this module to a model, in the model's dtype and on its device, and run it in the model's forward pass.
 
-        `save_pretrained` of the model leaves the module out, so that stock `AutoModelForCausalLM` reloads the policy
-        without surprises.
+        `save_pretrained` of the model leaves the module out, so that the stock `AutoModelForCausalLM` can load the
+        saved policy.
 
         Args:
             model: Causal LM, or a PEFT model around one.
@@ -236,10 +236,10 @@ class Attachment(nn.Module):
     # In the model's forward
 
     def hook(self, model: nn.Module) -> None:
-        """Run in the forward pass of a model from now on; does nothing where that is so already.
+        """Run in the forward pass of a model from now on; do nothing if the hook is there already.
 
-        [`attach`] does this. Call it again where hooks may have been taken off: Lightning's DeepSpeed strategy takes
-        all hooks off before it evaluates.
+        [`attach`] calls this method. Call it again where hooks may have been taken off: Lightning's DeepSpeed strategy
+        takes all hooks off before it evaluates.
 
         Args:
             model: The model that this module is attached to.
@@ -249,7 +249,7 @@ class Attachment(nn.Module):
             self.unhook()
             self._handles = (
                 trunk.register_forward_pre_hook(self._on_trunk_inputs, with_kwargs=True),
-                # Before other hooks of the trunk: decoder layers of heads count as a part of its forward.
+                # Before other hooks of the trunk, so that decoder layers of heads count as a part of its forward.
                 trunk.register_forward_hook(self._on_trunk_forward, prepend=True),
             )
 
@@ -267,9 +267,9 @@ class Attachment(nn.Module):
     def watching(self, observer: Observer) -> Iterator[None]:
         """Give an observer the trunk's last hidden states (B, S, D) of every forward pass of the model in the block.
 
-        The observer runs inside the model's forward, which is what lets DDP and DeepSpeed see the modules that it
-        calls. What it returns is tied to the hidden states that the model goes on with, and so to the model's output.
-        Of nested blocks the innermost observer is called.
+        The observer runs inside the model's forward, so that DDP and DeepSpeed see the modules that it calls. The
+        tensors that it returns become part of the graph of the model's output, from which they get no gradient. In
+        nested blocks only the innermost observer is called.
         """
         outer, self.observer = self.observer, observer
         try:
@@ -278,9 +278,9 @@ class Attachment(nn.Module):
             self.observer = outer
 
     def states(self, hidden: Tensor) -> Tensor:
-        """Make of the trunk's hidden states (B, S, D) what the module judges, one state for each position.
+        """Turn the trunk's hidden states (B, S, D) into the states that the module judges, one for each position.
 
-        They are the hidden states themselves, unless a module reads more than one of them.
+        These are the hidden states themselves, unless a subclass reads more than one of them.
         """
         return hidden
 
@@ -312,13 +312,14 @@ class Attachment(nn.Module):
     def save(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
         """Write the weights into `directory`, beside `model.safetensors`.
 
-        Save the model first: inference engines such as vLLM take every safetensors file of a folder for a part of the
-        model, unless an index names the model's own. This function writes one where the model is a single file.
+        Save the model first: inference engines such as vLLM read every safetensors file of a folder as a part of the
+        model, unless an index names the model's own files. This method writes such an index where the model is a
+        single file.
 
         Args:
             directory: Created if missing.
-            state_dict: Whole weights of the model, as an engine gathers them under ZeRO-3; this module's own by
-                default.
+            state_dict: Weights of the whole model, as an engine gathers them under ZeRO-3; by default this module's
+                own weights.
 
         Returns:
             Path of the file.
@@ -333,7 +334,7 @@ class Attachment(nn.Module):
         return path
 
     def _whole_weights(self, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Cut the part of this module out of a model's state dict, by this module's own keys."""
+        """Take this module's weights out of a model's state dict, and give them this module's own keys."""
         own = self.state_dict()
         if state_dict is None:
             return dict(own)
@@ -368,7 +369,7 @@ class Attachment(nn.Module):
             )
 
     def load(self, directory: str | Path) -> None:
-        """Read weights that [`save`] wrote into this module.
+        """Load into this module the weights that [`save`] wrote.
 
         Raises:
             FileNotFoundError: If `directory` holds none.
@@ -389,14 +390,14 @@ class Attachment(nn.Module):
 
     @classmethod
     def find(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
-        """The folder of weights that were saved with a model, in the model's folder or in the hub's cache.
+        """Find the folder of weights that were saved with a model, in the model's folder or in the hub's cache.
 
         Args:
             path: Folder or hub id of the model.
-            revision: Of the hub's repository.
+            revision: Revision of the hub's repository.
 
         Returns:
-            What [`load`] takes; `None` where there are none.
+            A folder that [`load`] takes; `None` where there are no weights.
         """
         mark = cls._mark()
         found = find_file(path, mark, revision=revision)
@@ -404,15 +405,15 @@ class Attachment(nn.Module):
 
 
 def attachments_of(model: nn.Module) -> list[Attachment]:
-    """All modules that are attached to a model."""
+    """List all modules that are attached to a model."""
     return [module for module in base_model_of(model).children() if isinstance(module, Attachment)]
 
 
 def _index_single_file(directory: Path) -> None:
-    """Name the tensors of `model.safetensors` in an index. transformers, which reads the file itself where there is
-    one, does not look at it."""
+    """Write an index that names the tensors of `model.safetensors`. transformers ignores the index as long as this
+    file is there."""
     model_file = directory / SAFE_WEIGHTS_NAME
-    # Without an index vLLM refuses a folder with added selection biases, without which it would route otherwise.
+    # No index beside added selection biases: vLLM then refuses the folder. It would route wrongly without the biases.
     if model_file.is_file() and not (directory / SELECTION_BIAS_NAME).is_file():
         with safe_open(model_file, framework="pt") as file:
             weight_map = dict.fromkeys(sorted(file.keys()), SAFE_WEIGHTS_NAME)

@@ -1,4 +1,4 @@
-"""The stack of decoder layers of a language model: how to build one more, and what to call it with."""
+"""The stack of decoder layers of a language model: builds one more layer, and the arguments of its call."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ PARALLEL = "Use parallel heads (mtp_head_type='parallel'), which read the trunk'
 """Advice at the end of every message about a model that sequential heads do not fit."""
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm", "layer_norm")
-"""Names of the norm behind the last layer."""
+"""Names of the norm after the last layer."""
 
 CACHE_NAMES = ("past_key_values", "cache", "layer_past", "past_key_value")
 """Names under which decoder layers take a cache."""
@@ -37,7 +37,7 @@ IDLE_ARGUMENTS = (
     "conv_mask",
     "mamba_attention_mask",
 )
-"""Arguments of layers for uses that heads do not have: reports, encoders, layers of other types."""
+"""Arguments of layers that heads do not need: for attention weights as output, encoders, layers of other types."""
 
 SWITCHED_ARGUMENTS = {
     "alibi": "alibi",
@@ -50,7 +50,7 @@ OTHER_LOGITS = ("modernbert-decoder",)
 """Model types with more than a projection between the trunk's last hidden state and the logits."""
 
 WHOLE_MASKS = ("doge",)
-"""Model types whose attention adds to its mask, and so needs one where others leave causality to the kernel."""
+"""Model types whose attention adds terms to its mask, and so needs a mask where others let the kernel be causal."""
 
 
 _OTHERS = inspect.Parameter.VAR_KEYWORD
@@ -58,7 +58,7 @@ _OTHERS = inspect.Parameter.VAR_KEYWORD
 
 @cache
 def _parameters_of(layer: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    """Parameters of the forward of a class of decoder layers, but for `self` and the hidden states."""
+    """Parameters of the forward of a class of decoder layers, without `self` and the hidden states."""
     return dict(list(inspect.signature(layer.forward).parameters.items())[2:])
 
 
@@ -70,7 +70,7 @@ class DecoderStack:
 
     Raises:
         ImportError: If this release of transformers makes attention masks in another way.
-        ValueError: If the trunk is no stack of decoder layers with a norm behind them.
+        ValueError: If the model is an encoder-decoder, or its trunk is no single stack of decoder layers.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -81,7 +81,7 @@ class DecoderStack:
                 f"{self.name} is an encoder-decoder model; sequential heads continue a decoder alone. Use a causal "
                 "(decoder-only) language model."
             )
-        decoder = base.get_decoder()  # which some models do not know, and give themselves or their LM head
+        decoder = base.get_decoder()  # some models do not know it, and return themselves or their LM head
         known = isinstance(decoder, PreTrainedModel) and decoder is not base
         self.decoder: Any = decoder if known else trunk_of(base)
         self.config: Any = self.decoder.config.get_text_config()
@@ -98,16 +98,16 @@ class DecoderStack:
         types = getattr(self.config, "layer_types", None)
         self.layer_type: str | None = types[count - 1] if types else None
         self.pattern = count - 1  # number of the layer that a new one is built as
-        if is_released_with_layers(base):  # with experts in its depth modules, also behind a last layer without any
+        if is_released_with_layers(base):  # depth modules have experts, also if the last layer has none
             self.pattern = max(self.pattern, self.config.first_k_dense_replace)
         self._parameters = _parameters_of(type(self.last))  # type: ignore[arg-type]
 
     @property
     def norm(self) -> nn.Module:
-        """The norm behind the last layer.
+        """The norm after the last layer.
 
         Raises:
-            ValueError: If there is none, or under another name than usual.
+            ValueError: If there is none, or its name is none of `FINAL_NORMS`.
         """
         for name in FINAL_NORMS:
             if isinstance(getattr(self.decoder, name, None), nn.Module):
@@ -124,7 +124,7 @@ class DecoderStack:
             base: The model.
 
         Raises:
-            ValueError: With the reason.
+            ValueError: If it cannot; the message says why.
         """
         layer = type(self.last).__name__
         if getattr(trunk_of(base), "decoder", None) is self.decoder:
@@ -177,7 +177,7 @@ class DecoderStack:
             )
 
     def _is_foreign(self, name: str) -> bool:
-        """Whether a layer takes something that we do not know how to make."""
+        """Tell whether a layer takes an argument that we cannot provide."""
         if name in KNOWN_ARGUMENTS or name in IDLE_ARGUMENTS or self._parameters[name].kind is _OTHERS:
             return False
         return name not in SWITCHED_ARGUMENTS or bool(getattr(self.config, SWITCHED_ARGUMENTS[name], True))
@@ -185,13 +185,13 @@ class DecoderStack:
     # Building
 
     def new_norm(self) -> nn.Module:
-        """A copy of the norm behind the model's last layer."""
+        """Copy the norm after the model's last layer."""
         with whole_parameters(list(self.norm.parameters())):
             twin = copy.deepcopy(self.norm)
         return _without_engine(twin)
 
     def new_layer(self, index: int) -> nn.Module:
-        """A decoder layer of the class and the settings of the last one.
+        """Build a decoder layer of the class and with the settings of the last one.
 
         Args:
             index: Place of its keys and values in a cache.
@@ -223,15 +223,15 @@ class DecoderStack:
         index: int,
         mask_positions: Tensor | None = None,
     ) -> dict[str, Any]:
-        """Keyword arguments of a decoder layer: attention mask, positions, cache.
+        """Make the keyword arguments of a decoder layer: attention mask, positions, cache.
 
         Args:
             embeds: Embeddings of the tokens (B, S, D), for their shape and dtype.
             position_ids: Positions (B, S).
             attention_mask: Slots to attend to (B, L); `None` for all.
             cache: Keys and values of earlier slots.
-            index: Layer of the cache.
-            mask_positions: Positions by which packed documents are told apart, without `attention_mask`.
+            index: Number of the layer in the cache.
+            mask_positions: Positions that tell packed documents apart, without `attention_mask`.
         """
         mask = self._mask_function()(
             config=self.config,
@@ -252,7 +252,7 @@ class DecoderStack:
             given["position_embeddings"] = rotary(embeds, position_ids=position_ids, **of_type)
         given |= dict.fromkeys(CACHE_NAMES, cache)
         names = set(self._parameters)
-        if names.isdisjoint(CACHE_NAMES):  # the layer hands on what it does not name
+        if names.isdisjoint(CACHE_NAMES):  # the layer passes on what it does not name
             names.add(cache_name())
         return {name: x for name, x in given.items() if name in names}
 
@@ -271,7 +271,7 @@ class DecoderStack:
 
 
 def _without_engine(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters are plain ones, though an engine owns the original's."""
+    """Give a copied module plain parameters and no hooks, although an engine owns the original."""
     for owner in module.modules():
         owner._forward_hooks.clear()
         owner._forward_pre_hooks.clear()

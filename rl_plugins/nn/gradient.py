@@ -1,4 +1,4 @@
-"""Identity in the forward pass, a tamed gradient in the backward pass."""
+"""Functions that change nothing in the forward pass, but change the gradient in the backward pass."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,7 +18,10 @@ class GradientStats:
     tokens: list[Tensor] = field(default_factory=list)
 
     def totals(self, device: torch.device) -> Tensor:
-        """`(sum of norms, clamped tokens, tokens)` as a `(3,)` tensor; zeros if no backward pass ran."""
+        """Return `(sum of norms, clamped tokens, tokens with gradient)` as a `(3,)` tensor.
+
+        All are zero if no backward pass ran.
+        """
         columns = (self.norm_sum, self.clamped, self.tokens)
         return torch.stack(
             [torch.stack(column).sum() if column else torch.zeros((), device=device) for column in columns]
@@ -38,10 +41,10 @@ class _Tie(torch.autograd.Function):
 
 
 def tie(x: Tensor, others: Iterable[Tensor | None]) -> Tensor:
-    """Return `x` unchanged, in whose graph `others` are from now on; no gradient flows to them from there.
+    """Return `x` unchanged, but with `others` in its graph; no gradient flows to them from `x`.
 
-    DDP with `find_unused_parameters=True` looks for parameters in the graph of the model's output. It takes those that
-    only a side result depends on for unused, and fails when they get a gradient all the same.
+    DDP with `find_unused_parameters=True` looks for parameters in the graph of the model's output. Parameters
+    that only a side result depends on count as unused, and DDP fails when they get a gradient all the same.
 
     Args:
         x: Part of the model's output.
@@ -71,7 +74,7 @@ class _ClampGradient(torch.autograd.Function):
         if ctx.stats is not None:
             seen = norm > 0
             limit = norm.new_tensor(torch.inf) if ctx.max_norm is None else ctx.max_norm
-            # A limit of 0 (the loss has weight 0) is no unit to count in.
+            # A limit of 0 (the loss has weight 0) cannot be the unit of norms.
             unit = torch.where((limit > 0) & limit.isfinite(), limit, 1.0)
             ctx.stats.norm_sum.append((norm / unit).sum())
             ctx.stats.clamped.append((norm > limit).sum().float())
@@ -87,10 +90,10 @@ def clamp_gradient(
     scale: float = 1.0,
     stats: GradientStats | None = None,
 ) -> Tensor:
-    """Return `x` unchanged, and on the way back clamp the gradient of every token, then scale it.
+    """Return `x` unchanged, and in the backward pass clamp the gradient of every token, then scale it.
 
-    `g_t <- scale * g_t * min(1, max_norm / ||g_t||)`, which clamps the value gradients. The norm is
-    over the last dimension, so one surprising token cannot wash out the trunk.
+    `g_t <- scale * g_t * min(1, max_norm / ||g_t||)`, for the gradient of the value loss into the
+    trunk. Each token has a norm of its own, over the last dimension, so no single token dominates the update.
 
     Args:
         x: Hidden states (..., D).

@@ -11,14 +11,14 @@ from rl_plugins.nn.gradient import GradientStats
 class HeadRun:
     """Results of one run of heads inside a model's forward.
 
-    `MTPHeads.running` gives an empty one, which the next forward of the model fills.
+    `MTPHeads.running` yields an empty object, which the next forward of the model fills.
 
     Attributes:
         values: Values of the heads (B, T, K), float32, with gradient; `None` where heads only draft.
         target_values: Values of slow heads on the same states (B, T, K), without gradient; `None` where no slow heads
             were given.
         token_losses: Summed cross-entropy of each head's tokens (K,); `None` without labels.
-        token_counts: Numbers of labels that those are sums over (K,), float32.
+        token_counts: Numbers of labels that these sums stand for (K,), float32.
         stats: Norms of the value gradient that entered the trunk; filled by the backward pass.
     """
 

@@ -19,7 +19,7 @@ from rl_plugins.nn.head_run import HeadRun
 from rl_plugins.nn.token_loss import head_token_loss
 
 CONFIG_NAME = "mtp_heads_config.json"
-"""File of the heads' shape, beside their weights."""
+"""File with the shape of the heads, beside the file of their weights."""
 
 HEAD_TYPES = ("parallel", "sequential")
 
@@ -62,7 +62,7 @@ class MTPHeadsConfig:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary for a JSON file."""
+        """Return a plain dictionary for a JSON file."""
         return asdict(self)
 
 
@@ -70,14 +70,14 @@ class MTPHeads(Attachment):
     """K heads on the trunk of a language model, each of which predicts tokens and a value.
 
     [`ParallelHeads`] are small blocks that read one hidden state. [`SequentialHeads`] are whole decoder layers that
-    also read the tokens behind it. Both kinds draft tokens for speculative decoding, and both can be the critic.
+    also read the tokens after it. Both kinds draft tokens for speculative decoding, and both can be the critic.
 
     Attributes:
         config: Shape of the heads.
-        ahead: How many tokens further each head looks than the one before it: 1 for parallel heads, of which head k
-            judges `s_{t+k-1}` and predicts `y_{t+k}`; 0 for sequential heads, which have read the tokens in between,
-            so that all of them judge `s_t` and predict `y_t`.
-        reads_rows: Whether a head reads the whole row before a position, and not its hidden state alone.
+        ahead: Number of tokens by which each head looks further than the one before it: 1 for parallel heads, of
+            which head k judges `s_{t+k-1}` and predicts `y_{t+k}`; 0 for sequential heads, which have read the tokens
+            in between, so that all of them judge `s_t` and predict `y_t`.
+        reads_rows: Whether a head reads the whole row up to a position, and not only the hidden state there.
     """
 
     name = "mtp_heads"
@@ -89,19 +89,18 @@ class MTPHeads(Attachment):
     @property
     @abstractmethod
     def value_path(self) -> nn.Module:
-        """The part that makes values (B, T, K) of [`states`], which target heads copy."""
+        """The part that turns [`states`] into values (B, T, K); target heads copy it."""
 
     @abstractmethod
     def draft_only(self) -> None:
-        """Leave the value weights as they are: where nothing learns values, they get no gradient, which DDP would
-        wait for."""
+        """Freeze the value weights: where nothing learns values, they get no gradient, and DDP would wait for one."""
 
     @abstractmethod
     def token_features(self, states: Tensor, head: int, chosen: tuple[Tensor, Tensor]) -> Tensor:
-        """Inputs of the LM head at some positions.
+        """Compute the inputs of the LM head at some positions.
 
         Args:
-            states: What [`states`] gave, cut to (B, T, ...).
+            states: Result of [`states`], cut to (B, T, ...).
             head: Index of the head, k - 1.
             chosen: Rows and columns of the positions, two index tensors (N,).
 
@@ -110,13 +109,13 @@ class MTPHeads(Attachment):
         """
 
     def has_read(self) -> Tensor | None:
-        """Mark the positions of the forward that runs now at which a head has read all that it needs, (B, S, K) bool;
-        `None` where all heads have everywhere."""
+        """Mark the positions (B, S, K) at which a head has read all that it needs, in the forward that runs now.
+        `None` stands for all positions of all heads."""
         return None
 
     @abstractmethod
     def _selected(self, hidden: Tensor, select: Select, tame: Callable[[Tensor], Tensor]) -> Tensor:
-        """States at the selected positions, between which and the trunk `tame` stands."""
+        """Compute states at the selected positions, with `tame` between them and the trunk."""
 
     @contextmanager
     def running(
@@ -144,7 +143,7 @@ class MTPHeads(Attachment):
             labels: Token of each head (B, T, K), -100 where there is none; `None` skips the token loss.
             divisor: See [`~rl_plugins.nn.logit_divisor`].
             cap: See [`~rl_plugins.nn.logit_cap`].
-            share: Of the labels that the token loss is taken at, drawn at random; see
+            share: Share of the labels that the token loss is taken at, drawn at random; see
                 [`~rl_plugins.nn.head_token_loss`].
             distilled: Whether the heads learn the model's own distribution of the tokens instead of the tokens.
             detach_tokens: Keep the token loss out of the trunk.
@@ -163,8 +162,8 @@ class MTPHeads(Attachment):
         def observe(hidden: Tensor) -> tuple[Tensor | None, ...]:
             if run.is_filled:
                 return ()
-            # Values and tokens may send different gradients into the trunk, and then need states of their own. States
-            # that are decoder layers over whole rows are made once where neither sends any.
+            # Values and tokens may send different gradients into the trunk, and then need separate states. States of
+            # heads that read whole rows cost decoder layers: they are made once where neither sends a gradient.
             shared = self.reads_rows and (detached or not hidden.requires_grad)
             states: Tensor | None = None
             if with_values:
@@ -206,7 +205,7 @@ class MTPHeads(Attachment):
                 f"{hidden_size}. Attach new heads, or load the model that the heads were trained with."
             )
         super()._fit(base)
-        self.to(device=lm_head.weight.device)  # which a device map may have put elsewhere than the first layers
+        self.to(device=lm_head.weight.device)  # a device map may have put it elsewhere than the first layers
 
     # Files
 
@@ -219,7 +218,7 @@ class MTPHeads(Attachment):
 
     @classmethod
     def saved_config(cls, directory: str | Path) -> MTPHeadsConfig:
-        """Shape of saved heads.
+        """Read the shape of saved heads.
 
         Raises:
             FileNotFoundError: If `directory` holds none.
@@ -228,11 +227,11 @@ class MTPHeads(Attachment):
         return MTPHeadsConfig(**json.loads((Path(directory) / CONFIG_NAME).read_text()))
 
     def load(self, directory: str | Path) -> None:
-        """Read heads that [`save`] wrote into these.
+        """Load into these heads the weights that [`save`] wrote.
 
         Raises:
             FileNotFoundError: If `directory` holds no heads.
-            ValueError: If they are of another type, number, width or hidden size.
+            ValueError: If the saved heads have another type, number, width or hidden size.
         """
         config = self.saved_config(directory)
         if config.hidden_size != self.config.hidden_size:
@@ -255,7 +254,7 @@ class MTPHeads(Attachment):
 
     @classmethod
     def find(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> str | None:
-        """The folder of heads that were saved with a model, with both files fetched; see [`Attachment.find`]."""
+        """Find the folder of heads that were saved with a model, and fetch both files; see [`Attachment.find`]."""
         folder = super().find(path, revision=revision)
         if folder is not None:
             find_file(path, CONFIG_NAME, revision=revision)

@@ -13,9 +13,9 @@ from rl_plugins.nn.value_head import ValueHead
 
 
 class MTPHead(nn.Module):
-    """One head: `x = h + W_down silu(W_up RMSNorm(h))`; the LM head reads `x` for tokens, `ValueHead` for the value.
+    """One head: `x = h + W_down silu(W_up RMSNorm(h))`. The LM head turns `x` into logits, `ValueHead` into a value.
 
-    `W_down` starts at zero, so `x = h`: the token logits start as an exact copy of the main head's, and the value
+    `W_down` starts at zero, so `x = h`, and the token logits start as an exact copy of the main head's. The value
     weights start at zero, so the value starts at 0.
     """
 
@@ -46,8 +46,7 @@ class ParallelHeads(MTPHeads):
 
     Args:
         config: Shape of the heads.
-        seed: Seed of the initial weights. Fixed, so that every rank starts from the same heads and the caller's
-            random state is left alone.
+        seed: Seed of the initial weights; equal on all ranks. The caller's random state is left alone.
     """
 
     ahead = 1
@@ -60,7 +59,7 @@ class ParallelHeads(MTPHeads):
             self.heads = nn.ModuleList(MTPHead(config) for _ in range(config.num_heads))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Values of all heads.
+        """Compute the values of all heads.
 
         Args:
             hidden: Trunk states (B, T, D).
@@ -71,7 +70,7 @@ class ParallelHeads(MTPHeads):
         return torch.stack([head.values(hidden) for head in self], dim=-1)
 
     def features(self, hidden: Tensor) -> Tensor:
-        """Inputs of the LM head, one per head.
+        """Compute the inputs of the LM head, one per head.
 
         Args:
             hidden: Trunk states (B, T, D).
@@ -82,21 +81,21 @@ class ParallelHeads(MTPHeads):
         return torch.stack([head(hidden) for head in self], dim=-2)
 
     def __iter__(self) -> Iterator[MTPHead]:
-        """The heads in order, k = 1..K."""
+        """Go through the heads in order, k = 1..K."""
         return (cast(MTPHead, head) for head in self.heads)
 
     @property
     def value_path(self) -> nn.Module:
-        """The heads themselves, which make values of hidden states."""
+        """The heads themselves, which turn hidden states into values."""
         return self
 
     def draft_only(self) -> None:
-        """Leave the value weights as they are."""
+        """Freeze the value weights."""
         for head in self:
             head.value.requires_grad_(False)
 
     def token_features(self, states: Tensor, head: int, chosen: tuple[Tensor, Tensor]) -> Tensor:
-        """Features (N, D) of one head at some positions; the others cost nothing."""
+        """Compute features (N, D) of one head at some positions; other positions cost nothing."""
         return self.heads[head](states[chosen])
 
     def _selected(self, hidden: Tensor, select: Select, tame: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,5 +1,5 @@
-"""Sequential heads as DeepSeek-V3 and GLM-4.5 are released with them: layers N, N+1, ... of the model's own
-checkpoint, which transformers' `generate(use_mtp=True)` reads."""
+"""Sequential heads, or depth modules, in the form in which DeepSeek-V3 and GLM-4.5 are released: layers N, N+1, ... of
+the model's own checkpoint, which transformers' `generate(use_mtp=True)` reads."""
 
 import json
 import os
@@ -22,7 +22,7 @@ RELEASED_ARCHITECTURES = ("deepseek_v3", "glm4_moe")
 """Model types whose checkpoints may hold such layers, as tested."""
 
 TRUNK_SHARD_NAME = "model-00001-of-00001.safetensors"
-"""New name of `model.safetensors`, since transformers reads no index beside a file of that name."""
+"""New name of `model.safetensors`, since transformers reads no index beside a file of the old name."""
 
 MTP_SHARD_NAME = "model-mtp_layers.safetensors"
 
@@ -31,14 +31,14 @@ PROJECTION = "eh_proj.weight"
 
 
 def checkpoint_file(path: str, *, revision: str | None = None) -> str | None:
-    """The file of a checkpoint in safetensors that names its tensors; `None` where there is no such checkpoint."""
+    """Find the file that names the tensors of a safetensors checkpoint; `None` where there is no such checkpoint."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)  # in the order in which transformers looks
     found = (find_file(path, name, revision=revision) for name in names)
     return next((file for file in found if file is not None), None)
 
 
 def checkpoint_keys(path: str, *, revision: str | None = None) -> set[str]:
-    """Names of the tensors of a checkpoint in safetensors; none where there is no such checkpoint."""
+    """Read the names of the tensors of a safetensors checkpoint; none where there is no such checkpoint."""
     found = checkpoint_file(path, revision=revision)
     if found is None:
         return set()
@@ -49,12 +49,12 @@ def checkpoint_keys(path: str, *, revision: str | None = None) -> set[str]:
 
 
 def is_released_with_layers(base: PreTrainedModel) -> bool:
-    """Whether the model's architecture has a place for depth modules in its checkpoints."""
+    """Tell whether the model's architecture has a place for depth modules in its checkpoints."""
     return base.config.model_type in RELEASED_ARCHITECTURES
 
 
 def tell_number_of_layers(base: PreTrainedModel, num_layers: int) -> None:
-    """Write into a model's config, where its architecture has a place for it, how many depth modules it has.
+    """Write the number of depth modules into a model's config, if its architecture has a place for it.
 
     Raises:
         ImportError: If this release of transformers reads or writes them in another way.
@@ -65,16 +65,17 @@ def tell_number_of_layers(base: PreTrainedModel, num_layers: int) -> None:
 
 
 def layer_prefix(base: PreTrainedModel, index: int) -> str:
-    """Name of depth module `index` (from 0) on disk: the layer after the last one."""
+    """Return the prefix of depth module `index` (from 0) on disk, where it is a layer after the model's last one."""
     return f"{base.base_model_prefix}.layers.{base.config.num_hidden_layers + index}."
 
 
 def count_released_layers(model: nn.Module, path: str | Path | None = None) -> int:
-    """Count the depth modules in a checkpoint of a model, judged by its names of tensors.
+    """Count the depth modules in a checkpoint of a model, by the names of its tensors.
 
     Args:
         model: Causal LM, which tells where its own layers end.
-        path: Folder or hub id; where the model came from by default. A model that came from nowhere has none.
+        path: Folder or hub id; by default that from which the model was loaded. For a model that was not loaded, the
+            count is 0.
     """
     base, depth = base_model_of(model), 0
     keys = checkpoint_keys(str(path or base.config.name_or_path)) if is_released_with_layers(base) else set()
@@ -86,12 +87,12 @@ def count_released_layers(model: nn.Module, path: str | Path | None = None) -> i
 def expect_mtp_keys(model: nn.Module) -> None:
     """Tell a model under which names its depth modules are on disk.
 
-    transformers takes them for those of the released models only: the classes name layer 61 (DeepSeek-V3), 46 and 92
-    (GLM-4.5), one depth each. Models of other sizes, and with more depths, need this before
+    transformers knows these names for the released models only: its classes name layer 61 (DeepSeek-V3), 46 and 92
+    (GLM-4.5), one depth module each. For models of other sizes, or with more depth modules, call this function before
     `generate(use_mtp=True)`.
 
     Args:
-        model: Causal LM whose config says `num_mtp_layers`.
+        model: Causal LM whose config has `num_mtp_layers`.
     """
     base = base_model_of(model)
     names = {re.escape(layer_prefix(base, k)) for k in range(base.config.num_mtp_layers)}
@@ -102,13 +103,12 @@ def expect_mtp_keys(model: nn.Module) -> None:
 
 
 def read_released_layers(base: PreTrainedModel, path: str, num_layers: int) -> dict[str, Tensor]:
-    """Weights of the depth modules of a checkpoint, by the keys of `SequentialHeads.layers`, as transformers reads
-    them.
+    """Read the weights of a checkpoint's depth modules with transformers, under the keys of `SequentialHeads.layers`.
 
     Args:
         base: The model.
         path: Folder or hub id of the checkpoint.
-        num_layers: How many it has.
+        num_layers: Number of its depth modules.
 
     Raises:
         ImportError: If this release of transformers has them in another form.
@@ -134,27 +134,27 @@ def _as_checkpoint(base: PreTrainedModel, path: str) -> Iterator[None]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a model's weights are in a folder."""
+    """Tell whether a model's weights are in a folder."""
     return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
 
 
 def add_to_checkpoint(base: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor]) -> Path:
     """Add depth modules to the checkpoint that `save_pretrained` has written into a folder.
 
-    They become layers N, N+1, ... after the N of the model, in a shard of their own. A single `model.safetensors` is
-    renamed for that, and an index is written.
+    They become layers N, N+1, ... after the model's own N layers, in a shard of their own. A single
+    `model.safetensors` is renamed for that, and an index is written.
 
     Args:
         base: The model.
-        folder: Where it was saved.
-        weights: Of the depth modules, by the keys of `SequentialHeads.layers`.
+        folder: Where the model was saved.
+        weights: Weights of the depth modules, under the keys of `SequentialHeads.layers`.
 
     Returns:
         Path of the shard that they are in.
     """
     from transformers.core_model_loading import revert_weight_conversion  # see tell_number_of_layers
 
-    # save_pretrained's own way back to the format of the released checkpoints, in which every expert is a tensor.
+    # The conversion of save_pretrained to the format of released checkpoints: one tensor for each expert.
     stored = revert_weight_conversion(base, {_stored_name(base, key): x.detach() for key, x in weights.items()})
     save_file({key: x.cpu().contiguous() for key, x in stored.items()}, folder / MTP_SHARD_NAME, {"format": "pt"})
     _add_to_index(base, folder, list(stored))
@@ -162,7 +162,7 @@ def add_to_checkpoint(base: PreTrainedModel, folder: Path, weights: Mapping[str,
 
 
 def _stored_name(base: PreTrainedModel, key: str) -> str:
-    """From `<k>.<name>` to the name on disk, but for what transformers itself renames."""
+    """Turn `<k>.<name>` into the name on disk, except for what transformers itself renames."""
     index, name = key.split(".", 1)
     name = re.sub(r"^post_norm\.", "shared_head.norm.", name.removeprefix("mtp_block."))
     return layer_prefix(base, int(index)) + name
@@ -181,7 +181,7 @@ def _add_to_index(base: PreTrainedModel, folder: Path, keys: list[str]) -> None:
     unfinished.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     os.replace(unfinished, path)
     if single.is_file():
-        # Last, because a job may die at any point: as long as it is there, transformers reads it and no index.
+        # Last, because a job may die at any point: as long as this file is there, transformers reads no index.
         os.replace(single, folder / TRUNK_SHARD_NAME)
 
 

@@ -1,4 +1,4 @@
-"""Random numbers without a trace in the caller's: initial weights that every rank draws alike, and choices of
+"""Random draws that leave the caller's random numbers as they are: initial weights, equal on all ranks, and choices of
 tokens."""
 
 import zlib
@@ -27,9 +27,9 @@ def fixed_seed(seed: int) -> Iterator[None]:
 def draw_beside(data: Tensor) -> torch.Generator:
     """Make a generator for draws that leave the global random numbers as they are.
 
-    Whatever is sampled afterwards is what it would be without the draws. The seed comes from the state of the global
-    generator, which hosts save and restore with a checkpoint, and from the data, so that a resumed run draws what an
-    uninterrupted one does, and other draws come with every batch and epoch.
+    The draws change nothing that is sampled later. The seed comes from the data and from the state of the global
+    generator, which hosts save and restore with a checkpoint. So a resumed run draws the same numbers as an
+    uninterrupted one, and each batch and epoch has other draws.
 
     Args:
         data: Integers on the device of the draws.

@@ -29,7 +29,7 @@ class DepthModule(nn.Module):
     The parts have the names that transformers' `MtpLayer` gives them.
 
     Args:
-        stack: Layers of the model, of which the last is the pattern.
+        stack: Layers of the model; the block is a new layer like the last of them.
         index: Place of the depth's keys and values in a cache, k - 1.
     """
 
@@ -43,13 +43,13 @@ class DepthModule(nn.Module):
 
     @torch.no_grad()
     def start_as_main_head(self, final_norm: nn.Module) -> None:
-        """Make a new depth pass on the state that it reads, so that the LM head begins with its logits of that state.
+        """Make a new depth pass on the state that it reads, so that its logits begin close to the main head's.
 
         The trunk's last states have been through its final norm, `h = g x / rms(x)`. The depth divides by the gain g,
-        adds what it reads of the token and what its block makes of both, and ends with the same norm.
+        adds a projection of the token's embedding and the output of its block, and ends with the same norm.
 
         Args:
-            final_norm: Norm behind the trunk's last layer, with its weights.
+            final_norm: Norm after the trunk's last layer, with its weights.
         """
         size, weight = self.eh_proj.out_features, getattr(self.hnorm, "weight", None)
         if weight is not None:  # or else all gains are 1
@@ -64,9 +64,9 @@ class DepthModule(nn.Module):
         """Map embeddings and states (B, S, D) to the next depth's states (B, S, D).
 
         Args:
-            embeds: Of the tokens that this depth reads.
-            hidden: What the depth before it gave.
-            context: What a decoder layer takes besides hidden states.
+            embeds: Embeddings of the tokens that this depth reads.
+            hidden: States of the depth before it.
+            context: Arguments of a decoder layer besides hidden states.
         """
         joined = torch.cat([self.enorm(embeds), self.hnorm(hidden)], dim=-1)
         output = self.mtp_block(self.eh_proj(joined), **context)
@@ -76,15 +76,15 @@ class DepthModule(nn.Module):
 def norm_gain(norm: nn.Module, like: Tensor) -> Tensor:
     """Read off the factors (D,) by which a norm multiplies the entries of a normalised vector."""
     ones = torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
-    ones[1::2] = -1.0  # of mean 0 and norm 1, for norms of either kind
+    ones[1::2] = -1.0  # of mean 0 and root mean square 1, for layer norms and RMS norms alike
     return (norm(ones[None]) - norm(-ones[None]))[0] / (2 * ones)
 
 
 class _Slots(NamedTuple):
-    """Which slots of a row the depths may use.
+    """Slots of a row that the depths may use.
 
     Attributes:
-        rank: Real tokens of its row before each of the newest slots (B, S); below 0 for padding.
+        rank: Number of real tokens before each of the newest slots in its row (B, S); below 0 for padding.
         mask: Slots that are real (B, L), those of a cache first; `None` for packed rows.
         positions: Positions (B, S) of packed rows; `None` where `mask` tells.
     """
@@ -97,8 +97,8 @@ class _Slots(NamedTuple):
     def of(
         cls, mask: Tensor | None, positions: Tensor | None, batch: int, width: int, past: int | None = None
     ) -> "_Slots":
-        """Look at rows of which `past` slots are in a cache; `None` where there is no cache, without which rows may be
-        packed: transformers takes no row with a cache for one."""
+        """Describe rows of which `past` slots are in a cache; `None` means that there is no cache. Only then rows may
+        be packed, since transformers treats no row with a cache as packed."""
         device = mask.device if mask is not None else None if positions is None else positions.device
         if mask is not None:
             real = mask.bool()
@@ -113,8 +113,8 @@ class _Slots(NamedTuple):
         return cls(real.cumsum(1)[:, -width:] - 1, real, None)
 
     def for_depth(self, depth: int) -> tuple[Tensor | None, Tensor | None]:
-        """Mask and positions from which attention masks are made: those without the first slots of every row, at
-        which the depth has not read enough tokens."""
+        """Return mask and positions from which attention masks are made. They leave out the first slots of every row,
+        at which the depth has not read enough tokens."""
         if self.mask is not None:
             return self.mask & (self.mask.cumsum(1) > depth), None
         assert self.positions is not None
@@ -134,13 +134,14 @@ class FeatureStream:
         from transformers import DynamicCache
 
         self.heads, self.cache = heads, DynamicCache()
-        self._last: list[Tensor | None] = [None] * heads.config.num_heads  # of each depth before, (B, 1, D)
+        # For each depth, the newest state of the depth before it (B, 1, D).
+        self._last: list[Tensor | None] = [None] * heads.config.num_heads
 
     @torch.no_grad()
     def __call__(
         self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
-        """Features (B, S, K, D) at the newest positions.
+        """Compute features (B, S, K, D) at the newest positions.
 
         Args:
             hidden: States of the trunk (B, S, D).
@@ -152,18 +153,21 @@ class FeatureStream:
 
 
 class SequentialHeads(MTPHeads):
-    """K sequential heads (DeepSeek-V3, 2412.19437, section 2.2), which draft and judge.
+    """K sequential heads (DeepSeek-V3, 2412.19437, section 2.2), which draft tokens and return values.
 
     `m^k_p = block_k(W_k [RMSNorm(Emb(x_p)); RMSNorm(m^{k-1}_{p-1})])`, where `m^0` is the trunk's last hidden state,
     and every block is a decoder layer of the model's own class. The paper writes `h^k_{p-k}` for `m^k_p` (equations 21
-    and 22): here a state stands where the last token that it has read stands. So all heads have read the tokens up to
-    p, as the trunk's own state there has, predict the token behind them (equation 23) and judge the state that they
-    lead to: at the state `s_t` of a completion, every `v_k[t]` estimates `V(s_t)` and has not seen `y_t`.
+    and 22). Here the index of a state is the position of the last token that it has read. So at p all heads have read
+    the tokens up to p, as the trunk's own state has. They predict the next token (equation 23), and judge the state
+    that these tokens lead to: in the state `s_t` of a completion, every `v_k[t]` estimates `V(s_t)` and has not seen
+    `y_t`.
 
-    A row's first tokens have no depth k before token k: the features are zero there, and the value is the bias.
+    At the first k positions of a row, head k has not read k tokens yet. Its features are zero there, and its value is
+    the bias.
 
-    Only the depth modules are registered here. Embedding, rotary embedding and LM head are the model's own, looked up
-    at every call, so that no optimizer and no checkpoint meets them twice; the embedding is held constant.
+    Only depth modules and value heads are registered here. Embedding, rotary embedding and LM head are the model's
+    own. They are looked up at every call, so that optimizers and checkpoints hold them once. The embedding is held
+    constant.
 
     Args:
         base: The causal LM that the heads are for.
@@ -171,7 +175,8 @@ class SequentialHeads(MTPHeads):
         seed: Seed of the initial weights; equal on all ranks. The caller's random state is left alone.
 
     Raises:
-        ValueError: If the model's trunk is no stack of decoder layers that can be built once more, with the reason.
+        ValueError: If the model's trunk is no stack of decoder layers that can be built once more; the message says
+            why.
     """
 
     ahead = 0
@@ -191,13 +196,13 @@ class SequentialHeads(MTPHeads):
         final_norm = stack.new_norm()
         for depth in self:
             depth.start_as_main_head(final_norm)
-        # Selection biases of experts, which no gradient reaches, so that DDP would wait for one.
+        # Selection biases of experts: no gradient reaches them, and DDP would wait for one.
         self._constant = frozenset(name for name, p in self.named_parameters() if not p.requires_grad)
-        # In a tuple, so that it is no submodule; a deep copy of the model still refers to the copy.
+        # In a tuple, so that the model is no submodule. In a deep copy of the model, the heads refer to the copy.
         self._base = (base,)
 
     def __iter__(self) -> Iterator[DepthModule]:
-        """The depth modules in order, k = 1..K."""
+        """Go through the depth modules in order, k = 1..K."""
         return (cast(DepthModule, layer) for layer in self.layers)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -206,15 +211,15 @@ class SequentialHeads(MTPHeads):
 
     @property
     def value_path(self) -> nn.Module:
-        """The value heads, which make values of features."""
+        """The value heads, which turn features into values."""
         return self.value_heads
 
     def draft_only(self) -> None:
-        """Leave the value weights as they are."""
+        """Freeze the value weights."""
         self.value_heads.requires_grad_(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Change whether the weights learn, but for those that never do."""
+        """Change whether the weights learn, except for those that never do."""
         super().requires_grad_(requires_grad)
         for name, p in self.named_parameters():
             if name in self._constant:
@@ -234,20 +239,20 @@ class SequentialHeads(MTPHeads):
         *,
         mask_positions: Tensor | None = None,
     ) -> Tensor:
-        """One depth module on some slots.
+        """Run one depth module on some slots.
 
-        Whether the trunk learns is up to `hidden`.
+        The trunk learns from the result, unless `hidden` is detached.
 
         Args:
             depth: k, from 1 to K.
-            hidden: What depth k-1 made of the tokens before `tokens` (B, S, D); the trunk's state for depth 1.
-            tokens: What this depth reads (B, S).
+            hidden: States of depth k-1 at the tokens before `tokens` (B, S, D); the trunk's states for depth 1.
+            tokens: Tokens that this depth reads (B, S).
             position_ids: Positions of `tokens` (B, S).
             attention_mask: Slots to attend to (B, L): all of the cache and then the new ones, so L = S without a
                 cache. May have holes. `None` for all.
-            cache: Keys and values of earlier slots, to which these S are appended: in its layer k-1, so that all
+            cache: Keys and values of earlier slots, to which these S are appended, in layer k-1 of the cache. So all
                 depths can share one cache, whatever their lengths.
-            mask_positions: Positions by which packed documents are told apart (B, S), without `attention_mask`.
+            mask_positions: Positions (B, S) that tell packed documents apart, without `attention_mask`.
 
         Returns:
             `m^k` (B, S, D).
@@ -280,7 +285,9 @@ class SequentialHeads(MTPHeads):
         cache: Cache | None = None,
         last: list[Tensor | None] | None = None,
     ) -> Tensor:
-        """Features of all depths at consecutive positions (B, S, K, D), zero where a depth has not read enough.
+        """Compute the features (B, S, K, D) of all depths at consecutive positions.
+
+        They are zero where a depth has not read enough tokens.
 
         Args:
             hidden: The trunk's states (B, S, D).
@@ -288,7 +295,7 @@ class SequentialHeads(MTPHeads):
             attention_mask: Real tokens (B, L), those of the cache included, padded on either side, without holes;
                 `None` for all, and for packed rows.
             position_ids: Positions (B, S), which start again with every document of packed rows.
-            cache: Of the slots before these.
+            cache: Keys and values of the slots before these.
             last: For every depth, the state that it reads at the first position (B, 1, D), `None` for none; replaced
                 by those for the next call.
         """
@@ -320,7 +327,7 @@ class SequentialHeads(MTPHeads):
         return torch.stack(features, dim=2)
 
     def states(self, hidden: Tensor) -> Tensor:
-        """Features (B, S, K, D) of the rows whose forward runs now.
+        """Compute the features (B, S, K, D) of the rows whose forward runs now.
 
         Raises:
             ValueError: If the rows came without token ids, or with a prepared attention mask.
@@ -356,11 +363,11 @@ class SequentialHeads(MTPHeads):
         return given.input_ids, mask, given.position_ids
 
     def stream(self) -> FeatureStream:
-        """Begin to make features of rows that come in pieces."""
+        """Begin to compute features of rows that come in pieces."""
         return FeatureStream(self)
 
     def token_features(self, states: Tensor, head: int, chosen: tuple[Tensor, Tensor]) -> Tensor:
-        """Features (N, D) of one depth at some positions."""
+        """Take the features (N, D) of one depth at some positions."""
         return states[..., head, :][chosen]
 
     def _selected(self, hidden: Tensor, select: Select, tame: Callable[[Tensor], Tensor]) -> Tensor:
@@ -369,14 +376,14 @@ class SequentialHeads(MTPHeads):
     # Files
 
     def read_released(self, path: str | Path) -> None:
-        """Read the depth modules that a model was released with, out of the model's own checkpoint, into these.
+        """Load into these heads the depth modules that a model was released with, from the model's own checkpoint.
 
         Args:
             path: Folder or hub id of the checkpoint.
 
         Raises:
             ImportError: If this release of transformers has them in another form.
-            ValueError: If the checkpoint has none, or another number of them.
+            ValueError: If the checkpoint has no depth modules, or another number of them.
         """
         base, num_heads = self._base[0], self.config.num_heads
         found = count_released_layers(base, path)
@@ -415,7 +422,7 @@ class SequentialHeads(MTPHeads):
 
 
 def _checkpoint_gradients_alike(base: PreTrainedModel, heads: SequentialHeads) -> None:
-    """Recompute activations of the layers as in the trunk, which was told to before they were there."""
+    """Turn on gradient checkpointing in the heads, if it was turned on in the trunk before they were attached."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     def blocks(module: nn.Module) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Whether models, tokenizers and folders that a run starts from can be used, before anything is loaded or trained."""
+"""Checks of the models, tokenizers and folders that a run starts from, before anything is loaded or trained."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from rl_plugins.nn.attachment import base_model_of
 
 WITH_LM_HEAD = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 OTHER_HEADS = ("MASKED_LM", "QUESTION_ANSWERING", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION")
-# Where a file is on the hub; what else a model is loaded with says nothing about its config.
+# Options that say where files are and how to reach them; other options of loading say nothing about the config.
 CONFIG_KWARGS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 
 def check_source(option: str, source: str | os.PathLike[str]) -> None:
-    """Refuse the path of something that does not exist; what may be a hub id passes.
+    """Refuse a path where nothing exists; a name that may be a hub id passes.
 
     Args:
         option: Name of the setting that the path was given to.
@@ -57,7 +57,7 @@ def _as_tuple(value: Any) -> tuple[str, ...]:
 
 
 def _read_config(option: str, source: str, init_kwargs: Mapping[str, Any]) -> Any:
-    """Config of a model by its path or hub id; `None` for the adapters of a PEFT model."""
+    """Read the config of a model by its path or hub id; `None` for the adapters of a PEFT model."""
     check_source(option, source)
     where = {key: init_kwargs[key] for key in CONFIG_KWARGS if key in init_kwargs}
     try:
@@ -74,7 +74,7 @@ def _read_config(option: str, source: str, init_kwargs: Mapping[str, Any]) -> An
 
 
 def check_language_model(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> None:
-    """Refuse what is no causal language model, before it is loaded.
+    """Refuse a model that is no causal language model, before it is loaded.
 
     Args:
         model: A model, a PEFT model around one, or a folder or hub id.
@@ -110,7 +110,7 @@ def check_trainable_dtype(model: nn.Module) -> None:
     """Refuse parameters in float16 that are to be trained without a float32 copy.
 
     Raises:
-        ValueError: Naming the first one.
+        ValueError: If there is one; the message names the first.
     """
     for name, param in model.named_parameters():
         if param.requires_grad and param.dtype == torch.float16:
@@ -121,7 +121,7 @@ def check_trainable_dtype(model: nn.Module) -> None:
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """Number of positions of a model that has an embedding for each, as GPT-2; `None` for any other."""
+    """Return the number of positions of a model with an embedding for each position, such as GPT-2; else `None`."""
     base = base_model_of(model)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     tables = [m for m in base.modules() if isinstance(m, nn.Embedding) and m is not base.get_input_embeddings()]
@@ -130,12 +130,12 @@ def learned_positions(model: nn.Module) -> int | None:
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_completion_length: int, positions: int | None) -> None:
-    """Refuse prompts whose completions a model with learned positions cannot hold, before it fails in the middle.
+    """Refuse prompts that are too long for a model with learned positions, before it fails in the middle of a run.
 
     Args:
         prompts: Token ids.
         max_completion_length: Most tokens of a completion.
-        positions: Of the model; `None` for no limit.
+        positions: Number of positions of the model; `None` for no limit.
 
     Raises:
         ValueError: If a prompt and its longest completion have more tokens than the model has positions.

@@ -1,4 +1,4 @@
-"""Float32 copies of the heads outside the model: slow ones to bootstrap from, and ones that a replay teaches."""
+"""Float32 copies of the heads outside the model: slow copies to bootstrap from, and copies that a replay trains."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -17,11 +17,11 @@ from rl_plugins.settings import check_number
 
 
 def check_polyak(**settings: Any) -> None:
-    """Refuse target heads that would never follow the online heads, or not as they should.
+    """Refuse settings with which target heads would not follow the online heads.
 
     Args:
-        settings: Step of the moving average and steps between copies, in this order, by the names that the user knows
-            them under.
+        settings: Step of the moving average and steps between copies, in this order, under the names that the user
+            knows.
 
     Raises:
         TypeError: If one is no number.
@@ -43,8 +43,8 @@ def check_polyak(**settings: Any) -> None:
 
 
 def _float32_copy(heads: MTPHeads, part: nn.Module, keep: tuple[Any, ...] = ()) -> Any:
-    """Copy a part of the heads, which goes on to refer to what is in `keep`."""
-    # Without the handle of the trunk's hook, which would bring copies of all other hooks of the trunk.
+    """Copy a part of the heads; the copy refers to the very objects in `keep`."""
+    # Leave out the handle of the trunk's hook: its copy would bring copies of all other hooks of the trunk.
     memo: dict[int, Any] = {id(heads._handles): (), id(heads.observer): None, id(heads.inputs): None}
     return copy.deepcopy(part, memo | {id(x): x for x in keep}).float().requires_grad_(False)
 
@@ -53,8 +53,8 @@ class ValueCopy(nn.Module):
     """A float32 copy of the heads' value path, the part that makes values.
 
     The trunk is not copied: the copy reads the online trunk's hidden states, or the features that online decoder
-    layers make of them, which is what makes it cheap. Keep this module outside the model: in float32 a small step is
-    not lost to rounding, and no engine partitions it.
+    layers make of them, so it is cheap. Keep this module outside the model: there it stays in float32, in which a
+    small step is not lost to rounding, and no engine partitions it.
 
     Args:
         heads: Online heads with full (gathered) weights.
@@ -65,8 +65,8 @@ class ValueCopy(nn.Module):
         self.heads: nn.Module = _float32_copy(heads, heads.value_path)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Values (B, T, K) in float32 of what the online heads judge: trunk states (B, T, D) for parallel heads,
-        features (B, T, K, D) for sequential ones."""
+        """Compute values (B, T, K), float32, from what the online heads judge: trunk states (B, T, D) for parallel
+        heads, features (B, T, K, D) for sequential ones."""
         with torch.autocast(states.device.type, enabled=False):
             return self.heads(states.float())
 
@@ -78,9 +78,9 @@ class ValueCopy(nn.Module):
 class RowCopy(nn.Module):
     """A float32 copy of sequential heads as a whole, decoder layers and values, which judges rows of trunk states.
 
-    Where [`ValueCopy`] reads features that the online layers make, this copy makes its own. So its layers can learn
-    from states that were kept. Embedding and rotary embedding stay the model's, which holds the tokens' embeddings
-    constant. The layers compute in the precision of the states that they are given, the weights stay float32.
+    [`ValueCopy`] reads features that the online layers make, but this copy makes its own. So its layers can learn
+    from states that were kept. Embedding and rotary embedding are the model's own, and the embedding is held constant.
+    The layers compute in the precision of the states that they are given, the weights stay float32.
 
     Args:
         heads: Online heads with full (gathered) weights.
@@ -88,19 +88,19 @@ class RowCopy(nn.Module):
 
     def __init__(self, heads: SequentialHeads) -> None:
         super().__init__()
-        # The heads know the model and do not own it.
+        # The heads refer to the model and do not own it, so the copy refers to the same model.
         self.heads: SequentialHeads = _float32_copy(heads, heads, keep=(heads._base,))
 
     def forward(
         self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
     ) -> Tensor:
-        """Values (B, S, K), float32, at every position of rows.
+        """Compute values (B, S, K), float32, at every position of rows.
 
         Args:
             hidden: States of the trunk (B, S, D).
             input_ids: The tokens there (B, S).
             attention_mask: Real tokens (B, S); `None` for all.
-            positions: Of the tokens (B, S); `None` for their places in the row.
+            positions: Positions of the tokens (B, S); `None` for their places in the row.
         """
         half = hidden.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(hidden.device.type, dtype=hidden.dtype if half else None, enabled=half):
@@ -109,14 +109,14 @@ class RowCopy(nn.Module):
 
     @torch.no_grad()
     def begin_afresh(self, seed: int) -> None:
-        """Give layers that have never learned weights that learn values sooner.
+        """Replace the weights of layers that have never learned, so that they learn values sooner.
 
-        The layers of a model begin with weights of size 0.02 whatever their width. In narrow models these do next to
-        nothing, and values that are learned within some dozen rollouts wait for them. Here they have the size
-        `1 / sqrt(inputs)`, and the layers read the embedding of a token as much as the trunk's state.
+        The weights of new layers usually have the size 0.02, whatever their width. In narrow models such layers do
+        next to nothing at first, which delays values that are learned within some dozen rollouts. Here the weights
+        have the size `1 / sqrt(inputs)`, and the layers read the embedding of a token as much as the trunk's state.
 
         Args:
-            seed: Of the weights; equal on all ranks.
+            seed: Seed of the weights; equal on all ranks.
         """
         with fixed_seed(seed):
             for depth in self.heads:
@@ -156,7 +156,7 @@ class PolyakTarget(ValueCopy):
 
     @torch.no_grad()
     def forward(self, states: Tensor) -> Tensor:
-        """Values without gradient, see [`ValueCopy.forward`]."""
+        """Compute values without gradient; see [`ValueCopy.forward`]."""
         return super().forward(states)
 
     def update(self, online: Iterable[Tensor], *, step: int) -> None:
@@ -164,7 +164,7 @@ class PolyakTarget(ValueCopy):
 
         Args:
             online: Full parameters of the online heads' value path, in the order of `value_path.parameters()`.
-            step: Number of optimizer steps done; counts for `period` only.
+            step: Number of optimizer steps done; only `period` needs it.
         """
         if self.period is None:
             polyak_update(self.heads.parameters(), online, tau=self.tau)
@@ -173,6 +173,6 @@ class PolyakTarget(ValueCopy):
 
     @torch.no_grad()
     def distance(self, online: Iterable[Tensor]) -> Tensor:
-        """Root mean square gap between target and online weights, a 0-d tensor."""
+        """Compute the root mean square gap between target and online weights, a 0-d tensor."""
         gaps = [(t - o.float()).square() for t, o in zip(self.heads.parameters(), online, strict=True)]
         return (torch.stack([gap.sum() for gap in gaps]).sum() / sum(gap.numel() for gap in gaps)).sqrt()

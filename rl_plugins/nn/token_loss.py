@@ -14,7 +14,7 @@ from rl_plugins.nn.seeding import draw_beside
 from rl_plugins.nn.sharding import whole_parameters
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
-"""Summed cross-entropy of features (N, D) against labels (N,) or states (N, D), in float32."""
+"""Sums the cross-entropy, in float32, of features (N, D) against labels (N,) or the model's own states (N, D)."""
 
 CHUNK_LOGITS = 2**23
 """Logits held at once by the token loss: 32 MiB in float32, so that the heads add next to nothing to peak memory."""
@@ -31,7 +31,7 @@ def head_token_loss(
     teacher: Tensor | None = None,
     ahead: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of each head's token logits, without building (B, T, K, V).
+    """Sum the cross-entropy of each head's token logits, without building (B, T, K, V).
 
     `L_k = -sum_t ln softmax(W x_k[t] / temperature)[label_k[t]]` (Gloeckle et al., 2404.19737, equation 2;
     DeepSeek-V3, 2412.19437, equation 24), with the model's own LM head `W` held constant: only the heads learn from
@@ -39,23 +39,23 @@ def head_token_loss(
 
     With a `teacher` a head learns the model's own distribution of the token instead of the token:
     `L_k = -sum_t sum_y p(y|s) ln q_k(y)`, where `s` is the state in which the token was chosen. For tokens that the
-    model has sampled, both have the same mean, and this one varies less.
+    model has sampled, both losses have the same mean, and the second varies less.
 
     The LM head is most of the cost. With a `share` below 1 each head takes `m = ceil(share n)` of its n labels, drawn
-    at random beside the global random numbers, and the sum is multiplied by `n / m`, whose mean over the draws is the
-    whole sum.
+    at random without a change to the global random numbers. The sum is multiplied by `n / m`, so that its mean over
+    the draws is the sum over all labels.
 
     Args:
-        features: Inputs of the LM head (N, D), by the head's index and the rows and columns (N,) of its labels, so
-            that positions without a label cost nothing.
+        features: Gives the inputs of the LM head (N, D) for the head's index and the rows and columns (N,) of its
+            labels, so that positions without a label cost nothing.
         labels: Token of every head (B, T, K), -100 where there is none.
         lm_head: The model's output embedding.
         temperature: Sampling temperature that the main head's log-probabilities are taken at.
         cap: Soft cap of the logits, `cap tanh(logits / cap)`; `None` for none.
-        share: Of the labels, above 0 and at most 1.
+        share: Share of the labels that are used, above 0 and at most 1.
         teacher: The model's own states (B, T, D) at the positions of `labels`; `None` learns the tokens.
-        ahead: How many tokens further each head looks than the one before it: head k learns at t what the model says
-            at `t + k ahead`.
+        ahead: Number of tokens by which each head looks further than the one before it. With a `teacher`, head k
+            learns at t what the model says at `t + k ahead`.
 
     Returns:
         Summed losses (K,) and numbers of labels (K,), float32.
@@ -77,17 +77,17 @@ def head_token_loss(
 
 @contextmanager
 def constant_lm_head(lm_head: nn.Module, *, temperature: float = 1.0, cap: float | None = None) -> Iterator[LabelLoss]:
-    """Cross-entropy through a model's LM head that learns nothing from it, in chunks of bounded logits.
+    """Compute cross-entropies through a model's LM head, which learns nothing from them, in chunks of bounded size.
 
     Args:
         lm_head: The model's output embedding.
-        temperature: What the features are divided by.
+        temperature: Divisor of the logits.
         cap: Soft cap of the logits, before the temperature; `None` for none.
 
     Yields:
-        `sum_n -ln softmax(W x_n / temperature)[y_n]` of features `x` (N, D) and labels `y` (N,), or, for the model's
-        own states `h` (N, D) in place of labels, `-sum_n softmax(W h_n / temperature) . ln softmax(W x_n /
-        temperature)`.
+        Function that gives `sum_n -ln softmax(W x_n / temperature)[y_n]` of features `x` (N, D) and labels
+        `y` (N,), or, for the model's own states `h` (N, D) in place of labels,
+        `-sum_n softmax(W h_n / temperature) . ln softmax(W x_n / temperature)`.
     """
     weight, bias = cast(Tensor, lm_head.weight), cast(Tensor | None, getattr(lm_head, "bias", None))
     with whole_parameters([p for p in (weight, bias) if p is not None]) as (weight, *rest):
@@ -132,7 +132,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         def scores(x: Tensor) -> tuple[Tensor, Tensor | float]:
-            """Capped and divided logits, and their derivative by the logits."""
+            """Capped and divided logits, and their derivative with respect to the logits."""
             logits = F.linear(x, table, offset).float()
             if cap is None:
                 return logits / temperature, 1.0 / temperature
@@ -163,14 +163,14 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def logit_cap(config: PretrainedConfig) -> float | None:
-    """Soft cap of a model's logits (Gemma 2, RecurrentGemma, xLSTM); `None` where there is none."""
+    """Return the soft cap of a model's logits (Gemma 2, RecurrentGemma, xLSTM); `None` where there is none."""
     text_config = config.get_text_config()
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return next((float(cap) for name in names if (cap := getattr(text_config, name, None))), None)
 
 
 def logit_divisor(config: PretrainedConfig, temperature: float = 1.0) -> float:
-    """Divisor of the features before the LM head: temperature over the model's own logit multiplier."""
+    """Return the divisor of the features before the LM head: temperature over the model's own logit multiplier."""
     text_config = config.get_text_config()
     scale = getattr(text_config, "logit_scale", None) or getattr(text_config, "lm_head_multiplier", None) or 1.0
     return temperature * float(getattr(text_config, "logits_scaling", None) or 1.0) / float(scale)

@@ -1,4 +1,4 @@
-"""The scalar that a critic reads off features: a norm and a projection."""
+"""The scalar that a critic makes of features, with a norm and a projection."""
 
 from typing import cast
 

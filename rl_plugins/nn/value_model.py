@@ -21,21 +21,21 @@ HEAD_NAME = "value_head.safetensors"
 """File of the head, in the folder of the trunk."""
 
 OWN_CACHE = ("past_key_values", "cache", "cache_params", "use_cache", "inputs_embeds", "mm_encoder_outputs")
-"""Arguments of the policy's forward that are about its own states, of no use to another model."""
+"""Arguments of the policy's forward that hold its own states, which another model cannot use."""
 
 SHARED_OPTIONS = ("dtype", "attn_implementation", "trust_remote_code")
-"""Options of loading the policy that hold for a value model from elsewhere, too."""
+"""Options of loading the policy that also hold for a value model from another checkpoint."""
 
 WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 """Options of loading a model that say where a file is."""
 
 
 class ValueModel(Attachment):
-    """`V(s) = w . RMSNorm(f(s)) + b` for every position of a sequence, `f` the trunk of a transformer.
+    """`V(s) = w . RMSNorm(f(s)) + b` for every position of a sequence, where `f` is the trunk of a transformer.
 
-    Actor and critic are separate networks, so that neither's gradient washes out the other's. The
-    head starts at zero, so the first values are 0 whatever the trunk was trained for. A trunk that reads images, as
-    that of a vision-language model does, gets those that the policy gets.
+    Policy and critic are separate networks, so their gradients do not disturb each other. The head starts at zero, so
+    the first values are 0 whatever the trunk was trained for. A trunk that reads images, such as that of a
+    vision-language model, gets the images that the policy gets.
 
     Attached to a policy, it runs on the input of the policy's forward whenever it is watched; an observer receives
     its values (B, S). Inside the policy's forward DDP and DeepSpeed see its parameters, so one engine trains both
@@ -59,7 +59,7 @@ class ValueModel(Attachment):
         self._newest: Tensor | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Values (B, S), float32, of the states that token ids (B, S) lead to; `inputs` are images and the like."""
+        """Compute values (B, S), float32, of the states that token ids (B, S) lead to; `inputs` may be images."""
         output = self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
         return self.head(output.last_hidden_state)
 
@@ -78,8 +78,8 @@ class ValueModel(Attachment):
         """Run in the forward pass of a policy from now on: the value model reads what the policy reads.
 
         Args:
-            model: The policy, in its PEFT wrapper where it has one, in which soft prompts become embeddings that the
-                value model could not read.
+            model: The policy, in its PEFT wrapper where it has one. The wrapper turns soft prompts into embeddings,
+                which the value model could not read.
         """
         if not self._is_hooked(model):
             self.unhook()
@@ -137,7 +137,7 @@ class ValueModel(Attachment):
         Args:
             path: Folder that `save_pretrained` wrote, or a folder or hub id of any model that `AutoModel` loads: a
                 language model, a reward model, a smaller one.
-            kwargs: For `AutoModel.from_pretrained`.
+            kwargs: Keyword arguments of `AutoModel.from_pretrained`.
         """
         model = cls(AutoModel.from_pretrained(path, **kwargs))
         head = find_head(path, **kwargs)
@@ -154,11 +154,11 @@ class ValueModel(Attachment):
         return path
 
     def load(self, directory: str | Path) -> None:
-        """Read weights that [`save`] wrote into this value model.
+        """Load into this value model the weights that [`save`] wrote.
 
         Raises:
             FileNotFoundError: If `directory` holds none.
-            RuntimeError: If they are of other shapes.
+            RuntimeError: If the saved weights have other shapes.
         """
         self.check_saved(directory)
         saved = type(self).from_pretrained(Path(directory) / self.name, dtype=self.trunk.dtype)
@@ -173,14 +173,14 @@ class ValueModel(Attachment):
         policy_init_kwargs: Mapping[str, Any] | None = None,
         init_kwargs: Mapping[str, Any] | None = None,
     ) -> "ValueModel":
-        """The value model that a training starts from, not attached yet.
+        """Load or make the value model that a training starts from, not attached yet.
 
         Args:
             source: A `ValueModel`, a transformers model, a path or hub id, or `None` for the policy's own: the one
                 attached to it or saved with it, else a copy of its trunk.
             policy: The policy as the user gave it.
-            policy_init_kwargs: Keyword arguments that the policy is loaded with, of which another model shares `dtype`
-                and `attn_implementation` and `trust_remote_code`.
+            policy_init_kwargs: Keyword arguments that the policy is loaded with. Another model gets only `dtype`,
+                `attn_implementation` and `trust_remote_code` of these.
             init_kwargs: Keyword arguments for loading the value model, on top of those.
 
         Raises:
@@ -190,9 +190,9 @@ class ValueModel(Attachment):
         if isinstance(source, ValueModel):
             return source
         if source is None and isinstance(policy, nn.Module) and cls.of(policy) is not None:
-            return cls.detach(policy)  # of an earlier trainer; it goes on
+            return cls.detach(policy)  # left by an earlier trainer, and used again
         shared = dict(policy_init_kwargs or {})
-        if source is not None:  # where a file is says nothing about another model
+        if source is not None:  # the place of the policy's files is not that of another model
             shared = {key: shared[key] for key in SHARED_OPTIONS if key in shared}
         kwargs: dict[str, Any] = {"dtype": "float32", **shared, **(init_kwargs or {})}
         if source is None and isinstance(policy, str):
@@ -220,10 +220,10 @@ class ValueModel(Attachment):
 
 
 def find_head(path: str | os.PathLike[str], **kwargs: Any) -> str | None:
-    """The file of a saved head in a value model's folder; `None` where there is none.
+    """Find the file of a saved head in a value model's folder; `None` where there is none.
 
     Args:
         path: Folder or hub id.
-        kwargs: For `AutoModel.from_pretrained`, of which those that say where a file is are used.
+        kwargs: Keyword arguments of `AutoModel.from_pretrained`; only those that say where a file is are used.
     """
     return find_file(path, HEAD_NAME, **{key: kwargs[key] for key in WHERE if key in kwargs})

@@ -3,12 +3,12 @@
 Color = tuple[int, int, int]
 Stops = tuple[Color, Color, Color]
 
-# Odd, so that the middle colour (delta = 0) is one of them. Tokens name a bin and the style sheet holds the
-# colours: a dark page then needs no second colour on every token.
+# The number is odd, so that the middle colour (delta = 0) has a bin. A token names its bin, and the style sheet holds
+# the colours of all bins. So a token needs no second colour for a dark page.
 BINS = 65
 
-# In both themes the low end sits near the page and the high end stands out. Red against blue, and light
-# against dark within one hue family, survive the common colour-vision deficiencies.
+# In both themes the colour of low values is close to that of the page, and high values stand out. Red and blue, or
+# light and dark of similar hues, can be told apart with the common colour-vision deficiencies.
 SEQUENTIAL_LIGHT: Stops = ((253, 246, 220), (108, 192, 180), (11, 74, 128))
 SEQUENTIAL_DARK: Stops = ((38, 48, 66), (42, 127, 134), (242, 229, 138))
 DIVERGING_LIGHT: Stops = ((178, 24, 43), (246, 246, 246), (33, 102, 172))
@@ -16,22 +16,22 @@ DIVERGING_DARK: Stops = ((240, 106, 84), (44, 49, 58), (96, 174, 245))
 
 
 def sequential_color(position: float, dark: bool = False) -> str:
-    """`#rrggbb` of a value at `position` in [0, 1] of the range; positions outside are clamped."""
+    """Return the colour `#rrggbb` of a value at `position` in [0, 1] of the range; positions outside are clamped."""
     return _hex(_interpolate(SEQUENTIAL_DARK if dark else SEQUENTIAL_LIGHT, position))
 
 
 def diverging_color(position: float, dark: bool = False) -> str:
-    """`#rrggbb` of a TD error at `position` in [-1, 1]: red, neutral, blue; positions outside are clamped."""
+    """Return the colour `#rrggbb` of a TD error at `position` in [-1, 1], from red to blue; others are clamped."""
     return _hex(_interpolate(DIVERGING_DARK if dark else DIVERGING_LIGHT, (position + 1) / 2))
 
 
 def text_color(background: str) -> str:
-    """Black or white, whichever has the larger WCAG contrast; at least 4.58 on every background."""
+    """Return black or white, whichever has the larger WCAG contrast, which is at least 4.58 on every background."""
     return max(("#000000", "#ffffff"), key=lambda color: contrast(color, background))
 
 
 def contrast(first: str, second: str) -> float:
-    """WCAG 2 contrast ratio `(L1 + 0.05) / (L2 + 0.05)` of two `#rrggbb` colours, from 1 to 21."""
+    """Compute the WCAG 2 contrast ratio `(L1 + 0.05) / (L2 + 0.05)` of two `#rrggbb` colours, from 1 to 21."""
     dim, bright = sorted((_luminance(first), _luminance(second)))
     return (bright + 0.05) / (dim + 0.05)
 
@@ -55,7 +55,7 @@ def _hex(color: Color) -> str:
 
 
 def color_rules() -> str:
-    """Style rules of the two scales. `light-dark()` takes the colour of the theme that the page is in."""
+    """Write the style rules of the two scales. `light-dark()` takes the colour of the theme that the page is in."""
     positions = [k / (BINS - 1) for k in range(BINS)]
     values = [(sequential_color(x), sequential_color(x, dark=True)) for x in positions]
     deltas = [(diverging_color(2 * x - 1), diverging_color(2 * x - 1, dark=True)) for x in positions]

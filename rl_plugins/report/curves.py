@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from rl_plugins.extras import require
 
-# matplotlib comes with an extra that training does not need, and the trainers write files that this layer reads:
-# functions that draw import it themselves.
+# matplotlib comes with an extra that training does not need, but training may import this file. So the functions that
+# draw import matplotlib themselves.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -42,11 +42,11 @@ class Panel:
         title: Heading of the panel.
         ylabel: The quantity with its unit.
         key: Metric name in the log; `*` stands for a head number or a name, and each becomes one line.
-        band: Metric drawn as a band of plus and minus this much around `key`.
-        floor: Points below it are cut off, and counted in a note. (Explained variance starts at minus
-            hundreds, which would flatten everything that matters.)
+        band: Metric whose value is the half width of a band around `key`, such as a standard deviation.
+        floor: Lower end of the axis. Points below are cut off, and a note counts them. (Explained variance may start
+            at minus several hundred, and the rest of its curve would look flat.)
         reference: Height of a thin horizontal line, such as 0 = "no better than the mean".
-        log_scale: Use a logarithmic axis where the positive data span more than a factor of 50.
+        log_scale: Use a logarithmic axis if all data are positive and span more than a factor of 50.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Line:
     """One metric over time.
 
     Args:
-        label: Which head or name of the metric it is.
+        label: Head or name that `*` stands for in the metric's name.
         steps: (N,) optimizer steps.
         values: (N,) of one run, or the means of several.
         band: (N,) deviation to both sides, where the panel has one and there is one run.
@@ -131,7 +131,7 @@ OTHER_PANELS: tuple[Panel, ...] = (
     Panel("Mean of a reward", "mean reward", "rewards/*/mean"),
     Panel("Mean of a reward on held-out data", "mean reward", "eval_rewards/*/mean"),
 )
-"""Panels that are drawn on demand only."""
+"""Panels that are drawn only on demand."""
 SPREADS = {
     "range": "bands: from the smallest to the largest run",
     "stderr": "bands: standard error of the mean, to both sides",
@@ -140,7 +140,7 @@ SPREADS = {
 
 
 def panel_of(key: str) -> Panel:
-    """The panel of a metric, with a title in words.
+    """Return the panel of a metric, with a title in words.
 
     Args:
         key: Metric name as in the log, or a pattern with `*`.
@@ -159,12 +159,12 @@ def panel_of(key: str) -> Panel:
 
 
 def key_pattern(key: str) -> re.Pattern[str]:
-    """The names of metrics that a panel's `key` stands for."""
+    """Return a pattern that matches the names of metrics for which a panel's `key` stands."""
     return re.compile(re.escape(key).replace(r"\*", "([^/]+)"))
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving average, shortened at both ends; missing (NaN) points are left out of the mean.
+    """Compute the centred moving average, with a shorter window at both ends; missing (NaN) points are left out.
 
     `out_i = mean(values[j] for |i - j| <= window // 2)`
 
@@ -191,12 +191,12 @@ def _finite_mean(values: Sequence[float]) -> float:
 
 
 def default_window(n_points: int) -> int:
-    """About a twentieth of the run, odd: `N = 200 -> 11`; up to 39 points are averaged over 3 at most."""
+    """Choose an odd window of about a twentieth of the run: `N = 200 -> 11`; at most 3 for fewer than 40 points."""
     return 2 * (n_points // 40) + (3 if 10 <= n_points < 40 else 1)
 
 
 def select_panels(log_history: Sequence[dict[str, Any]], panels: Sequence[Panel] = DEFAULT_PANELS) -> list[PanelData]:
-    """The panels for which the log holds at least one value, each with its lines.
+    """Return the panels for which the log holds at least one value, each with its lines.
 
     Args:
         log_history: Dicts with `step` and metric names, as in `trainer.state.log_history`.
@@ -223,12 +223,12 @@ def _panel_lines(log_history: Sequence[dict[str, Any]], panel: Panel) -> list[Li
 
 
 def _rank(name: str) -> tuple[float, str]:
-    """Numbers by size, so that head 10 comes after head 2; then names by letter."""
+    """Return a sort key: numbers by size, so that head 10 comes after head 2, then names in alphabetical order."""
     return (int(name), "") if name.isdigit() else (math.inf, name)
 
 
 def _line_name(names: tuple[str, ...]) -> str:
-    """Words for what `*` stands for: the name of a reward, or the number of a head."""
+    """Return words for the parts that `*` stands for: the name of a reward, or the number of a head."""
     return ", ".join(f"head {name}" if name.isdigit() else name for name in names)
 
 
@@ -250,10 +250,10 @@ def merge_panels(
     window: int | None = None,
     spread: str = "range",
 ) -> list[PanelData]:
-    """The panels for which any run has data; runs of one setting become their mean and a band.
+    """Return the panels for which any run has data; runs of one setting become their mean and a band.
 
-    The means are of the smoothed curves, on the steps that all of these runs have reached. Between two points of a run
-    lies a straight line.
+    The mean is over the smoothed curves, on the steps that all runs of the setting have reached. A run is interpolated
+    linearly between its points.
 
     Args:
         settings: Label of a setting -> logs of its runs, which differ in their seeds.
@@ -277,7 +277,7 @@ def merge_panels(
                 for line in _panel_lines(log, panel):
                     of_runs.setdefault(line.label, []).append(line)
             merged = [replace(_merge(runs, window, spread), setting=number) for runs in of_runs.values()]
-            # Deviations within the batches of several settings would lie on top of each other.
+            # With several settings, the bands of deviations within a batch would hide each other.
             lines += merged if len(settings) == 1 else [replace(line, band=None) for line in merged]
         if lines:
             found.append(PanelData(panel, lines))
@@ -309,7 +309,10 @@ def _merge(runs: Sequence[Line], window: int | None, spread: str) -> Line:
 
 
 def grid_rows(n_panels: int) -> list[int]:
-    """Panels of every row: three at most, since a page shows no more at a readable size, and no cell stays empty."""
+    """Return the number of panels of every row, so that no cell stays empty.
+
+    A row has at most three panels, since a page shows no more at a readable size.
+    """
     rows = math.ceil(n_panels / (2 if n_panels == 4 else 3))
     fewest, more = divmod(n_panels, rows)
     return [fewest + (row < more) for row in range(rows)]
@@ -333,14 +336,14 @@ def plot_training_curves(
     no run logged have no panel.
 
     Args:
-        log_history: Dicts with `step` and metric names, as in `trainer.state.log_history`; or, of several runs, label
-            of a setting -> such lists, one for each seed (`group_runs` reads them from files).
+        log_history: Dicts with `step` and metric names, as in `trainer.state.log_history`. For several runs, a
+            mapping: label of a setting -> such lists, one for each seed (`group_runs` reads them from files).
         path: File to write; missing folders are made.
         title: Heading above all panels.
         panels: Panels to draw instead of `DEFAULT_PANELS`.
-        marks: Optimizer step -> text; vertical lines such as the end of the value warm-up.
+        marks: Optimizer step -> text of a vertical line there, such as the end of the value warm-up.
         window: Odd number of points of the moving average; by default about a twentieth of the run.
-        xlabel: What `step` counts.
+        xlabel: Label of the x axis: the unit that `step` counts.
         spread: Bands around the mean of several runs: `range`, from the smallest to the largest, or `stderr`, the
             standard error of the mean. The picture says which.
 
@@ -357,7 +360,7 @@ def plot_training_curves(
     height = len(rows) * PANEL_INCHES[1] + bool(title) * TITLE_INCHES
     height += LEGEND_INCHES * (math.ceil(len(legend) / LEGEND_COLUMNS) + bool(note))
     figure = new_figure(rows[0] * PANEL_INCHES[0], height)
-    # Rows of two and of three panels are equally wide.
+    # Rows of two and rows of three panels are equally wide.
     units = math.lcm(*rows)
     grid = figure.add_gridspec(len(rows), units)
     cells = [(row, k * units // size, (k + 1) * units // size) for row, size in enumerate(rows) for k in range(size)]
@@ -375,7 +378,7 @@ def plot_training_curves(
 
 
 def _legend_entries(settings: Mapping[str, Sequence[Any]], marks: dict[int, str]) -> list[Any]:
-    """Entries below all panels: the colours of settings, and the marks; inside a panel they would hide curves."""
+    """Make the legend below all panels: colours of settings, and marks. Inside a panel it would hide curves."""
     from matplotlib.lines import Line2D
 
     entries = []
@@ -399,7 +402,7 @@ def save_png(figure: Figure, path: str | Path) -> Path:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A white figure of so many inches whose layout makes room for what is drawn."""
+    """Make a white figure of this size in inches, whose layout makes room for titles and labels."""
     require("report", "matplotlib.figure")
     from matplotlib.figure import Figure
 
@@ -422,7 +425,7 @@ def _draw_panel(axes: Axes, data: PanelData, window: int | None, n_settings: int
 
 
 def _look(data: PanelData, index: int, n_settings: int) -> tuple[str, str]:
-    """Colour and line style: the colour tells settings apart, or the heads of a single one."""
+    """Return colour and line style of a line: the colour tells settings apart, or heads if there is one setting."""
     if n_settings == 1:
         return COLORS[index % len(COLORS)], LINE_STYLES[index % len(LINE_STYLES)]
     line = data.lines[index]
@@ -443,7 +446,7 @@ def _draw_line(axes: Axes, line: Line, color: str, style: str, window: int) -> N
         edges = ([m - w for m, w in zip(mean, width, strict=True)], [m + w for m, w in zip(mean, width, strict=True)])
     if edges is not None:
         axes.fill_between(line.steps, *edges, color=color, alpha=0.13 if line.spread is None else 0.2, linewidth=0)
-    # A lone point makes no line; the marker keeps a one-step run visible.
+    # A single point makes no line; the marker keeps a run of one step visible.
     marker = "o" if len(line.steps) == 1 else None
     if line.spread is None:
         axes.plot(line.steps, line.values, color=color, alpha=0.3, linewidth=0.7)
@@ -489,7 +492,7 @@ def _style(axes: Axes, data: PanelData, xlabel: str | None, n_settings: int) -> 
 
 
 def _head_entries(axes: Axes, names: Sequence[str], n_settings: int) -> list[Any]:
-    """One entry for each head; where colours stand for settings, only its line style."""
+    """Make one entry for each head; where colours stand for settings, it shows the line style only."""
     if n_settings == 1:
         return list(axes.get_legend_handles_labels()[0])
     from matplotlib.lines import Line2D
@@ -499,7 +502,7 @@ def _head_entries(axes: Axes, names: Sequence[str], n_settings: int) -> list[Any
 
 
 def style_axes(axes: Axes) -> None:
-    """Whole steps on the x axis, a faint grid, and no frame above and to the right."""
+    """Give axes whole steps on the x axis, a faint grid, and no frame above and to the right."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))

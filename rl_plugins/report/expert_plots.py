@@ -42,14 +42,15 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 MAX_COLUMNS = 100
-# Loads beyond a quarter and four times the mean take the colours of the ends; no tokens at all has its own.
+# Loads below a quarter of the mean and above four times the mean have the colours of the ends. An expert without any
+# token has a colour of its own.
 LOG2_LIMIT = 2.0
 NO_TOKENS = "#000000"
 MISSING = "#dddddd"
 LOAD_TICKS = {-2: "≤ 1/4", -1: "1/2", 0: "1", 1: "2", 2: "≥ 4"}
 PANEL_WIDTH = 2.8
 MIN_WIDTH = 4.6
-# Two pixels and more for an expert: with fewer, some rows are not drawn at all.
+# An expert has at least two pixels: with fewer, some rows are not drawn at all.
 MIN_PANEL_HEIGHT = 1.8
 PIXELS_PER_EXPERT = 2
 BAR_HEIGHT, BAR_WIDTH, BAR_NO_TOKENS = 4.0, 0.16, 0.3
@@ -61,14 +62,15 @@ def plot_expert_load(
 ) -> Path:
     """Write a map of every expert's load over the run, one panel per layer, as a PNG and return its path.
 
-    Colour is `log2(load)` cut off at a quarter and four times the mean; black is an expert without a single
-    token. Above a panel stands the layer's MaxVio in the first and in the last column.
+    The colour is `log2(load)`, cut off at a quarter and at four times the mean. An expert without any token is black.
+    The text above a panel is the layer's MaxVio ([`~rl_plugins.functional.max_violation`]) in the first and in the
+    last column.
 
     Args:
         history: From `read_expert_load`.
         path: File to write; missing folders are made.
         title: Heading above all panels.
-        max_layers: Of more layers than this, evenly spaced ones are shown, and the heading says so.
+        max_layers: Largest number of panels. Of more layers, evenly spaced ones are shown, and the heading says so.
 
     Raises:
         ValueError: `max_layers` is below 1.
@@ -77,7 +79,7 @@ def plot_expert_load(
 
 
 def expert_load_figure(history: ExpertLoadHistory, title: str | None, max_layers: int) -> Figure:
-    """The picture of `plot_expert_load`, not yet in a file."""
+    """Draw the picture of `plot_expert_load` without writing a file."""
     shown = spaced(len(history.layers), max_layers)
     tokens = [history.tokens(history.layers[index]) for index in shown]
     labels = layer_labels(history.layers)
@@ -97,7 +99,7 @@ def expert_load_figure(history: ExpertLoadHistory, title: str | None, max_layers
 
 
 def spaced(n_items: int, limit: int) -> list[int]:
-    """At most `limit` indices from first to last, evenly spaced: `spaced(5, 3) = [0, 2, 4]`.
+    """Return at most `limit` evenly spaced indices, from the first to the last: `spaced(5, 3) = [0, 2, 4]`.
 
     Raises:
         ValueError: `limit` is below 1.
@@ -110,17 +112,18 @@ def spaced(n_items: int, limit: int) -> list[int]:
 
 
 def layer_labels(layers: Sequence[str]) -> list[str]:
-    """ "layer 3" for `model.layers.3.mlp.gate` where the number tells the layers apart, else the whole name."""
+    """Return "layer 3" for `model.layers.3.mlp.gate` if the numbers tell all layers apart, else the whole names."""
     numbers = [re.search(r"\.(\d+)(\.|$)", layer) for layer in layers]
     short = [f"layer {match[1]}" for match in numbers if match]
     return short if len(set(short)) == len(layers) else list(layers)
 
 
 def step_columns(steps: Sequence[int], max_columns: int = MAX_COLUMNS) -> tuple[FloatArray, list[IntArray]]:
-    """Consecutive logged steps in at most `max_columns` columns: edges (C + 1,) and the lines of each column.
+    """Group consecutive logged steps into at most `max_columns` columns; return edges (C + 1,) and lines of each.
 
-    The column of lines `a..b` reaches from the step before `a` to the step of `b`, as counts do. How far the
-    first line reaches back is not in the log; it gets the distance to the second.
+    A line of the log has the counts since the line before it. So the column of lines `a..b` reaches from the step of
+    the line before `a` to the step of `b`. The log does not say where the counts of the first line begin: the distance
+    between the first two lines is used.
     """
     groups = np.array_split(np.arange(len(steps)), min(len(steps), max_columns))
     gap = steps[1] - steps[0] if len(steps) > 1 else 1
@@ -129,26 +132,29 @@ def step_columns(steps: Sequence[int], max_columns: int = MAX_COLUMNS) -> tuple[
 
 
 def column_sums(counts: IntArray, groups: Sequence[IntArray]) -> IntArray:
-    """Tokens of each column: (S, E) -> (C, E)."""
+    """Add up the tokens of each column: (S, E) -> (C, E)."""
     return np.stack([counts[group].sum(axis=0) for group in groups])
 
 
 def relative_load(counts: IntArray) -> FloatArray:
-    """Counts over their mean, `E n_e / sum(n)`, (..., E) -> (..., E); NaN where nothing was counted."""
+    """Divide counts by their mean, `E n_e / sum(n)`, (..., E) -> (..., E); NaN where nothing was counted."""
     mean = counts.mean(axis=-1, keepdims=True)
     return np.divide(counts, mean, out=np.full(counts.shape, np.nan), where=mean > 0)
 
 
 def color_positions(counts: IntArray) -> FloatArray:
-    """`log2(load)` within +-2, (C, E); -3, below the scale, without tokens, and NaN in a column without any."""
+    """Compute `log2(load)` (C, E), cut off at -2 and 2.
+
+    It is -3, below the scale, for an expert without tokens, and NaN in a column without any token.
+    """
     load = relative_load(counts)
-    # Not -inf, which matplotlib takes for missing.
+    # Without the lower limit it would be -inf, which matplotlib draws as missing.
     position = np.log2(load.clip(min=2.0**-LOG2_LIMIT)).clip(max=LOG2_LIMIT)
     return np.where(load == 0, -LOG2_LIMIT - 1, position)
 
 
 def load_colors() -> Colormap:
-    """Blue, white, red: under, at and over the mean; black below the scale, grey where there is no number."""
+    """Make the colour map: blue, white, red below, at and above the mean; black below the scale, grey for NaN."""
     from matplotlib.colors import LinearSegmentedColormap
 
     stops = [tuple(channel / 255 for channel in color) for color in reversed(DIVERGING_LIGHT)]
@@ -180,7 +186,7 @@ def _short(number: float) -> str:
 
 
 def _add_colorbar(figure: Figure, share: float) -> None:
-    """A bar as high as this share of the panels, with a foot for experts without tokens."""
+    """Add a colour bar as high as this share of the panels, with a lower end for experts without tokens."""
     height = share * (figure.get_figheight() - 1.5 * TITLE_INCHES)
     size: dict[str, Any] = {
         "shrink": share,
@@ -191,7 +197,7 @@ def _add_colorbar(figure: Figure, share: float) -> None:
     bar.set_ticks(list(LOAD_TICKS), labels=list(LOAD_TICKS.values()))
     bar.set_label("load / mean", fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)
-    # As far from the bar as the numbers of the ticks, at the end of the foot, clear of the lowest number.
+    # The text is as far from the bar as the numbers of the ticks, and low enough not to touch the lowest number.
     place: dict[str, Any] = {"xy": (1, -size["extendfrac"]), "xycoords": "axes fraction", "xytext": (7, -2)}
     bar.ax.annotate("0 tokens", **place, textcoords="offset points", fontsize=8, color=INK, va="bottom")
 
@@ -216,11 +222,12 @@ def plot_max_violation(
 ) -> Path:
     """Write how unbalanced the experts of several runs are over time, as a PNG, and return its path.
 
-    One line per run: MaxVio averaged over layers, and over neighbouring steps in long runs (the thin line is
-    before that). The band reaches from the best to the worst layer. The runs are named from worst to best end.
+    Every run has one line: MaxVio ([`~rl_plugins.functional.max_violation`]), averaged over layers. In long runs it is
+    also averaged over neighbouring steps, and a thin line shows it without this average. The band reaches from the
+    best layer to the worst. The legend lists the runs by their last values, the largest first.
 
     Args:
-        histories: Name of the run -> `read_expert_load` of it.
+        histories: Name of the run -> result of `read_expert_load` for it.
         path: File to write; missing folders are made.
         title: Heading.
         goal: Height of a thin dashed line, such as the MaxVio below which no expert is a bottleneck.
@@ -232,7 +239,7 @@ def plot_max_violation(
 
 
 def max_violation_figure(histories: Mapping[str, ExpertLoadHistory], title: str | None, goal: float | None) -> Figure:
-    """The picture of `plot_max_violation`, not yet in a file."""
+    """Draw the picture of `plot_max_violation` without writing a file."""
     if not histories:
         raise ValueError("histories is empty: there is nothing to show")
     figure = new_figure(7.5, 3.8)
@@ -259,7 +266,7 @@ def _draw_violation(axes: Axes, name: str, steps: list[int], values: FloatArray,
         axes.fill_between(steps, *band, color=style["color"], alpha=0.13, linewidth=0)
     if window > 1:
         axes.plot(steps, mean, color=style["color"], alpha=0.3, linewidth=0.7)
-    marker = "o" if len(steps) == 1 else None  # a lone point makes no line
+    marker = "o" if len(steps) == 1 else None  # a single point makes no line
     axes.plot(steps, smooth(mean.tolist(), window), **style, linewidth=1.7, label=name, marker=marker)
 
 
@@ -277,7 +284,7 @@ def _scale_violation(axes: Axes, means: Sequence[FloatArray]) -> None:
 
 
 def _add_legend(figure: Figure, axes: Axes, has_bands: bool) -> None:
-    """Beside the lines and, like them, in the order of their ends."""
+    """Add a legend beside the lines, in the order of their last values."""
     named: list[Any] = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
     named.sort(key=lambda line: -line.get_ydata()[-1])
     place: dict[str, Any] = {"loc": "outside right center", "fontsize": 8.5, "frameon": False, "alignment": "left"}

@@ -47,9 +47,9 @@ def plot_grid_values(
         values: `v(s) (S,)`.
         policy: `pi(a|s) (S, A)`.
         path: file to write; missing folders are made.
-        shape: rows and columns of the grid, `S` in all.
+        shape: rows and columns of the grid, with `S` cells in all.
         title: heading.
-        arrows: sign of each action; by default those of FrozenLake, `CLIFF_WALKING_ARROWS` are those of CliffWalking.
+        arrows: symbol of each action; by default those of FrozenLake. `CLIFF_WALKING_ARROWS` is for CliffWalking.
         labels: state -> text that replaces its arrow, such as the goal.
         holes: states that are drawn dark and empty, such as holes and cliffs.
 
@@ -68,7 +68,7 @@ def grid_values_figure(
     labels: Mapping[int, str],
     holes: Collection[int],
 ) -> Figure:
-    """The picture of `plot_grid_values`, not yet in a file."""
+    """Draw the picture of `plot_grid_values` without writing a file."""
     _check(values, policy, shape, arrows)
     rows, columns = shape
     figure = new_figure(columns * CELL_INCHES + BAR_INCHES, rows * CELL_INCHES + bool(title) * TITLE_INCHES + 0.1)
@@ -111,20 +111,20 @@ def _colormap() -> Colormap:
 
 
 def greedy_signs(probabilities: Sequence[float], arrows: Sequence[str]) -> str:
-    """Arrows of the most probable actions, none where all are the same."""
+    """Return the arrows of the most probable actions; none if all actions are equally probable."""
     best = [a for a, p in zip(arrows, probabilities, strict=True) if p >= max(probabilities) - 1e-9]
     return "" if len(best) == len(arrows) else "".join(best)
 
 
 def decimals(values: Sequence[float]) -> int:
-    """Count the decimals that show three figures of the largest value: 0.415, -1.53, and none of whole numbers."""
+    """Count the decimals that show three figures of the largest value (0.415, -1.53); 0 if all are whole numbers."""
     if all(abs(value - round(value)) < 1e-6 for value in values):
         return 0
     return min(max(2 - math.floor(math.log10(max(map(abs, values)))), 0), 3)
 
 
 def _write(axes: Axes, row: int, column: int, sign: str, value: str, color: str) -> None:
-    """The sign above the value."""
+    """Write the symbol of a cell, and the value below it."""
     axes.text(column, row - 0.12, sign, ha="center", va="center", fontsize=12 if len(sign) == 1 else 8, color=color)
     axes.text(column, row + 0.3, value, ha="center", va="center", fontsize=6.5, color=color)
 
@@ -136,7 +136,7 @@ def _dark_cell(row: int, column: int) -> Patch:
 
 
 def _draw_lines(axes: Axes, rows: int, columns: int) -> None:
-    """White lines between the cells, and no frame: the numbers of rows and columns say nothing."""
+    """Draw white lines between the cells; remove the frame, and the numbers of rows and columns."""
     axes.set_xticks([x + 0.5 for x in range(columns - 1)])
     axes.set_yticks([y + 0.5 for y in range(rows - 1)])
     axes.grid(color="white", linewidth=1.2)

@@ -1,4 +1,4 @@
-"""Template of the token-value page: no network, no fonts of its own, opens anywhere."""
+"""Template of the token-value page, which needs no network, loads no fonts, and opens in any browser."""
 
 CARD = """<article class=$kind data-order="$order" data-reward="$reward" data-surprise="$surprise"
  data-verdict="$verdict">

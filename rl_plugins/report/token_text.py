@@ -1,4 +1,4 @@
-"""Text of single tokens: characters whole, bytes and blanks visible, and the words that tokens form."""
+"""Text of single tokens: with whole characters, with visible bytes and blanks, and grouped into words."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Decode tokens one by one, with every character whole, on the token that completes it.
 
-    Tokenizers that work on bytes spread one character over several tokens; decoded alone, each of these would be a
-    replacement character. The bytes that another token completes, and bytes that never make a character, are lone
-    surrogates in the text, U+DC80 to U+DCFF, as in Python's `surrogateescape`.
+    Tokenizers that work on bytes may spread one character over several tokens. Decoded alone, each of these would be a
+    replacement character. The last of these tokens gets the whole character. The bytes of the others, and bytes that
+    never make a character, are lone surrogates in the text, U+DC80 to U+DCFF, as in Python's `surrogateescape`.
 
     Args:
         tokenizer: A tokenizer of transformers, or anything with `decode`. Characters that are spread over tokens
@@ -43,7 +43,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _piece_reader(tokenizer: Any) -> Callable[[int], bytes]:
-    """A function that gives the bytes of a token."""
+    """Return a function that gives the bytes of a token."""
 
     def decoded(token: int) -> bytes:
         return tokenizer.decode([token]).encode("utf-8", "surrogatepass")
@@ -81,10 +81,10 @@ def _piece_reader(tokenizer: Any) -> Callable[[int], bytes]:
 
 
 def visible(text: str, keep: str = " ") -> str:
-    """The text with every character that leaves no mark replaced by a sign, except those in `keep`.
+    """Replace every invisible character of a text by a visible sign, except those in `keep`.
 
-    Besides blanks these are control characters, and the invisible ones that reorder or join their neighbours
-    (a right-to-left override in a token would scramble the rest of the line).
+    Invisible are blanks, control characters, and characters that reorder or join their neighbours (a right-to-left
+    override in a token would scramble the rest of the line).
     """
     return "".join(char if char in keep else _visible_char(char) for char in text)
 
@@ -97,10 +97,10 @@ def _visible_char(char: str) -> str:
 
 
 def words(texts: Sequence[str]) -> Iterator[range]:
-    """Places of the tokens of each word, one range after the other.
+    """Yield the range of the tokens of each word.
 
-    A line may break before a word, and not inside it. A word begins at a blank, after a line's end, and after a
-    character of a script that is written without blanks, unless punctuation follows.
+    A line of the page may break before a word, and not inside it. A word begins at a blank, after a line break, and
+    after a character of a script that is written without blanks, unless punctuation follows.
     """
     start = 0
     for index in range(1, len(texts)):

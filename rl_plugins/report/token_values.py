@@ -1,6 +1,6 @@
-"""A page that shows the value and the TD error of each token: one HTML file that opens anywhere, without a network.
+"""A page that shows the value and the TD error of each token: one HTML file that needs no network.
 
-Where rewards are paid on the way, or an environment answers, the page also marks the rewards and the turns.
+If rewards are paid before the last token, or an environment answers, the page also marks the rewards and the turns.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rl_plugins.report.value_chart import still_to_come, value_chart
 
 SPECIAL_TOKEN = re.compile(r"<\|.+\|>|</?(s|pad|unk|bos|eos|mask)>|\[(PAD|CLS|SEP|UNK|MASK|EOS|BOS)\]", re.DOTALL)
 LONG = 40
-"""Completions of more tokens have their values above the text, as wide as the page."""
+"""Number of tokens. A longer completion has the chart of its values above the text, as wide as the page."""
 FLAT = 0.05
-"""Values whose range is a smaller part of the range of rewards do not vary yet."""
+"""Share of the range of values and rewards. If the values span less, the page says that they do not vary yet."""
 
 
 def write_token_values_html(
@@ -37,8 +37,8 @@ def write_token_values_html(
 ) -> Path:
     """Write one self-contained page that colours every token by value or by TD error; return its path.
 
-    Above a long completion, and beside a short one, stands the line of its values. A reward that is paid on the way
-    stands behind its token. Tokens of an environment have no colour, and every turn has its number.
+    A chart of the values is above a long completion, or beside a short one. A reward that is paid before the last
+    token is shown behind its token. Tokens of an environment have no colour, and every turn has its number.
 
     The address of the page takes settings behind a `#`, joined by `&`: `mode=delta`, `show=right` or `wrong`,
     `sort=reward` or `surprise`, `theme=light` or `dark`, `find=TEXT`; and for a picture of one completion without the
@@ -102,7 +102,7 @@ def _check(traces: Sequence[TokenTrace]) -> None:
 
 @dataclass(frozen=True)
 class _Scales:
-    """Ranges that all completions of a page share, so that one colour means one number."""
+    """Ranges that all completions of a page share, so that a colour means the same number in all of them."""
 
     low: float
     high: float
@@ -126,13 +126,13 @@ class _Scales:
             delta=max((abs(delta) for delta in deltas), default=0.0) or 1.0,
             clipped=(min(values, default=low) < low, max(values, default=high) > high),
             seen=(min(values), max(values)) if values else None,
-            # The curve is read against the reward that it predicts, so that must be in the picture.
+            # The reader compares the curve with the reward that it predicts, so the reward must be in the picture.
             chart=_range_of([*values, *rewards]),
         )
 
     @property
     def digits(self) -> int:
-        """Decimals that tell apart a hundredth of the smaller scale."""
+        """Number of decimals that show a hundredth of the smaller scale."""
         return min(max(1 - math.floor(math.log10(min(self.high - self.low, self.delta))), 2), 8)
 
     def value_bin(self, value: float) -> str:
@@ -158,7 +158,7 @@ def _bin(prefix: str, position: float) -> str:
 
 
 def _hint(scales: _Scales) -> str:
-    """A warning where all values are about equal, so that colours show nothing or mere noise."""
+    """Write a warning if all values are about equal, so that the colours show nothing but noise."""
     if scales.seen is None:
         return ""
     low, high = scales.seen
@@ -177,12 +177,12 @@ def _hint(scales: _Scales) -> str:
 
 
 def format_number(number: float, digits: int) -> str:
-    """Fixed decimals with a real minus sign; "–" where the number is missing."""
+    """Format a number with fixed decimals and a real minus sign; "–" where the number is missing."""
     return f"{number:.{digits}f}".replace("-", "−") if math.isfinite(number) else "–"
 
 
 def _signed(number: float) -> str:
-    """A reward with its sign, which a zero does not have."""
+    """Format a reward with its sign, which a zero does not have."""
     return ("+" if 0 < number < math.inf else "") + _short(number)
 
 
@@ -192,12 +192,12 @@ def _reward_html(reward: float) -> str:
 
 
 def _byte_html(match: re.Match[str]) -> str:
-    """A mark for a byte of a character that another token completes, or that nothing completes."""
+    """Write a mark for a byte of a character that another token completes, or that no token completes."""
     return f'<i class=byte title="byte {ord(match[0]) - 0xDC00:02X}, no character by itself"></i>'
 
 
 def _text_html(token: str) -> str:
-    # What follows a line's end in the same token, such as the indent of code, stands in the next line.
+    # Text after a line break in the same token, such as the indentation of code, is shown in the next line.
     lines = token.rpartition("\n")
     shown = [_line_html(line) for line in (lines[0] + lines[1], lines[2]) if line]
     return "<br>".join(shown) or "<i>∅</i>"
@@ -210,17 +210,17 @@ def _line_html(text: str) -> str:
 
 
 def _token_html(trace: TokenTrace, index: int, own: bool, shown: bool, scales: _Scales) -> str:
-    """One token, with the reward behind it where that is shown."""
+    """Write one token, with the reward behind it where that is shown."""
     token, value, delta = trace.tokens[index], float(trace.values[index]), float(trace.td_errors[index])
     classes = ["t", scales.value_bin(value), scales.delta_bin(delta)] if own else ["t", "env"]
     if SPECIAL_TOKEN.fullmatch(token):
         classes.append("special")
-    # Six digits: more are noise of float32, and a page of long completions grows by half.
+    # Six digits: further ones are rounding noise of float32, and would make a page of long completions larger by half.
     data = f' data-value="{value:.6g}" data-delta="{delta:.6g}"' if own else ""
     reward = math.nan if trace.rewards is None else trace.rewards[index]
     if not math.isnan(reward):
         data += f' data-paid="{_signed(reward)}"'
-    # One tab stop per completion; the arrow keys move on from it.
+    # There is one tab stop per completion; the arrow keys move on from there.
     focus = " tabindex=0" if index == 0 else ""
     span = f'<span class="{" ".join(classes)}"{data}{focus}>{_text_html(token)}</span>'
     return span + (_reward_html(reward) if shown else "")
@@ -255,7 +255,7 @@ def _card(index: int, trace: TokenTrace, scales: _Scales, right_above: float) ->
 
 
 def _prompt_html(trace: TokenTrace, wide: bool) -> str:
-    """The prompt, in the line of a short completion where it is short as well."""
+    """Write the prompt, in the line of the completion if both are short."""
     text = escape(visible(trace.prompt, keep=" \n"))
     if not wide and len(trace.prompt) <= 80 and "\n" not in trace.prompt and trace.tool_mask is None:
         return f'<span class="prompt line" title="Prompt">{text}</span>'
@@ -273,7 +273,7 @@ def _count(trace: TokenTrace) -> str:
 
 
 def _tokens_html(trace: TokenTrace, scales: _Scales) -> str:
-    """All tokens; where an environment answers, in one block for each turn."""
+    """Write all tokens; if an environment answers, in one block for each turn."""
     chosen, shown = trace.chosen(), _shown_rewards(trace)
     html = [_token_html(trace, i, own, i in shown, scales) for i, own in enumerate(chosen)]
     if all(chosen):
@@ -284,25 +284,28 @@ def _tokens_html(trace: TokenTrace, scales: _Scales) -> str:
         played = any(chosen[i] for i in turn)
         label = f"Turn {number}" if played else "After the last turn"
         sign = f"<span class=no aria-hidden=true>{number}</span>" if played else ""
-        # A turn of several lines has its row to itself; short ones stand side by side.
+        # A turn of several lines has a row of its own; shorter turns are side by side.
         kind = "turn tall" if "<br>" in tokens.removesuffix("<br>") else "turn"
         blocks.append(f'<div class="{kind}" role=group aria-label="{label}">{sign}{tokens}</div>')
     return f"<div class=turns>{''.join(blocks)}</div>"
 
 
 def _words_html(tokens: Sequence[str], html: Sequence[str]) -> str:
-    """Tokens by words, between which lines may break."""
+    """Join tokens into words, between which lines may break."""
     parts = []
     for word in words(tokens):
         inside = "".join(html[i] for i in word)
-        # Most words are one token, which needs nothing around it; a reward stays in the line of its token.
+        # Most words are one token, which needs no element around it, unless a reward has to stay in the token's line.
         whole = inside if len(word) == 1 and "<b" not in inside else f"<span class=w>{inside}</span>"
         parts.append(whole + ("<br>" if tokens[word[-1]].endswith("\n") else "<wbr>"))
     return "".join(parts)
 
 
 def _shown_rewards(trace: TokenTrace) -> set[int]:
-    """Tokens behind which a reward is written: all that are paid, but not the zeros between rewards of tokens."""
+    """Return the tokens behind which a reward is written.
+
+    These are all tokens that are paid. If most tokens are paid, zeros are left out, except at the end of a turn.
+    """
     if trace.rewards is None:
         return set()
     paid = {i for i, reward in enumerate(trace.rewards) if not math.isnan(reward)}
@@ -346,7 +349,7 @@ def _legend(scales: _Scales) -> str:
 
 
 def _key(traces: Sequence[TokenTrace]) -> str:
-    """Explains the signs for rewards, turns and bytes, where there are any."""
+    """Explain the signs for rewards, turns and bytes, where there are any."""
     parts = []
     if any(trace.rewards is not None for trace in traces):
         line = '<svg class=line viewBox="0 0 24 12" aria-hidden=true><path class={} d="{}"/></svg>'

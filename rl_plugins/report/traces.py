@@ -1,4 +1,4 @@
-"""Completions with what a critic thought of each token, read from a trainer's newest batch.
+"""Completions with the critic's value and TD error of each token, read from a trainer's newest batch.
 
 `values[t] = V(s_t)` of head 1, before token `t` is chosen; `td_errors[t] = delta_t`, after it.
 Legend: `B` completions, `T` completion tokens, `P` prompt tokens, `K` value heads.
@@ -51,13 +51,13 @@ class TokenTrace:
     answer: str | None = None
 
     def chosen(self) -> list[bool]:
-        """Whether the policy chose each token (T,)."""
+        """Return for each token whether the policy chose it (T,)."""
         return [True] * len(self.tokens) if self.tool_mask is None else [bool(own) for own in self.tool_mask]
 
     def turns(self) -> list[range]:
-        """Places of the tokens of each turn: what the environment said before it, and the policy's own.
+        """Return the range of the tokens of each turn: the environment's text before it, and the policy's tokens.
 
-        What follows the last turn is a range of its own.
+        Tokens after the last turn are a range of their own.
         """
         ends = turn_ends(torch.tensor([self.chosen()], dtype=torch.bool))[0].nonzero().flatten().tolist()
         edges = sorted({0, *(end + 1 for end in ends), len(self.tokens)})
@@ -72,22 +72,22 @@ def traces_from_rollout(
     dataset: Iterable[Mapping[str, Any]] | None = None,
     answer_column: str | None = None,
 ) -> list[TokenTrace]:
-    """Traces of a batch of completions, as a critic trainer keeps in `last_rollout`.
+    """Make traces of a batch of completions, which a trainer with a critic keeps in `last_rollout`.
 
-    They have rewards where any completion is paid before its last token, or has tokens of an environment. With the
-    dataset that the prompts came from they also have the expected answers.
+    The traces have rewards if any completion is paid before its last token, or has tokens of an environment. With the
+    dataset that the prompts came from, the traces also have the expected answers.
 
     Args:
         tokenizer: Has `decode`; with a `dataset`, a tokenizer of transformers.
         rollout: `prompt_ids`, `prompt_mask (B, P)`, `completion_ids`, `critic_mask`, `td_errors (B, T)`,
-            `old_values (B, T, K)` and `scores (B,)`. `completion_mask` (B, T) brings tokens of an environment, and
-            `rewards` with `paid` (B, T) the rewards.
+            `old_values (B, T, K)` and `scores (B,)`. Tokens of an environment need `completion_mask` (B, T), and
+            rewards need `rewards` and `paid` (B, T).
         limit: Take at most this many rows.
         dataset: Rows with a `prompt`, a text or messages, among which are those of the rollout: the `train_dataset`,
             or the `eval_dataset` after an evaluation. A prompt of several rows gets the answer of the first, and a
             prompt of none gets no answer.
-        answer_column: Column of the dataset with the answer. By default `answer`, or else `solution`, where there is
-            one.
+        answer_column: Column of the dataset with the answer. By default `answer`, or else `solution`, if the dataset
+            has such a column.
 
     Returns:
         One trace per row that the critic learns from.
@@ -128,9 +128,9 @@ def _prompt_text(tokenizer: Any, rollout: Mapping[str, Tensor], row: int) -> str
 def _answers(
     tokenizer: Any, prompts: set[str], dataset: Iterable[Mapping[str, Any]], column: str | None
 ) -> dict[str, str]:
-    """Expected answers by the text of the prompt, of those prompts that the dataset has."""
+    """Find the expected answers of the prompts that the dataset has, by the text of the prompt."""
     found: dict[str, str] = {}
-    reader = getattr(tokenizer, "tokenizer", tokenizer)  # inside a processor, which would take a text for an image
+    reader = getattr(tokenizer, "tokenizer", tokenizer)  # the one inside a processor, which takes a text for an image
     for row in dataset:
         if len(found) == len(prompts):
             break
@@ -156,7 +156,7 @@ def _of_policy(x: Tensor, own: Tensor) -> Tensor:
 
 
 def _step_rewards(rollout: Mapping[str, Tensor], own: Tensor, answered: bool) -> Tensor | None:
-    """Rewards (B, T), NaN where nothing is paid; `None` where the return says all there is to say."""
+    """Return rewards (B, T), NaN where nothing is paid; `None` if the return of a completion says as much."""
     if "rewards" not in rollout or "paid" not in rollout:
         return None
     paid = rollout["paid"].bool() & own

@@ -1,8 +1,8 @@
-"""The line of a completion's values, as SVG inside the token-value page.
+"""The chart of a completion's values, as SVG inside the token-value page.
 
-The time axis counts the policy's own tokens: `V(s_t)` stands at `t`, and what it predicts at the end, `T`. Coordinates
-are `T` wide and 100 high; the style sheet stretches them, so that the same picture is small beside a short completion
-and as wide as the page above a long one.
+The time axis counts the policy's own tokens: `V(s_t)` is drawn at `t`, and the reward that it predicts at the end,
+`T`. The picture is `T` wide and 100 high in its own coordinates. The style sheet stretches it, so that it is small
+beside a short completion and as wide as the page above a long one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Y_TICKS, X_TICKS = 4, 10
 
 
 def nice_ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
-    """Round numbers of an axis from `low` to `high`, at most so many, each with its label.
+    """Return round numbers for an axis from `low` to `high`, at most `most` of them, each with its label.
 
     They are multiples of 1, 2 or 5 times a power of ten: -0.15 to 1.21 with at most 4 gives 0, 0.5 and 1.
     """
@@ -31,14 +31,14 @@ def nice_ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
 
 
 def value_chart(trace: TokenTrace, low: float, high: float, wide: bool, description: str) -> str:
-    """The figure of one completion.
+    """Draw the figure of one completion.
 
     Args:
         trace: Completion to draw.
         low: Value at the bottom of the picture.
         high: Value at the top.
-        wide: Whether the picture stands above the text, and numbers its tokens.
-        description: For readers who do not see it.
+        wide: Whether the picture is above the text, and has the numbers of tokens on its axis.
+        description: Text for readers who do not see the picture.
     """
 
     def y(value: float) -> float:
@@ -70,7 +70,7 @@ def value_chart(trace: TokenTrace, low: float, high: float, wide: bool, descript
 
 
 def _curve(values: Sequence[float], y: Callable[[float], float]) -> str:
-    """SVG path through the finite values; a missing one interrupts the line."""
+    """Write the SVG path through the finite values; a missing value interrupts the line."""
     parts, pen_down = [], False
     for place, value in enumerate(values):
         if math.isfinite(value):
@@ -81,7 +81,7 @@ def _curve(values: Sequence[float], y: Callable[[float], float]) -> str:
 
 
 def still_to_come(trace: TokenTrace) -> list[float]:
-    """Sums of the rewards from each token of the policy on, and 0 at the end; none without rewards of steps."""
+    """Add up the rewards from each token of the policy to the end, and 0 after the last; none without `rewards`."""
     if trace.rewards is None:
         return []
     heights = [0.0]
@@ -92,7 +92,7 @@ def still_to_come(trace: TokenTrace) -> list[float]:
 
 
 def _stairs(heights: Sequence[float], y: Callable[[float], float]) -> str:
-    """SVG path of what is still to come, with a step between a token that is paid and the next one."""
+    """Write the SVG path of the rewards still to come, with a step between a paid token and the next one."""
     parts = [f"M0 {y(heights[0])}"]
     for place, (height, then) in enumerate(zip(heights, heights[1:], strict=False)):
         if height != then:

@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import speculative decoding when it is used: nothing else leans on what it needs of transformers."""
+    """Import speculative decoding when it is used: only it needs certain undocumented parts of transformers."""
     if name not in ("SpeculativeDecoder", "speculating"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from rl_plugins.rollouts.speculative import decoder

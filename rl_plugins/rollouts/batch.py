@@ -23,14 +23,14 @@ class Batch(TypedDict, total=False):
     # Log-probabilities of the completions' tokens
     old_per_token_logps: Tensor  # (B, T), under the policy that sampled
     ref_per_token_logps: Tensor  # (B, T), under the reference
-    sampling_per_token_logps: Tensor  # (B, T), of the engine that sampled, where that is another one
+    sampling_per_token_logps: Tensor  # (B, T), of the engine that sampled, if it is not the model itself
     importance_sampling_ratio: Tensor  # (B, T) or (B, 1), the correction for that engine
-    held_logps: Tensor  # (B, T), of the policy that an auxiliary phase holds
+    held_logps: Tensor  # (B, T), under the policy that an auxiliary phase must stay close to
     # What they teach
     scores: Tensor  # (B,), weighted sums of rewards, NaN where a completion cannot be scored
     rewards: Tensor  # (B, T), the same rewards at the tokens after which they are paid
-    paid: Tensor  # (B, T), whether something is paid after the token, be it 0
-    truncated: Tensor  # (B,), whether the episode goes on after the last token, so that it is worth V(s_T)
+    paid: Tensor  # (B, T), whether something is paid after the token, even if it is 0
+    truncated: Tensor  # (B,), whether the episode would go on, so that its last state is worth V(s_T) and not 0
     advantages: Tensor  # (B,) or (B, T)
     returns: Tensor  # (B, T), targets of value head 1
     old_values: Tensor  # (B, T, K), values when the completion was made
@@ -40,14 +40,14 @@ class Batch(TypedDict, total=False):
     groups: Tensor  # (B,), number of the prompt
     informative: Tensor  # (B,), whether the rewards of the group differ
     table_row: Tensor  # (B,), place in the host's table of completions, -1 for none
-    prompt_weights: Tensor  # (B,), under which every prompt counts alike
+    prompt_weights: Tensor  # (B,), with which every prompt counts alike
     # Sums over the accumulation window
     num_items_in_batch: Tensor  # 0-d, TRL: real tokens of the whole rollout, of all ranks
-    num_items: Tensor  # 0-d, Lightning: what the losses are divided by, as for the next ones
-    num_tokens: Tensor
-    row_weight: Tensor
-    micro_batch_weight: Tensor
-    router_weight: Tensor
+    num_items: Tensor  # 0-d, Lightning: divisor of the losses; the next four are of Lightning, too
+    num_tokens: Tensor  # the policy's tokens per rank and micro-batch
+    row_weight: Tensor  # weight of a micro-batch, by its completions
+    micro_batch_weight: Tensor  # weight of a micro-batch, where all count alike
+    router_weight: Tensor  # weight of a micro-batch, by all its tokens, for the losses of routers
     # Images
     num_images: list[int]
     pixel_values: Tensor
@@ -56,15 +56,15 @@ class Batch(TypedDict, total=False):
 SAMPLING_KEYS = ("informative", "table_row")
 """Keys that only sampling reads."""
 REWARD_KEYS = ("scores", "rewards", "paid", "truncated")
-"""Keys that only the signal reads, before it makes advantages of them."""
+"""Keys that only the signal reads, which turns them into advantages."""
 LEFT_PADDED = ("prompt_ids", "prompt_mask")
 TOKEN_IDS = ("prompt_ids", "completion_ids")
-# What TRL has on padding; its vespo multiplies the ratios of a row without looking at the mask.
+# Keys that are 1 on padding, as in TRL: its vespo loss multiplies the ratios of a row without looking at the mask.
 ONE_PADDED = ("tool_mask", "importance_sampling_ratio")
 
 
 def without(batch: Batch, names: Sequence[str]) -> Batch:
-    """Take entries out of a batch, before it is cut into slices."""
+    """Copy a batch without some of its entries."""
     return cast(Batch, {name: value for name, value in batch.items() if name not in names})
 
 
@@ -74,13 +74,13 @@ def num_rows(batch: Batch) -> int:
 
 
 def loss_mask(batch: Batch) -> Tensor:
-    """Mask (B, T) of the tokens that the policy chose, which it learns from."""
+    """Mask the tokens (B, T) that the policy chose, from which it learns."""
     mask = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def select_rows(batch: Batch, index: Tensor) -> Batch:
-    """Take the rows `index` (n,) of a batch; what has no rows (token counts) is kept."""
+    """Take the rows `index` (n,) of a batch; entries without rows (token counts) are kept."""
     chosen = {
         key: value[index.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
         for key, value in batch.items()

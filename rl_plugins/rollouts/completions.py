@@ -24,7 +24,7 @@ class Completions(NamedTuple):
         completion_mask: (B, T), 1 up to and including the first end-of-text token.
         ended: (B,), whether the completion ended by itself instead of at the longest length.
         tool_mask: (B, T), 0 for tokens of an environment; `None` where all are the policy's.
-        rewards: (B, T), what is paid after each token on top of what reward functions say; NaN where nothing is.
+        rewards: (B, T), rewards after each token besides those of reward functions; NaN where nothing is paid.
         truncated: (B,), whether an environment cut an episode that would go on.
     """
 
@@ -38,19 +38,19 @@ class Completions(NamedTuple):
     truncated: Tensor | None = None
 
     def policy_lists(self) -> list[list[int]] | None:
-        """For every completion's real tokens whether the policy chose them; `None` where it chose all."""
+        """Tell for the real tokens of every completion whether the policy chose them; `None` where it chose all."""
         if self.tool_mask is None:
             return None
         rows = zip(self.tool_mask, self.completion_mask, strict=True)
         return [own[mask.bool()].tolist() for own, mask in rows]
 
     def token_lists(self) -> list[list[int]]:
-        """Real tokens of every completion."""
+        """List the real tokens of every completion."""
         return [ids[mask.bool()].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (B, P) of token lists, padded on the left."""
+    """Pad token lists on the left, and return token ids and mask (B, P)."""
     width = max(len(row) for row in rows)
     ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
@@ -58,7 +58,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.dev
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Tokens that end a completion: those of the model's generation config, else the tokenizer's.
+    """List the tokens that end a completion: those of the model's generation config, and the tokenizer's.
 
     Raises:
         ValueError: If there are none.
@@ -73,13 +73,13 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def until_eos(completion_ids: Tensor, eos: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mask up to and including the first end-of-text token (B, T), and whether there is one (B,)."""
+    """Mask the tokens up to and including the first end-of-text token (B, T), and tell whether there is one (B,)."""
     is_eos = torch.isin(completion_ids, torch.tensor(list(eos), device=completion_ids.device)).long()
     return (is_eos.cumsum(1) - is_eos == 0).long(), is_eos.any(1)
 
 
 class _Steps(StoppingCriteria):
-    """Stops nothing, and tells how far decoding is."""
+    """Stops nothing, but tells a listener how far decoding is."""
 
     def __init__(self, prompt_length: int, listener: Any) -> None:
         self.prompt_length, self.listener = prompt_length, listener
@@ -106,13 +106,13 @@ def generate_completions(
     Args:
         model: Causal LM, or a PEFT model around one; observers of its heads see every decoding step.
         prompts: B token lists, each at least one token long.
-        pad_token_id: Fills up.
+        pad_token_id: Token of the padding.
         eos: Tokens that end a completion.
         max_completion_length: T at most, in tokens.
         sampling: `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, or any other field of transformers'
             `GenerationConfig`.
         listener: Called with the number of tokens after each decoding step.
-        decoder: Decodes speculatively; by default the model's own loop does it.
+        decoder: Decodes speculatively; by default the model's own loop decodes.
 
     Raises:
         ValueError: If a prompt is empty.
@@ -145,7 +145,7 @@ def generate_completions(
             generation_config=config,
             stopping_criteria=StoppingCriteriaList(steps),
             custom_generate=decoder,
-            # Where every forward gathers from all ranks, the first to end must go on with the last.
+            # Where every forward gathers from all ranks, all ranks must go on until the last one ends.
             synced_gpus=gathers_in_forward(model),
         )
     finally:

@@ -22,7 +22,7 @@ class TextEnvironment(Protocol):
 
         Returns:
             The first observation, which is added to the prompt; `None` or `""` for none. A pair of observation and
-            info will do.
+            info works, too.
         """
 
     def step(self, action: str) -> tuple[str, float | None, bool, bool, dict[str, Any]]:
@@ -31,7 +31,7 @@ class TextEnvironment(Protocol):
         Returns:
             The next observation; the reward of the turn, `None` for none; whether the episode has ended (terminated);
             whether it was cut although it would go on (truncated); and an info, which nothing reads. Outside a chat
-            the observation needs some text, a line break at least: two turns with nothing between them are one.
+            the observation needs some text, at least a line break: else two turns would count as one.
         """
 
 
@@ -39,11 +39,11 @@ class Turns(NamedTuple):
     """Tokenizer and limits with which episodes are written down as tokens.
 
     Attributes:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         eos: Tokens that end a turn.
         max_completion_length: T, longest episode in tokens after the prompt, those of the environment included.
         max_turns: Most turns of the policy.
-        max_turn_length: Longest turn in tokens; a longer one is cut there, and is an action all the same.
+        max_turn_length: Longest turn in tokens; a longer one is cut there, and still is an action.
     """
 
     tokenizer: Any
@@ -115,31 +115,31 @@ def play_episodes(
     any_rank: Callable[[bool], bool] = bool,
     must_pay: Callable[[bool], bool] | None = None,
 ) -> Completions:
-    r"""Play an episode with each environment, all side by side: in every round all that go on make one turn.
+    r"""Play an episode with each environment, all side by side: in every round each unfinished episode has one turn.
 
     A completion holds the turns of the policy and, masked in `tool_mask`, what the environment answered. The reward of
-    a turn is paid at the turn's last token; a turn that `max_completion_length` cuts is no action and earns 0. Where
-    prompts are conversations, observations are messages of the user in
-    the tokenizer's chat template; else their text is appended as it is, so let it bring its own separators.
+    a turn is paid at the turn's last token; a turn that `max_completion_length` cuts is no action and earns 0. If
+    prompts are conversations, observations become user messages in the tokenizer's chat template. Otherwise their text
+    is appended as it is, so put separators into it.
 
     Args:
-        generate: Makes turns; [`~rl_plugins.rollouts.generate_completions`] with everything else filled in.
+        generate: Makes turns; [`~rl_plugins.rollouts.generate_completions`] with all other arguments filled in.
         prompts: B prompts, text or messages.
-        environments: One for each.
-        turns: Form of the episodes.
+        environments: One for each prompt.
+        turns: Tokenizer and limits of the episodes.
         rows: Columns of the data for the environments' `reset`; the prompts alone by default.
-        pad_token_id: Fills up.
-        device: Of the results.
+        pad_token_id: Token of the padding.
+        device: Device of the results.
         any_rank: Tells whether something holds on any rank, where all ranks must call `generate` equally often.
-        must_pay: Given where nothing but the environments rewards, so that one of them has to; tells whether something
+        must_pay: Given if only the environments give rewards, so that one of them has to; tells whether something
             holds on any rank.
 
     Returns:
         Completions with `tool_mask`, `rewards` (B, T), NaN where nothing was paid, and `truncated` (B,).
 
     Raises:
-        ValueError: If there are not as many environments as prompts, an environment returns no five-tuple, or none
-            pays that has to.
+        ValueError: If there are not as many environments as prompts, an environment returns no five-tuple, or no
+            environment pays where `must_pay` is given.
     """
     if len(environments) != len(prompts):
         raise ValueError(f"There are {len(environments)} environments for {len(prompts)} prompts. Give one for each.")
@@ -152,7 +152,7 @@ def play_episodes(
         episodes.append(_Episode(ids, environment, is_conversational(prompt)))
     while any_rank(any(episode.goes_on for episode in episodes)):
         going = [episode for episode in episodes if episode.goes_on]
-        # A rank that has none left goes along with one it throws away.
+        # A rank without unfinished episodes generates along with the others, and drops the result.
         asked = going or episodes[:1]
         left = max(turns.max_completion_length - len(episode.ids) for episode in going) if going else 1
         limit = left if turns.max_turn_length is None else min(left, turns.max_turn_length)
@@ -219,7 +219,7 @@ def _observed(tokenizer: Any, observation: str, chat: bool) -> list[int]:
 
 
 def _written(episodes: Sequence[_Episode], pad_token_id: int, device: torch.device | str) -> Completions:
-    """Episodes as padded tensors."""
+    """Write episodes as padded tensors."""
     width = max(1, *(len(episode.ids) for episode in episodes))
 
     def padded(rows: list[list[Any]], fill: Any, dtype: torch.dtype) -> Tensor:

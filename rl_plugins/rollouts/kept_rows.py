@@ -18,7 +18,7 @@ class Rows(NamedTuple):
         hidden: States of the trunk (R, S, D).
         input_ids: The tokens there (R, S).
         attention_mask: Real tokens (R, S).
-        positions: Of the tokens (R, S).
+        positions: Positions of the tokens (R, S).
     """
 
     hidden: Tensor
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     positions: Tensor
 
     def choose(self, rows: Tensor | slice) -> "Rows":
-        """Some of the rows."""
+        """Take some of the rows."""
         return Rows(*(x[rows] for x in self))
 
 
@@ -35,8 +35,8 @@ class JudgedRows:
     """Observes forward passes over whole rows: a copy of sequential heads judges them, and the first rows are kept.
 
     Args:
-        heads: The online heads, which know what a pass was given.
-        judge: The copy.
+        heads: The online heads, which know the inputs of a pass.
+        judge: The copy of the heads.
         num_tokens: T, completion length; the rows hold prompt + completion.
         limit: Most states to keep. The first row is kept whatever its length.
     """
@@ -67,18 +67,18 @@ class JudgedRows:
             self._kept.append(rows.choose(slice(count)))
 
     def finish(self) -> tuple[Tensor, Tensor] | None:
-        """Values (B, T, K) of the completions' states, online and target alike; `None` if no pass was seen."""
+        """Return the values (B, T, K) of the completions' states, online and target alike; `None` without a pass."""
         if not self._values:
             return None
         values = torch.cat(self._values)[:, :-1]
         return values, values
 
     def after(self, target_values: Tensor, completion_mask: Tensor) -> Tensor:
-        """Value of the state after each completion's last token (B,)."""
+        """Return the value of the state after each completion's last token (B,)."""
         return value_after(torch.cat(self._values)[..., 0], completion_mask)
 
     def kept(self) -> Rows:
-        """The rows that were kept."""
+        """Join the rows that were kept, padded on the left."""
         width = max(rows.input_ids.shape[1] for rows in self._kept)
 
         def joined(parts: list[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class KeptStates:
-    """The states of a rollout's tokens, in the order in which they come: those of the first rows, where there are too
+    """The states of a rollout's tokens, collected as they come: only those of the first rows, where there are too
     many.
 
     Generation brings one state of every row at a time, and nobody knows the lengths in advance. Whenever the states
@@ -33,12 +33,12 @@ class KeptStates:
         self._num_rows: int | None = None  # rows that fit; `None` while all do
 
     def add(self, states: Tensor, steps: Tensor, rows: Tensor) -> None:
-        """Take states.
+        """Add states.
 
         Args:
             states: (A, S, ...).
-            steps: For which token of its completion each is the state (A, S); below 0 for none.
-            rows: Which rows of the batch they belong to (A,).
+            steps: Index t of the token that is chosen in each state (A, S); below 0 for none.
+            rows: Rows of the batch that they belong to (A,).
         """
         wanted = steps >= 0
         if self._num_rows is not None:
@@ -61,7 +61,7 @@ class KeptStates:
         self._count = len(self._rows[0])
 
     def of(self, mask: Tensor) -> tuple[Tensor, int]:
-        """States of the real tokens of the rows that were kept, row by row.
+        """Return the states of the real tokens of the rows that were kept, row by row.
 
         Args:
             mask: Real tokens of all rows (B, T), bool.

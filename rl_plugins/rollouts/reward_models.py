@@ -12,12 +12,12 @@ from rl_plugins.rollouts.step_rewards import rewards_per, text_steps
 
 
 def is_conversational(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages instead of text."""
+    """Tell whether a prompt is a list of messages instead of text."""
     return isinstance(prompt, list) and all(isinstance(message, Mapping) and "role" in message for message in prompt)
 
 
 class RewardModel:
-    """A sequence classifier as a reward function: its only score of prompt and completion.
+    """A sequence classifier with one output as a reward function, which scores prompt and completion.
 
     Args:
         model: The classifier, or where to load it from.
@@ -36,7 +36,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        """Scores of the pairs."""
+        """Score the pairs of prompt and completion."""
         if is_conversational(prompts[0]):
             chats = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
             texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
@@ -51,8 +51,8 @@ class ProcessRewardModel:
     r"""A token classifier as a reward function for the steps of a completion (Lightman et al., arXiv 2305.20050).
 
     The classifier reads the prompt and the steps, each followed by the separator, and judges a step at the last token
-    of its separator. The reward is the probability of the second class, or the logit where there is only one. TRL's
-    former `PRMTrainer` trained classifiers in this format. Both hosts take the object for a reward function.
+    of its separator. The reward is the probability of the second class, or the logit where there is only one class.
+    TRL's former `PRMTrainer` trained classifiers in this format. Both hosts take the object as a reward function.
 
     Args:
         model: The classifier, or where to load it from.
@@ -99,7 +99,7 @@ class ProcessRewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[list[float]]:
-        """Rewards of the steps of each completion."""
+        """Give the rewards of the steps of each completion."""
         rows = [self._tokens(*pair) for pair in zip(prompts, completions, strict=True)]
         return [
             rewards

@@ -26,7 +26,7 @@ NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
 def prompt_tokens(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of prompts: text as it is, conversations through the chat template."""
+    """Turn prompts into token ids: text as it is, conversations through the chat template."""
     if is_conversational(prompts[0]):
         kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         return tokenizer.apply_chat_template(conversation=list(prompts), **kwargs)["input_ids"]
@@ -42,21 +42,21 @@ def as_completions(tokenizer: Any, prompts: Sequence[Any], completion_ids: Seque
 
 
 def reward_name(func: Any) -> str:
-    """Name of a reward function in metrics: its own, or its class's."""
+    """Return the name of a reward function in metrics: its own, or that of its class."""
     while isinstance(func, functools.partial):
         func = func.func
     return getattr(func, "__name__", type(func).__name__)
 
 
 def is_async(func: Any) -> bool:
-    """Whether calling a reward function returns a coroutine."""
+    """Tell whether calling a reward function returns a coroutine."""
     while isinstance(func, functools.partial):
         func = func.func
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
 
 
 def list_reward_funcs(reward_funcs: Any) -> list[Any]:
-    """The reward functions, reward models and their paths of a run as a list; empty where there are none.
+    """List the reward functions of a run, reward models and their paths among them; empty where there are none.
 
     Raises:
         TypeError: If one is neither callable nor a path.
@@ -73,7 +73,7 @@ def list_reward_funcs(reward_funcs: Any) -> list[Any]:
 
 
 def as_reward_funcs(reward_funcs: Any) -> list[RewardFunc]:
-    """The reward functions of a run as a list; reward models and their paths are made into functions.
+    """List the reward functions of a run, and make functions of reward models and their paths.
 
     Raises:
         TypeError: If one is neither callable nor a path.
@@ -94,14 +94,14 @@ def check_reward_arguments(functions: Sequence[Any], given: Iterable[str], *, co
     Args:
         functions: Reward functions; reward models and their paths pass.
         given: Names of the keyword arguments, columns of the data among them.
-        complete: Whether there will be no others.
+        complete: Whether `given` is complete.
 
     Raises:
-        TypeError: Naming the function, and the arguments or columns in question.
+        TypeError: If there is one; the message names it, and the arguments or columns in question.
     """
     names = list(dict.fromkeys(given))
     for func in functions:
-        # What is written in C may take more than its signature says, if it has one.
+        # A function written in C may take more than its signature says, if it has one.
         if isinstance(func, str | nn.Module | RewardModel) or inspect.isbuiltin(func):
             continue
         parameters = inspect.signature(func).parameters.values()
@@ -140,17 +140,17 @@ def as_rewards(
     """Read the result of a reward function as one number for each completion, NaN for None.
 
     Args:
-        name: Of the function.
+        name: Name of the function.
         rewards: A list, tensor, array or other iterable of numbers and None, or of lists of these for the steps.
         expected: Number of completions.
         moment: When it was called, such as `" in step 3"`.
-        func: The function, which may say for what it returns a reward each.
-        number: Of the function among the reward functions.
+        func: The function, which may declare a unit of its rewards.
+        number: Number of the function among the reward functions.
         steps: Takes in the rewards of steps, whose sums are returned.
 
     Raises:
         TypeError: If it is no iterable of numbers.
-        ValueError: If there are more or fewer than completions.
+        ValueError: If there are more or fewer rewards than completions.
     """
     given, returned = rewards, f"The reward function '{name}' returned"
     if inspect.iscoroutine(rewards):
@@ -184,12 +184,12 @@ def as_rewards(
 
 
 def checked(func: RewardFunc, name: str, number: int, steps: StepRewards, moment: str = "") -> RewardFunc:
-    """A stand-in for a reward function that checks arguments and result, and names the function in every error.
+    """Wrap a reward function such that arguments and result are checked, and every error names the function.
 
     Args:
         func: The function, sync or async.
         name: Its name in errors.
-        number: Of the function among the reward functions.
+        number: Number of the function among the reward functions.
         steps: Takes in the rewards of steps.
         moment: When it is called, such as `" in step 3"`.
 
@@ -231,7 +231,7 @@ def call_rewards(
         completions: B completions, as text or messages.
         completion_ids: Their tokens.
         columns: Further keyword arguments: the other columns of the data, repeated like the prompts.
-        moment: When, for errors, such as `" in step 3"`.
+        moment: When they are called, for errors, such as `" in step 3"`.
         steps: Takes in the rewards of steps.
 
     Returns:
@@ -242,7 +242,7 @@ def call_rewards(
         ValueError: If a function returns another number of rewards than there are completions.
         Exception: Whatever a function raises, with a note that names it.
     """
-    # A column of the data may have the name of one of these.
+    # A column of the data may have the name of one of these arguments, which then hide the column.
     arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     steps = StepRewards(Completed(completion_ids)) if steps is None else steps
     calls = [checked(func, reward_name(func), number, steps, moment) for number, func in enumerate(functions)]
@@ -261,8 +261,8 @@ async def _gather(calls: Sequence[RewardFunc], arguments: dict[str, Any]) -> lis
 
 @contextmanager
 def raised_by(name: str, moment: str = "", arguments: Iterable[str] = ()) -> Iterator[None]:
-    """Note on whatever a reward function raises which one it was, when, and what it was given; the exception keeps its
-    type and traceback (PEP 678)."""
+    """Add a note to an exception of a reward function, with its name, the moment of the call and the arguments. Its
+    type and traceback stay (PEP 678)."""
     try:
         yield
     except Exception as error:
@@ -273,7 +273,7 @@ def raised_by(name: str, moment: str = "", arguments: Iterable[str] = ()) -> Ite
 
 
 def check_weights(weights: list[float] | None, num_functions: int) -> Tensor | None:
-    """Weights of the reward functions (F,).
+    """Return the weights of the reward functions (F,); `None` for none.
 
     Raises:
         ValueError: If there are not as many as functions.
@@ -288,7 +288,7 @@ def check_weights(weights: list[float] | None, num_functions: int) -> Tensor | N
 
 
 def weighted_scores(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
-    """`sum_f w_f r_f` over the functions that gave a reward.
+    """Sum the weighted rewards, `sum_f w_f r_f`, over the functions that gave one.
 
     Args:
         rewards: (B, F), NaN for none.

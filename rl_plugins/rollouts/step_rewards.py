@@ -1,6 +1,6 @@
 """Rewards for steps: what a reward function may return instead of one number per completion, and where it is paid.
 
-[`rewards_per`] declares the unit of a function, for each of which it returns a reward:
+[`rewards_per`] declares the unit of a function, which then returns one reward for each such unit:
 
     unit    list for each completion              a reward is paid at
     token   as long as its `completion_ids`       that token
@@ -8,7 +8,7 @@
     step    one for each piece of its text        the piece's last token, the separator included
     span    (start, end, reward) each             the token with the last character of `text[start:end]`
 
-Tokens of an environment are nobody's action: what falls on one is paid at the policy's last token before it.
+Tokens of an environment are no actions: a reward at one of them is paid at the policy's last token before it.
 """
 
 import functools
@@ -29,7 +29,7 @@ UNITS = ("token", "turn", "step", "span")
 
 
 class RewardUnit(NamedTuple):
-    """Unit of a reward function, for each of which it returns a reward.
+    """Unit of a reward function, which returns one reward for each such unit.
 
     Attributes:
         kind: One of `UNITS`; `None` where the function declares none.
@@ -113,7 +113,7 @@ def token_ends(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     were generated; encoding the text anew might give others.
 
     Args:
-        tokenizer: Of the text.
+        tokenizer: Tokenizer of the text.
         ids: Its T tokens.
 
     Returns:
@@ -129,7 +129,7 @@ def token_ends(tokenizer: Any, ids: Sequence[int]) -> list[int]:
             ends.append(len(decoded))
     if decoded == text and len(ends) == len(ids):
         return ends
-    # Tokenizers that do more than their backend: by the common start of the text and each of its beginnings.
+    # Some tokenizers do more than their backend: decode each beginning, and see how far it agrees with the text.
     ends = []
     for count in range(1, len(ids) + 1):
         begun = tokenizer.decode(ids[:count], skip_special_tokens=True)
@@ -155,23 +155,23 @@ class Completed:
     tokenizer: Any = None
 
     def policy_mask(self, row: int) -> Sequence[int]:
-        """The policy's tokens of a completion."""
+        """Mask the policy's tokens of a completion."""
         return [1] * len(self.ids[row]) if self.chosen is None else self.chosen[row]
 
     def turns(self, row: int) -> list[tuple[int, int]]:
-        """First and last token of each turn."""
+        """Find the first and last token of each turn."""
         mask = [0, *self.policy_mask(row), 0]
         starts = [t for t in range(1, len(mask)) if mask[t] and not mask[t - 1]]
         ends = [t for t in range(1, len(mask)) if mask[t - 1] and not mask[t]]
         return [(start - 1, end - 2) for start, end in zip(starts, ends, strict=True)]
 
     def text(self, row: int) -> str:
-        """The text of a completion."""
+        """Decode a completion."""
         decoder = getattr(self.tokenizer, "tokenizer", self.tokenizer)
         return decoder.decode(self.ids[row], skip_special_tokens=True)
 
     def step_ends(self, row: int, separator: str) -> tuple[list[int], bool]:
-        """Last token of each step, and whether the separator occurs at all."""
+        """Find the last token of each step, and whether the separator occurs at all."""
         ends, text, found, occurs = token_ends(self.tokenizer, self.ids[row]), self.text(row), [], False
         for first, last in self.turns(row):
             start, stop = ends[first - 1] if first else 0, ends[last]
@@ -186,13 +186,13 @@ class Completed:
 
 
 def _token_of(ends: Sequence[int], characters: int, last: int) -> int:
-    """The first token after which so many characters are complete."""
+    """Find the first token after which so many characters are complete."""
     token = bisect_left(ends, characters)
     return token if token < len(ends) else last
 
 
 class TokenRewards(NamedTuple):
-    """Rewards of completions that are at their tokens already.
+    """Rewards of completions that are given for each token already.
 
     Attributes:
         rewards: (B, T), NaN where nothing is paid.
@@ -216,12 +216,12 @@ class StepRewards:
         """For each other source by its number: rewards (B, T), NaN where nothing is paid."""
         self._steps: dict[tuple[int, str], tuple[list[int], bool]] = {}
         self.unseparated: dict[int, int] = {}
-        """For each function with a separator by its number: completions in which it does not occur."""
+        """For each function with a separator by its number: completions that lack the separator."""
 
     @staticmethod
     def are_steps(func: Any, rewards: list[Any]) -> bool:
-        """Whether a function returned rewards of steps: it has a unit, or some of its lists have not just one number.
-        Lists of one number each are a column of a tensor."""
+        """Tell whether a function returned rewards of steps: it has a unit, or one of its lists has not exactly one
+        number. Lists of one number each are a column of a tensor."""
         listed = [row for row in map(as_list, rewards) if row is not None]
         return reward_unit(func).kind is not None or any(len(row) != 1 for row in listed)
 
@@ -229,9 +229,9 @@ class StepRewards:
         """Take in what a function returned.
 
         Args:
-            number: Of the function among the reward functions.
+            number: Number of the function among the reward functions.
             func: The function.
-            returned: Beginning of an error, such as `"The reward function 'f' returned"`.
+            returned: Beginning of an error message, such as `"The reward function 'f' returned"`.
             moment: When it was called, such as `" in step 3"`.
             rewards: An entry for each completion.
 
@@ -240,7 +240,8 @@ class StepRewards:
 
         Raises:
             TypeError: If numbers and lists are mixed, or a list holds something else than numbers.
-            ValueError: If a list has another length than there are tokens, turns or steps.
+            ValueError: If a list has another length than there are tokens, turns or steps, or a span is outside of
+                the text.
         """
         kind, separator = reward_unit(func)
         listed = [as_list(entry) for entry in rewards]
@@ -268,17 +269,17 @@ class StepRewards:
         return sums
 
     def _step_ends(self, row: int, separator: str) -> tuple[list[int], bool]:
-        """`Completed.step_ends`, which decodes a completion token by token, once for all functions that ask."""
+        """Call `Completed.step_ends`, which decodes a completion token by token, only once for all functions."""
         key = row, separator
         if key not in self._steps:
             self._steps[key] = self.completed.step_ends(row, separator)
         return self._steps[key]
 
     def take_tokens(self, number: int, rewards: Tensor, mask: Tensor) -> Tensor:
-        """Take in rewards that are at their tokens already.
+        """Take in rewards that are given for each token already.
 
         Args:
-            number: Of their source among the reward functions.
+            number: Number of their source among the reward functions.
             rewards: (B, T), NaN where nothing is paid.
             mask: The policy's tokens (B, T).
 
@@ -341,12 +342,12 @@ class StepRewards:
         """Put the rewards of all functions at the tokens after which they are paid.
 
         Args:
-            rewards: Of F functions, a number or a sum for each completion (B, F); NaN for none.
+            rewards: Rewards of F functions, a number or a sum for each completion (B, F); NaN for none.
             mask: The policy's tokens (B, T); a number for a completion is paid at the last of them.
             weights: (F,); ones by default.
 
         Returns:
-            The weighted sum (B, T), 0 where nothing is paid, and where something is paid, be it 0 (B, T) bool.
+            The weighted sum (B, T), 0 where nothing is paid, and a mask (B, T) of where something is paid, even if 0.
         """
         end = last_real(mask)
         at = torch.where(end[..., None], rewards[:, None], torch.nan)  # (B, T, F)
@@ -363,7 +364,7 @@ class StepRewards:
 
 
 def _at_policy(chosen: Sequence[int]) -> list[int]:
-    """For each token the policy's last one up to it; its first where there is none."""
+    """Find for each token the policy's last token up to it; the policy's first token where there is none."""
     last = next((t for t, own in enumerate(chosen) if own), None)
     if last is None:
         return list(range(len(chosen)))
@@ -375,14 +376,14 @@ def _at_policy(chosen: Sequence[int]) -> list[int]:
 
 
 def as_list(entry: Any) -> list[Any] | None:
-    """An entry of several rewards as a list; `None` for a single one."""
+    """Return an entry of several rewards as a list; `None` for a single one."""
     if isinstance(entry, Tensor) or type(entry).__module__ == "numpy":
         entry = entry.tolist()
     return list(entry) if isinstance(entry, list | tuple) else None
 
 
 def as_float(reward: Any) -> float:
-    """A single reward as a number, NaN for None.
+    """Return a single reward as a number, NaN for None.
 
     Raises:
         TypeError: If it is no number.

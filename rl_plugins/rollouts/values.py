@@ -21,9 +21,9 @@ ToValues = Callable[[Tensor], Tensor]
 
 
 class ValueRecord:
-    """Values of the states of completions, in the order in which states come.
+    """Records values of the states of completions, as the states come.
 
-    Whoever generates calls [`add`] with hidden states, or has [`EachStep`] or [`WholeRows`] do so. States wait until
+    Call [`add`] with hidden states, or let [`EachStep`] or [`WholeRows`] do so. States wait until
     `flush_every` calls share one run of the module, which keeps the cost per token low without keeping all hidden
     states.
 
@@ -33,11 +33,11 @@ class ValueRecord:
             heads.
         target: Slow copy of the module, run on the same states; `None` records the online values twice.
         flush_every: Calls of `add` per run of the module.
-        kept: Takes the states as well, for whoever wants them later.
+        kept: Takes the states as well, for later use.
         online: Whether the module judges the states, too, and not the slow copy alone.
 
     Attributes:
-        complete: Whether no state was missed, as far as whoever feeds the record knows.
+        complete: Whether no state was missed, as far as the caller of [`add`] knows.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ValueRecord:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was recorded, for other completions."""
+        """Forget what was recorded, and begin with other completions."""
         self._states: list[Tensor] = []
         self._steps: list[Tensor] = []
         self._rows: Tensor | None = None
@@ -64,13 +64,13 @@ class ValueRecord:
             self.kept.reset()
 
     def add(self, hidden: Tensor, steps: Tensor, rows: Tensor) -> None:
-        """Take states; this and [`finish`] are all that runs the module without gradient.
+        """Add states. The module runs here, in [`flush`] and in [`finish`], without gradient.
 
         Args:
             hidden: States (A, S, ...).
-            steps: For which token t of its completion each is the state `h_t` (A, S); below 0 for none.
-            rows: Which rows of the batch they belong to (A,); the same tensor as in the last call, where those are
-                the same rows.
+            steps: Index t for which each state is the `h_t` of its completion (A, S); below 0 for none.
+            rows: Rows of the batch that they belong to (A,). Give the tensor of the last call again if the rows are
+                unchanged.
         """
         if rows is not self._rows:
             self.flush()
@@ -96,7 +96,7 @@ class ValueRecord:
             self.kept.add(states, steps, self._rows)
 
     def finish(self, num_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """Online and target values (B, num_tokens, K), zero where no state was recorded; `None` if states
+        """Return online and target values (B, num_tokens, K), zero where no state was recorded; `None` if states
         were missed, or none came.
 
         Args:
@@ -109,7 +109,7 @@ class ValueRecord:
         first, num_rows = self._chunks[0][0], 1 + int(torch.cat([rows for *_, rows in self._chunks]).max())
         both = first.new_zeros(2, num_rows, num_tokens + 1, first.shape[-1])
         for online, target, steps, rows in self._chunks:
-            # What is no token of the completion goes into a column of its own.
+            # States for no token of the completion go into a column of their own.
             column = torch.where((steps >= 0) & (steps < num_tokens), steps, num_tokens)
             both[0, rows[:, None], column] = online
             both[1, rows[:, None], column] = target
@@ -117,7 +117,7 @@ class ValueRecord:
 
 
 def run_alone(module: ToValues, states: Tensor) -> Tensor:
-    """Make values of states, perhaps outside the forward of the model that shards the module."""
+    """Make values of states, also outside of the forward of the model that shards the module."""
     path = module.value_path if isinstance(module, MTPHeads) else module
     with whole_module(path, states.dtype) if isinstance(path, nn.Module) else nullcontext():
         return path(states)
@@ -126,10 +126,10 @@ def run_alone(module: ToValues, states: Tensor) -> Tensor:
 class EachStep:
     """Feeds a record from the forward passes of the model's own `generate`, so the critic needs no forward of its own.
 
-    The state `h_t` that predicts `y_t` is in reach when `y_t` is chosen. Inside [`following`] the observer keeps
-    account: each time a token is chosen, all tokens before it must have gone through the model, each once, and all
-    rows must still be there. Decoding methods of which that is not true (beams, drafts that are verified several at a
-    time) make the record unusable. Speculative decoding, which settles several tokens in one pass, feeds a record by
+    The state `h_t` that predicts `y_t` is available when `y_t` is chosen. Inside [`following`] the observer checks
+    this: each time a token is chosen, all tokens before it must have gone through the model exactly once, and all rows
+    must still be there. Decoding methods that work otherwise (beam search, drafts that are verified several at a time)
+    make the record unusable. Our speculative decoding, which settles several tokens in one pass, feeds a record by
     itself.
 
     Sequential heads read whole rows. Passes of the model wait until `record.flush_every` of them share one run of the
@@ -142,7 +142,7 @@ class EachStep:
     def __init__(self, record: ValueRecord) -> None:
         self.record = record
         self._rows_in_pieces = _RowsInPieces(record.module) if isinstance(record.module, SequentialHeads) else None
-        # The newest state waits for the next pass, since only afterwards is known whether a token was chosen from it.
+        # The newest state waits for the next pass, since only then it is known whether a token was chosen from it.
         self._newest: tuple[Tensor, int] | None = None
         self._rows: Tensor | None = None
         self._num_rows = 0
@@ -157,21 +157,21 @@ class EachStep:
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
-        """Record what the model's `generate` does inside the block, if it is that of transformers.
+        """Record the states of the model's `generate` inside the block, if this method is that of transformers.
 
         Args:
             model: Causal LM with the record's module attached, or a PEFT model around one.
 
         Raises:
-            TypeError: If the record's module is no attachment, whose forward passes could be watched.
+            TypeError: If the record's module is no attachment, so that it cannot watch forward passes.
         """
         module = self.record.module
         if not isinstance(module, Attachment):
             raise TypeError(f"Steps of generate are seen through an Attachment, got {type(module).__name__}.")
         base: Any = base_model_of(model)
         if type(base).generate is not GenerationMixin.generate or "generate" in vars(base):
-            # Passes of another `generate` may be anything. FSDP2 puts a wrapper there, too, and values then come from
-            # a pass.
+            # Another `generate` may run any passes. FSDP2 puts a wrapper there, too. Values then come from a pass that
+            # follows.
             yield
             return
         base.generate = partial(self._generate, base.generate)
@@ -183,7 +183,7 @@ class EachStep:
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        nested = self._length > 0  # drafts of the model's own first layers
+        nested = self._length > 0  # the model's own first layers draft
         if nested or ids is None or len(args) > 3 or kwargs.get("custom_generate") is not None:
             self.record.complete = False
             return generate(*args, **kwargs)
@@ -202,8 +202,8 @@ class EachStep:
         """Take the hidden states (B, S, D) of one forward pass.
 
         Every pass leaves a state, also one after which no token is chosen: under ZeRO-3 all ranks run the heads at
-        once, and ranks that have ended go on with idle passes. A state is handed over by the next pass, so that
-        something is left for the last run on every rank.
+        once, and ranks that have ended go on with idle passes. The state is handed over by the next pass, so that
+        every rank has something left for the last run of the heads.
         """
         rows, width = hidden.shape[:2]
         self._passes.append((rows, width))
@@ -239,17 +239,17 @@ class EachStep:
         self.record.flush()
 
     def _choose(self, rows: int, length: int) -> None:
-        """Keep the state that the newest token was chosen from, if the account is right.
+        """Keep the state that the newest token was chosen from, and check that none was missed.
 
         Args:
-            rows: Sequences that there are.
+            rows: Number of sequences.
             length: Tokens of each, the newest one included.
         """
         passes, self._passes = self._passes, []
         widths = [width for _, width in passes]
         before = length - 1
         right = rows == self._num_rows and all(found == rows for found, _ in passes) and before == self._length
-        # With a cache all that is new, in one pass or in chunks; without one everything.
+        # With a cache all new tokens, in one pass or in chunks; without a cache all tokens.
         right &= bool(widths) and (sum(widths) == before - self._cached or widths == [before])
         self.record.complete &= right
         self._length, self._cached = length, before
@@ -258,7 +258,7 @@ class EachStep:
             self._newest = self._newest[0], before - self._prompt_length
 
     def made(self, completion_ids: Tensor, mask: Tensor) -> bool:
-        """Whether the record holds the values of these very completions, and of all their tokens.
+        """Tell whether the record holds the values of exactly these completions, and of all their tokens.
 
         Args:
             completion_ids: Completions (B, T).
@@ -277,12 +277,12 @@ class _RowsInPieces:
     """Passes of `generate` over rows that grow, until sequential heads read them.
 
     Args:
-        heads: Of the model.
+        heads: The heads of the model.
     """
 
     def __init__(self, heads: SequentialHeads) -> None:
         self._stream = heads.stream()
-        self.steps: list[int] = []  # for which step the last state of each pass is
+        self.steps: list[int] = []  # step of the last state of each pass
         self._passes: list[tuple[Tensor, TrunkInputs]] = []
         self._width = 0  # of the rows so far
 
@@ -290,7 +290,7 @@ class _RowsInPieces:
         return len(self._passes)
 
     def add(self, hidden: Tensor, inputs: TrunkInputs | None) -> bool:
-        """Take a pass; returns whether its rows can be read."""
+        """Add a pass, and return whether its rows can be read."""
         ids, mask, positions = inputs or TrunkInputs(None, None, None)
         if ids is None or ids.shape != hidden.shape[:2]:
             return False
@@ -304,7 +304,7 @@ class _RowsInPieces:
         return True
 
     def read(self) -> tuple[Tensor, list[int]]:
-        """Features (B, N, K, D) of the last state of each of the N passes that waited, and their steps."""
+        """Compute features (B, N, K, D) of the last state of each of the N passes that waited, and their steps."""
         passes, steps = self._passes[: len(self.steps)], self.steps
         self._passes, self.steps = self._passes[len(steps) :], []
         hidden = torch.cat([states for states, _ in passes], dim=1)
@@ -321,7 +321,7 @@ class _RowsInPieces:
 
 
 class _TokenChosen(StoppingCriteria):
-    """Stops nothing, and tells an observer that a token has been chosen."""
+    """Stops nothing, but tells an observer that a token has been chosen."""
 
     def __init__(self, observer: EachStep) -> None:
         self.observer = observer
@@ -338,8 +338,8 @@ class WholeRows:
     the first rows of the record are those of the first pass.
 
     Args:
-        record: Takes the states. Where it watches a value model, whose observers receive values, its module adds the
-            last dimension to them: `ValueRecord(lambda values: values.unsqueeze(-1))`.
+        record: Takes the states. A value model gives its observers values in place of states. Then let the module of
+            the record add the last dimension to them: `ValueRecord(lambda values: values.unsqueeze(-1))`.
         num_tokens: T, completion length; the sequences hold prompt + completion.
     """
 
@@ -360,15 +360,15 @@ class WholeRows:
         self._ends.append(hidden[:, -1:].detach())
 
     def finish(self) -> tuple[Tensor, Tensor] | None:
-        """Online and target values (B, T, K); `None` if no pass was seen."""
+        """Return online and target values (B, T, K); `None` if no pass was seen."""
         return self.record.finish(self.num_tokens)
 
     @torch.no_grad()
     def after(self, target_values: Tensor, completion_mask: Tensor) -> Tensor:
-        """Target values of the state after each completion's last token (B,), which is the state of the next column.
+        """Return target values (B,) of the state after each completion's last token, the state of the next column.
 
         Args:
-            target_values: What `record.finish` gave (B, T, K).
+            target_values: Target values of `record.finish` (B, T, K).
             completion_mask: 1 for the tokens of a completion, an environment's included (B, T).
         """
         states = torch.cat(self._ends)
@@ -381,7 +381,7 @@ class WholeRows:
 def completion_values(
     model: nn.Module, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """Values of every state of given completions, for reports and notebooks.
+    """Compute the values of every state of given completions, for reports and notebooks.
 
     Args:
         model: Model with heads attached.

@@ -1,4 +1,4 @@
-"""Training signals: what a scored batch of completions teaches, as advantages, critics, losses and metrics."""
+"""Training signals: advantages, critics, losses and metrics that are made from a scored batch of completions."""
 
 from rl_plugins.signals.advantages import (
     ADVANTAGES,

@@ -37,7 +37,7 @@ GIVEN = ("mask", "reduce")
 
 @dataclass(frozen=True)
 class Advantage:
-    """An advantage, and what the rest of the package has to know of it.
+    """An advantage, with the facts that the rest of the package needs.
 
     One of `of_scores`, `of_lengths`, `of_advantages`, `of_steps` and `tracks_prompts` says how it is computed, or
     `of_rewards` alone.
@@ -45,22 +45,22 @@ class Advantage:
     Attributes:
         of_scores: `(scores (N,), group_size, **options) -> (N,)`, of all ranks, the completions of a prompt side by
             side, NaN for one that cannot be scored.
-        of_lengths: As `of_scores`, with the real tokens of each completion (N,) as third argument.
+        of_lengths: Like `of_scores`, with the real tokens of each completion (N,) as third argument.
         of_advantages: `(advantages (B,), mask (B, T), **options) -> (B, T)`: spreads the advantage `source` over the
             tokens of this rank's completions.
         source: Name of the advantage that `of_advantages` spreads.
         of_steps: `(rewards (N, T), paid (N, T), mask (N, T), group_size, **options) -> (N, T)`, of all ranks: from the
             rewards of steps, at the tokens after which they are paid.
-        of_rewards: `(rewards (B, T), mask (B, T), reduce=, **options) -> (B, T)`: from the rewards of tokens. Beside
-            another one it computes the same advantage where the KL is charged token by token.
+        of_rewards: `(rewards (B, T), mask (B, T), reduce=, **options) -> (B, T)`: from the rewards of tokens. If there
+            is another function as well, this one is used when the KL is subtracted from each token's reward.
         tracks_prompts: Whether the success of every prompt is tracked from batch to batch, as the baseline of its next
             completion ([`~rl_plugins.signals.value_tracker.TrackedAdvantages`]).
         compares_groups: Whether it needs several completions of a prompt.
         nonnegative: Whether it needs rewards of at least 0.
-        rescales: Whether it makes up for groups of equal rewards, whose advantages are zero.
-        check: Refuses options, given `(options, group_size)`.
-        shrink: Fits the options to a group that may be smaller than in training, given `(options, group_size)`.
-        scale_rewards: TRL's `scale_rewards` that says the same, if there is one.
+        rescales: Whether it scales the other groups up to make up for groups of equal rewards, whose advantages are 0.
+        check: `(options, group_size)`: refuses options that are wrong.
+        shrink: `(options, group_size) -> options`: adapts them to a group that may be smaller than in training.
+        scale_rewards: Value of TRL's `scale_rewards` that means the same advantage, if there is one.
     """
 
     of_scores: Callable[..., Tensor] | None = None
@@ -224,14 +224,14 @@ def advantages_of(
 
     Args:
         name: One of `ADVANTAGES` that neither tracks prompts nor is computed from rewards alone.
-        scores: Of this rank's completions, those of a prompt side by side (B,); NaN for one that cannot be scored.
+        scores: Scores of this rank's completions (B,), those of a prompt side by side; NaN for one without a score.
         group_size: Completions per prompt.
         mask: Real tokens (B, T).
-        rewards: At the tokens after which they are paid (B, T), for advantages of steps.
-        paid: Where something is paid (B, T), for these.
+        rewards: Rewards at the tokens after which they are paid (B, T), for advantages of steps.
+        paid: Where a reward is paid (B, T), for advantages of steps.
         options: Keyword arguments of the advantage.
         gather: Joins the rows of all ranks.
-        own: Takes this rank's rows out of those.
+        own: Picks this rank's rows from those of all ranks.
 
     Returns:
         (B,), 0 where the score is NaN; (B, T) for an advantage per token.
@@ -247,7 +247,7 @@ def advantages_of(
         return entry.of_advantages(whole, mask, **options)
     if entry.of_steps is not None:
         assert rewards is not None and paid is not None
-        # Ranks may have padded their completions to other lengths.
+        # Ranks may have padded their completions to different lengths.
         length = mask.shape[1]
         width = int(gather(torch.tensor([length], device=mask.device)).max())
         real = mask.bool() & scores.isfinite().unsqueeze(1)

@@ -7,7 +7,7 @@ from rl_plugins.settings import check_number
 
 
 def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings that are given, each of which has to be a number."""
+    """Yield the settings that are not `None`, and refuse one that is not a number."""
     for name, value in settings.items():
         if value is not None:
             check_number(name, value)
@@ -18,8 +18,8 @@ def check_unit_interval(**settings: float | None) -> None:
     """Refuse a setting outside [0, 1]; `None` passes.
 
     Raises:
-        TypeError: If one is no number.
-        ValueError: Naming the first one.
+        TypeError: If a setting is not a number.
+        ValueError: If a setting is outside [0, 1]; the message names the first one.
     """
     for name, value in _numbers(settings):
         if not 0.0 <= value <= 1.0:
@@ -30,8 +30,8 @@ def check_at_least(low: float, **settings: float | None) -> None:
     """Refuse a setting below `low`, or NaN; `None` passes.
 
     Raises:
-        TypeError: If one is no number.
-        ValueError: Naming the first one.
+        TypeError: If a setting is not a number.
+        ValueError: If a setting is below `low`; the message names the first one.
     """
     for name, value in _numbers(settings):
         if not value >= low:
@@ -42,8 +42,8 @@ def check_above(low: float, **settings: float | None) -> None:
     """Refuse a setting that is not above `low`; `None` passes.
 
     Raises:
-        TypeError: If one is no number.
-        ValueError: Naming the first one.
+        TypeError: If a setting is not a number.
+        ValueError: If a setting is not above `low`; the message names the first one.
     """
     for name, value in _numbers(settings):
         if not value > low:
@@ -51,10 +51,10 @@ def check_above(low: float, **settings: float | None) -> None:
 
 
 def check_whole(**settings: int | None) -> None:
-    """Refuse a setting that is no integer; `None` passes.
+    """Refuse a setting that is not an integer; `None` passes.
 
     Raises:
-        TypeError: Naming the first one.
+        TypeError: If a setting is not an integer; the message names the first one.
     """
     for name, value in _numbers(settings):
         if not isinstance(value, int):
@@ -65,7 +65,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Refuse a name that is not among `choices`.
 
     Raises:
-        ValueError: With the valid ones.
+        ValueError: If the name is not valid; the message lists the valid ones.
     """
     choices = list(choices)
     if value not in choices:
@@ -77,8 +77,8 @@ def check_head_reach(num_mtp_heads: int, limit: int | None, option: str) -> None
 
     Args:
         num_mtp_heads: K; head k forecasts what comes k tokens later.
-        limit: Most tokens of a sequence; `None` for no limit.
-        option: Name of the setting that `limit` is.
+        limit: Largest number of tokens in a sequence; `None` for no limit.
+        option: Name of the setting that gives `limit`.
 
     Raises:
         ValueError: If the last head would have nothing to learn from.

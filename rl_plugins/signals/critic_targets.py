@@ -1,4 +1,4 @@
-"""The critic's training signal: what to advantage the policy by, and what the value heads regress on."""
+"""The critic's training signal: advantages for the policy, and targets on which the value heads regress."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ ValueLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def value_losses(clip_range: float = 0.2, huber_delta: float = 1.0) -> dict[str, ValueLoss]:
-    """Value losses by the name that configs use."""
+    """Return the value losses by the names that configs use."""
     return {
         "squared": lambda v, y, old: squared_error(v, y),
         "clipped": lambda v, y, old: clipped_squared_error(v, y, old, clip_range=clip_range),
@@ -97,32 +97,32 @@ def critic_targets(
     time_unit: str = "token",
     after: Tensor | None = None,
 ) -> CriticTargets:
-    """Advantages and value targets of completions.
+    """Compute the advantages and value targets of completions.
 
     `Y_t = r_t + gamma v_1'[t+1]`, `delta_t = Y_t - v_1[t]`, where `'` marks the slow
     target heads. The policy gets `A_t = G_t(lam_policy) - v_1[t]` and head 1 regresses on `G_t(lam_value)`, the
     lambda-returns bootstrapped from the target heads (decoupled lambdas: VC-PPO, 2503.01491). `td` sets both lambdas
     to 0, so `A_t = delta_t`; `mc` sets both to 1.
 
-    Where both networks agree, `A_t` is GAE's sum of `(gamma lam)^l delta_{t+l}` (1506.02438, equation 16). That sum
-    itself would add up the gap between target and online values once per step: a lag of 0.1 becomes -2 over a
-    completion of 20 tokens.
+    If target and online values are equal, `A_t` is GAE's sum of `(gamma lam)^l delta_{t+l}` (1506.02438, equation 16).
+    Otherwise this sum would add the gap between the two once per step: a lag of 0.1 becomes -2 over a completion of 20
+    tokens.
 
     Args:
         rewards: Token rewards (B, T).
         values: Values of all heads when the completion was made (B, T, K).
-        target_values: The same from the target heads (B, T, K).
+        target_values: Values of the target heads (B, T, K).
         mask: Real tokens (B, T); may have holes.
         estimator: `gae`, `td` or `mc`.
         gamma: Discount.
         lam_policy: Lambda of the advantages (`gae` only).
         lam_value: Lambda of the value targets (`gae` only).
-        length_alpha: Use VAPO's length-adaptive lambda for the policy with this alpha.
+        length_alpha: Alpha of VAPO's length-adaptive lambda, which then replaces `lam_policy` (`gae` only).
         lookahead: Bootstrap from the mean of all heads' forecasts of `V(s_{t+1})` instead of head 1's alone.
-        ahead: How many tokens further each head looks than the one before it, see [`~rl_plugins.nn.MTPHeads`].
+        ahead: Tokens that each head looks further ahead than the head before it, see [`~rl_plugins.nn.MTPHeads`].
         time_unit: `token`, or `turn`: gamma and the lambdas act where a turn ends, and inside a turn both are 1.
         after: Values of the states after the last tokens (B,), 0 where an episode has ended there; by default all
-            have. The observed return of an episode that goes on ends with this value.
+            episodes have. The observed return of an episode that goes on includes this value.
 
     Raises:
         ValueError: If the estimator or the unit is unknown, or gamma or a lambda lies outside [0, 1].
@@ -193,7 +193,7 @@ def scale_advantages(
 
 
 def initial_values(values: Tensor, mask: Tensor) -> Tensor:
-    """`V(s_0)` (B,) of head-1 values (B, T): the value at the first real token, 0 where a row has none."""
+    """Pick `V(s_0)` (B,) from head-1 values (B, T): the value at the first real token, 0 where a row has none."""
     real = mask.bool()
     return masked_sum(values, real & (real.cumsum(1) == 1), dim=1)
 
@@ -208,8 +208,10 @@ def value_loss(
     old_values: Tensor,
     ahead: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value loss of all heads: parallel head k at t regresses on the target of head 1 at t+k-1, in the time index of
-    [`rl_plugins.functional`]; every sequential head at t on that at t.
+    """Compute the value loss of all heads.
+
+    In the time index of [`rl_plugins.functional`], parallel head k at t regresses on the target of head 1 at t+k-1,
+    and every sequential head at t on that at t.
 
     `L_TD = 1 / (K N) sum_k sum_t l(v_k[t], sg(Y_{t + (k-1) ahead}))`.
 
@@ -220,13 +222,13 @@ def value_loss(
         num_items: N, real tokens that the loss is averaged over.
         loss: Elementwise loss.
         old_values: Values when the completion was made (B, T, K), for the clipped loss.
-        ahead: How many tokens further each head looks than the one before it.
+        ahead: Tokens that each head looks further ahead than the head before it.
 
     Returns:
         The loss (0-d), its sum per head (K,) and the number of targets per head (K,), the latter two detached.
     """
     targets, target_mask = head_targets(returns, mask, values.shape[-1], ahead=ahead)
-    # Before the loss: NaN in padding that is masked only afterwards is still NaN in the gradient.
+    # Masked before the loss: NaN in padding that is masked only afterwards is still NaN in the gradient.
     error = loss(zero_masked(values, target_mask), targets.detach(), zero_masked(old_values, target_mask))
     per_head = masked_sum(error, target_mask, dim=0).sum(0)
     return (
@@ -246,18 +248,18 @@ def rollout_metrics(
     ahead: int = 1,
     reduce: Reduce | None = None,
 ) -> dict[str, Tensor]:
-    """Measure how good the saved values were, before this batch is learnt from.
+    """Measure how good the saved values were, before the critic learns from this batch.
 
-    `critic/explained_variance` is `1 - Var(G - v) / Var(G)` against the observed return G, so 1 is a perfect forecast,
-    0 is no better than a constant, and it cannot be gamed by bootstrapping. Per head k the return is that of `t +
-    (k-1) ahead`.
+    `critic/explained_variance` is `1 - Var(G - v) / Var(G)` with the observed return G: 1 is a perfect forecast, and 0
+    is no better than a constant. Since G is observed, bootstrapping cannot make the number look better. Head k is
+    compared with the return at `t + (k-1) ahead`.
 
     Args:
         targets: From [`critic_targets`].
         values: (B, T, K).
         target_values: (B, T, K).
         mask: Real tokens that count (B, T).
-        ahead: How many tokens further each head looks than the one before it.
+        ahead: Tokens that each head looks further ahead than the head before it.
         reduce: Sums statistics over ranks.
 
     Returns:
@@ -299,32 +301,33 @@ def critic_signal(
     cut: Tensor | None = None,
     **options: Any,
 ) -> tuple[CriticTargets, Tensor, dict[str, Tensor]]:
-    """Everything that the critic says about a batch just generated.
+    """Compute advantages, value targets and metrics of a batch just generated.
 
     Values are a control variate of the policy's gradient. With `calibrate`, advantages are made of `a + b v` instead
-    of the values `v`, with the `a` and the `b` between 0 and 1 that forecast the observed returns of this batch best.
-    Such values take away most variance, and bad ones do no harm: where values explain nothing `b` is 0, and the mean
-    of the batch is what remains, the baseline of REINFORCE++.
+    of the values `v`. The line, with `b` between 0 and 1, is the one that forecasts the observed returns of this batch
+    best. So good values remove most variance, and bad values do no harm: if values explain nothing, `b` is 0, and the
+    baseline is the mean of the batch, as in REINFORCE++.
 
     Args:
         rewards: Token rewards (B, T).
         values: Values of all heads when the completion was made (B, T, K).
-        target_values: The same from the target heads (B, T, K).
+        target_values: Values of the target heads (B, T, K).
         mask: Real tokens that count (B, T).
         gamma: Discount.
         scaling: See [`scale_advantages`].
         reward_range: See [`scale_advantages`].
-        discounted_objective: Multiply the scaled advantage of token `t` by `gamma^t`. Without the factor the gradient
-            is not that of the discounted return where `gamma < 1`: late tokens count too much.
+        discounted_objective: Multiply the scaled advantage of token `t` by `gamma^t`. Without this factor, and with
+            `gamma < 1`, the gradient is not that of the discounted return: late tokens count too much.
         calibrate: Correct the values by a line before they become advantages. Value targets stay as they are.
         reduce: Sums statistics over ranks.
         after: See [`critic_targets`].
-        cut: Episodes that `after` has a value of, since they were cut (B,), bool.
+        cut: Whether the episode was cut (B,), bool, so that `after` has a value of it.
         options: Further keyword arguments of [`critic_targets`].
 
     Returns:
         The targets, the policy's scaled advantages (B, T), and metrics (0-d): [`rollout_metrics`],
-        `critic/calibration`, which is `b`, and `critic/skipped_completions`, of which no token counts.
+        `critic/calibration`, which is `b`, and `critic/skipped_completions`, the number of completions without a token
+        that counts.
     """
 
     targets = critic_targets(rewards, values, target_values, mask, gamma=gamma, after=after, **options)
@@ -358,5 +361,5 @@ def critic_signal(
 
 
 def sequence_means(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens of each sequence, (B, T) -> (B,); 0 where there are none."""
+    """Compute the mean over the real tokens of each sequence, (B, T) -> (B,); 0 where there are none."""
     return masked_mean(x, mask, dim=1)

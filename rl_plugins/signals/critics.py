@@ -1,19 +1,19 @@
 """The critic, from the first value to the last gradient.
 
-A critic lives through five moments, in the order of this file:
+A critic works in five stages. The sections of this file have their numbers:
 
-1. **record**: a completion is generated, and the values of its states are saved on the way or by one pass afterwards;
+1. **record**: the values of a completion's states are saved while it is generated, or in one pass afterwards;
 2. **estimate**: rewards and values become advantages for the policy and regression targets for the values
    ([`CriticSignal`]; the equations are in `critic_targets.py`);
 3. **learn**: the policy's training forward computes the values once more, with gradient;
 4. **loss**: the values regress on their targets;
-5. **follow**: after the optimizer's step, slow copies of the values move.
+5. **follow**: after the optimizer's step, the slow copies of the module follow its new weights.
 
-With a replay, a copy of the values also learns between two rollouts, from cached states ([`ValueReplay`]).
+With a replay, a copy of the module also learns between two rollouts, from cached states ([`ValueReplay`]).
 
 [`HeadCritic`] has its values from heads inside the policy, [`ValueModelCritic`] from a second network; each has a file
-of its own. Another critic is another subclass: [`TrunkCritic`] does everything for a module that reads the hidden
-states of the policy's trunk.
+of its own. For a critic of your own, write another subclass: [`TrunkCritic`] does nearly all of the work if your
+module reads the hidden states of the policy's trunk.
 """
 
 from abc import ABC, abstractmethod
@@ -51,10 +51,10 @@ class Values(NamedTuple):
     """Values of the states of a batch of completions.
 
     Attributes:
-        online: (B, T, K).
-        target: Those to bootstrap from (B, T, K).
+        online: Values of the module that is trained (B, T, K); with a replay, those of its copy.
+        target: Values to bootstrap from (B, T, K).
         after: Target value of the state after each completion's last token (B,), for episodes that were cut there;
-            `None` where none was.
+            `None` if no episode was cut.
     """
 
     online: Tensor
@@ -64,22 +64,22 @@ class Values(NamedTuple):
 
 @dataclass
 class CriticRun:
-    """Values (B, T, K) of one training forward, there once it has run."""
+    """Values (B, T, K) of one training forward; `None` until the forward has run."""
 
     values: Tensor | None = None
 
 
 class Critic(ABC):
-    """Where values come from.
+    """Base class of critics, which compute values of states and learn them.
 
     Args:
-        values: Targets and loss of the values.
+        values: Options of the value targets and the value loss.
     """
 
     lookahead = False
-    """Whether the mean of all heads' forecasts bootstraps, instead of head 1's alone."""
+    """Whether to bootstrap from the mean of all heads' forecasts, instead of from head 1's alone."""
     ahead = 1
-    """Number of tokens that each of its values looks further ahead than the one before it."""
+    """Number of tokens by which each of the K values looks further ahead than the value before it."""
     learning_rate: float | None = None
     """Learning rate of the module; `None` for the policy's."""
 
@@ -87,21 +87,21 @@ class Critic(ABC):
     """Options of its heads, if it has heads that can draft."""
 
     target: ValueCopy | RowCopy | None = None
-    """A copy of what gives the values, slow or replayed, once [`copy`] has made it."""
+    """Copy of the module, slow or taught by a replay; `None` until [`copy`] has made it."""
     replay: ValueReplay | None = None
-    """Teaches that copy between rollouts, if there is a replay."""
+    """Replay that teaches this copy between rollouts, if there is one."""
 
     def __init__(self, values: ValueOptions) -> None:
         self.values = values
 
-    # Attached
+    # Attach
 
     def prepare(self, policy: Any, init_kwargs: Mapping[str, Any] | None = None) -> None:
         """Look for saved weights, before the policy is loaded.
 
         Args:
-            policy: As the user gave it.
-            init_kwargs: Keyword arguments that a path is loaded with.
+            policy: Model or path, as the user gave it.
+            init_kwargs: Keyword arguments with which a path is loaded.
         """
 
     @abstractmethod
@@ -125,24 +125,24 @@ class Critic(ABC):
 
     @abstractmethod
     def scoring(self, num_tokens: int) -> AbstractContextManager[None]:
-        """Save the values of completions of `num_tokens` tokens, and of the state after each, from a pass over them
-        inside the block."""
+        """Save values from a pass inside the block over completions of `num_tokens` tokens, also those of the states
+        after the last tokens."""
 
     @abstractmethod
     def recorded(self, batch: Batch, host: Host) -> Values:
-        """Give the values of a batch just generated, from a pass of their own where none were saved."""
+        """Return the saved values of a batch just generated; if there are none, compute them in one more pass."""
 
     def replay_states(
         self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: ValueTargets, ranks: Ranks
     ) -> Metrics:
-        """Let a copy of the values learn from the states of the batch just generated and of those before.
+        """Let the copy learn from the states of the batch just generated and of earlier ones, if there is a replay.
 
         Args:
             rewards: (B, T), 0 at masked positions.
             after: Values of the states after the last tokens (B,), 0 where an episode has ended there.
             mask: Tokens that the values learn from (B, T).
             targets: Makes value targets.
-            ranks: All ranks call this at the same time.
+            ranks: Sums over ranks; all ranks call this method at the same time.
         """
         return Metrics()
 
@@ -152,19 +152,19 @@ class Critic(ABC):
     def learning(
         self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
     ) -> AbstractContextManager[Any]:
-        """Compute the values in the policy's forward inside the block, and give the run that has them afterwards.
+        """Compute the values in the policy's forward inside the block, and yield the run that then holds them.
 
         Args:
             batch: Completions.
             num_items: Real tokens that the losses are averaged over.
             alone: Whether only the critic learns, so that no gradient may enter the trunk.
-            scale: Factor on the value gradient that enters the trunk, instead of the critic's own.
+            scale: Factor on the value gradient that enters the trunk; `None` for the critic's own factor.
         """
 
     # 4. Loss
 
     def loss(self, run: Any, batch: Batch, num_items: Tensor, ranks: Ranks) -> tuple[Tensor, Metrics]:
-        """lambda_2 L_TD of a run, and its metrics."""
+        """Compute lambda_2 L_TD of a run, and its metrics."""
         return self.value_term(
             run.values, batch["returns"], batch["critic_mask"], num_items, batch["old_values"], ranks
         )
@@ -172,7 +172,7 @@ class Critic(ABC):
     def value_term(
         self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
-        """lambda_2 L_TD of values (B, T, K) with gradient; arguments as for
+        """Compute lambda_2 L_TD of values (B, T, K) with gradient; the arguments are those of
         [`~rl_plugins.signals.value_loss`]."""
         options = self.values
         loss, sums, counts = value_loss(
@@ -187,30 +187,30 @@ class Critic(ABC):
         return options.value_loss_coef * loss, head_metrics("critic/value_loss", sums, counts, ranks.sum_over_ranks)
 
     def gradient_totals(self, ranks: Ranks) -> Tensor | None:
-        """Say what the backward pass showed of the value gradient into the trunk, of all ranks: sum of norms, clamped
-        tokens, tokens (3,); `None` where there was none."""
+        """Describe the value gradient that entered the trunk in the last backward pass, over all ranks: sum of norms,
+        clamped tokens, tokens (3,); `None` if there was no such gradient."""
         return None
 
     # 5. Follow
 
     def copy(self) -> None:
-        """Make slow copies of what is attached, before an engine wraps or shards it."""
+        """Make the copies of the attached module, before an engine wraps or shards it."""
 
     def place(self, device: torch.device) -> None:
-        """Move slow copies, which are no part of the policy, to the device of this rank."""
+        """Move the copies, which are no part of the policy, to the device of this rank."""
 
     def follow(self, step: int) -> None:
-        """Move slow copies after optimizer step number `step`."""
+        """Update the slow copies after optimizer step number `step`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint, the same on every rank, beside the attached module's own weights."""
+        """Return the state for a checkpoint that is equal on all ranks, without the attached module's own weights."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore [`state_dict`]."""
 
     def rank_state(self) -> dict[str, Any]:
-        """State for a checkpoint that every rank has its own of."""
+        """Return the state for a checkpoint that differs from rank to rank."""
         return {} if self.replay is None else self.replay.rank_state()
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
@@ -224,8 +224,8 @@ class TrunkCritic(Critic):
     the states are hidden states (B, T, D), or what [`Attachment.states`] makes of them.
 
     A subclass attaches the module; everything else is here. Values are saved while the model's own `generate` makes
-    the completions; for other engines, several turns and the like they come from the pass for the old
-    log-probabilities, or from a pass of their own.
+    the completions. With other engines, or completions of several turns, they come from the pass for the old
+    log-probabilities, or from a separate pass.
     """
 
     module: Attachment
@@ -241,7 +241,7 @@ class TrunkCritic(Critic):
         self._kept: KeptStates | None = None
 
     def _record(self) -> ValueRecord:
-        """Begin a record, which keeps its states for a replay."""
+        """Begin a record of values, which also keeps the states if there is a replay."""
         kept = None if self.replay is None else KeptStates(self.replay.room)
         return ValueRecord(self.module, self.target, kept=kept, online=self.replay is None)
 
@@ -274,16 +274,16 @@ class TrunkCritic(Critic):
             yield
 
     def recorded(self, batch: Batch, host: Host) -> Values:
-        """Give values saved while generating, else of the pass for the old log-probabilities, else of a new pass.
+        """Return values saved during generation, else those of the pass for the old log-probabilities, or a new pass.
 
-        The state after the last token of an episode that was cut is in no step of generation, but in every pass.
+        If an episode was cut, the values come from a pass: no step of generation reads the state after the last token.
         """
         cut = "truncated" in batch
         saved = None if cut else self._saved(batch, host)
         if saved is not None:
             return saved
         if "old_per_token_logps" not in batch:
-            # A pass without the policy's adapters, for the reference, may have come first: it counts for nothing.
+            # A pass for the reference, without the policy's adapters, may have come first; its values are dropped.
             self._passes.clear()
             batch["old_per_token_logps"] = host.log_probs(batch)
         # The first pass is the policy's; a second one is the reference of a PEFT model.
@@ -301,27 +301,27 @@ class TrunkCritic(Critic):
     def replay_states(
         self, rewards: Tensor, after: Tensor | None, mask: Tensor, targets: ValueTargets, ranks: Ranks
     ) -> Metrics:
-        """Let the copy learn, where there is a replay."""
+        """Let the copy learn, if there is a replay."""
         if self.replay is None:
             return Metrics()
         return self.replay.learn(self._kept_rollout(rewards, mask, after), targets, ranks)
 
     def _kept_rollout(self, rewards: Tensor, mask: Tensor, after: Tensor | None) -> KeptRollout:
-        """Hand over the states of the batch just generated, which are kept no longer here."""
+        """Hand over the states of the batch just generated, without keeping them here."""
         assert self._kept is not None
         states, rows = self._kept.of(mask)
         self._kept = None
         return RolloutOfStates(states, rewards[:rows], mask[:rows], None if after is None else after[:rows])
 
     def _saved(self, batch: Batch, host: Host) -> Values | None:
-        """Values saved while generating, if every rank has those of these very completions."""
+        """Return the values saved during generation, if every rank has saved those of exactly these completions."""
         saved = record = None
-        if len(self._turns) == 1:  # several turns do not make one completion
+        if len(self._turns) == 1:  # the records of several turns do not make up one completion
             record, steps = self._turns[0]
             saved = record.finish(batch["completion_ids"].shape[1])
             if steps is not None and not steps.made(batch["completion_ids"], loss_mask(batch)):
                 saved = None
-        # Together, since the pass that takes their place is one of all ranks.
+        # All ranks decide together, since all of them have to take part in the pass that is the alternative.
         missing = torch.tensor([float(saved is None)], device=host.device)
         if host.sum_over_ranks(missing) > 0 or saved is None or record is None:
             return None
@@ -331,7 +331,7 @@ class TrunkCritic(Critic):
     def learning(
         self, batch: Batch, num_items: Tensor, *, alone: bool, scale: float | None = None
     ) -> AbstractContextManager[Any]:
-        """Run the module in the policy's forward; `alone` and `scale` are for modules with gradient into the trunk."""
+        """Run the module in the policy's forward; `alone` and `scale` only matter for gradient into the trunk."""
         return self._observed(batch)
 
     @contextmanager
@@ -352,7 +352,7 @@ class CriticSignal(Signal):
     """A critic's values as training signal: an advantage for every token, and a value loss.
 
     Args:
-        critic: Where the values come from; made with [`OnlineValueOptions`].
+        critic: Gives the values; made with [`OnlineValueOptions`].
     """
 
     critic: Critic
@@ -368,7 +368,7 @@ class CriticSignal(Signal):
 
     @property
     def bootstrap_truncated(self) -> bool | None:
-        """Whether episodes that were cut are worth V(s_T)."""
+        """Whether episodes that were cut are worth V(s_T) after their last token."""
         return self.options.bootstrap_truncated
 
     @property
@@ -414,7 +414,7 @@ class CriticSignal(Signal):
         return Metrics({**metrics, **kl, **learned})
 
     def _estimation(self) -> dict[str, Any]:
-        """Give the options by which rewards and values become targets, keyword arguments of [`critic_targets`]."""
+        """Return the options that make targets of rewards and values, as keyword arguments of [`critic_targets`]."""
         options = self.options
         return {
             "estimator": options.advantage_estimator,
@@ -428,7 +428,7 @@ class CriticSignal(Signal):
         }
 
     def _value_targets(self) -> ValueTargets:
-        """Make targets of a replay from rewards; they bootstrap from the replay's own values."""
+        """Return the function that makes value targets in a replay, which bootstrap from the copy's own values."""
         options, estimation = self.options, self._estimation()
 
         def make(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
@@ -440,7 +440,7 @@ class CriticSignal(Signal):
         return ValueTargets(make, not observed)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the critic."""
+        """Return the state of the critic."""
         return self.critic.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -448,9 +448,9 @@ class CriticSignal(Signal):
         self.critic.load_state_dict(state)
 
     def rank_state(self) -> dict[str, Any]:
-        """Rollouts that this rank's critic keeps."""
+        """Return the rollouts that this rank's critic keeps."""
         return self.critic.rank_state()
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
-        """Restore that."""
+        """Restore [`rank_state`]."""
         self.critic.load_rank_state(state)

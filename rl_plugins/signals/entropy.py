@@ -9,13 +9,14 @@ from rl_plugins.functional.masking import Reduce, masked_sum
 
 
 class EntropyControl:
-    """Coefficient `c` of the bonus `c H(pi)`; adaptive, it rises by a step while the entropy is low, and falls else.
+    """Coefficient `c` of the entropy bonus `c H(pi)`.
 
-    While the entropy is above the target there is no bonus at all (TRL's `use_adaptive_entropy`).
+    An adaptive coefficient rises by a step while the entropy is at most the target, and falls otherwise. While the
+    entropy is above the target, there is no bonus at all (TRL's `use_adaptive_entropy`).
 
     Args:
-        coef: At the start.
-        adaptive: Whether it changes.
+        coef: Coefficient at the start.
+        adaptive: Whether the coefficient changes.
         target: Entropy per token, in nats, below which the bonus acts.
         delta: Step of the coefficient after an optimizer step.
         low: Smallest coefficient.
@@ -39,7 +40,7 @@ class EntropyControl:
 
     @property
     def enabled(self) -> bool:
-        """Whether there may be a bonus; an adaptive one may come back from 0."""
+        """Whether there may be a bonus: an adaptive coefficient may also rise from 0."""
         return self.adaptive or self.coef != 0.0
 
     @property
@@ -50,7 +51,7 @@ class EntropyControl:
         return 0.0 if self.adaptive and self._last > self.target else self.coef
 
     def observe(self, entropies: Tensor, mask: Tensor) -> None:
-        """Take in the entropies (B, T) of a micro-batch at the tokens of a mask (B, T)."""
+        """Record the entropies (B, T) of a micro-batch at the tokens of a mask (B, T)."""
         if self.adaptive:
             sums = torch.stack([masked_sum(entropies.detach(), mask), mask.sum().float()])
             self._sums = sums if self._sums is None else self._sums + sums

@@ -29,16 +29,16 @@ from rl_plugins.signals.value_replay import KeptRollout, RolloutOfRows, ValueRep
 class HeadCritic(TrunkCritic):
     """The critic inside the policy: multi-token-prediction heads that also output a value, with slow copies.
 
-    `L = lambda_2 L_TD + lambda_1 L_MTP`: the heads predict tokens, too, which sharpens them as drafters.
+    `L = lambda_2 L_TD + lambda_1 L_MTP`: the heads also learn to predict tokens, so that they can draft completions.
 
     Args:
         options: Heads, value gradient and targets.
-        values: Targets and loss of the values.
-        replay: How a copy of the value path learns from cached states; by default it does not.
-        temperature: Of sampling.
+        values: Options of the value targets and the value loss.
+        replay: Options of the replay, in which a copy of the heads learns from cached states; off by default.
+        temperature: Temperature of sampling.
 
     Raises:
-        ValueError: If the value loss does not go with a replay.
+        ValueError: If the value loss cannot be combined with the replay.
     """
 
     module: MTPHeads
@@ -75,11 +75,11 @@ class HeadCritic(TrunkCritic):
         self.ahead, self._seed = self.module.ahead, seed
         return self.module
 
-    # 1. Record: a replay of sequential heads judges whole rows, of which a pass is needed
+    # 1. Record: a replay of sequential heads needs whole rows, which only a pass has
 
     @contextmanager
     def generating(self, model: nn.Module, decoder: Any = None) -> Iterator[None]:
-        """Save values while the model generates, where single states are judged."""
+        """Save values while the model generates, unless they are computed from whole rows."""
         rows = isinstance(self.target, RowCopy)
         with nullcontext() if rows else super().generating(model, decoder):
             yield
@@ -127,7 +127,7 @@ class HeadCritic(TrunkCritic):
             num_items: Real tokens that the losses are averaged over.
             alone: Keep all gradient out of the trunk.
             scale: Replaces `value_grad_scale`.
-            target: Slow heads to run on the same states, where the bootstrap is not from a rollout.
+            target: Slow heads to run on the same states, if no rollout has saved values to bootstrap from.
         """
         options, clip = self.options, self.options.value_grad_clip
         # One token's squared error of 1 has this gradient, so the clip is in units of the unweighted error.
@@ -145,7 +145,7 @@ class HeadCritic(TrunkCritic):
             yield run
 
     def loss(self, run: Any, batch: Batch, num_items: Tensor, ranks: Ranks) -> tuple[Tensor, Metrics]:
-        """lambda_2 L_TD + lambda_1 L_MTP of a run, and their metrics."""
+        """Compute lambda_2 L_TD + lambda_1 L_MTP of a run, and the metrics of both."""
         values, metrics = self.value_term(
             run.values, batch["returns"], batch["critic_mask"], num_items, batch["old_values"], ranks
         )
@@ -156,19 +156,19 @@ class HeadCritic(TrunkCritic):
     def value_term(
         self, values: Tensor, returns: Tensor, mask: Tensor, num_items: Tensor, old_values: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
-        """lambda_2 L_TD of values (B, T, K), whose clamp keeps its units whatever the host does to the loss."""
+        """Compute lambda_2 L_TD of values (B, T, K), and scale the clamp's limit as the host will scale the loss."""
         term, metrics = Critic.value_term(self, values, returns, mask, num_items, old_values, ranks)
         limit, self._limit = self._limit, None
         if limit is not None and term.requires_grad:
             # Hosts scale a loss before its backward pass: by one over the number of micro-batches, DeepSpeed by that
-            # once more, float16 by its loss scale. The clamp's limit has to grow alike. The gradient of this term is
-            # that factor; it is known before the clamp runs, which lies further back in the same graph:
+            # once more, float16 by its loss scale. The clamp's limit needs the same factor. This factor is the
+            # gradient of the term, which is known before the clamp runs, since the clamp comes later in the backward:
             #     loss --factor--> term (this hook) --> values --> heads --> clamp (reads `limit`) --> trunk
             term.register_hook(lambda grad: limit.mul_(grad.float()) and None)
         return term, metrics
 
     def gradient_totals(self, ranks: Ranks) -> Tensor | None:
-        """Say what the clamp saw in the last backward pass."""
+        """Sum up what the clamp has measured in the last backward pass, over all ranks."""
         stats, self._stats = self._stats, None
         return None if stats is None else ranks.sum_over_ranks(stats.totals(ranks.device))
 
@@ -204,14 +204,14 @@ class HeadCritic(TrunkCritic):
                 self.target.update(online, step=step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The target heads, and what a replay has of them."""
+        """Return the target heads, or with a replay its copy of the heads and its optimizer."""
         if self.replay is not None:
             return self.replay.state_dict()
         assert self.target is not None
         return {key: value.cpu() for key, value in self.target.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the target heads."""
+        """Restore [`state_dict`]."""
         if self.replay is not None:
             self.replay.load_state_dict(state)
             return

@@ -24,12 +24,12 @@ class HeadTraining:
 
     Args:
         options: Which heads, and how they learn tokens.
-        temperature: Of sampling, at which log-probabilities are taken.
+        temperature: Temperature of sampling, at which log-probabilities are taken.
         draft_only: Whether the heads only draft, so that their values stay as they are.
 
     Attributes:
         heads: The heads, once they are attached.
-        fresh: Whether they were made then, with weights that have never learned.
+        fresh: Whether the heads were new when they were attached, with weights that have never learned.
     """
 
     heads: MTPHeads
@@ -44,8 +44,8 @@ class HeadTraining:
         """Find saved heads, before the policy is loaded.
 
         Args:
-            policy: As the user gave it; heads beside a path's weights are taken.
-            revision: Of a hub's repository.
+            policy: Model or path, as the user gave it; heads that are saved beside a path's weights are used.
+            revision: Revision of the repository on the hub.
 
         Raises:
             FileNotFoundError: If `mtp_heads_path` holds no heads.
@@ -59,7 +59,7 @@ class HeadTraining:
         """Give the policy heads, or go on with those that it has.
 
         Raises:
-            ValueError: If the heads that there are do not fit the options.
+            ValueError: If existing heads do not fit the options.
         """
         options = self.options
         self.fresh = self._saved is None and MTPHeads.of(model) is None
@@ -88,8 +88,8 @@ class HeadTraining:
         Args:
             select: Picks the states from the trunk's hidden states.
             labels: Token of each head (B, T, K), -100 where there is none.
-            alone: Keep the gradient of the tokens out of the trunk, whatever the options say.
-            values: How the values run; see [`~rl_plugins.nn.MTPHeads.running`].
+            alone: Keep the gradient of the token loss out of the trunk, whatever the options say.
+            values: Arguments about the values; see [`~rl_plugins.nn.MTPHeads.running`].
         """
         return self.heads.running(
             select,
@@ -114,10 +114,10 @@ class HeadTraining:
         return partial(completion_states, num_tokens=num_tokens), labels
 
     def loss(self, run: HeadRun, num_items: Tensor, ranks: Ranks) -> tuple[Tensor | float, Metrics]:
-        """lambda_1 L_MTP of a run, `L_MTP = 1 / (K N) sum_k L_k`, and its metrics.
+        """Compute lambda_1 L_MTP of a run, `L_MTP = 1 / (K N) sum_k L_k`, and its metrics.
 
         Args:
-            run: After the forward.
+            run: The run, after its forward.
             num_items: N, real tokens that the loss is averaged over.
             ranks: Sums over ranks.
         """

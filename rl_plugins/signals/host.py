@@ -1,4 +1,4 @@
-"""The few things that signals and critics ask of the trainer or module that holds them."""
+"""The interface by which signals and critics use the trainer (TRL) or the module (Lightning) that holds them."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,22 +10,22 @@ from rl_plugins.rollouts.batch import Batch
 
 
 class Ranks(Protocol):
-    """A process among others that train the same model."""
+    """One rank, that is, one of the processes that train the same model together."""
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """Device of this rank."""
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Sum a tensor over all ranks."""
 
 
 class Host(Ranks, Protocol):
-    """A trainer of TRL or a module of Lightning, as signals see it; both hosts' classes are one."""
+    """A trainer of TRL or a module of Lightning, as signals see it; our trainers and modules have these methods."""
 
     @property
     def model(self) -> Any:
-        """The policy; a PEFT model around it where there are adapters."""
+        """The policy; with adapters, the PEFT model around it."""
 
     @property
     def training(self) -> bool:
@@ -33,7 +33,7 @@ class Host(Ranks, Protocol):
 
     @property
     def step(self) -> int:
-        """Optimizer steps that have been made."""
+        """Number of optimizer steps so far."""
 
     @property
     def group_size(self) -> int:
@@ -47,10 +47,10 @@ class Host(Ranks, Protocol):
         """Join the rows (B, ...) of all ranks, in their order."""
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Take this rank's rows out of those of all ranks."""
+        """Pick this rank's rows from those of all ranks."""
 
     def gather_objects(self, x: Sequence[Any]) -> list[Any]:
         """Join lists of all ranks, in their order."""
 
     def log_probs(self, batch: Batch) -> Tensor:
-        """`ln pi(y_t|s_t)` (B, T) under the policy as it is, without gradient."""
+        """Compute `ln pi(y_t|s_t)` (B, T) under the current policy, without gradient."""

@@ -9,14 +9,14 @@ from rl_plugins.functional.masking import Reduce, upcast
 
 
 class Metrics(dict[str, Tensor]):
-    """Numbers (0-d) of all ranks by name, and over how many items each is a mean.
+    """Numbers (0-d) of all ranks by name, with the count of items over which each is a mean.
 
-    A host that averages the micro-batches of an optimizer step weighs a number by its count; numbers without a count
+    A host that averages the micro-batches of an optimizer step weights a number by its count; numbers without a count
     are means over the tokens of the micro-batch.
 
     Args:
         values: Numbers by name.
-        counts: Items that they are means over, by name; for all of them where it is a tensor.
+        counts: Counts of items by name; a single tensor is the count of every number.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Metrics(dict[str, Tensor]):
             self.counts = dict(counts)
 
     def add(self, other: Mapping[str, Tensor]) -> None:
-        """Take over all of `other`, counts included."""
+        """Copy all numbers of `other`, with their counts."""
         self.update(other)
         if isinstance(other, Metrics):
             self.counts |= other.counts
@@ -41,11 +41,11 @@ def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Tensor]:
     """Measure the lengths of the completions of all ranks, under TRL's metric names.
 
     Args:
-        lengths: Real tokens of each (N,).
-        ended: Whether it ended by itself (N,).
+        lengths: Real tokens of each completion (N,).
+        ended: Whether the completion ended by itself (N,).
 
     Returns:
-        0-d tensors; those of `..._terminated_length` are 0 where none ended.
+        0-d tensors; those of `..._terminated_length` are 0 if no completion ended.
     """
     lengths = upcast(lengths)
     terminated = lengths[ended.bool()] if ended.any() else torch.zeros_like(lengths[:1])
@@ -65,8 +65,9 @@ def draft_metrics(counts: Tensor) -> dict[str, Tensor]:
         counts: Sums over all ranks of [`~rl_plugins.rollouts.DraftStatistics.counts`] (2 + 2K,).
 
     Returns:
-        0-d tensors: `mtp/acceptance/head_k`, the share of head k's drafts that were accepted of those with all before
-        them accepted, and `mtp/tokens_per_step`, the tokens of a row per forward pass. NaN where there are none.
+        0-d tensors: `mtp/acceptance/head_k`, the share of head k's drafts that were accepted, among those with all
+        earlier drafts accepted, and `mtp/tokens_per_step`, the tokens of a row per forward pass. A share of no drafts
+        is NaN.
     """
     counts = upcast(counts)
     steps, tokens = counts[:2]
@@ -77,17 +78,17 @@ def draft_metrics(counts: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def reward_metrics(rewards: Tensor, scores: Tensor, names: Sequence[str], group_size: int) -> dict[str, Tensor]:
-    """Rewards of all ranks, under TRL's metric names.
+    """Measure the rewards of all ranks, under TRL's metric names.
 
     Args:
-        rewards: Per function (N, F), NaN for none.
+        rewards: Rewards by function (N, F), NaN for none.
         scores: Weighted sums (N,), NaN where a completion cannot be scored.
-        names: Of the functions.
+        names: Names of the functions.
         group_size: Completions per prompt, which are side by side.
 
     Returns:
         0-d tensors: `reward`, `reward_std`, `rewards/<name>/mean` and `/std`, and where there are groups
-        `frac_reward_zero_std`, the share of groups that teach nothing. NaN where there are too few rewards.
+        `frac_reward_zero_std`, the share of groups with equal rewards. NaN where there are too few rewards.
     """
     metrics: dict[str, Tensor] = {}
     rewards, scores = upcast(rewards), upcast(scores)
@@ -101,17 +102,17 @@ def reward_metrics(rewards: Tensor, scores: Tensor, names: Sequence[str], group_
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sample standard deviation (0-d) of the finite entries of (N,)."""
+    """Compute the mean and the sample standard deviation (0-d) of the finite entries of (N,)."""
     real = x[x.isfinite()]
     undefined = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
     return (real.mean() if len(real) else undefined), (real.std() if len(real) > 1 else undefined)
 
 
 def per_head_means(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Metrics of a loss per head: `<name>/head_k`, and `name` over all heads.
+    """Compute the mean loss of each head, `<name>/head_k`, and over all heads, `<name>`.
 
     Args:
-        name: Of the loss.
+        name: Name of the loss.
         sums: Summed losses of all ranks (K,).
         counts: Numbers of targets of all ranks (K,).
 
@@ -127,10 +128,10 @@ def per_head_means(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]
 
 
 def head_metrics(name: str, sums: Tensor, counts: Tensor, reduce: Reduce) -> Metrics:
-    """[`per_head_means`] of all ranks, with the number of targets that each is a mean over.
+    """Compute [`per_head_means`] of all ranks, with the number of targets that each is a mean over.
 
     Args:
-        name: Of the loss.
+        name: Name of the loss.
         sums: Summed losses of this rank (K,).
         counts: Numbers of targets of this rank (K,).
         reduce: Sums over ranks.
@@ -141,10 +142,10 @@ def head_metrics(name: str, sums: Tensor, counts: Tensor, reduce: Reduce) -> Met
 
 
 def gradient_metrics(totals: Tensor) -> Metrics:
-    """Say how large the value gradient into the trunk was, per token.
+    """Compute the mean norm of the value gradient into the trunk, and the share of tokens where it was clamped.
 
     Args:
-        totals: Sum of norms, clamped tokens, tokens (3,), of all ranks.
+        totals: Sum of norms, clamped tokens, tokens (3,), over all ranks.
     """
     norms, clamped, tokens = upcast(totals)
     tokens = tokens.clamp(min=1.0)

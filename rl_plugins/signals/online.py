@@ -39,7 +39,7 @@ def online_loss(
     """Compute the whole loss of an online step: `L = L_policy + beta KL(pi || ref) - c H(pi)`.
 
     Units and metric names are TRL's. The KL is estimated per token (k3; GRPO, 2402.03300, equations 3 and 4) and
-    averaged like the policy loss; the entropy is a mean over tokens, whatever the policy loss is averaged by.
+    averaged like the policy loss; the entropy is a mean over tokens, however the policy loss is averaged.
 
     Args:
         loss: The policy loss.
@@ -56,8 +56,8 @@ def online_loss(
         beta: Coefficient of the KL term.
         correct_kl: Weigh the KL of each token by the importance ratio, so that its gradient is unbiased off-policy too
             (DeepSeek-V3.2; TRL's `use_bias_correction_kl`).
-        kl_level: Level of that ratio, `token` or `sequence`; the policy loss's own by default.
-        entropies: Of the policy (B, T), with gradient where there is a bonus; for the metric otherwise.
+        kl_level: Level of this ratio, `token` or `sequence`; by default that of the policy loss.
+        entropies: Entropies of the policy (B, T); with gradient if there is a bonus, otherwise for the metric only.
         entropy_coef: `c`; `None` for no entropy bonus.
         entropy_mask: Tokens that the bonus acts on (B, T); all real ones by default.
         num_tokens: Tokens that the bonus is averaged over, per process; those of this batch by default.
@@ -118,15 +118,15 @@ def _mean_over_ranks(x: Tensor, reduce: Reduce | None) -> Tensor:
 def reference_kl(
     logps: Tensor, old_logps: Tensor, ref_logps: Tensor, mask: Tensor, *, correct: bool, level: str = "token"
 ) -> Tensor:
-    """`KL(pi || ref)` per token (k3; GRPO, 2402.03300, equation 4), as TRL computes it.
+    """Compute `KL(pi || ref)` per token (k3; GRPO, 2402.03300, equation 4), as TRL does.
 
     Args:
         logps: `ln pi(y_t|s_t)` (B, T), with gradient.
-        old_logps: The same under the policy that sampled (B, T).
-        ref_logps: The same under the reference (B, T).
+        old_logps: `ln pi_old(y_t|s_t)` (B, T) of the policy that sampled.
+        ref_logps: `ln pi_ref(y_t|s_t)` (B, T).
         mask: Real tokens (B, T).
         correct: Weigh each token by the importance ratio, so that the gradient is unbiased off-policy too.
-        level: Of that ratio, `token` or `sequence`.
+        level: Level of this ratio, `token` or `sequence`.
 
     Returns:
         (B, T), 0 at masked positions.

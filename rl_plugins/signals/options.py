@@ -1,8 +1,8 @@
-"""Options by concept: one dataclass each, which TRL's configs inherit and Lightning's modules take as an argument.
+"""Options, one dataclass for each concept, which TRL's configs inherit and Lightning's modules take as an argument.
 
-An option has one name, one default and one text, wherever it is given. A trainer that prefers another default says so
-in one line. Options check themselves when they are made; on their own they are frozen, inside a config they are fields
-like any other.
+An option has the same name, default and text everywhere. A trainer that prefers another default declares it in one
+line. A dataclass of options checks its values when it is made. An object of such a class is frozen; inside a config of
+TRL, the options are fields like any other.
 """
 
 import dataclasses
@@ -51,14 +51,14 @@ def with_default(kind: type, name: str, default: Any) -> Any:
 
 
 class Options:
-    """Base of the dataclasses below: numbers that arrive as text become numbers, `check` runs, and then all is frozen.
+    """Base class of the dataclasses below: it turns text into numbers, calls `check`, and then freezes the fields.
 
     Raises:
-        TypeError: If an option is no number and should be one.
-        ValueError: If one is out of range; the message names it.
+        TypeError: If an option should be a number and is not.
+        ValueError: If an option is out of range; the message names it.
     """
 
-    __slots__ = ("_settled",)  # no field, nor an attribute that command lines would take for one
+    __slots__ = ("_settled",)  # neither a field, nor an attribute that command lines would take for one
     _settled: bool
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -80,16 +80,16 @@ class Options:
         object.__setattr__(self, name, value)
 
     def check(self) -> None:
-        """Refuse what cannot work, before any work starts."""
+        """Refuse options that cannot work, before any work starts."""
 
     @classmethod
     def of(cls, config: Any) -> Self:
-        """Take these options out of a config that has fields of the same names, and maybe others."""
+        """Copy these options from a config, which has fields of the same names and perhaps others."""
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})  # type: ignore[arg-type]
 
 
 def _texts(cls: type) -> dict[str, str]:
-    """Texts of the fields that a class declares or inherits, by name."""
+    """Collect the texts of the fields that a class declares or inherits, by name."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         for name in vars(base).get("__annotations__", {}):
@@ -101,14 +101,14 @@ def _texts(cls: type) -> dict[str, str]:
 
 
 def split_options(given: dict[str, Any], **kinds: Options | None) -> dict[str, Any]:
-    """Sort options that were given one by one into dataclasses.
+    """Sort options that were given one by one into the dataclasses that they belong to.
 
     Args:
-        given: Options by name; those that belong to one of `kinds` are taken out.
-        kinds: A dataclass of options for each argument, to which the ones of its fields are applied.
+        given: Options by name. Those that belong to one of `kinds` are removed.
+        kinds: An object with options for each argument of the caller, whose fields the given options replace.
 
     Returns:
-        The dataclasses by argument.
+        The objects with options by argument.
     """
     made: dict[str, Any] = {}
     for argument, options in kinds.items():
@@ -200,7 +200,7 @@ class ValueHeadOptions(HeadOptions):
     )
 
     def check(self) -> None:
-        """Refuse heads that cannot be made or trained, and targets that would not follow them."""
+        """Refuse heads that cannot be made or trained, and target heads that would not follow them."""
         HeadOptions.check(self)
         if self.bootstrap_lookahead and self.num_mtp_heads == 1:
             raise ValueError(
@@ -252,7 +252,7 @@ class ValueOptions(Options):
 
 @dataclass
 class OnlineValueOptions(ValueOptions):
-    """Values in online training: how they become advantages, and how the loss of the critic is weighed."""
+    """Values in online training: how they become advantages, and how the loss of the critic is weighted."""
 
     lam_policy: float = option(
         1.0,
@@ -300,15 +300,15 @@ class OnlineValueOptions(ValueOptions):
         check_at_least(0, value_warmup_steps=self.value_warmup_steps)
 
     def check_online(self, beta: float, loss: PolicyLoss | None, instead: str) -> None:
-        """Refuse a KL in the rewards without a reference, and policy losses that compare completions as wholes.
+        """Refuse a KL in the rewards without a reference, and policy losses that compare whole completions.
 
         Args:
-            beta: Coefficient of the KL. 0 takes the KL out of the rewards where it is there by default.
+            beta: Coefficient of the KL. A class with `kl_in_reward=True` by default accepts 0, which turns the KL off.
             loss: The policy loss; `None` for the host's own.
-            instead: Class that takes such a loss by `preset`.
+            instead: Class that accepts such a loss as `preset`; the message names it.
 
         Raises:
-            ValueError: If one is asked for.
+            ValueError: If either is asked for.
         """
         if self.kl_in_reward and beta == 0.0 and not _default(type(self), "kl_in_reward"):
             raise ValueError("kl_in_reward=True subtracts beta * KL from the rewards, but beta is 0. Set beta > 0.")
@@ -321,8 +321,8 @@ class OnlineValueOptions(ValueOptions):
 
 @dataclass
 class ValueReplayOptions(Options):
-    """Replay of values: a copy of the heads' value path learns many times from cached hidden states, without a forward
-    pass of the trunk. Values become fast beside a slow policy."""
+    """Replay of values: a copy of the heads learns values many times from cached hidden states, without a forward pass
+    of the trunk. So the values learn faster than the policy."""
 
     value_replay: int = option(
         0,
@@ -349,10 +349,10 @@ class ValueReplayOptions(Options):
         check_above(0, value_replay_learning_rate=self.value_replay_learning_rate)
 
     def check_values(self, values: ValueOptions) -> None:
-        """Refuse a value loss that is measured from the online heads' old values, which a replayed copy does not have.
+        """Refuse the clipped value loss with a replay: it needs the heads' old values, and only the copy's are saved.
 
         Raises:
-            ValueError: If one is asked for.
+            ValueError: If both are asked for.
         """
         if self.value_replay and values.value_loss_type == "clipped":
             raise ValueError(
@@ -423,11 +423,11 @@ class PolicyOptions(Options):
             self.as_policy_loss()
 
     def as_policy_loss(self, usual: str = "dapo", defaults: Mapping[str, Any] | None = None) -> PolicyLoss:
-        """The loss.
+        """Make the policy loss that these options name.
 
         Args:
-            usual: Its name where none is given.
-            defaults: Options that others take precedence of.
+            usual: Name of the loss where the options have none.
+            defaults: Options of the loss, which `policy_loss_kwargs` overrides.
 
         Raises:
             ValueError: If a name or an option is unknown.
@@ -461,7 +461,7 @@ class DraftOptions(Options):
             check_at_least(0, draft_cost=self.draft_cost)
 
     def check_drafts(self, heads: HeadOptions, max_completion_length: int | None) -> None:
-        """Refuse heads that cannot draft as many tokens, or look beyond every completion.
+        """Refuse heads that cannot draft as many tokens as wanted, or that look beyond every completion.
 
         Raises:
             ValueError: If a number does not fit.
@@ -505,18 +505,18 @@ class VariantOptions(Options):
 
     @property
     def advantage_options(self) -> dict[str, Any]:
-        """Options of the advantage, numbers as numbers."""
+        """Options of the advantage, with numbers in place of text."""
         given = self.advantage_kwargs or {}
         assert isinstance(given, dict)
         return with_numbers(given)
 
     @property
     def is_groupless(self) -> bool:
-        """Whether one completion per prompt will do."""
+        """Whether one completion per prompt is enough."""
         return self.advantage is not None and not ADVANTAGES[self.advantage].compares_groups
 
     def check_variant(self, num_generations: int, beta: float, loss: PolicyLoss | None) -> None:
-        """Refuse an advantage that does not go with the number of completions, the KL or the policy loss.
+        """Refuse an advantage that does not fit the number of completions, the KL or the policy loss.
 
         Raises:
             ValueError: If a combination cannot work.
@@ -552,14 +552,14 @@ class LengthOptions(Options):
     )
 
     def penalised_tokens(self, max_completion_length: int) -> int:
-        """Tokens before the limit at which the penalty on length sets in."""
+        """Return how many tokens before the limit the penalty on length begins."""
         return max(1, max_completion_length // 5) if self.overlong_cache is None else self.overlong_cache
 
     def check_length(self, max_completion_length: int) -> None:
-        """Refuse a penalty that would set in before the first token, or never.
+        """Refuse a penalty that would begin before the first token, or never.
 
         Raises:
-            ValueError: If it would.
+            ValueError: If `overlong_cache` is out of range.
         """
         if self.overlong_shaping and not 0 < self.penalised_tokens(max_completion_length) <= max_completion_length:
             raise ValueError(
@@ -570,9 +570,9 @@ class LengthOptions(Options):
 
 @dataclass
 class SamplingOptions(LengthOptions):
-    """Groups of completions whose rewards are all equal: filled with others, left out, or replaced by earlier ones.
+    """Groups of completions whose rewards are all equal: replaced by fresh or earlier groups, or left out.
 
-    Where all completions of a prompt have the same reward, advantages that compare them are zero.
+    If all completions of a prompt have the same reward, advantages that compare them are zero.
     """
 
     dynamic_sampling: bool = option(
@@ -605,11 +605,11 @@ class SamplingOptions(LengthOptions):
 
     @property
     def moves_rows(self) -> bool:
-        """Whether completions leave the place in the batch that they were given."""
+        """Whether completions change their places in the batch."""
         return self.dynamic_sampling or self.replay_buffer_size > 0
 
     def check_signal(self, has_critic: bool) -> None:
-        """Refuse to sample by groups where a critic learns, whose values belong to the completions as they were drawn.
+        """Refuse these options together with a critic, whose saved values belong to the completions as generated.
 
         Raises:
             ValueError: If both are asked for.
@@ -623,13 +623,13 @@ class SamplingOptions(LengthOptions):
     def check_sampling(
         self, advantage: str | None, num_generations: int, max_completion_length: int, rows: int | None = None
     ) -> None:
-        """Refuse sampling that does not go with the advantage, or with how completions are batched.
+        """Refuse sampling that does not fit the advantage, or the way in which completions are batched.
 
         Args:
-            advantage: Its name; `None` for the host's own.
+            advantage: Name of the advantage; `None` for the host's own.
             num_generations: Completions per prompt.
-            max_completion_length: Longest completion.
-            rows: Completions of a process in one rollout, where known.
+            max_completion_length: Longest completion in tokens.
+            rows: Completions of a process in one rollout; `None` where this is not known.
 
         Raises:
             ValueError: If a combination cannot work.
@@ -664,9 +664,9 @@ class SamplingOptions(LengthOptions):
 
 @dataclass
 class PhasicOptions(Options):
-    """Phasic Policy Gradient (2009.04416): phases of the policy, then phases of the values, which hold the policy.
+    """Phasic Policy Gradient (2009.04416): after phases of the policy, values learn while a KL term holds the policy.
 
-    It lets a critic inside the policy learn long on completions without moving the policy.
+    So a critic inside the policy can learn for longer from the same completions, without moving the policy.
     """
 
     phasic_every: int = option(
@@ -682,10 +682,10 @@ class PhasicOptions(Options):
             check_at_least(1, phasic_epochs=self.phasic_epochs)
 
     def check_cycles(self, steps_per_generation: int, num_iterations: int, accumulation: int) -> None:
-        """Refuse phases that end inside a rollout or an optimizer step: both phases are made of training steps.
+        """Refuse phases that would end inside a rollout or inside an optimizer step.
 
         Raises:
-            ValueError: If they do.
+            ValueError: If a phase would end there.
         """
         if not self.phasic_every:
             return

@@ -1,4 +1,4 @@
-"""Schedule of Phasic Policy Gradient: policy phases, then value phases on what they sampled."""
+"""Schedule of Phasic Policy Gradient: policy phases, each followed by a value phase on the sampled completions."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from rl_plugins.signals.options import PhasicOptions
 
 
 class PhasicSchedule:
-    """After every `every` generation batches, hand out their slices again for `epochs` passes (PPG, 2009.04416,
-    algorithm 1).
+    """Schedule that, after every `every` generation batches, hands out their slices again for `epochs` passes (PPG,
+    2009.04416, algorithm 1).
 
     Args:
         options: Length of the phases.
@@ -44,13 +44,13 @@ class PhasicSchedule:
         return self.auxiliary and self.auxiliary_steps == 0
 
     def policy_step(self, new_slices: list[Batch] | None) -> None:
-        """Count one policy micro-step; `new_slices` are those of a batch just generated, if one was."""
+        """Count one policy micro-step; `new_slices` are the slices of a batch, if one was just generated."""
         if new_slices is not None:
             self.stored.extend(new_slices)
         self.policy_steps += 1
 
     def next_slice(self, host: Host) -> Batch:
-        """Give the next stored slice, with the policy that it is held to; ends the phase after the last one."""
+        """Return the next stored slice with the log-probabilities to hold, and end the phase after the last slice."""
         if self.starting:
             for stored in self.stored:
                 stored["held_logps"] = host.log_probs(stored)
@@ -80,7 +80,7 @@ class PhasicSchedule:
         return self.options.phasic_kl_coef * held, Metrics({"phasic/kl": kl})
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint."""
+        """Return the state for a checkpoint."""
         return {
             "stored": self.stored,
             "policy_steps": self.policy_steps,

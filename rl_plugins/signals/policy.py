@@ -1,4 +1,4 @@
-"""The policy's training signal: a loss per token by name, averaged, and how much of it was cut."""
+"""The policy's training signal: a loss per token by name, its average, and the share of tokens that were cut."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,17 +23,17 @@ PolicyFunction = Callable[..., Tensor]
 
 
 class LossEntry(NamedTuple):
-    """Facts about a policy loss, by which everything else tells one from another.
+    """Facts about a policy loss, so that no other code has to ask for its name.
 
     Attributes:
         function: Loss per token.
         aggregation: Usual way to average it.
-        acts_on_policy: Whether the loss is all there while the policy is the one that sampled. Where it is not, its
-            gradient at ratio 1 is that of `vanilla`, up to a positive factor: its clip, mask or weight begins with the
-            second update on a rollout.
+        acts_on_policy: Whether the loss has its full effect while the policy is still the one that sampled. Otherwise
+            its gradient at ratio 1 is that of `vanilla`, up to a positive factor: its clip, mask or weight has an
+            effect only from the second update on a rollout.
         of_trl: Whether TRL has the loss under this name, with its own fields for the options.
-        around_sampler: Whether its trust region is around the engine that sampled, where that is another one.
-        fixed_level: Whether the level of its importance ratio is its own, whatever `importance_sampling_level` says.
+        around_sampler: Whether its trust region is around the engine that sampled, if a separate engine did.
+        fixed_level: Whether the level of its importance ratio is fixed, whatever `importance_sampling_level` says.
     """
 
     function: PolicyFunction
@@ -72,7 +72,7 @@ POLICY_LOSSES: dict[str, LossEntry] = {
     "kl_cov": LossEntry(kl_cov, "token"),
     "gvpo": LossEntry(gvpo, "sequence"),
 }
-"""Loss per token, usual aggregation, and what else is known of it, by name."""
+"""Every policy loss by name."""
 
 BATCH_ARGUMENTS = ("groups", "sampler_weights", "reduce")
 """Keyword arguments of a loss that come with each batch instead of from the settings."""
@@ -88,7 +88,7 @@ class PolicyLoss:
 
     Args:
         name: One of `POLICY_LOSSES`.
-        aggregation: One of [`~rl_plugins.functional.aggregate`]'s; the usual one of the loss by default.
+        aggregation: Name of an aggregation of [`~rl_plugins.functional.aggregate`]; the loss's usual one by default.
         options: Keyword arguments of the loss function. Those not given keep the function's defaults, which are the
             paper's.
 
@@ -126,7 +126,7 @@ class PolicyLoss:
 
     @staticmethod
     def accepted(name: str) -> list[str]:
-        """Names of the options of a loss."""
+        """List the names of the options of a loss."""
         return [key for key in _keywords(POLICY_LOSSES[name].function) if key not in BATCH_ARGUMENTS]
 
     @property
@@ -136,27 +136,27 @@ class PolicyLoss:
 
     @property
     def compares_groups(self) -> bool:
-        """Whether it compares the completions of a prompt, which must then stay in one micro-batch."""
+        """Whether the loss compares the completions of a prompt, which must then stay in one micro-batch."""
         return "groups" in self.batch_arguments
 
     @property
     def corrects_sampler(self) -> bool:
-        """Whether it takes the correction for another sampler itself, instead of being weighed by it."""
+        """Whether the loss applies the correction for another sampler itself, instead of being multiplied by it."""
         return "sampler_weights" in self.batch_arguments
 
     @property
     def level(self) -> str:
-        """Whose the importance ratio is: a token's, or the sequence's."""
+        """Level of the importance ratio: `token` or `sequence`."""
         return str(self.options.get("level", "token"))
 
     @property
     def batch_arguments(self) -> list[str]:
-        """Names of what it takes with every batch, beside the usual four tensors."""
+        """Names of the arguments that the loss takes with every batch, besides the usual four tensors."""
         return [key for key in _keywords(POLICY_LOSSES[self.name].function) if key in BATCH_ARGUMENTS]
 
     def mark(self, batch: Batch, host: Host) -> None:
-        """Put into a whole batch what the loss asks about groups, before the batch is shuffled and cut: `groups` (B,),
-        the number of each row's prompt, and `prompt_weights` (B,).
+        """Put the entries about groups that the loss needs into a whole batch, before the batch is shuffled and cut:
+        `groups` (B,), the number of each row's prompt, and `prompt_weights` (B,).
 
         Args:
             batch: Completions of this rank, those of a prompt side by side.
@@ -179,7 +179,7 @@ class PolicyLoss:
         mask: Tensor,
         batch: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Loss per token (B, T), 0 at masked positions."""
+        """Compute the loss per token (B, T), 0 at masked positions."""
         given = {key: (batch or {}).get(key) for key in self.batch_arguments}
         return POLICY_LOSSES[self.name].function(logps, old_logps, advantages, mask, **self.options, **given)
 
@@ -196,19 +196,19 @@ def policy_loss(
     max_length: int | None = None,
     batch: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`L_policy`: the loss per token, weighted and aggregated.
+    """Compute `L_policy`: the loss per token, weighted and aggregated.
 
     Args:
-        loss: Which one, and how it is averaged.
+        loss: The policy loss, and how it is averaged.
         logps: `ln pi(y_t|s_t)` (B, T), with gradient.
-        old_logps: The same under the policy that sampled (B, T).
+        old_logps: `ln pi_old(y_t|s_t)` (B, T) of the policy that sampled.
         advantages: (B,) or (B, T).
         mask: Real tokens (B, T).
-        weights: Factor on each token's loss (B, T) or (B, 1): sequences masked as off-policy, tokens of low entropy,
-            the correction for another sampler.
+        weights: Factor on each token's loss (B, T) or (B, 1). It masks off-policy sequences or tokens of low entropy,
+            or corrects for another sampler.
         num_items: Real tokens that `token` averages over; this batch's own by default.
         max_length: Length that `constant` divides by.
-        batch: What `loss.batch_arguments` names: `groups`, the id of each row's prompt (B,) (`gvpo` needs it);
+        batch: Entries that `loss.batch_arguments` names: `groups`, the id of each row's prompt (B,) (`gvpo` needs it);
             `sampler_weights` (B, T); `reduce`, which sums statistics over ranks. The aggregation `prompt` needs
             `prompt_weights` (B,), of [`~rl_plugins.functional.prompt_weights`].
 
@@ -223,7 +223,7 @@ def policy_loss(
     with torch.enable_grad():
         leaf = logps if learning else logps.detach().requires_grad_()
         token_loss = loss.per_token(leaf, old_logps, advantages, mask, batch)
-        # Stops at the log-probabilities, so it costs a few elementwise operations and never enters the model.
+        # The gradient stops at the log-probabilities: it costs a few elementwise operations, and none in the model.
         (slope,) = torch.autograd.grad(token_loss.sum(), leaf, retain_graph=learning)
     if not learning:
         token_loss = token_loss.detach()
@@ -244,7 +244,7 @@ def averaged(
     max_length: int | None,
     batch: Mapping[str, Any] | None,
 ) -> Tensor:
-    """`x` (B, T), averaged as the policy loss is, so that both have the same units; arguments as for
+    """Average `x` (B, T) like the policy loss, so that both have the same units; the arguments are those of
     [`policy_loss`]."""
     return aggregate(
         x,
@@ -257,12 +257,12 @@ def averaged(
 
 
 def inert_message(loss: PolicyLoss, where: str, remedy: str) -> str | None:
-    """Write the warning for someone whose policy loss cannot act, since each rollout is learnt from in one update.
+    """Write the warning that a policy loss has no effect of its own, since there is only one update per rollout.
 
     Args:
         loss: The policy loss.
-        where: Which settings make it so.
-        remedy: Which settings would change it.
+        where: Settings that are the reason.
+        remedy: Settings that would change this.
 
     Returns:
         Two sentences; `None` for a loss that acts on-policy.
@@ -280,10 +280,10 @@ def inert_message(loss: PolicyLoss, where: str, remedy: str) -> str | None:
 def clip_shares(
     cut: Tensor, advantages: Tensor, mask: Tensor, *, reduce: Reduce | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Share of tokens whose gradient was cut, under TRL's metric names.
+    """Measure the share of tokens whose gradient was cut, under TRL's metric names.
 
     Args:
-        cut: From [`policy_loss`] (B, T).
+        cut: Second result of [`policy_loss`] (B, T).
         advantages: (B,) or (B, T); `low` counts the negative ones, `high` the positive ones.
         mask: Real tokens (B, T).
         reduce: Sums statistics over ranks.

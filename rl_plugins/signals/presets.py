@@ -1,14 +1,14 @@
 """Presets: the options that reproduce the method of a paper, by short name.
 
-Only options that make the method are here. Learning rate, batch size and completions per prompt belong to a model and
-a machine; docs/variants.md lists what the papers used.
+A preset has only the options that define the method. Learning rate, batch size and the size of groups depend on the
+model and the machine; docs/variants.md lists the papers' values.
 """
 
 from typing import Any
 
 Preset = dict[str, Any]
 
-# Every preset without a KL term says so: TRL's beta is 0 by default.
+# A preset whose method has a KL term to the reference sets beta: TRL's default is 0.
 GRPO_PRESETS: dict[str, Preset] = {
     "grpo": {"advantage": "group_normalized", "policy_loss": "grpo", "beta": 0.04},
     "dr_grpo": {"advantage": "group_centered", "policy_loss": "dr_grpo"},
@@ -45,7 +45,7 @@ GRPO_PRESETS: dict[str, Preset] = {
         "advantage": "group_normalized",
         "policy_loss": "cispo",
         "aggregation": "prompt",
-        "epsilon_high": 5.0,  # ScaleRL's: MiniMax does not say
+        "epsilon_high": 5.0,  # ScaleRL's value: MiniMax gives none
         "dynamic_sampling": True,
         "overlong_shaping": True,
     },
@@ -86,7 +86,7 @@ GRPO_PRESETS: dict[str, Preset] = {
         "kl_in_reward": True,
     },
     "reinforce++_baseline": {"advantage": "group_centered_batch_normalized", "policy_loss": "dapo", "beta": 1e-5},
-    # Not the reward itself: with rewards of 0 and 1 that would be RAFT++, which learns from right answers only.
+    # Not advantage='reward': with rewards of 0 and 1 that would be RAFT++, which learns from right answers only.
     "reinforce_rej": {"advantage": "group_min_max", "policy_loss": "dapo", "reject_uniform": True},
     "lite_ppo": {"advantage": "group_centered_batch_scaled", "policy_loss": "dapo"},
     "pass_at_k": {
@@ -125,12 +125,12 @@ def find_preset(name: str, presets: dict[str, Preset], elsewhere: str = "") -> P
     """Look up a preset.
 
     Args:
-        name: Its name.
-        presets: Those that there are.
-        elsewhere: Says where the others are.
+        name: Name of the preset.
+        presets: Presets to choose from.
+        elsewhere: Sentence for the error message that says where the other presets are.
 
     Raises:
-        ValueError: If there is none of that name; the message lists the valid ones.
+        ValueError: If no preset has this name; the message lists the valid ones.
     """
     if name not in presets:
         hint = f" {elsewhere}" if elsewhere and name in {**GRPO_PRESETS, **PPO_PRESETS} else ""

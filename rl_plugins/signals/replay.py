@@ -9,14 +9,14 @@ from torch import Tensor
 from rl_plugins.rollouts.batch import LEFT_PADDED, Batch
 
 
-@dataclass(eq=False)  # found again by identity: tensors have no truth value
+@dataclass(eq=False)  # compared by identity, since comparing tensors gives no single truth value
 class StoredGroup:
     """Completions of one prompt.
 
     Args:
-        rows: Their part of a batch, without padding that all share.
-        priority: Spread of their rewards; drawn in proportion to it.
-        step: When it was made.
+        rows: Their rows of a batch, without the padding that all of them share.
+        priority: Spread of their rewards; groups are drawn in proportion to it.
+        step: Optimizer step at which they were generated.
     """
 
     rows: Batch
@@ -42,12 +42,12 @@ def trimmed(batch: Batch) -> Batch:
 
 
 class ReplayBuffer:
-    """Keeps the groups with the widest spread of rewards, and hands them out in proportion to it.
+    """Keeps the groups with the widest spread of rewards, and draws from them in proportion to the spread.
 
     Args:
-        capacity: Groups to keep; those of least spread go first, of equal ones the oldest.
-        max_age: Groups older than this many steps are forgotten: the policy has moved on.
-        seed: Of the draws.
+        capacity: Groups to keep. The group with the smallest spread is dropped first; of equal ones, the oldest.
+        max_age: Groups older than this many optimizer steps are dropped, since the policy has changed.
+        seed: Seed of the draws.
     """
 
     def __init__(self, capacity: int, max_age: int, seed: int = 0) -> None:
@@ -61,22 +61,22 @@ class ReplayBuffer:
     def add(self, rows: Batch, priority: float, step: int) -> None:
         """Store one group."""
         self.groups.append(StoredGroup(trimmed(rows), priority, step))
-        while len(self.groups) > self.capacity:  # once, or more often after resuming with less room
+        while len(self.groups) > self.capacity:  # once, or more often after resuming with a smaller capacity
             self.groups.remove(min(self.groups, key=lambda group: (group.priority, group.step)))
 
     def draw(self, count: int, step: int) -> list[Batch]:
-        """Up to `count` different groups that are not too old."""
+        """Draw up to `count` different groups that are not too old."""
         self.groups = [group for group in self.groups if step - group.step <= self.max_age]
         count = min(count, len(self.groups))
         if count == 0:
             return []
-        # Not 0: a penalty on length may level the scores of a group whose rewards differ.
+        # Not 0: a penalty on length may make the scores of a group equal although its rewards differ.
         weights = torch.tensor([group.priority for group in self.groups]).clamp(min=1e-6)
         chosen = torch.multinomial(weights, count, generator=self.generator)
         return [self.groups[i].rows for i in chosen.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint."""
+        """Return the state for a checkpoint."""
         return {
             "groups": [(group.rows, group.priority, group.step) for group in self.groups],
             "generator": self.generator.get_state(),

@@ -1,4 +1,4 @@
-"""Groups of completions whose rewards are all equal: their advantages are zero, so others may take their place."""
+"""Groups of completions whose rewards are all equal: their advantages are zero, so others may replace them."""
 
 import math
 import random
@@ -17,7 +17,7 @@ from rl_plugins.signals.replay import ReplayBuffer
 
 
 def further_rows(count: int, length: int, *key: object) -> list[int]:
-    """Draw rows of a dataset of `length` rows; the same key gives the same rows, also in a resumed run."""
+    """Draw `count` rows of a dataset of `length` rows; the same key gives the same rows, also in a resumed run."""
     dice = random.Random(" ".join(map(str, key)))
     return [dice.randrange(length) for _ in range(count)]
 
@@ -25,12 +25,13 @@ def further_rows(count: int, length: int, *key: object) -> list[int]:
 class GroupSampling:
     """Fills a batch with groups whose rewards differ: fresh ones (DAPO's dynamic sampling) and kept ones (replay).
 
-    Batches carry `scores` (B,), NaN for a completion that cannot be scored, `informative` (B,), whether the rewards of
-    the group differ, and perhaps `table_row` (B,), the place of a completion in the host's table, -1 for none.
+    A batch has `scores` (B,), NaN for a completion that cannot be scored, and `informative` (B,), whether the rewards
+    of the group differ. It may have `table_row` (B,), the row of a completion in the host's table of completions, -1
+    for none.
 
     Args:
-        options: Settings.
-        seed: Of the draws from the replay buffer; another one on every rank.
+        options: Options of the sampling.
+        seed: Seed of the draws from the replay buffer, different on every rank.
     """
 
     def __init__(self, options: SamplingOptions, *, seed: int = 0) -> None:
@@ -40,12 +41,12 @@ class GroupSampling:
             self.replay_buffer = ReplayBuffer(options.replay_buffer_size, options.replay_max_age, seed)
 
     def mark(self, batch: Batch, scores: Tensor, task_scores: Tensor, host: Host) -> None:
-        """Put `scores` and `informative` of this rank into a batch.
+        """Put `scores` and `informative` of this rank into a batch; for a replay, also the old log-probabilities.
 
         Args:
             batch: Completions of this rank.
-            scores: Of all ranks (N,).
-            task_scores: Without the penalty on length (N,).
+            scores: Scores of the completions of all ranks (N,).
+            task_scores: These scores without the penalty on length (N,).
             host: The trainer or module.
         """
         informative = informative_groups(task_scores, host.group_size).repeat_interleave(host.group_size)
@@ -56,12 +57,12 @@ class GroupSampling:
     def sample(
         self, batch: Batch, draw: Callable[[int, int], Batch], pad_token_id: int, host: Host
     ) -> tuple[Batch, Metrics]:
-        """Fill, replay and reject, as the options say.
+        """Replace or reject groups whose rewards are all equal, as the options say.
 
         Args:
             batch: Marked completions of this rank.
             draw: `(groups, number of the draw) -> marked completions` of as many further prompts.
-            pad_token_id: Fills up.
+            pad_token_id: Token that pads shorter rows.
             host: The trainer or module.
 
         Returns:
@@ -82,7 +83,7 @@ class GroupSampling:
         if self.options.reject_uniform:
             reject = ~batch["informative"]
             batch["scores"] = batch["scores"].masked_fill(reject, torch.nan)
-            if "advantages" in batch:  # of the host
+            if "advantages" in batch:  # the host's own
                 batch["advantages"] = batch["advantages"].masked_fill(reject, 0.0)
             batch["completion_mask"] = batch["completion_mask"].masked_fill(reject.unsqueeze(1), 0)
         batch["num_items_in_batch"] = host.sum_over_ranks(loss_mask(batch).sum().view(1))[0]
@@ -93,7 +94,8 @@ class GroupSampling:
     ) -> tuple[Batch, int]:
         """Draw further prompts until every group is informative, or `max_draws` is reached.
 
-        Every rank fills its own slots; all draw together, as often and as much as the one that lacks most needs.
+        Every rank fills its own batch. All ranks draw together: the rank that lacks most groups decides how often they
+        draw, and how many prompts.
         """
         size, group = num_rows(batch), host.group_size
         slots = size // group
@@ -105,7 +107,7 @@ class GroupSampling:
                 break
             totals = torch.tensor([found, drawn], device=host.device, dtype=torch.float32)
             all_found, all_drawn = host.sum_over_ranks(totals).tolist()
-            # With a share found / drawn of informative groups, that many further prompts should do.
+            # If the share of informative groups stays found / drawn, this many further prompts are enough.
             count = min(slots, math.ceil(lacking * all_drawn / max(all_found, 1.0)))
             fresh = draw(count, draws)
             pool = join_rows([pool, fresh], pad_token_id)
@@ -117,7 +119,7 @@ class GroupSampling:
     def _fill_with_replayed(
         self, batch: Batch, buffer: ReplayBuffer, pad_token_id: int, host: Host
     ) -> tuple[Batch, int]:
-        """Put groups of earlier batches in place of uninformative ones, and keep this batch's informative ones."""
+        """Replace uninformative groups by groups of earlier batches, and keep this batch's informative groups."""
         group, step = host.group_size, host.step
         informative = batch["informative"].view(-1, group)[:, 0]
         empty = (~informative).nonzero().flatten().tolist()
@@ -137,7 +139,7 @@ class GroupSampling:
         return select_rows(pool, order.flatten()), len(replayed)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of this rank for a checkpoint."""
+        """Return the state of this rank for a checkpoint."""
         return {} if self.replay_buffer is None else self.replay_buffer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -20,10 +20,10 @@ OVERLONG_NAME = "overlong_penalty"
 
 
 def overlong_reward(options: LengthOptions, max_completion_length: int) -> RewardFunc:
-    """Make the reward function that is DAPO's soft penalty on length, whose weight should be 1.
+    """Make a reward function from DAPO's soft penalty on length; its weight should be 1.
 
     Args:
-        options: Where the penalty sets in.
+        options: Say where the penalty begins.
         max_completion_length: Longest completion in tokens.
     """
     cache = options.penalised_tokens(max_completion_length)
@@ -37,23 +37,23 @@ def overlong_reward(options: LengthOptions, max_completion_length: int) -> Rewar
 
 
 def with_unit_weight(weights: list[float] | None, num_functions: int) -> list[float] | None:
-    """Add the weight of one more function to those of the reward functions, if there are as many as functions."""
+    """Add a weight of 1 for one more reward function, if each of the others has a weight."""
     return [*weights, 1.0] if weights is not None and len(weights) == num_functions else weights
 
 
 def score(rewards: Tensor, weights: Tensor | None, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum up rewards, and tell the task's from the penalty on length.
+    """Sum up rewards, with and without the penalty on length.
 
-    Whether the rewards of a group differ, or a completion can be scored at all, is for the task's rewards to say.
+    Only the task's own rewards decide whether the rewards of a group differ, and whether a completion can be scored.
 
     Args:
         rewards: (N, F), NaN for none.
         weights: (F,); ones by default.
-        names: Of the F functions.
+        names: Names of the F functions.
 
     Returns:
         Scores (N,), scores without the penalty (N,), both NaN where a completion cannot be scored, and the rewards
-        (N, F), without a penalty there.
+        (N, F), in which such a completion has no penalty.
     """
     scores = weighted_scores(rewards, weights)
     of_length = torch.tensor([name == OVERLONG_NAME for name in names], device=rewards.device)
@@ -76,17 +76,17 @@ def pay(
 
     Args:
         batch: Completions of this rank.
-        rewards: Theirs by function, a number or the sum of the steps' (B, F), NaN for none.
-        weights: Of the functions (F,); ones by default.
-        names: Of the functions.
-        steps: What the step functions paid, and where.
+        rewards: Rewards of the completions by function (B, F), a number or the sum over the steps; NaN for none.
+        weights: Weights of the functions (F,); ones by default.
+        names: Names of the functions.
+        steps: Rewards of single steps, and the tokens after which they are paid.
         ranks: The trainer or module.
 
     Returns:
-        Metrics of all ranks. Where any function paid steps, `step_rewards/per_completion`, the tokens at which a
-        completion is paid, and `step_rewards/before_end`, the share of the absolute reward that is paid before the
-        last token. For each function with a separator, `rewards/<name>/no_separator`, the share of completions in
-        which it does not occur.
+        Metrics of all ranks. If any function paid for steps: `step_rewards/per_completion`, the number of tokens at
+        which a completion is paid, and `step_rewards/before_end`, the share of the absolute reward that is paid before
+        the last token. For each function with a separator: `rewards/<name>/no_separator`, the share of completions
+        without the separator.
     """
     mask = loss_mask(batch)
     batch["rewards"], batch["paid"] = steps.token_rewards(rewards, mask, weights)

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class Signal(ABC):
-    """Where the advantages of a batch come from, and what else is learnt from it."""
+    """Base class of training signals: a signal makes the advantages of a batch, and may add losses of its own."""
 
     critic: "Critic | None" = None
-    """The critic that is trained along, if there is one."""
+    """The critic that is trained with the policy, if there is one."""
 
     @property
     def kl_in_reward(self) -> bool:
@@ -40,17 +40,17 @@ class Signal(ABC):
 
     @property
     def keeps_host_advantages(self) -> bool:
-        """Whether the advantages stay those of the host."""
+        """Whether the host's own advantages are used."""
         return False
 
     @property
     def bootstrap_truncated(self) -> bool | None:
         """Whether episodes that were cut are worth V(s_T) after their last token: the option of that name in
-        [`~rl_plugins.signals.OnlineValueOptions`]. `False` where nothing has values."""
+        [`~rl_plugins.signals.OnlineValueOptions`]. `False` for signals without values."""
         return False
 
     def before_rollout(self, host: Host) -> Metrics:
-        """Take in what the policy has learnt from the last training batch."""
+        """Update the signal, now that the policy has learnt from the last training batch."""
         return Metrics()
 
     @abstractmethod
@@ -70,22 +70,22 @@ class Signal(ABC):
 
     @property
     def warmup_steps(self) -> int:
-        """Optimizer steps in which the policy stays as it is."""
+        """Number of optimizer steps at the start in which the policy does not change."""
         return 0
 
     def warming_up(self, host: Host) -> bool:
-        """Whether the policy stays as it is for now."""
+        """Return whether training is in the warm-up, in which the policy does not change."""
         return host.training and host.step < self.warmup_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint that is the same on every rank."""
+        """Return the state for a checkpoint that is equal on all ranks."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore [`state_dict`]."""
 
     def rank_state(self) -> dict[str, Any]:
-        """State for a checkpoint that every rank has its own of."""
+        """Return the state for a checkpoint that differs from rank to rank."""
         return {}
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
@@ -111,12 +111,12 @@ class GroupSignal(Signal):
 
     @property
     def keeps_host_advantages(self) -> bool:
-        """Whether no advantage is named."""
+        """Whether the host's own advantages are used, since no advantage is named."""
         return self.options.advantage is None
 
     @property
     def value_tracker(self) -> ValueTracker | None:
-        """Success of every prompt so far; `None` where the advantage does not track it."""
+        """Tracker of the success of every prompt; `None` for an advantage that tracks none."""
         return None if self.tracked is None else self.tracked.tracker
 
     def before_rollout(self, host: Host) -> Metrics:
@@ -157,7 +157,7 @@ class GroupSignal(Signal):
         return metrics
 
     def _of_rewards(self, name: str, batch: Batch, mask: Tensor, host: Host) -> tuple[Tensor, Metrics]:
-        """Advantages of the rewards of tokens, less the KL penalties where those are charged there."""
+        """Compute advantages from the rewards of tokens, minus the KL penalties with `kl_in_reward`."""
         rewards, metrics = batch["rewards"], Metrics()
         if self.kl_in_reward:
             if "old_per_token_logps" not in batch:
@@ -171,7 +171,7 @@ class GroupSignal(Signal):
     def _of_prompts(
         self, tracked: TrackedAdvantages, batch: Batch, scores: Tensor, prompts: Sequence[Any], host: Host
     ) -> tuple[Tensor, Metrics]:
-        """Advantages over the tracked success of each prompt, which takes these scores in before the next rollout."""
+        """Compute advantages over each prompt's tracked success, and keep the scores for the tracker to count next."""
         keys, every = host.gather_objects([prompt_key(prompt) for prompt in prompts]), host.gather_rows(scores)
         advantages, metrics = tracked.advantages(keys, every)
         if host.training:
@@ -184,7 +184,7 @@ class GroupSignal(Signal):
         return host.own_rows(advantages), Metrics(metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts of the tracked prompts."""
+        """Return the counts of the tracked prompts."""
         return {} if self.tracked is None else {"prompts": self.tracked.tracker.counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -193,7 +193,7 @@ class GroupSignal(Signal):
             self.tracked.tracker.counts = {key: (a, b) for key, (a, b) in state["prompts"].items()}
 
     def rank_state(self) -> dict[str, Any]:
-        """The batch that the tracker takes in next."""
+        """Return the batch that the tracker counts next."""
         return {} if self.tracked is None else {"unabsorbed": self.tracked.unabsorbed}
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
@@ -203,11 +203,11 @@ class GroupSignal(Signal):
 
 
 class DraftHeads:
-    """MTP heads that only draft completions, kept sharp by their token loss on every rollout.
+    """MTP heads that only draft completions; their token loss on every rollout keeps their drafts good.
 
     Args:
         options: Which heads, and how they learn.
-        temperature: Of sampling.
+        temperature: Temperature of sampling.
     """
 
     def __init__(self, options: HeadOptions, *, temperature: float = 1.0) -> None:
@@ -233,14 +233,15 @@ class DraftHeads:
         return self.training.running(select, labels, alone=alone)
 
     def loss(self, run: HeadRun, num_items: Tensor, host: Host) -> tuple[Tensor | float, Metrics]:
-        """lambda_1 L_MTP of a run, and its metrics."""
+        """Compute lambda_1 L_MTP of a run, and its metrics."""
         return self.training.loss(run, num_items, host)
 
 
 def make_decoder(options: DraftOptions) -> "SpeculativeDecoder | None":
     """Make the decoder of a training run; `None` without speculation.
 
-    Its choices depend on the run's seed alone, unless `draft_cost` is `None`.
+    The decoder's choices depend on the run's seed alone, unless `draft_cost` is `None`: then they depend on measured
+    times.
     """
     if not options.speculative:
         return None

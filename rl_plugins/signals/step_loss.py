@@ -26,9 +26,9 @@ def step_loss(
 ) -> tuple[Tensor, Metrics]:
     """Compute `L = L_policy + lambda_2 L_TD + lambda_1 L_MTP` of one micro-batch.
 
-    Critic and drafting heads wait for the policy's forward, which `objective` runs, and see its hidden states. While
-    only the critic learns, `L_policy` counts for nothing. In an auxiliary phase (PPG) a KL that holds the policy takes
-    the place of `L_policy`.
+    Critic and drafting heads read the hidden states of the policy's forward, which `objective` runs. While only the
+    critic learns, `L_policy` has the weight 0. In an auxiliary phase (PPG), a KL term that holds the policy replaces
+    `L_policy`.
 
     Args:
         batch: Completions.
@@ -48,7 +48,7 @@ def step_loss(
     with ExitStack() as stack:
         run = draft = None
         if critic is not None:
-            # Values learn with their whole gradient in the phase that is for them.
+            # The auxiliary phase is there for the values, so their whole gradient enters the trunk.
             scale = 1.0 if auxiliary else None
             run = stack.enter_context(critic.learning(batch, num_items, alone=alone, scale=scale))
         if drafts is not None and drafts.learns:
@@ -59,7 +59,7 @@ def step_loss(
         else:
             loss, metrics = objective()
     if alone:
-        # Times zero, not dropped: every parameter stays in the graph, which DDP and ZeRO count on.
+        # Multiplied by zero, not dropped: every parameter stays in the graph, which DDP and ZeRO need.
         loss = 0.0 * loss
     terms: list[tuple[Tensor | float, Metrics]] = []
     if critic is not None:

@@ -24,10 +24,10 @@ Inputs = Mapping[str, Any]
 
 
 def row_rewards(rewards: Sequence[Any]) -> Tensor:
-    """Make the `reward` column of a batch a tensor (B,), NaN for None.
+    """Turn the `reward` column of a batch into a tensor (B,), NaN for None.
 
     Raises:
-        TypeError: If a reward is no number, such as a list for the steps of a row.
+        TypeError: If a reward is not a number, such as a list for the steps of a row.
     """
     for reward in rewards:
         check_row_reward(reward)
@@ -50,9 +50,9 @@ def check_row_reward(reward: Any) -> None:
 
 
 class HeadsAlong:
-    """MTP heads that learn from demonstrations, and values from demonstrations with a reward.
+    """MTP heads that learn tokens from demonstrations, and values from demonstrations with a reward.
 
-    `lambda_1 L_MTP (+ lambda_2 L_TD)`: every row is taken for one completion of its first token.
+    `lambda_1 L_MTP (+ lambda_2 L_TD)`: the first token of a row counts as its prompt, all others as the completion.
 
     Args:
         critic: The heads with their values and targets.
@@ -86,7 +86,7 @@ class HeadsAlong:
     def loss(
         self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
-        """Losses of the heads in a run, and their metrics."""
+        """Compute the losses of the heads in a run, and their metrics."""
         tokens, metrics = self.critic.training.loss(run, num_items, ranks)
         values, value_metrics = self._value_term(run, inputs, rewards, num_items, ranks)
         metrics.add(value_metrics)
@@ -95,11 +95,11 @@ class HeadsAlong:
     def _value_term(
         self, run: HeadRun, inputs: Inputs, rewards: Tensor | None, num_items: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Metrics]:
-        """lambda_2 L_TD on scored rows; the state that predicts token p+1 acts where that token has a label."""
+        """Compute lambda_2 L_TD on scored rows. The state that predicts token p+1 counts if this token has a label."""
         values, options = run.values, self.critic.values
         assert values is not None
         if rewards is None:
-            return 0.0 * values.sum(), Metrics()  # keeps the value weights in the graph, which DDP counts on
+            return 0.0 * values.sum(), Metrics()  # keeps the value weights in the graph, which DDP needs
         old_values = values.detach()
         target_values = old_values if run.target_values is None else run.target_values
         mask = predicted_mask(inputs["labels"]) & rewards.isfinite().unsqueeze(1)

@@ -20,8 +20,8 @@ class ValueModelCritic(Critic):
     """A critic that is a network of its own, run inside the policy's forward (PPO).
 
     Args:
-        options: Where the network comes from.
-        values: Targets and loss of the values.
+        options: Say where the network comes from.
+        values: Options of the value targets and the value loss.
         source: A [`ValueModel`], a transformers model whose trunk is copied, or a path or hub id; by default
             `options.value_model_path`, else the one attached to or saved with the policy, else a copy of its trunk.
         checkpointing: Keyword arguments of gradient checkpointing; `None` for none.
@@ -62,7 +62,7 @@ class ValueModelCritic(Critic):
 
     @contextmanager
     def scoring(self, num_tokens: int) -> Iterator[None]:
-        """Save the values of the first pass: the policy's, or that of a PEFT model's reference, which is as good."""
+        """Save the values of the first pass: the policy's, or that of a PEFT model's reference, with equal values."""
         if self._chunks is not None:
             yield
             return
@@ -71,7 +71,7 @@ class ValueModelCritic(Critic):
             yield
 
     def recorded(self, batch: Batch, host: Host) -> Values:
-        """Give the values of the pass for the old log-probabilities."""
+        """Return the values that a pass has saved; without one, make the pass for the old log-probabilities."""
         if self._chunks is None:
             batch["old_per_token_logps"] = host.log_probs(batch)
         assert self._chunks is not None
@@ -97,5 +97,5 @@ class ValueModelCritic(Critic):
 
 
 def _of_completions(values: Tensor, batch: Batch) -> Tensor:
-    """Values (B, S) of whole rows as those of the completions' states (B, T, 1)."""
+    """Pick the values of the completions' states (B, T, 1) from those of whole rows (B, S)."""
     return completion_states(values, batch["completion_ids"].shape[1]).unsqueeze(-1)

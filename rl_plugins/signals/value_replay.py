@@ -17,9 +17,9 @@ from rl_plugins.signals.metrics import Metrics
 from rl_plugins.signals.options import ValueReplayOptions
 
 MINIBATCHES = 4
-"""Steps of the copy's optimizer in a pass over a rollout, as PPO has them: values learn by the step."""
+"""Optimizer steps of the copy in a pass over a rollout, which is cut into minibatches as in PPO."""
 SMALLEST_MINIBATCH = 64
-"""States of all ranks that a step has at least, so that small rollouts make fewer steps."""
+"""Smallest number of states, over all ranks, in an optimizer step; small rollouts make fewer steps."""
 
 
 class ValueTargets(NamedTuple):
@@ -27,7 +27,7 @@ class ValueTargets(NamedTuple):
 
     Attributes:
         make: `(rewards (R, T), values (R, T, K), mask (R, T), after (R,) or None) -> targets of head 1 (R, T)`.
-        bootstraps: Whether the targets depend on the values, so that they change while those learn.
+        bootstraps: Whether the targets depend on the values, so that they change while the values learn.
     """
 
     make: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -40,16 +40,16 @@ class KeptRollout(ABC):
     Args:
         rewards: (R, T), 0 at masked positions.
         mask: Real tokens (R, T), bool.
-        after: Values of the states after the last tokens (R,), 0 where an episode has ended there; `None` where all
-            have.
+        after: Values of the states after the last tokens (R,), 0 where an episode has ended there; `None` if all
+            episodes have.
     """
 
     kinds: ClassVar[dict[str, type["KeptRollout"]]] = {}
     kind: ClassVar[str]
     num_steps = 1
-    """Steps of the optimizer in a pass over it, equal on all ranks."""
+    """Optimizer steps in a pass over the rollout, equal on all ranks."""
     goals: tuple[Tensor, Tensor] | None = None
-    """Targets that do not change, once they have been made."""
+    """Targets and where they exist, kept once they are made, if they do not depend on the values."""
 
     def __init_subclass__(cls) -> None:
         KeptRollout.kinds[cls.kind] = cls
@@ -60,38 +60,38 @@ class KeptRollout(ABC):
     @property
     @abstractmethod
     def num_units(self) -> int:
-        """Units, which are drawn at random: states, or rows."""
+        """Number of units, which are drawn at random: states or rows."""
 
     @abstractmethod
     def judge(self, copy: nn.Module, units: Tensor | slice) -> Tensor:
-        """Values of some units (n, ..., K)."""
+        """Compute the values of some units (n, ..., K)."""
 
     @abstractmethod
     def by_unit(self, x: Tensor) -> Tensor:
-        """Arrange what stands at the tokens (R, T, K) unit by unit (units, ..., K)."""
+        """Arrange entries of the tokens (R, T, K) by unit (units, ..., K)."""
 
     @abstractmethod
     def by_token(self, values: Tensor) -> Tensor:
-        """Arrange values of all units as those of the tokens (R, T, K)."""
+        """Arrange the values of all units by token (R, T, K)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers for a checkpoint."""
+        """Return tensors and numbers for a checkpoint."""
         kept = {name: x for name, x in vars(self).items() if name != "goals"}
         return {"kind": self.kind, **{name: tuple(x) if isinstance(x, tuple) else x for name, x in kept.items()}}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "KeptRollout":
-        """Make a rollout of what [`state_dict`] gave."""
+        """Make a rollout from the result of [`state_dict`]."""
         kept = object.__new__(cls.kinds[state["kind"]])
         vars(kept).update({name: x for name, x in state.items() if name != "kind"})
         return kept
 
 
 class RolloutOfStates(KeptRollout):
-    """A rollout whose every state is judged by itself.
+    """A rollout whose values are computed from single states.
 
     Args:
-        states: What the heads judge (N, ...), row by row.
+        states: Inputs of the heads at the real tokens (N, ...), row by row.
         rewards, mask, after: See [`KeptRollout`].
     """
 
@@ -103,26 +103,26 @@ class RolloutOfStates(KeptRollout):
 
     @property
     def num_units(self) -> int:
-        """States."""
+        """Number of states."""
         return len(self.states)
 
     def judge(self, copy: nn.Module, units: Tensor | slice) -> Tensor:
-        """Values (n, K) of some states."""
+        """Compute the values (n, K) of some states."""
         return copy(self.states[units])
 
     def by_unit(self, x: Tensor) -> Tensor:
-        """Pick those of the real tokens (N, K)."""
+        """Pick the entries of the real tokens (N, K)."""
         return x[self.mask]
 
     def by_token(self, values: Tensor) -> Tensor:
-        """Values (R, T, K), 0 at masked positions."""
+        """Put the values at their tokens (R, T, K), with 0 at masked positions."""
         found = values.new_zeros(*self.mask.shape, values.shape[-1])
         found[self.mask] = values
         return found
 
 
 class RolloutOfRows(KeptRollout):
-    """A rollout whose rows are judged as wholes, since a state's value depends on the tokens before it.
+    """A rollout whose values are computed from whole rows, since a state's value depends on the tokens before it.
 
     Args:
         rows: Prompts and completions.
@@ -137,43 +137,44 @@ class RolloutOfRows(KeptRollout):
 
     @property
     def num_units(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.mask)
 
     def judge(self, copy: nn.Module, units: Tensor | slice) -> Tensor:
-        """Values (n, T, K) of the completions of some rows."""
+        """Compute the values (n, T, K) of the completions of some rows."""
         return completion_states(copy(*Rows(*self.rows).choose(units)), self.mask.shape[1])
 
     def by_unit(self, x: Tensor) -> Tensor:
-        """Leave it as it is."""
+        """Return the entries unchanged: the units are whole rows."""
         return x
 
     def by_token(self, values: Tensor) -> Tensor:
-        """Leave them as they are."""
+        """Return the values unchanged: the units are whole rows."""
         return values
 
 
 class ValueReplay:
     """Trains a float32 copy of the heads' values on cached hidden states, between two rollouts.
 
-    Heads are small beside the trunk. So the states of the last rollouts teach them many times without a forward pass
-    of the trunk: a fast critic beside a slow actor. The copy's values are the baseline of the advantages, and what
-    they bootstrap from. The heads inside the policy go on to learn in its training forward, where their gradient
-    shapes the trunk and their token loss keeps them good drafters.
+    Heads are small compared with the trunk. So they can learn many times from the states of the last rollouts, without
+    a forward pass of the trunk: the critic learns faster than the policy. The advantages use the copy's values as
+    baseline and for the bootstrap. The heads inside the policy also keep learning in its training forward, where their
+    gradient shapes the trunk and their token loss keeps them good drafters.
 
-    Of parallel heads the copy learns from single states. Of sequential heads it learns from whole rows, so that its
+    A copy of parallel heads learns from single states. A copy of sequential heads learns from whole rows, so that its
     decoder layers learn as well ([`~rl_plugins.nn.target_heads.RowCopy`]).
 
-    A rollout is judged before the copy learns from it, so that its baselines have not seen its rewards. Every rank
-    keeps its own rollouts; gradients are summed over ranks, so that all copies stay alike.
+    The values of a rollout are computed before the copy learns from it, so that baselines do not depend on the
+    rollout's own rewards. Every rank keeps its own rollouts; gradients are summed over ranks, so that all copies stay
+    equal.
 
     Args:
         values: The copy.
         options: Passes, bounds and learning rate.
-        num_heads: K, the values that the copy gives for a state.
+        num_heads: K, number of values that the copy gives for a state.
         loss: Elementwise value loss.
-        ahead: How many tokens further each head looks than the one before it.
-        seed: Of the order of the states.
+        ahead: Tokens that each head looks further ahead than the head before it.
+        seed: Seed of the order of the states.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class ValueReplay:
     ) -> None:
         self.values, self.options, self.loss, self.seed = values, options, loss, seed
         self.num_heads, self.ahead = num_heads, ahead
-        values.heads.requires_grad_(True)  # but for what never learns
+        values.heads.requires_grad_(True)  # except for weights that never learn
         self._parameters = [p for p in values.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self._parameters, lr=options.value_replay_learning_rate)
         self.rollouts: list[KeptRollout] = []
@@ -196,16 +197,16 @@ class ValueReplay:
 
     @property
     def room(self) -> int:
-        """Most states of one rollout that fit."""
+        """Largest number of states that are kept of one rollout."""
         return max(1, self.options.value_replay_size // self.options.value_replay_rollouts)
 
     def learn(self, newest: KeptRollout, targets: ValueTargets, ranks: Ranks) -> Metrics:
-        """Take a rollout in, and pass over all that are kept.
+        """Add a rollout, and make the passes over all rollouts that are kept.
 
         Args:
             newest: The rollout.
-            targets: Makes value targets; where they bootstrap, it is from the copy as it is before each pass.
-            ranks: All other ranks call this at the same time.
+            targets: Makes value targets; if they bootstrap, they use the copy's values before each pass.
+            ranks: Sums over ranks; all ranks call this method at the same time.
 
         Returns:
             `critic/replay_loss`, the mean loss per state and head in the last pass, and `critic/replay_states`, the
@@ -214,8 +215,8 @@ class ValueReplay:
         self.rollouts = [*self.rollouts, newest][-self.options.value_replay_rollouts :]
         states = int(self._sum(float(newest.mask.sum()), ranks))
         newest.num_steps = min(MINIBATCHES, max(1, states // SMALLEST_MINIBATCH))
-        # Two sources of random numbers: all ranks take the rollouts in one order, though each has other numbers of
-        # units to shuffle, which use up more or fewer of the numbers.
+        # Two generators: `shared` gives the order of rollouts, which is equal on all ranks. `own` shuffles a rank's
+        # units, whose number differs between ranks, so that ranks draw more or fewer random numbers from it.
         shared, own = (torch.Generator().manual_seed(2 * (self.seed + self.num_learned) + i) for i in range(2))
         self.num_learned += 1
         sums = torch.zeros(2, device=newest.rewards.device)
@@ -228,7 +229,7 @@ class ValueReplay:
         )
 
     def _pass(self, targets: ValueTargets, shared: torch.Generator, own: torch.Generator, ranks: Ranks) -> Tensor:
-        """Learn from every kept unit once; gives the sum of the losses and their number (2,)."""
+        """Learn from every kept unit once, and return the sum of the losses and their number (2,)."""
         goals = [self._goals(kept, targets) for kept in self.rollouts]
         turns = [i for i, kept in enumerate(self.rollouts) for _ in range(kept.num_steps)]
         order = [turns[i] for i in torch.randperm(len(turns), generator=shared)]
@@ -244,12 +245,12 @@ class ValueReplay:
 
     @torch.no_grad()
     def _goals(self, kept: KeptRollout, targets: ValueTargets) -> tuple[Tensor, Tensor]:
-        """Targets of all heads and where they exist, unit by unit (units, ..., K)."""
+        """Make the targets of all heads and where they exist, unit by unit (units, ..., K)."""
         if kept.goals is not None and not targets.bootstraps:
             return kept.goals
         values = kept.rewards.new_zeros(*kept.mask.shape, self.num_heads)
         if targets.bootstraps and kept.num_units:
-            # In pieces, as the steps have them: all of a rollout at once may not fit.
+            # In pieces as large as those of the steps: a whole rollout may not fit into memory.
             pieces = torch.arange(kept.num_units, device=kept.mask.device).tensor_split(kept.num_steps)
             values = kept.by_token(torch.cat([kept.judge(self.values, piece) for piece in pieces if len(piece)]))
         returns = targets.make(kept.rewards, values, kept.mask, kept.after)
@@ -261,7 +262,7 @@ class ValueReplay:
 
     @torch.enable_grad()
     def _step(self, kept: KeptRollout, units: Tensor, goals: Tensor, valid: Tensor, ranks: Ranks) -> Tensor:
-        """Make one step of the optimizer, and give the sum of the losses and their number (2,)."""
+        """Make one step of the optimizer, and return the sum of the losses and their number (2,)."""
         self.optimizer.zero_grad()
         error = torch.zeros((), device=ranks.device)
         if len(units):
@@ -286,7 +287,7 @@ class ValueReplay:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """State that is the same on every rank: the copy, its optimizer, and how often it has learned."""
+        """Return the state that is equal on all ranks: the copy, its optimizer, and how often it has learned."""
         return {
             "values": {name: x.detach().cpu().clone() for name, x in self.values.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
@@ -300,7 +301,7 @@ class ValueReplay:
         self.num_learned = state["num_learned"]
 
     def rank_state(self) -> dict[str, Any]:
-        """The rollouts of this rank."""
+        """Return the rollouts of this rank."""
         return {"rollouts": [kept.state_dict() for kept in self.rollouts]}
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:

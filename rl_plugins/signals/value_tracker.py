@@ -14,7 +14,7 @@ from rl_plugins.functional.advantages.tracked import forget_factor, tracker_upda
 
 
 def prompt_key(prompt: Any) -> str:
-    """A short name for a prompt (text or conversation), equal in every process and run."""
+    """Make a short name for a prompt (text or conversation), equal in every process and run."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
@@ -22,7 +22,8 @@ def prompt_key(prompt: Any) -> str:
 class ValueTracker:
     """One Beta distribution per prompt (SPO, 2509.13232): its mean is the baseline of the prompt's next completion.
 
-    Starts at Jeffreys' prior, `Beta(1/2, 1/2)`. Every rank keeps the same tracker: give it the completions of all.
+    A distribution starts at Jeffreys' prior, `Beta(1/2, 1/2)`. All ranks keep equal trackers: give each tracker the
+    completions of all ranks.
     """
 
     def __init__(self) -> None:
@@ -36,15 +37,16 @@ class ValueTracker:
         return pairs[:, 0], pairs[:, 1]
 
     def values(self, keys: Sequence[str]) -> Tensor:
-        """Expected rewards (N,) of prompts, float64."""
+        """Return the expected rewards (N,) of prompts, float64."""
         return tracker_value(*self._alpha_beta(keys))
 
     def update(self, keys: Sequence[str], rewards: Tensor, forget: Tensor) -> None:
         """Add the rewards of completions to the counts of their prompts.
 
         Args:
-            keys: N prompts, from [`prompt_key`]. Of several completions of one prompt the later ones forget nothing.
-            rewards: (N,) in [0, 1]; NaN is passed over.
+            keys: N prompts, from [`prompt_key`]. If a prompt occurs several times, `forget` acts only once, with its
+                first reward.
+            rewards: (N,) in [0, 1]; NaN is skipped.
             forget: Factor on the old counts (N,), in [0, 1].
 
         Raises:
@@ -69,17 +71,18 @@ class ValueTracker:
 
 
 class TrackedAdvantages:
-    """SPO's advantages, `A = normalise(r - v(prompt))` over the batch (2509.13232), with one step of delay.
+    """SPO's advantages, `A = normalise(r - v(prompt))` over the batch (2509.13232); the tracker is one batch behind.
 
-    The tracker takes in the rewards of a batch only when the policy has learnt from it: old counts fade by how far the
-    policy has moved on it since, as in SPO's own code, or by a constant `forget`.
+    The tracker counts the rewards of a batch only when the policy has learnt from it. The old counts are then
+    multiplied by a factor that depends on how far the policy has moved on the batch, as in SPO's own code, or by a
+    constant `forget`.
 
     Args:
         options: `forget`, or keyword arguments of [`~rl_plugins.functional.forget_factor`].
 
     Attributes:
         tracker: The counts.
-        unabsorbed: The batch to take in next: `keys`, `scores` of all ranks, `rows` of this one.
+        unabsorbed: The batch to count next: `keys` and `scores` of all ranks, `rows` of this rank.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -89,11 +92,11 @@ class TrackedAdvantages:
 
     @property
     def needs_rows(self) -> bool:
-        """Whether forgetting depends on how far the policy moves, which takes the completions."""
+        """Whether forgetting depends on how far the policy moves, which is measured on the completions."""
         return "forget" not in self.options
 
     def advantages(self, keys: Sequence[str], scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Advantages (N,) of the completions of all ranks, and metrics.
+        """Compute the advantages (N,) of the completions of all ranks, and metrics.
 
         Args:
             keys: Prompts, from [`prompt_key`].
@@ -114,18 +117,18 @@ class TrackedAdvantages:
         return batch_normalized(scores - values), metrics
 
     def remember(self, keys: Sequence[str], scores: Tensor, rows: Any) -> None:
-        """Keep what will be taken in once the policy has learnt from it."""
+        """Keep a batch, which will be counted once the policy has learnt from it."""
         self.unabsorbed = {"keys": list(keys), "scores": scores, "rows": rows}
 
     def absorb(self, distances: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-        """Take in the last batch.
+        """Count the rewards of the batch that was kept.
 
         Args:
-            distances: Gives, for the rows that were kept, how far the policy has moved on each completion since (N,),
-                of all ranks. Called only where `needs_rows`.
+            distances: Function of the rows that were kept: how far the policy has moved since on each completion of
+                all ranks (N,). It is called only if `needs_rows`.
 
         Returns:
-            Metrics; empty if there is nothing to take in.
+            Metrics; empty without a batch, and for a constant `forget`.
         """
         if self.unabsorbed is None:
             return {}

@@ -6,9 +6,10 @@ AFTERWARDS = "weight_decay_after_warmup"
 
 
 def pause_weight_decay(optimizer: Optimizer, paused: bool) -> None:
-    """Take weight decay off all parameters while `paused`, since it needs no gradient, and put it back afterwards.
+    """Set the weight decay of all parameters to 0 while `paused`, and restore it afterwards.
 
-    What it will be again is kept in the parameter groups, so that a checkpoint of the warm-up knows it.
+    Weight decay would change parameters even without a gradient. The parameter groups keep the original decay, so that
+    a checkpoint of the warm-up has it.
     """
     for group in optimizer.param_groups:
         decay = group.setdefault(AFTERWARDS, group["weight_decay"])

@@ -1,6 +1,6 @@
 """Bellman's operators, and the policies that a table of action values implies.
 
-Shapes: `S` states, `A` actions, `K` successors at most of a state and an action.
+Shapes: `S` states, `A` actions, at most `K` successors of a state and an action.
 """
 
 import torch
@@ -11,9 +11,9 @@ from rl_plugins.tabular.mdp import MDP
 
 
 def action_values(mdp: MDP, values: Tensor) -> Tensor:
-    """Action values from state values: `q(s, a) = r(s, a) + gamma sum_s' p(s'|s, a) v(s')`.
+    """Compute action values from state values: `q(s, a) = r(s, a) + gamma sum_s' p(s'|s, a) v(s')`.
 
-    Sutton and Barto 2018, eq. 4.6 without the maximum: the relation of the two values.
+    Sutton and Barto 2018, eq. 4.6.
 
     Args:
         mdp: the process.
@@ -31,7 +31,7 @@ def action_values(mdp: MDP, values: Tensor) -> Tensor:
 
 
 def backup(rewards: Tensor, probabilities: Tensor, successors: Tensor, values: Tensor, gamma: float) -> Tensor:
-    """One step of lookahead over successor lists: `r + gamma sum_k p_k v(s'_k)`.
+    """Look one step ahead over lists of successors: `r + gamma sum_k p_k v(s'_k)`.
 
     Args:
         rewards: `(...)`.
@@ -48,7 +48,7 @@ def backup(rewards: Tensor, probabilities: Tensor, successors: Tensor, values: T
 
 
 def state_values(policy: Tensor, q: Tensor) -> Tensor:
-    """State values from action values: `v(s) = sum_a pi(a|s) q(s, a)`.
+    """Compute state values from action values: `v(s) = sum_a pi(a|s) q(s, a)`.
 
     Args:
         policy: `pi(a|s) (S, A)`.
@@ -61,7 +61,7 @@ def state_values(policy: Tensor, q: Tensor) -> Tensor:
 
 
 def bellman_expectation(mdp: MDP, policy: Tensor, values: Tensor) -> Tensor:
-    """One sweep of policy evaluation: `T_pi v = r_pi + gamma P_pi v` (Sutton and Barto 2018, eq. 4.5).
+    """Do one sweep of policy evaluation: `T_pi v = r_pi + gamma P_pi v` (Sutton and Barto 2018, eq. 4.5).
 
     Args:
         mdp: the process.
@@ -78,7 +78,7 @@ def bellman_expectation(mdp: MDP, policy: Tensor, values: Tensor) -> Tensor:
 
 
 def bellman_optimality(mdp: MDP, values: Tensor) -> Tensor:
-    """One sweep of value iteration: `T v = max_a q(s, a)` (Sutton and Barto 2018, eq. 4.10).
+    """Do one sweep of value iteration: `T v = max_a q(s, a)` (Sutton and Barto 2018, eq. 4.10).
 
     Args:
         mdp: the process.
@@ -94,9 +94,9 @@ def bellman_optimality(mdp: MDP, values: Tensor) -> Tensor:
 
 
 def bellman_expectation_q(mdp: MDP, policy: Tensor, q: Tensor) -> Tensor:
-    """The expectation operator for action values: `r(s, a) + gamma E[sum_a' pi(a'|s') q(s', a')]`.
+    """Apply the expectation operator to action values: `r(s, a) + gamma E[sum_a' pi(a'|s') q(s', a')]`.
 
-    The mean of the targets of Sarsa and of expected Sarsa.
+    The result is the mean of the targets of Sarsa, and of expected Sarsa.
 
     Args:
         mdp: the process.
@@ -113,9 +113,9 @@ def bellman_expectation_q(mdp: MDP, policy: Tensor, q: Tensor) -> Tensor:
 
 
 def bellman_optimality_q(mdp: MDP, q: Tensor) -> Tensor:
-    """The optimality operator for action values: `r(s, a) + gamma E[max_a' q(s', a')]`.
+    """Apply the optimality operator to action values: `r(s, a) + gamma E[max_a' q(s', a')]`.
 
-    Sutton and Barto 2018, eq. 3.20; the mean of the targets of Q-learning.
+    Sutton and Barto 2018, eq. 3.20. The result is the mean of the targets of Q-learning.
 
     Args:
         mdp: the process.
@@ -131,7 +131,7 @@ def bellman_optimality_q(mdp: MDP, q: Tensor) -> Tensor:
 
 
 def greedy_policy(q: Tensor) -> Tensor:
-    """All probability on the best action, the first of several.
+    """Give all probability to the best action, or to the first of several best ones.
 
     Args:
         q: `(S, A)`.
@@ -143,7 +143,7 @@ def greedy_policy(q: Tensor) -> Tensor:
 
 
 def epsilon_greedy_policy(q: Tensor, epsilon: float) -> Tensor:
-    """The best action, or with probability `epsilon` any: `(1 - epsilon) greedy + epsilon / A`.
+    """Take the best action, or with probability `epsilon` a random one: `(1 - epsilon) greedy + epsilon / A`.
 
     Sutton and Barto 2018, section 5.4.
 

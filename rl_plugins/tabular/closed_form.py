@@ -10,9 +10,9 @@ from rl_plugins.tabular.mdp import MDP
 
 
 def solve_values(mdp: MDP, policy: Tensor) -> Tensor:
-    """The values of a policy in closed form: `v_pi = (I - gamma P_pi)^-1 r_pi`; differentiable in the policy.
+    """Solve for the values of a policy, differentiably in the policy: `v_pi = (I - gamma P_pi)^-1 r_pi`.
 
-    The linear system of Bellman's expectation equation over the states that are not terminal. It is dense: `8 S^2`
+    The linear system is Bellman's expectation equation over the states that are not terminal. It is dense: `8 S^2`
     bytes and `O(S^3)` operations, so beyond some thousand states use `policy_evaluation`.
 
     Args:
@@ -30,7 +30,7 @@ def solve_values(mdp: MDP, policy: Tensor) -> Tensor:
 
 
 def live_system(mdp: MDP, policy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The linear system `(I - gamma P_pi) v = r_pi` over the `L` states that are not terminal.
+    """Build the linear system `(I - gamma P_pi) v = r_pi` over the `L` states that are not terminal.
 
     Args:
         mdp: the process.
@@ -50,7 +50,7 @@ def live_system(mdp: MDP, policy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_proper(edges: Tensor, terminal: Tensor) -> None:
-    """At `gamma = 1` the system has one solution only if the chain `(S, S)` ends from everywhere."""
+    """Refuse a chain `(S, S)` that does not end from every state: at `gamma = 1` its system has no unique solution."""
     ends = terminal
     while True:
         further = ends | (edges & ends).any(1)

@@ -1,4 +1,4 @@
-"""Model-free learning of tables: every method is one loop and one update, with another target.
+"""Model-free learning of tables: all methods share one loop and one update, and differ in the target.
 
 Shapes: `B` copies, `T` steps of a rollout, `S` states, `A` actions.
 """
@@ -37,24 +37,25 @@ def learn_action_values(
 ) -> Learned:
     """Learn `q` from samples: `q(s, a) <- q(s, a) - alpha_n (q(s, a) - Y)`.
 
-    A pair that occurs several times in a rollout is updated once, towards the mean of its targets. Let many copies
-    share an update of long rollouts: where visits are few, their number and their targets depend on each other.
+    A pair that occurs several times in a rollout is updated once, towards the mean of its targets. With long rollouts,
+    use many copies: if a pair has few visits in an update, the number of visits and their targets depend on each
+    other.
 
     | method | target | steps | other |
     |---|---|---|---|
     | Sarsa, expected Sarsa, Q-learning | `sarsa`, `expected_sarsa`, `q_learning` | 1 | |
     | n-step Sarsa | `n_step_sarsa(n)` | n or more | |
-    | every-visit Monte Carlo, epsilon-greedy | `monte_carlo` | an episode's | `fresh_episodes=True` |
-    | Monte Carlo, exploring starts | `monte_carlo` | an episode's | the same, `epsilon=0`, and copies that explore |
+    | every-visit Monte Carlo, epsilon-greedy | `monte_carlo` | those of an episode | `fresh_episodes=True` |
+    | Monte Carlo, exploring starts | `monte_carlo` | those of an episode | also `epsilon=0`, and copies that explore |
 
     Args:
         copies: where the samples come from.
-        target: the method.
+        target: the target of the method, from the table.
         updates: rollouts, each followed by an update.
-        step_size: `alpha_n` at the n-th update of a pair.
+        step_size: gives `alpha_n` for the n-th update of a pair.
         steps: `T`, at most.
-        policy: acts, `(S, A)`; by default it is epsilon-greedy in the current `q`.
-        epsilon: share of random actions of the latter.
+        policy: the policy that acts `(S, A)`; by default it is epsilon-greedy in the current `q`.
+        epsilon: share of random actions of the epsilon-greedy policy.
         fresh_episodes: start all episodes anew before each rollout, instead of going on.
         initial: `q` to start from `(S, A)`; 0 by default.
 
@@ -90,9 +91,9 @@ def learn_state_values(
 
     Args:
         copies: where the samples come from.
-        policy: acts, `(S, A)`.
+        policy: the policy that acts `(S, A)`.
         updates: rollouts, each followed by an update.
-        step_size: `alpha_n` at the n-th update of a state.
+        step_size: gives `alpha_n` for the n-th update of a state.
         steps: steps of a rollout at most.
         initial: `v` to start from `(S,)`; 0 by default.
 
@@ -115,13 +116,13 @@ def learn_state_values(
 
 
 def update_table(table: Learned, index: Tensor, targets: Tensor, step_size: StepSize) -> Learned:
-    """One stochastic update of the entries that have targets, each towards the mean of its own.
+    """Update the entries that have targets by one step, each towards the mean of its targets.
 
     Args:
         table: values and counts of any shape.
         index: entries of the flattened table `(N,)`.
         targets: `(N,)`.
-        step_size: `alpha_n` at the n-th update of an entry.
+        step_size: gives `alpha_n` for the n-th update of an entry.
 
     Returns:
         The new table.
@@ -145,21 +146,21 @@ def monte_carlo_basic(
     policy: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Learned:
-    """Policy iteration whose evaluation is the mean return of episodes from each pair.
+    """Run policy iteration that evaluates a policy by the mean return of episodes from each pair.
 
-    Only the first visit of an episode counts: the pair that it starts from. The estimate is replaced by the new mean,
-    `alpha = 1`, and the policy by the greedy one.
+    An episode counts only for the pair that it starts from. The new mean replaces the estimate, `alpha = 1`, and the
+    greedy policy replaces the policy.
 
     Args:
         mdp: the process.
-        improvements: times to evaluate; the policy is improved in between.
+        improvements: number of evaluations; the policy is improved in between.
         episodes: episodes from each pair; all `episodes * S * A` run in parallel.
-        max_steps: steps after which an episode is cut off; what comes after counts as 0.
+        max_steps: steps after which an episode is cut off; later rewards count as 0.
         policy: the first policy to be evaluated `(S, A)`; uniform by default.
         generator: source of random numbers.
 
     Returns:
-        `q` of the last policy that was evaluated, and the number of updates of each pair; 0 in terminal states.
+        `q` of the last policy that was evaluated, 0 in terminal states, and the number of updates of each pair.
 
     Raises:
         ValueError: a number is below 1, or `policy` is not a table of probabilities.

@@ -20,16 +20,16 @@ class FiniteHorizon(NamedTuple):
 
 
 def finite_horizon_values(mdp: MDP, horizon: int, policy: Tensor | None = None) -> FiniteHorizon:
-    """Exact values when the episode is cut off after `H` steps, by backward induction from the last step.
+    """Compute exact values if episodes are cut off after `H` steps, by backward induction from the last step.
 
     `v_H = 0`, `v_t(s) = max_a (r(s, a) + gamma sum_s' p(s'|s, a) v_{t+1}(s'))`, or the policy's mean in place of the
-    maximum. With a reward of 1 for success and `gamma = 1` it is the probability of success within the limit. The
-    optimal policy depends on the steps that are left.
+    maximum. With a reward of 1 for success and `gamma = 1` the value is the probability of success within the limit.
+    The optimal policy depends on the number of steps that are left.
 
     Args:
         mdp: the process.
         horizon: `H`.
-        policy: `pi(a|s) (S, A)`, to evaluate that policy; the optimum by default.
+        policy: `pi(a|s) (S, A)`, the policy to evaluate; by default the optimal one.
 
     Raises:
         ValueError: `horizon` is negative, or `policy` is not a table of probabilities.

@@ -1,6 +1,6 @@
 """Finite Markov decision processes as tensors.
 
-Shapes: `S` states, `A` actions, `K` successors at most of a state and an action. A policy is a table of probabilities
+Shapes: `S` states, `A` actions, at most `K` successors of a state and an action. A policy is a table of probabilities
 `(S, A)`. Everything is float64 on the CPU.
 """
 
@@ -19,7 +19,8 @@ class MDP:
     """A finite MDP: `p(s'|s, a)`, `r(s, a)`, a discount, and where episodes start.
 
     Only successors of positive probability are stored, so a table of thousands of states with a few successors each
-    takes megabytes. A state that every action keeps, at reward 0, is terminal: episodes end there, and its value is 0.
+    takes megabytes. A state is terminal if no action leaves it and all of its rewards are 0: episodes end there, and
+    its value is 0.
 
     Args:
         transitions: `p(s'|s, a) (S, A, S)`, dense or sparse COO; rows sum to 1.
@@ -65,7 +66,7 @@ class MDP:
 
     @classmethod
     def from_gymnasium(cls, env: Any, gamma: float) -> MDP:
-        """The table of a Gymnasium toy-text environment: FrozenLake, CliffWalking, Taxi.
+        """Read the table of a Gymnasium toy-text environment: FrozenLake, CliffWalking, Taxi.
 
         A state in which a transition ends the episode becomes terminal. Time limits are not part of the table: see
         `finite_horizon_values`.
@@ -81,12 +82,12 @@ class MDP:
         return cls(transitions, rewards, gamma, start=start)
 
     def transitions(self) -> Tensor:
-        """`p(s'|s, a) (S, A, S)`, dense: `8 S^2 A` bytes."""
+        """Return `p(s'|s, a) (S, A, S)` as a dense tensor of `8 S^2 A` bytes."""
         dense = torch.zeros(self.n_states, self.n_actions, self.n_states, dtype=torch.float64)
         return dense.scatter_add(2, self.successors.movedim(0, 2), self.probabilities.movedim(0, 2))
 
     def chain(self, policy: Tensor) -> tuple[Tensor, Tensor]:
-        """The Markov chain that a policy makes of the MDP; differentiable in the policy.
+        """Compute the Markov chain that the MDP becomes under a policy; differentiable in the policy.
 
         `P_pi(s'|s) = sum_a pi(a|s) p(s'|s, a)`, `r_pi(s) = sum_a pi(a|s) r(s, a)`.
 
@@ -106,7 +107,7 @@ class MDP:
         return matrix, (policy * self.rewards).sum(-1)
 
     def check_policy(self, policy: Tensor) -> Tensor:
-        """The policy in float64.
+        """Check a policy, and return it in float64.
 
         Args:
             policy: `pi(a|s) (S, A)`.
@@ -138,7 +139,7 @@ def _check_shapes(transitions: Tensor, rewards: Tensor) -> None:
 
 
 def _entries(table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices `s, a, s'` in their order, and values, of the entries other than 0 of an `(S, A, S)` table."""
+    """Return indices `s, a, s'` and values of the entries of an `(S, A, S)` table that are not 0, in their order."""
     table = (table if table.is_sparse else table.to_sparse()).coalesce()
     kept = table.values() != 0
     states, actions, next_states = table.indices()[:, kept]
@@ -146,7 +147,7 @@ def _entries(table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _rewards_of(rewards: Tensor, states: Tensor, actions: Tensor, next_states: Tensor) -> Tensor:
-    """The reward of each transition."""
+    """Look up the reward of each transition."""
     if rewards.ndim == 2:
         return rewards.to_dense()[states, actions].double()
     if not rewards.is_sparse:
@@ -174,7 +175,7 @@ def _check_rows(states: Tensor, actions: Tensor, chances: Tensor, paid: Tensor, 
 
 
 def _place_in_row(rows: Tensor) -> tuple[Tensor, int]:
-    """The position of each entry among those of its row (sorted), and the length of the longest row."""
+    """Return the position of each entry in its row (rows are sorted), and the length of the longest row."""
     _, counts = rows.unique_consecutive(return_counts=True)
     first = counts.cumsum(0) - counts
     return torch.arange(len(rows)) - first.repeat_interleave(counts), int(counts.max())

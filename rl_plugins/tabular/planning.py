@@ -16,14 +16,14 @@ MAX_ITERATIONS = 100_000
 
 
 class Evaluation(NamedTuple):
-    """State values `(S,)` of a policy, and the sweeps that it took."""
+    """State values `(S,)` of a policy, and the number of sweeps that they took."""
 
     values: Tensor
     iterations: int
 
 
 class Plan(NamedTuple):
-    """Optimal state values `(S,)`, a policy greedy in them `(S, A)`, and the improvements that it took."""
+    """Optimal state values `(S,)`, a policy greedy in them `(S, A)`, and the number of improvements that they took."""
 
     values: Tensor
     policy: Tensor
@@ -38,12 +38,13 @@ def policy_evaluation(
     max_iterations: int = MAX_ITERATIONS,
     initial: Tensor | None = None,
 ) -> Evaluation:
-    """Repeat `v <- r_pi + gamma P_pi v` (Sutton and Barto 2018, eq. 4.5).
+    """Evaluate a policy: repeat `v <- r_pi + gamma P_pi v` (Sutton and Barto 2018, eq. 4.5).
 
     Args:
         mdp: the process.
         policy: `pi(a|s) (S, A)`.
-        tolerance: stop when no value changes by more; values are then within `gamma / (1 - gamma)` times this.
+        tolerance: stop when no value changes by more; the error of the values is then at most `gamma / (1 - gamma)`
+            times this.
         max_iterations: sweeps after which to give up.
         initial: values to start from `(S,)`; 0 by default.
 
@@ -58,13 +59,14 @@ def policy_evaluation(
 def value_iteration(
     mdp: MDP, *, tolerance: float = 1e-10, max_iterations: int = MAX_ITERATIONS, initial: Tensor | None = None
 ) -> Plan:
-    """Repeat `v <- max_a (r + gamma P v)` (Sutton and Barto 2018, eq. 4.10).
+    """Find optimal values: repeat `v <- max_a (r + gamma P v)` (Sutton and Barto 2018, eq. 4.10).
 
-    Truncated policy iteration with one sweep.
+    This is truncated policy iteration with one sweep.
 
     Args:
         mdp: the process.
-        tolerance: stop when no value would change by more; values are then within `gamma / (1 - gamma)` times this.
+        tolerance: stop when no value would change by more; the error of the values is then at most
+            `gamma / (1 - gamma)` times this.
         max_iterations: sweeps after which to give up.
         initial: values to start from `(S,)`; 0 by default.
 
@@ -85,13 +87,14 @@ def truncated_policy_iteration(
 ) -> Plan:
     """Improve the policy, evaluate it by `j` sweeps, and repeat.
 
-    `pi_k = greedy(v_k)`, `v_{k+1} = (T_{pi_k})^j v_k`. One sweep is value iteration, the limit policy iteration.
+    `pi_k = greedy(v_k)`, `v_{k+1} = (T_{pi_k})^j v_k`. With one sweep it is value iteration, in the limit of many
+    sweeps policy iteration.
 
     Args:
         mdp: the process.
         sweeps: `j`.
-        tolerance: stop when no value would change by more in a sweep of value iteration; values are then within
-            `gamma / (1 - gamma)` times this.
+        tolerance: stop when no value would change by more in a sweep of value iteration; the error of the values is
+            then at most `gamma / (1 - gamma)` times this.
         max_iterations: improvements after which to give up.
         initial: `v_0 (S,)`; 0 by default.
 
@@ -103,7 +106,7 @@ def truncated_policy_iteration(
         raise ValueError(f"sweeps={sweeps}: evaluate by at least 1 sweep, which is value iteration.")
 
     def evaluate(actions: Tensor, values: Tensor) -> Tensor:
-        if sweeps == 1:  # the improvement was the first one
+        if sweeps == 1:  # the improvement was the first sweep
             return values
         sweep = _sweep(mdp, actions)
         for _ in range(sweeps - 1):
@@ -123,9 +126,9 @@ def policy_iteration(
 
     Args:
         mdp: the process.
-        tolerance: as of `policy_evaluation`, and of `value_iteration` for the end.
+        tolerance: that of `policy_evaluation` in each evaluation, and that of `value_iteration` to stop.
         max_iterations: improvements, and sweeps of one evaluation, after which to give up.
-        initial: values whose greedy policy comes first `(S,)`; 0 by default.
+        initial: values whose greedy policy is the first policy `(S,)`; 0 by default.
 
     Raises:
         ValueError: a shape does not fit, or the tolerance is negative.
@@ -145,7 +148,7 @@ def _improve(
     tolerance: float,
     max_iterations: int,
 ) -> Plan:
-    """Policy iteration; `evaluate` takes the greedy actions and the values after the first sweep with them."""
+    """Run policy iteration; `evaluate` takes the greedy actions and the values after the first sweep with them."""
     for iteration in range(1, max_iterations + 1):
         improved, actions = action_values(mdp, values).max(-1)
         if _settled(improved, values, tolerance):
@@ -155,7 +158,7 @@ def _improve(
 
 
 def _sweep(mdp: MDP, actions: Tensor) -> Callable[[Tensor], Tensor]:
-    """`T_pi` of the deterministic policy with these actions `(S,)`: looks at their successors only."""
+    """Make `T_pi` of the deterministic policy with these actions `(S,)`; it reads only the actions' successors."""
     states = torch.arange(mdp.n_states)
     rewards = mdp.rewards[states, actions]
     probabilities, successors = mdp.probabilities[:, states, actions], mdp.successors[:, states, actions]
@@ -171,7 +174,7 @@ def _repeat(sweep: Callable[[Tensor], Tensor], values: Tensor, tolerance: float,
 
 
 def _initial(mdp: MDP, initial: Tensor | None) -> Tensor:
-    """Values to start from, 0 in terminal states: there no sweep could correct them at `gamma = 1`."""
+    """Return values to start from, 0 in terminal states, where no sweep could correct them at `gamma = 1`."""
     if initial is None:
         return torch.zeros(mdp.n_states, dtype=torch.float64)
     if initial.shape != (mdp.n_states,):

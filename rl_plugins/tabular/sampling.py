@@ -1,7 +1,7 @@
 """Experience from parallel copies of an MDP.
 
 Shapes: `B` copies, one row each; `T` steps; `S` states, `A` actions. A row never goes beyond the end of an episode, so
-it can be handed to `rl_plugins.functional.gae` and its relatives as it is.
+it can be given to `rl_plugins.functional.gae` and similar functions unchanged.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class ParallelMDP:
     Args:
         mdp: the process.
         copies: `B`.
-        exploring_starts: begin episodes in a state that is not terminal and with an action, both uniformly random,
-            instead of in `mdp.start`.
+        exploring_starts: begin episodes with a random state that is not terminal and a random action, both uniform,
+            instead of a state from `mdp.start`.
         max_episode_steps: steps after which an episode is cut off and another one starts; unlimited by default.
         generator: source of random numbers.
 
@@ -95,7 +95,7 @@ class ParallelMDP:
     def rollout(self, policy: Tensor, steps: int = 1) -> Rollout:
         """Step every copy until its episode ends, `steps` times at most.
 
-        A copy whose episode went on begins with the last `next_actions` of the rollout before, as Sarsa does.
+        A copy whose episode has not ended begins with the last `next_actions` of the previous rollout, as in Sarsa.
 
         Args:
             policy: `pi(a|s) (S, A)`.
@@ -118,7 +118,7 @@ class ParallelMDP:
         return Rollout(*(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
 
     def _step(self, policy: Tensor, running: Tensor) -> Rollout:
-        """One column `(B,)` of a rollout; copies that do not run stay where they are."""
+        """Make one column `(B,)` of a rollout; copies that do not run stay where they are."""
         states, actions = self._states, self._actions
         draw = torch.rand(self.copies, dtype=torch.float64, generator=self.generator)
         place = (draw >= self._thresholds[:, states, actions]).sum(0)
@@ -145,14 +145,14 @@ class ParallelMDP:
         self._steps = torch.where(where, 0, self._steps)
 
     def _draw(self, weights: Tensor) -> Tensor:
-        """An index from each row `(B, n)` of weights."""
+        """Draw an index from each row `(B, n)` of weights."""
         return torch.multinomial(weights, 1, generator=self.generator).squeeze(1)
 
 
 def _thresholds(probabilities: Tensor) -> Tensor:
-    """A number in [0, 1) draws the successor `k` whose thresholds before it do not exceed it: `(K, S, A)`.
+    """Compute thresholds `(K, S, A)`: a number in [0, 1) draws successor `k` if it reaches exactly `k` of them.
 
-    The last real successor has an infinite one, so that rounding never draws the padding behind it.
+    The last real successor has an infinite threshold, so that rounding never draws the padding behind it.
     """
     is_last = probabilities.flip(0).cumsum(0).flip(0) - probabilities <= 0
     return probabilities.cumsum(0).masked_fill(is_last, torch.inf)

@@ -10,14 +10,15 @@ StepSize = Callable[[Tensor], Tensor]
 
 
 def polynomial_step_size(omega: float = 1.0, *, offset: float = 0.0) -> StepSize:
-    """`alpha_n = ((1 + offset) / (n + offset))^omega`, which satisfies the conditions of Robbins and Monro (1951).
+    """Make `alpha_n = ((1 + offset) / (n + offset))^omega`, which meets the conditions of Robbins and Monro (1951).
 
-    `sum_n alpha_n = inf` needs `omega <= 1`, and `sum_n alpha_n^2 < inf` needs `omega > 1/2`. `omega = 1` is the mean
-    of all targets, right for Monte Carlo; targets that bootstrap are forgotten sooner with 0.6 to 0.8.
+    `sum_n alpha_n = inf` needs `omega <= 1`, and `sum_n alpha_n^2 < inf` needs `omega > 1/2`. `omega = 1` averages all
+    targets, which suits Monte Carlo. With 0.6 to 0.8 old targets are forgotten sooner, which suits targets that
+    bootstrap.
 
     Args:
         omega: in `(0.5, 1]`.
-        offset: at least 0; a larger one keeps steps large for about so many updates.
+        offset: at least 0; steps stay large for about `offset` updates.
 
     Raises:
         ValueError: `omega` or `offset` is out of range.
@@ -30,9 +31,10 @@ def polynomial_step_size(omega: float = 1.0, *, offset: float = 0.0) -> StepSize
 
 
 def constant_step_size(alpha: float) -> StepSize:
-    """`alpha_n = alpha`: estimates follow a changing target, and keep a noise of variance in proportion to `alpha`.
+    """Make `alpha_n = alpha`: estimates follow a changing target, with noise of a variance in proportion to `alpha`.
 
-    It does not satisfy the conditions of Robbins and Monro: nothing converges unless targets are free of noise.
+    It does not satisfy the conditions of Robbins and Monro: estimates do not converge unless the targets are free of
+    noise.
 
     Args:
         alpha: in `(0, 1]`; 1 replaces the estimate.

@@ -1,6 +1,6 @@
-"""The target that each method takes for `q(s_t, a_t)`: the only difference between them.
+"""The target that each method takes for `q(s_t, a_t)`: the only difference between the methods.
 
-A target maps `(q, policy, rollout, gamma)` to targets `(B, T)`, of which those outside the rollout's mask are ignored.
+A target function maps `(q, policy, rollout, gamma)` to targets `(B, T)`; those outside the rollout's mask are ignored.
 Shapes: `B` copies, `T` steps of a rollout, `S` states, `A` actions.
 """
 
@@ -13,18 +13,18 @@ from rl_plugins import functional
 from rl_plugins.tabular.sampling import Rollout
 
 Target = Callable[[Tensor, Tensor, Rollout, float], Tensor]
-"""From `q (S, A)`, the policy that acts `(S, A)`, a rollout and the discount to targets `(B, T)`."""
+"""A function from `q (S, A)`, the policy that acts `(S, A)`, a rollout and the discount to targets `(B, T)`."""
 
 
 def sarsa(q: Tensor, policy: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """`r_t + gamma q(s_{t+1}, a_{t+1})`: learns `q` of the policy that acts. See `functional.sarsa_targets`."""
+    """Learn `q` of the policy that acts: `r_t + gamma q(s_{t+1}, a_{t+1})`. See `functional.sarsa_targets`."""
     return functional.sarsa_targets(
         rollout.rewards, q[rollout.next_states], rollout.next_actions, rollout.terminated, gamma=gamma
     )
 
 
 def expected_sarsa(q: Tensor, policy: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """`r_t + gamma sum_a pi(a|s_{t+1}) q(s_{t+1}, a)`: Sarsa without the noise of the next action.
+    """Learn like Sarsa, without the noise of the next action: `r_t + gamma sum_a pi(a|s_{t+1}) q(s_{t+1}, a)`.
 
     See `functional.expected_sarsa_targets`.
     """
@@ -35,14 +35,15 @@ def expected_sarsa(q: Tensor, policy: Tensor, rollout: Rollout, gamma: float) ->
 
 
 def q_learning(q: Tensor, policy: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """`r_t + gamma max_a q(s_{t+1}, a)`: learns `q_*`, whatever policy acts. See `functional.q_learning_targets`."""
+    """Learn `q_*`, whatever policy acts: `r_t + gamma max_a q(s_{t+1}, a)`. See `functional.q_learning_targets`."""
     return functional.q_learning_targets(rollout.rewards, q[rollout.next_states], rollout.terminated, gamma=gamma)
 
 
 def n_step_sarsa(n: int) -> Target:
-    """`r_t + ... + gamma^(n-1) r_{t+n-1} + gamma^n q(s_{t+n}, a_{t+n})`: see `functional.n_step_returns`.
+    """Make the target `r_t + ... + gamma^(n-1) r_{t+n-1} + gamma^n q(s_{t+n}, a_{t+n})`.
 
-    Where fewer than `n` steps of the rollout are left, so many are used: let rollouts be `n` steps long or longer.
+    See `functional.n_step_returns`. Near the end of a rollout, where fewer than `n` steps are left, the target has
+    only these: let rollouts be `n` steps long or longer.
 
     Args:
         n: rewards to sum; 1 is Sarsa.
@@ -67,8 +68,8 @@ def n_step_sarsa(n: int) -> Target:
 
 
 def monte_carlo(q: Tensor, policy: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """The return `sum_i gamma^i r_{t+i}` of the rest of the episode: see `functional.discounted_returns`.
+    """Take the return of the rest of the episode: `sum_i gamma^i r_{t+i}`. See `functional.discounted_returns`.
 
-    Rollouts must be as long as episodes; what comes after a cut counts as 0.
+    Rollouts must be as long as episodes; rewards after a cut count as 0.
     """
     return functional.discounted_returns(rollout.rewards, rollout.mask, gamma=gamma)

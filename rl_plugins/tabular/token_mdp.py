@@ -29,15 +29,15 @@ class TokenMDP:
     Sutton and Barto, Reinforcement Learning (2018), equation 4.4; on a tree one sweep from the end is exact.
 
     Args:
-        policy: maps prefixes `(N, d)` to next-token probabilities `(N, V)`, for d = 0 .. max_length - 1; it
-            sees prefixes that have not ended.
+        policy: maps prefixes `(N, d)` to next-token probabilities `(N, V)`, for d = 0 .. max_length - 1; it is called
+            only with prefixes that have not ended.
         reward: maps finished strings `(N, d)`, eos included, to the reward `(N,)` paid after their
             last token.
         step_reward: maps strings `(N, d)` that have not ended to the reward `(N,)` paid after their newest token;
             by default there is none.
         vocab_size: V, eos included.
         max_length: tokens after which a string ends without eos.
-        eos_token_id: token that ends a string; None if only the length does.
+        eos_token_id: token that ends a string; None if only the length ends strings.
         gamma: discount per token.
 
     Attributes:
@@ -72,12 +72,12 @@ class TokenMDP:
             self.values, self.action_values = self._backward_induction()
 
     def prefixes(self, index: Tensor, depth: int) -> Tensor:
-        """Spell out row numbers of a table: `(N,)` -> `(N, depth)`."""
+        """Turn row numbers of a table into prefixes: `(N,)` -> `(N, depth)`."""
         powers = self.vocab_size ** torch.arange(depth - 1, -1, -1)
         return index[:, None] // powers % self.vocab_size
 
     def completion_mask(self, tokens: Tensor) -> Tensor:
-        """True up to the end of each string, eos included: `(B, T)` -> `(B, T)`."""
+        """Mark the tokens up to the end of each string, eos included: `(B, T)` -> `(B, T)`."""
         before_limit = torch.arange(tokens.shape[1]) < self.max_length
         if self.eos_token_id is None:
             return before_limit.expand_as(tokens)
@@ -85,7 +85,7 @@ class TokenMDP:
         return (is_eos.cumsum(1) - is_eos == 0) & before_limit
 
     def state_values(self, tokens: Tensor) -> Tensor:
-        """Exact V(s_t) along given strings.
+        """Look up the exact V(s_t) along given strings.
 
         Args:
             tokens: completions y `(B, T)`; what follows the end of a string is ignored.
@@ -96,7 +96,7 @@ class TokenMDP:
         return self._look_up(self.values, tokens)
 
     def advantages(self, tokens: Tensor) -> Tensor:
-        """Exact A_t = Q(s_t, y_t) - V(s_t) along given strings: `(B, T)` -> `(B, T)`, 0 after the end."""
+        """Compute the exact A_t = Q(s_t, y_t) - V(s_t) along given strings: `(B, T)` -> `(B, T)`, 0 after the end."""
         tokens, index = self._locate(tokens)
         advantages = torch.zeros(tokens.shape, dtype=torch.float64)
         for t in range(min(tokens.shape[1], self.max_length)):
@@ -114,12 +114,13 @@ class TokenMDP:
         return rewards * real
 
     def forecast(self, tokens: Tensor, k: int, continuing: bool = True) -> Tensor:
-        """Give the best forecast that head k can make: the expected value k - 1 tokens ahead.
+        """Compute the best forecast that head k can make: the expected value k - 1 tokens ahead.
 
             continuing:      E[ V(s_{t+k-1}) | s_t, s_{t+k-1} exists ]
             not continuing:  E[ V(s_{t+k-1}) | s_t ],  V = 0 where the string has ended
 
-        Head k is masked past the end, so it learns the first. k = 1 is `state_values`.
+        Targets of head k are masked past the end, so the head learns the first forecast. With k = 1 it is
+        `state_values`.
 
         Args:
             tokens: completions y `(B, T)`.
@@ -155,7 +156,7 @@ class TokenMDP:
     def to_mdp(self) -> tuple[MDP, Tensor]:
         """Rewrite the process as a general MDP, with a state for every prefix and one for the end.
 
-        Prefixes come depth by depth in the order of the tables, so the values are those of
+        The states are the prefixes, depth by depth in the order of the tables, so their values are
         `torch.cat([*self.values[:-1], torch.zeros(1)])`.
 
         Returns:
@@ -164,7 +165,8 @@ class TokenMDP:
         sizes = [self.vocab_size**depth for depth in range(self.max_length)]
         end = sum(sizes)
         goes_on = torch.cat([exists.view(-1, self.vocab_size) for exists in self._exists[1:]])
-        # Children in the order of their parents are the prefixes from the second depth on; the last ones are the end.
+        # In the order of their parents, children are the prefixes from depth 1 on, or the end where a string has
+        # ended.
         children = torch.arange(1, end * self.vocab_size + 1).view(-1, self.vocab_size)
         children = torch.cat([children.where(goes_on, end), torch.full((1, self.vocab_size), end)])
         rewards = torch.cat([*self.rewards, torch.zeros(1, self.vocab_size, dtype=torch.float64)])
@@ -179,7 +181,7 @@ class TokenMDP:
         return MDP(transitions, rewards, self.gamma, start=start), torch.cat([*self.probabilities, uniform])
 
     def _existing_states(self) -> list[Tensor]:
-        """For d = 0 .. max_length, whether a token is still drawn after a prefix: `(V^d,)`."""
+        """Tell for d = 0 .. max_length whether a token is still drawn after a prefix: `(V^d,)`."""
         goes_on = torch.ones(self.vocab_size, dtype=torch.bool)
         if self.eos_token_id is not None:
             goes_on[self.eos_token_id] = False
@@ -189,7 +191,7 @@ class TokenMDP:
         return [*exists, torch.zeros(self.vocab_size**self.max_length, dtype=torch.bool)]
 
     def _policy_table(self, policy: Callable[[Tensor], Tensor], depth: int) -> Tensor:
-        """Next-token probabilities of all prefixes `(V^d, V)`; eos for ever in those that have ended."""
+        """Compute the next-token probabilities of all prefixes `(V^d, V)`; ended prefixes repeat eos."""
         states = self._exists[depth].nonzero().squeeze(1)
         rows = self._call(policy, states, depth)
         if rows.shape != (len(states), self.vocab_size):
@@ -206,7 +208,7 @@ class TokenMDP:
     def _reward_table(
         self, reward: Callable[[Tensor], Tensor], step_reward: Callable[[Tensor], Tensor] | None, depth: int
     ) -> Tensor:
-        """Reward paid after each token that may follow the prefixes of a depth `(V^d, V)`; 0 after the end."""
+        """Compute the reward after each token that may follow the prefixes of a depth `(V^d, V)`; 0 after the end."""
         paid = torch.zeros(self.vocab_size ** (depth + 1), dtype=torch.float64)
         exists = self._exists[depth].repeat_interleave(self.vocab_size)
         for function, strings in ((reward, exists & ~self._exists[depth + 1]), (step_reward, self._exists[depth + 1])):
@@ -216,7 +218,7 @@ class TokenMDP:
         return paid.view(-1, self.vocab_size)
 
     def _backward_induction(self) -> tuple[list[Tensor], list[Tensor]]:
-        """V `(V^d,)` for d = 0 .. max_length and Q `(V^d, V)` for d = 0 .. max_length - 1."""
+        """Compute V `(V^d,)` for d = 0 .. max_length and Q `(V^d, V)` for d = 0 .. max_length - 1."""
         values = [torch.zeros(self.vocab_size**self.max_length, dtype=torch.float64)]
         action_values: list[Tensor] = []
         for depth in reversed(range(self.max_length)):
@@ -230,7 +232,7 @@ class TokenMDP:
         return torch.cat([output.to("cpu", torch.float64) for output in outputs])
 
     def _look_ahead(self, tables: Sequence[Tensor], steps: int) -> Sequence[Tensor]:
-        """E[ tables[d + steps](s_{t+steps}) | s_t ] for every prefix; tables `(V^d,)` that end with a 0."""
+        """Compute E[ tables[d + steps](s_{t+steps}) | s_t ] for every prefix; the last table `(V^d,)` must be 0."""
         for _ in range(steps):
             children = [table.view(-1, self.vocab_size) for table in tables[1:]]
             expected = [(p * c).sum(-1) for p, c in zip(self.probabilities, children, strict=True)]
@@ -246,7 +248,7 @@ class TokenMDP:
         return out
 
     def _locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens with their padding cleared, and the rows of the states s_t: `(B, T)` both."""
+        """Return the tokens with their padding cleared, and the rows of the states s_t: `(B, T)` both."""
         tokens = tokens.masked_fill(~self.completion_mask(tokens), 0)
         if ((tokens < 0) | (tokens >= self.vocab_size)).any():
             raise ValueError(f"tokens must lie in 0 .. {self.vocab_size - 1}")

@@ -1,4 +1,4 @@
-"""Reads the tables of Gymnasium's toy-text environments."""
+"""Reader of the tables of Gymnasium's toy-text environments."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def read_toy_text(env: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The table `env.unwrapped.P`, in which `P[s][a]` lists `(probability, next state, reward, terminated)`.
+    """Read the table `env.unwrapped.P`, in which `P[s][a]` lists `(probability, next state, reward, terminated)`.
 
-    A state in which some transition ends the episode becomes terminal: every action keeps it, at reward 0. Where a
-    next state is listed several times, its probabilities are summed and its rewards averaged.
+    A state in which some transition ends the episode becomes terminal: no action leaves it, and its rewards are 0.
+    Where a next state is listed several times, its probabilities are summed and its rewards averaged.
 
     Args:
         env: environment whose `env.unwrapped` has `P` and `initial_state_distrib`.
@@ -36,7 +36,7 @@ def read_toy_text(env: Any) -> tuple[Tensor, Tensor, Tensor]:
     terminal[next_states[ends]] = True
     _check_ends(terminal, _passed_through(start > 0, states[~ends], next_states[~ends]))
 
-    # What the table lists behind the end is replaced by transitions of a terminal state to itself.
+    # Transitions that the table lists after the end are replaced by transitions of a terminal state to itself.
     left, pairs = ~terminal[states], torch.cartesian_prod(terminal.nonzero().flatten(), torch.arange(shape[1]))
     kept, own_actions = pairs.unbind(1)
     joined = ((states[left], kept), (actions[left], own_actions), (next_states[left], kept))
@@ -48,7 +48,7 @@ def read_toy_text(env: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _columns(table: Mapping[int, Mapping[int, Sequence[Any]]]) -> tuple[Tensor, ...]:
-    """States, actions, next states, probabilities, rewards and ends of the outcomes that can happen."""
+    """Return states, actions, next states, probabilities, rewards and ends of the outcomes that can happen."""
     listed = [(s, a, *outcome) for s, row in table.items() for a, outcomes in row.items() for outcome in outcomes]
     numbers = torch.tensor([[float(x) for x in outcome] for outcome in listed if outcome[2] > 0], dtype=torch.float64)
     states, actions, chances, next_states, rewards, ends = numbers.unbind(1)
@@ -56,12 +56,12 @@ def _columns(table: Mapping[int, Mapping[int, Sequence[Any]]]) -> tuple[Tensor, 
 
 
 def _sparse(index: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Entries at the same index are summed."""
+    """Make a sparse tensor, with the sum of the entries at the same index."""
     return torch.sparse_coo_tensor(index, values, shape, check_invariants=True).coalesce()
 
 
 def _passed_through(reached: Tensor, states: Tensor, next_states: Tensor) -> Tensor:
-    """All states that can be reached from those in `reached (S,)` along the edges `states -> next_states`."""
+    """Find all states that can be reached from those in `reached (S,)` along the edges `states -> next_states`."""
     while True:
         further = reached.clone()
         further[next_states[reached[states]]] = True

@@ -1,4 +1,4 @@
-"""Modules of ours in the policy of a TRL trainer: trained by its engine, saved beside it."""
+"""Attached modules in the policy of a TRL trainer: trained by the trainer's engine, saved beside the policy."""
 
 import os
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class TrainedAttachments:
     `accelerator.prepare`, so that they are optimised and sharded with the rest.
 
     Args:
-        trainer: The trainer, whose `__init__` of the host has run.
+        trainer: The trainer, after the host's `__init__`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -28,7 +28,7 @@ class TrainedAttachments:
         self.modules: list[tuple[Attachment, float | None]] = []
 
     def add(self, module: Attachment, learning_rate: float | None) -> None:
-        """Take care of a module from now on.
+        """Add a module that is to be trained, saved and loaded.
 
         Args:
             module: Attached to the policy.
@@ -70,13 +70,13 @@ class TrainedAttachments:
                 _split_groups(optimizer, module, rate)
 
     def files(self) -> dict[str, bool]:
-        """Files in a checkpoint by which the modules are recognised, and whether they have to be there: DeepSpeed and
-        FSDP have everything in files of their own."""
+        """Return the files in a checkpoint by which the modules are recognised, and whether they have to be there.
+        They need not with DeepSpeed and FSDP, which write all weights into files of their own."""
         return {module.mark: not self._is_sharded for module, _ in self.modules if module.mark is not None}
 
     def save(self, directory: str | None, state_dict: dict[str, Tensor] | None) -> None:
         """Write the modules beside the policy; `state_dict` holds whole weights, where an engine gathered them."""
-        # An empty one is what the host passes when ZeRO-3 may not gather: the engine's checkpoint has them.
+        # The host passes an empty one when ZeRO-3 may not gather the weights: the engine's checkpoint has them.
         if self.trainer.args.should_save and state_dict != {}:
             for module, _ in self.modules:
                 module.save(os.fspath(directory or self.trainer.args.output_dir), state_dict=state_dict)
@@ -97,8 +97,8 @@ class TrainedAttachments:
             self.load(directory)
 
     def forgive(self, missing_keys: list[str]) -> None:
-        """Take keys off the list of those that the host misses in its own file: those of the modules, and those of
-        tied weights, which a checkpoint has under the name of the other."""
+        """Remove keys from the list of those that the host misses in its own file: the keys of the modules, and those
+        of tied weights, which a checkpoint has under their other name."""
         tied = getattr(base_model_of(self.trainer.model), "all_tied_weights_keys", {})
         missing_keys[:] = [key for key in missing_keys if self.names.isdisjoint(key.split(".")) and key not in tied]
 

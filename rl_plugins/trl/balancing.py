@@ -32,18 +32,18 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
     and the biases to vLLM; our own trainers do that by themselves. The metrics appear in the log, and the load of
     every expert in `moe_load.jsonl` in the output directory (draw it with `rl_plugins.report.plot_expert_load`).
 
-    The logged `loss` stays the host's: the gradient of an auxiliary loss is added on the way back, and its value is
-    `moe/aux_loss`. Biases are part of the trainer's checkpoints.
+    The logged `loss` is still the host's own: the gradient of an auxiliary loss is added in the backward pass, and the
+    metric `moe/aux_loss` has its value. Biases are part of the trainer's checkpoints.
 
     Args:
         config: Settings; the defaults of [`BalancingConfig`] if not given.
-        record_load: Write `moe_load.jsonl`.
+        record_load: Whether to write `moe_load.jsonl`.
         settings: Fields of [`BalancingConfig`] that differ from `config`.
 
     Raises:
-        TypeError: When the model arrives, if it cannot be balanced.
-        ValueError: For settings out of range; before training, for a schedule that never starts, an auxiliary loss
-            beside the host's own, or float16.
+        TypeError: If the model cannot be balanced; this is checked once the callback gets the model.
+        ValueError: If a setting is out of range; before training, if the schedule never starts, an auxiliary loss
+            would come on top of the host's own, or training is in float16.
     """
 
     def __init__(self, config: BalancingConfig | None = None, *, record_load: bool = True, **settings: Any) -> None:
@@ -62,7 +62,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         again = self._trainer is trainer
         self._connect(trainer)
         if self.run is not None and self.run.balancer.lacks_routers():
-            self._detach()  # the model has got sequential heads since
+            self._detach()  # since then the model has got sequential heads
         routers = self._run_on(trainer.model).balancer.routers
         generation = getattr(trainer, "vllm_generation", None)
         if generation is not None and not again:
@@ -71,7 +71,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         return self
 
     def add_loss(self, coef: float) -> "MoEBalancingCallback":
-        """Add the auxiliary loss with a coefficient to what the callback does already."""
+        """Add an auxiliary loss with a coefficient to the settings of this callback."""
         self.config = dataclasses.replace(self.config, aux_loss_coef=coef, count_only=False)
         self._detach()
         return self
@@ -82,14 +82,14 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
 
     def _run_on(self, model: nn.Module) -> BalancingRun:
-        """The run of this callback, attached to the model where there is none yet."""
+        """Return the run of this callback; if there is none yet, make one that is attached to the model."""
         if self.run is None:
             self._take_over(model)
             self.run = BalancingRun(model, self.config, driver=self)
         return self.run
 
     def _take_over(self, model: nn.Module) -> None:
-        """Free a model from the balancer of a callback that is gone, and take that callback's place."""
+        """Detach the balancer of a callback that is no longer in use, and take that callback's place."""
         # With `restore_callback_states_from_checkpoint=True` a resumed run goes like this:
         #   1. `Trainer.__init__` calls `on_init_end` of the callback A that the user made: A attaches to the model.
         #   2. The user, or our trainer, calls `A.add_to(trainer)`: A knows the trainer, and stands before trackers.
@@ -104,7 +104,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         present.detach()
         if isinstance(present.driver, MoEBalancingCallback):
             trainer = present.driver._trainer
-            # Not where this callback is one of two, or a trainer before this one had the model.
+            # Not if this callback is one of two, or if an earlier trainer had the model.
             if trainer is not None and self in trainer.callback_handler.callbacks:
                 self._connect(trainer)
 
@@ -120,14 +120,14 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         self._run_on(kwargs["model"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Check that host and settings agree, and go on from a checkpoint."""
+        """Check that host and settings agree, and load the biases of a checkpoint when training resumes."""
         run, name = self._run_on(kwargs["model"]), type(self).__name__
         self._check_host(args, kwargs["model"])
         if isinstance(state.stateful_callbacks.get(name), list):
             raise ValueError("The trainer has two MoEBalancingCallbacks. Put both settings into one.")
         if name not in state.stateful_callbacks:
-            # A checkpoint from a run without this callback, whose biases have come with the model. The trainer
-            # would not find the entry when it saves.
+            # A checkpoint from a run without this callback; its biases have come with the model. The trainer needs
+            # this entry when it saves.
             self._detach()
             run = self._run_on(kwargs["model"])
             state.stateful_callbacks[name] = self.state()
@@ -140,7 +140,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         )
 
     def _saved_biases(self, state: TrainerState) -> dict[str, Tensor] | None:
-        """The biases of a checkpoint, if it was written with this callback."""
+        """Return the biases of a checkpoint, if it was written with this callback."""
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         biases = saved.get("attributes", {}).get("biases")
         return None if biases is None else {name: torch.tensor(bias) for name, bias in biases.items()}
@@ -172,7 +172,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
                 )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Weigh each micro-batch's auxiliary loss like the host weighs its loss."""
+        """Give each micro-batch's auxiliary loss the weight that the host gives to its own loss."""
         steps = args.gradient_accumulation_steps
         if self._trainer is not None:
             # The last window of an epoch may be shorter.
@@ -200,7 +200,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Write what is left; where the trainer has gone back to its best model, go back to its biases."""
+        """Log the last steps; if the trainer has loaded its best model, load the biases of that model."""
         run = self._run_on(kwargs["model"])
         run.log(state.global_step)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -219,7 +219,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
         return dataclasses.replace(method, parts=(*method.parts, *balancing_parts(self.config)), code=code)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Complete the model card of another host's trainer, if it has written one; ours ask for [`describe`]."""
+        """Complete the model card of a trainer that is not ours, if it has written one; ours call [`describe`]."""
         card = Path(str(args.output_dir)) / CARD
         if not state.is_world_process_zero or not card.is_file():
             return
@@ -228,7 +228,7 @@ class MoEBalancingCallback(TrainerOnly, TrainerCallback, ExportableState):
             complete_card(card, method, trained_by=type(self).__name__, hub_id=args.hub_model_id)
 
     def state(self) -> dict[str, Any]:
-        """Settings and float32 biases, which the trainer writes into `trainer_state.json`."""
+        """Return settings and float32 biases, which the trainer writes into `trainer_state.json`."""
         biases = None
         if self.run is not None:
             biases = {name: bias.tolist() for name, bias in self.run.state_dict().items()}

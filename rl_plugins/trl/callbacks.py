@@ -7,11 +7,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class TrainerOnly:
-    """A callback of transformers' `Trainer` that Lightning's refuses with a hint, when it is given to it."""
+    """Base class of callbacks of transformers' `Trainer`, which Lightning's Trainer refuses with a hint."""
 
     @property
     def state_key(self) -> str:
-        """Lightning's Trainer asks a callback that has `state_dict` for this when it is made.
+        """Key that Lightning's Trainer asks for when it is made, from a callback that has `state_dict`.
 
         Raises:
             TypeError: Always.
@@ -22,17 +22,18 @@ class TrainerOnly:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return no attributes; transformers does not ask for them."""
+        """Return an empty state; transformers does not call this method."""
         return {}
 
 
 class AfterStep(TrainerCallback):
-    """Calls something after every optimizer step, such as a critic whose slow copies follow.
+    """Calls a function after every optimizer step, such as one that updates the slow copies of a critic.
 
-    Under DeepSpeed the engine steps inside `backward`, so only the end of the step is after the update everywhere.
+    DeepSpeed's engine makes the optimizer step inside `backward`. So the call is at the end of the trainer's step,
+    which comes after the update with every engine.
 
     Args:
-        call: Given the number of optimizer steps done.
+        call: Function of the number of optimizer steps so far.
     """
 
     def __init__(self, call: Callable[[int], None]) -> None:
@@ -41,5 +42,5 @@ class AfterStep(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Called by the trainer after each optimizer step."""
+        """Call the function; the trainer calls this method after each optimizer step."""
         self.call(state.global_step)

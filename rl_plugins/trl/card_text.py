@@ -1,4 +1,4 @@
-"""Model cards: which method has trained a model, whom to cite, and how to load what stands beside the weights."""
+"""Model cards: which method has trained a model, whom to cite, and how to load the files beside the weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ class Method:
     """Description of a training, for the card of its model.
 
     Args:
-        name: For people to read.
-        own_papers: Keys of the papers that introduced it; none where the method has no paper of its own.
-        parts: What else was used, in sentences that end with a full stop, by the keys of the papers of each.
-        code: Lines of Python that load what stands beside the weights, after `model` and `folder`, by a heading.
+        name: Name for readers.
+        own_papers: Keys of the papers that introduced it; empty if the method has no paper of its own.
+        parts: Sentences on other parts of the training, which end with a full stop, each with its papers' keys.
+        code: Headings, each with Python that loads files beside the weights; `{folder}` stands for the model's folder.
     """
 
     name: str
@@ -75,7 +75,7 @@ load_selection_bias(model, folder)  # routes as in training
 
 
 def heads_loading(*, with_values: bool) -> tuple[str, str]:
-    """Say how to load heads: heading and code.
+    """Return a heading and the code that loads heads.
 
     Args:
         with_values: Whether the heads have learnt values.
@@ -87,14 +87,14 @@ def heads_loading(*, with_values: bool) -> tuple[str, str]:
 
 
 def head_papers(heads: MTPHeads) -> tuple[str, tuple[str, ...]]:
-    """Say which kind of heads a model has, with the papers of that kind."""
+    """Return a sentence on the kind of heads that a model has, with the papers of that kind."""
     kind, number = heads.config.head_type, heads.config.num_heads
     papers = ("deepseek_v3",) if kind == "sequential" else ("mtp",)
     return f"It has {number} {kind} multi-token-prediction head{'s' if number > 1 else ''}.", papers
 
 
 def balancing_parts(config: BalancingConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Say how experts were balanced, with the papers of each way."""
+    """Return sentences on how experts were balanced, each with its papers."""
     parts: list[tuple[str, tuple[str, ...]]] = []
     if config.rate > 0.0:
         papers = ("quantile",) if config.rule == "quantile" else ("loss_free",)
@@ -112,13 +112,13 @@ def balancing_parts(config: BalancingConfig) -> tuple[tuple[str, tuple[str, ...]
 
 
 def complete_card(path: Path, method: Method, *, trained_by: str, hub_id: str | None = None) -> None:
-    """Add to a model card what the host's template has no place for.
+    """Add to a model card the parts that the host's template lacks.
 
     Args:
         path: Card that the host has written, in the folder of the model.
-        method: How the model was trained.
+        method: Method by which the model was trained.
         trained_by: Name of the trainer's class.
-        hub_id: Of the model, if it goes to the hub.
+        hub_id: Id of the model on the hub, if it goes there.
     """
     text = path.read_text(encoding="utf-8")
     # The host's template writes None for a model that is on no hub.
@@ -164,7 +164,7 @@ def _citations(text: str, method: Method) -> str:
 
 
 def host_paper(method: Method) -> dict[str, str]:
-    """Make the entry of a method's first paper that the template of TRL shows."""
+    """Make the entry for a method's own papers that TRL's template shows."""
     if not method.own_papers:
         return {}
     first = PAPERS[method.own_papers[0]]

@@ -1,4 +1,4 @@
-"""Checkpoints of the trainers: which can be resumed from, and weights that transformers writes under other names."""
+"""Checkpoints of the trainers: which of them can be resumed, and weights that transformers saves under other names."""
 
 import os
 from collections.abc import Mapping
@@ -12,20 +12,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from rl_plugins.nn.attachment import Attachment, base_model_of
 
 STATE_NAME = "rl_plugins.pt"
-"""File in a checkpoint with state of ours that all ranks share: target heads, the counts of tracked prompts."""
+"""File in a checkpoint with our state that is equal on all ranks: target heads, the counts of tracked prompts."""
 FIRST_ROLLOUT = "rollout_0.pt"
 """File in a checkpoint with the state of the first rank in online training."""
 
 
 def rollout_file(directory: Path, rank: int) -> Path:
-    """Path of the file with the state of one rank in online training."""
+    """Return the path of the file with the state of one rank in online training."""
     return directory / f"rollout_{rank}.pt"
 
 
 def checkpoint_folder(trainer: Any, trial: Any) -> Path:
     """Make the folder of the checkpoint that a trainer is about to write.
 
-    Our files come before the host's: a checkpoint that has the host's is then whole, even if the job dies in between.
+    Our files are written before the host's. So a checkpoint with the host's files is complete, even if the job dies in
+    between.
     """
     folder = Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,11 +34,11 @@ def checkpoint_folder(trainer: Any, trial: Any) -> Path:
 
 
 def check_start(trainer: Any, resume_from_checkpoint: str | Path | bool | None, own: Mapping[str, bool]) -> None:
-    """Look at the launcher and the checkpoint to resume from, before training starts.
+    """Check the launcher and the checkpoint to resume from, before training starts.
 
     Args:
         trainer: The trainer.
-        resume_from_checkpoint: As `train` takes it.
+        resume_from_checkpoint: The argument of `train`.
         own: Files that this trainer writes into a checkpoint beside those of the host, and whether they have to be
             there.
 
@@ -86,10 +87,10 @@ def _check_checkpoint(trainer: Any, directory: Path, own: Mapping[str, bool]) ->
 
 
 class RenamedWeights:
-    """Reads checkpoints whose experts save_pretrained has written under other names, one by one.
+    """Reads checkpoints in which `save_pretrained` has written experts one by one, under other names.
 
-    transformers' `Trainer` reads such a file with `load_state_dict(strict=False)`: the experts would silently stay as
-    they are.
+    transformers' `Trainer` reads such a file with `load_state_dict(strict=False)`: the experts would silently keep
+    their old weights.
 
     Args:
         trainer: The trainer.
@@ -99,12 +100,12 @@ class RenamedWeights:
         self.trainer, self._found = trainer, False
 
     def found(self, load_result: Any) -> bool:
-        """Whether what the host has just loaded has keys under other names."""
+        """Return whether the file that the host has just loaded has other names, and remember it for [`load`]."""
         self._found = bool(load_result.missing_keys and load_result.unexpected_keys)
         return self._found
 
     def load(self, directory: str) -> None:
-        """Load the weights by their own loader, where that is so."""
+        """Load the weights with `from_pretrained`, if their names were found to differ."""
         if self._found:
             base = base_model_of(self.trainer.model)
             saved = type(base).from_pretrained(directory, dtype=base.dtype)

@@ -44,7 +44,7 @@ HOST_FIELDS = {
     "k_neg": "vespo_k_neg",
     "lambda_neg": "vespo_lambda_neg",
 }
-"""TRL's field for an option of a policy loss."""
+"""Name of TRL's field for each option of a policy loss."""
 
 WITH_PRESETS = (
     f"GRPOVariantConfig(preset=...) has {', '.join(GRPO_PRESETS)}; PPOConfig(preset=...) has {', '.join(PPO_PRESETS)}."
@@ -58,9 +58,9 @@ def field_default(config: type, name: str) -> Any:
 
 
 class PassesGroupCheck(int):
-    """1 completion per prompt, for advantages without a group.
+    """The number 1 for `num_generations`, for advantages without a group.
 
-    GRPOConfig refuses it by `if self.num_generations < 2`, which is False for this number.
+    GRPOConfig refuses a 1 by `if self.num_generations < 2`, which is False for this number.
     """
 
     def __lt__(self, other: object) -> bool:
@@ -71,7 +71,7 @@ class RemembersSetFields:
     """A config that knows which fields the caller set, so that a preset leaves them alone, whatever their value.
 
     Raises:
-        TypeError: For a preset where there are none.
+        TypeError: If a preset is given and the config has no presets.
     """
 
     _set_fields: frozenset[str] = frozenset()
@@ -84,7 +84,7 @@ class RemembersSetFields:
         return config
 
     def is_set(self, name: str) -> bool:
-        """Whether the caller set a field; a command-line parser sets every one, which says nothing."""
+        """Return whether the caller set a field; `False` after a command-line parser, which sets every field."""
         parsed = self._set_fields >= {f.name for f in fields(self) if f.init}  # type: ignore[arg-type]
         return name in self._set_fields and not parsed
 
@@ -112,7 +112,7 @@ def check_options(config: Any) -> None:
 @dataclass
 class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, LengthOptions, GRPOConfig):
     r"""
-    Configuration class for [`RLTrainer`], base of those of the other online trainers.
+    Configuration class for [`RLTrainer`], and base class of the configs of the other online trainers.
 
     Has the parameters of [`~trl.GRPOConfig`], [`~rl_plugins.signals.PolicyOptions`],
     [`~rl_plugins.signals.LengthOptions`], [`~rl_plugins.signals.DraftOptions`] and, for heads that draft,
@@ -123,17 +123,17 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, Len
 
     @property
     def is_groupless(self) -> bool:
-        """Whether one completion per prompt will do."""
+        """Whether one completion per prompt is enough."""
         return True
 
     @property
     def source_of_advantages(self) -> str | None:
-        """Say in a few words where the advantages come from; `None` for TRL's own."""
+        """Source of the advantages, in a few words; `None` for TRL's own."""
         return None
 
     @property
     def same_scale_rewards(self) -> str | None:
-        """TRL's `scale_rewards` that says the same as our advantages, if there is one."""
+        """Value of TRL's `scale_rewards` that means the same as our advantage, if there is one."""
         return None
 
     @property
@@ -160,7 +160,7 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, Len
         self.check_run()
 
     def settle(self) -> None:
-        """Complete fields by others, before anything is checked."""
+        """Complete fields that depend on others, before anything is checked."""
 
     def check_run(self) -> None:
         """Refuse combinations of options, after each has been checked."""
@@ -182,12 +182,12 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, Len
         )
 
     def _host_options(self, name: str, *, complete: bool) -> dict[str, Any]:
-        """Options of a loss by TRL's own fields.
+        """Read the options of a loss from TRL's own fields.
 
         Args:
-            name: Of the loss.
-            complete: Take TRL's defaults, too, as for a loss that only TRL's `loss_type` names. Else they stand behind
-                the paper's.
+            name: Name of the loss.
+            complete: Also take TRL's defaults, as for a loss that only TRL's `loss_type` names. Otherwise the paper's
+                defaults hold for fields that were not set.
         """
         accepted = PolicyLoss.accepted(name)
         values = {option: getattr(self, host) for option, host in HOST_FIELDS.items() if option in accepted}
@@ -207,14 +207,14 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, Len
             warnings.warn(
                 f"loss_type={self.loss_type!r} has no effect: policy_loss={loss.name!r} takes its place.", stacklevel=5
             )
-        if not loss.entry.of_trl:  # TRL's own losses pass over fields that they do not read
+        if not loss.entry.of_trl:  # TRL's own losses ignore fields that they do not read
             self._check_host_fields(loss)
         self.policy_loss, self.aggregation = loss.name, loss.aggregation
 
     def _check_host_fields(self, loss: PolicyLoss) -> None:
         """Refuse fields of TRL that a loss does not read."""
         accepted = PolicyLoss.accepted(loss.name)
-        # The KL term, where it is corrected, has a ratio at this level, too.
+        # With the correction, the KL term also has a ratio at this level.
         corrected = self.beta != 0.0 and self.use_bias_correction_kl
         kept = {"level"} if corrected or loss.entry.fixed_level else set()
         for name, host in HOST_FIELDS.items():
@@ -229,7 +229,7 @@ class RLConfig(RemembersSetFields, PolicyOptions, DraftOptions, HeadOptions, Len
     # Combinations
 
     def _check_host_advantages(self) -> None:
-        """Refuse fields of TRL that are about its own advantages, where there are others."""
+        """Refuse fields of TRL that only change its own advantages, if other advantages are used."""
         source = self.source_of_advantages
         for name in ("scale_rewards", "multi_objective_aggregation") if source else ():
             value = getattr(self, name)
@@ -283,7 +283,7 @@ class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, ValueReplayOptions, 
             Whether to use the critic at all. `False` is stock GRPO, with its default of `num_generations` (it needs
             at least 2).
         num_generations (`int`, *optional*, defaults to `1`):
-            Completions per prompt. A critic needs one; more are averaged over.
+            Completions per prompt. A critic needs only one; the loss is an average over all completions.
     """
 
     use_critic: bool = option(True, "Whether to use the critic at all. False is stock GRPO.")
@@ -291,21 +291,21 @@ class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, ValueReplayOptions, 
 
     @property
     def is_groupless(self) -> bool:
-        """Whether one completion per prompt will do: with the critic."""
+        """Whether one completion per prompt is enough, which is so with the critic."""
         return self.use_critic
 
     @property
     def needs_own_loss(self) -> bool:
-        """The critic's loss shares its forward with the policy's."""
+        """Whether there is a critic, whose loss shares a forward pass with the policy's."""
         return self.use_critic
 
     @property
     def source_of_advantages(self) -> str | None:
-        """Advantages come from values, with the critic."""
+        """The critic, if it is used."""
         return "the critic (scaled by advantage_scaling)" if self.use_critic else None
 
     def settle(self) -> None:
-        """Without a critic, take TRL's number of completions per prompt, unless one was asked for."""
+        """Without a critic, take TRL's default for the number of completions per prompt, unless the user set one."""
         if self.use_critic or self.num_generations != 1:
             return
         if self.is_set("num_generations"):
@@ -316,7 +316,7 @@ class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, ValueReplayOptions, 
         self.num_generations = field_default(GRPOConfig, "num_generations")
 
     def check_run(self) -> None:
-        """Refuse what does not go with a critic inside the policy."""
+        """Refuse options that cannot be combined with a critic inside the policy."""
         if not self.use_critic:
             return
         self.check_online(self.beta, self.make_policy_loss(), "GRPOVariantConfig")
@@ -341,8 +341,8 @@ class PPOConfig(PPOValueOptions, ValueModelOptions, RLConfig):
     Parameters:
         preset (`str`, *optional*):
             `"vpg"`: REINFORCE with a learned baseline (the return minus the value, no clipping, one epoch). Fields
-            that you set win. (On the command line a field set to its own default cannot be told from one that was not
-            set.)
+            that you set override the preset. (On the command line, a field that you set to its own default counts as
+            not set.)
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt.
         beta (`float`, *optional*, defaults to `0.05`):
@@ -350,7 +350,7 @@ class PPOConfig(PPOValueOptions, ValueModelOptions, RLConfig):
         kl_in_reward (`bool`, *optional*, defaults to `True`):
             Whether the KL is subtracted from the token rewards, as PPO does, instead of added to the loss.
         num_iterations (`int`, *optional*, defaults to `4`):
-            Epochs over each batch of completions, whose minibatches are shuffled anew for each.
+            Epochs over each batch of completions; the minibatches are shuffled anew for each epoch.
         value_loss_type (`str`, *optional*, defaults to `"clipped"`):
             `"squared"`, `"clipped"` (PPO2) or `"huber"`.
     """
@@ -364,21 +364,21 @@ class PPOConfig(PPOValueOptions, ValueModelOptions, RLConfig):
 
     @property
     def needs_own_loss(self) -> bool:
-        """The value loss shares its forward with the policy's, and the KL may be in the rewards."""
+        """True: the value loss shares a forward pass with the policy's, and the KL may be in the rewards."""
         return True
 
     @property
     def source_of_advantages(self) -> str | None:
-        """Advantages come from values."""
+        """The critic."""
         return "the critic (scaled by advantage_scaling)"
 
     def settle(self) -> None:
-        """Take over a preset."""
+        """Set the fields of the preset, if there is one."""
         if self.preset is not None:
             self.apply(find_preset(self.preset, PPO_PRESETS, WITH_PRESETS))
 
     def check_run(self) -> None:
-        """Refuse what does not go with a critic."""
+        """Refuse options that cannot be combined with a critic."""
         self.check_online(self.beta, self.make_policy_loss(), "GRPOVariantConfig")
         self.check_reference("a critic")
 
@@ -389,13 +389,13 @@ class GRPOVariantConfig(VariantOptions, SamplingOptions, RLConfig):
     Configuration class for the [`GRPOVariantTrainer`].
 
     Has the three choices in which the variants of GRPO differ: advantage ([`~rl_plugins.signals.VariantOptions`]),
-    policy loss ([`~rl_plugins.signals.PolicyOptions`]) and sampling ([`~rl_plugins.signals.SamplingOptions`]), beside
+    policy loss ([`~rl_plugins.signals.PolicyOptions`]) and sampling ([`~rl_plugins.signals.SamplingOptions`]), besides
     the parameters of [`~trl.GRPOConfig`] and [`~rl_plugins.signals.DraftOptions`].
 
     Parameters:
         preset (`str`, *optional*):
-            The settings of a paper in one word, such as `"dapo"`, `"gspo"` or `"maxrl"`. Fields that you set win. (On
-            the command line a field set to its own default cannot be told from one that was not set.)
+            The settings of a paper in one word, such as `"dapo"`, `"gspo"` or `"maxrl"`. Fields that you set override
+            the preset. (On the command line, a field that you set to its own default counts as not set.)
     """
 
     _VALID_DICT_FIELDS = [*RLConfig._VALID_DICT_FIELDS, "advantage_kwargs"]
@@ -404,22 +404,22 @@ class GRPOVariantConfig(VariantOptions, SamplingOptions, RLConfig):
 
     @property
     def needs_own_loss(self) -> bool:
-        """TRL would add the KL to the loss that the rewards carry already."""
+        """Whether the KL is in the rewards already, so that TRL's own loss would add it a second time."""
         return self.kl_in_reward
 
     @property
     def source_of_advantages(self) -> str | None:
-        """Advantages come from `advantage`, where it is given."""
+        """The option `advantage`, if it is given."""
         return None if self.advantage is None else f"advantage={self.advantage!r}"
 
     @property
     def same_scale_rewards(self) -> str | None:
-        """TRL has some of the advantages, too."""
+        """Value of TRL's `scale_rewards` that means this advantage, if there is one."""
         return None if self.advantage not in ADVANTAGES else ADVANTAGES[self.advantage].scale_rewards
 
     @property
     def moves_rows(self) -> bool:
-        """Whether completions leave the place in the batch that the host gave them."""
+        """Whether completions change their places in the batch of the host."""
         compares = self.policy_loss in POLICY_LOSSES and PolicyLoss(self.policy_loss).compares_groups
         return self.dynamic_sampling or self.replay_buffer_size > 0 or compares
 
@@ -429,7 +429,7 @@ class GRPOVariantConfig(VariantOptions, SamplingOptions, RLConfig):
         return self.advantage in ADVANTAGES and not ADVANTAGES[self.advantage].compares_groups
 
     def settle(self) -> None:
-        """Take over a preset."""
+        """Set the fields of the preset, if there is one."""
         if self.preset is not None:
             self.apply(find_preset(self.preset, GRPO_PRESETS, WITH_PRESETS))
 
@@ -475,5 +475,6 @@ class MTPSFTConfig(RemembersSetFields, SFTHeadOptions, ValueOptions, SFTConfig):
             check_head_reach(self.num_mtp_heads, self.max_length - 1, "max_length - 1")
         SFTConfig.__post_init__(self)
         if self.freeze_trunk and self.ddp_find_unused_parameters is None:
-            # The heads are all that learns, and run in every forward, which no longer has a graph to look for them in.
+            # Only the heads learn, and they run in every forward. DDP could not find them: it searches the graph of
+            # the model's output, and with a frozen trunk this output has no graph.
             self.ddp_find_unused_parameters: bool | None = False

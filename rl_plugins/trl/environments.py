@@ -1,15 +1,15 @@
 """Environments of TRL that pay after every turn, and that end or truncate their episode.
 
 TRL plays an `environment_factory`'s environments by calling their public methods as tools, and asks `get_reward()` for
-one number at the end. Here an environment may have three attributes besides, which are read after each call of one of
-its methods:
+one number at the end. Here an environment may have three more attributes, which are read after each call of one of its
+methods:
 
     turn_reward   reward of the turn that made the call; a number, or None. It is set to None before the call.
     terminated    whether the episode is over: the model is not asked for another turn.
     truncated     whether the episode was cut although it goes on: the critic takes V(s_T) for what would follow.
 
 The two flags are set to False before `reset`, unless they are properties. Their names and meaning are Gymnasium's.
-Where there is any of the three, the asynchronous calls of a turn run one after the other.
+If an environment has any of the three, the asynchronous calls of a turn run one after the other.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ TURN_REWARD, TERMINATED, TRUNCATED = "turn_reward", "terminated", "truncated"
 
 
 def pays_turns(environments: Iterable[Any]) -> bool:
-    """Whether any environment says what a turn is worth.
+    """Return whether any environment pays for turns.
 
     Raises:
-        TypeError: If `turn_reward` cannot be taken back before a call.
+        TypeError: If `turn_reward` cannot be set to None before a call.
     """
     found = [environment for environment in environments if hasattr(environment, TURN_REWARD)]
     for environment in found:
@@ -41,7 +41,7 @@ def pays_turns(environments: Iterable[Any]) -> bool:
 
 
 def _is_fixed(environment: Any, name: str) -> bool:
-    """Whether an attribute is a property without a setter."""
+    """Return whether an attribute is a property without a setter."""
     found = inspect.getattr_static(type(environment), name, None)
     return isinstance(found, property) and found.fset is None
 
@@ -60,7 +60,7 @@ class Episodes:
         """Whether tools are being called."""
 
     def reset(self, pool: Iterable[Any]) -> None:
-        """Take back the flags of the environments of earlier batches, before their `reset`."""
+        """Set the flags of the environments of earlier batches to False, before their `reset`."""
         for environment in pool:
             for flag in (TERMINATED, TRUNCATED):
                 if not _is_fixed(environment, flag) and hasattr(environment, flag):
@@ -69,10 +69,10 @@ class Episodes:
     def begin(
         self, environments: Sequence[Any] | None, completions: Sequence[list[dict[str, Any]]], *tools: Sequence[Any]
     ) -> None:
-        """Listen to the tools of a batch.
+        """Begin to observe the tools of a batch.
 
         Args:
-            environments: Of the rows; `None` where there are none.
+            environments: Environments of the rows; `None` if there are none.
             completions: Messages of each row, which grow as turns are made.
             tools: Dictionaries of tools by name, one for each row; methods of environments in them are replaced.
         """
@@ -88,11 +88,11 @@ class Episodes:
                         by_name[name] = self._heard(tool, row)
 
     def end(self) -> None:
-        """Stop listening.
+        """Stop observing the tools.
 
         Raises:
-            TypeError: If an environment paid something else than a number. Raised in a call, the host would take it
-                for an answer of the tool.
+            TypeError: If an environment paid something else than a number. The error comes only here, since the host
+                takes an error during a call for an answer of the tool.
         """
         self.playing = False
         if self._unreadable is not None:
@@ -103,8 +103,8 @@ class Episodes:
             )
 
     def _heard(self, tool: Callable[..., Any], row: int) -> Callable[..., Any]:
-        """A tool of an environment that also says what it has done to the episode."""
-        # The host awaits all calls of a turn at once. One after the other, each can be told from the rest.
+        """Wrap a tool of an environment, to record its effect on the episode."""
+        # The host awaits all calls of a turn at once. With a lock they run one by one, so the effect of each is known.
         speaks = any(hasattr(self.environments[row], name) for name in (TURN_REWARD, TERMINATED, TRUNCATED))
         alone = self._alone.setdefault(row, asyncio.Lock()) if speaks else nullcontext()
 
@@ -113,7 +113,7 @@ class Episodes:
                 self._before(row)
                 try:
                     return await tool(**arguments)
-                finally:  # a tool that refuses a move may have ended the episode over it
+                finally:  # a tool that refuses a move by an error may also have ended the episode
                     self._after(row)
 
         def call(**arguments: Any) -> Any:
@@ -146,15 +146,15 @@ class Episodes:
         return bool(getattr(self.environments[row], flag, False)) if self.environments else False
 
     def is_over(self, row: int) -> bool:
-        """Whether the row's episode has ended or was truncated."""
+        """Return whether the row's episode has ended or was truncated."""
         return self._says(row, TERMINATED) or self._says(row, TRUNCATED)
 
     def is_truncated(self, row: int) -> bool:
-        """Whether the row's episode goes on after its last turn."""
+        """Return whether the row's episode was truncated, so that it goes on after its last turn."""
         return self._says(row, TRUNCATED) and not self._says(row, TERMINATED)
 
     def waiting(self) -> list[int]:
-        """Rows whose tools have answered since this was last asked, and which would now make another turn."""
+        """List the rows whose tools have answered since the last call of this method, and whose next turn is due."""
         rows = [
             row
             for row, messages in enumerate(self._completions)
@@ -164,11 +164,11 @@ class Episodes:
         return rows
 
     def drop_last_observation(self, *of_rows: list[list[Any]] | None, chosen: list[list[int]]) -> None:
-        """Take the environment's last answer off rows whose episode has ended: it is no state of the policy.
+        """Remove the environment's last answer from rows whose episode has ended: the policy does not act after it.
 
         Args:
-            of_rows: Lists of tokens and the like of each row.
-            chosen: 0 for the environment's tokens; cut like the others.
+            of_rows: Lists with an entry for each token of each row, such as its id.
+            chosen: 1 for the policy's tokens, 0 for the environment's; cut like the others.
         """
         for row, mask in enumerate(chosen):
             if self._says(row, TERMINATED):

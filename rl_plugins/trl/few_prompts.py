@@ -9,12 +9,12 @@ from datasets import IterableDataset
 def filling(dataset: Any, prompts: int) -> Any:
     """Repeat a dataset until it fills a generation batch, with a warning; a larger one stays as it is.
 
-    TRL drops what does not fill a batch, and would train for no step at all. With one completion per prompt a batch
-    takes many more prompts than with a group for each; a prompt that comes twice has two completions, as in a group.
+    TRL drops prompts that do not fill a batch, and would train for no step at all. With one completion per prompt, a
+    batch takes many more prompts than with groups. A prompt that occurs twice has two completions, as in a group.
 
     Args:
         dataset: The training dataset; of a stream the first `prompts` rows are read.
-        prompts: Different prompts in one generation batch of all processes.
+        prompts: Number of different prompts in one generation batch of all processes.
     """
     found = sum(1 for _ in dataset.take(prompts)) if isinstance(dataset, IterableDataset) else len(dataset)
     if not 0 < found < prompts:

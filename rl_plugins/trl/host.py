@@ -1,4 +1,4 @@
-"""Small things that TRL's trainers and ours need of each other: router losses, streams to vLLM."""
+"""Small functions that connect TRL's trainers with ours: metrics, router losses, streams of weights to vLLM."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ def log_metrics(trainer: Any, metrics: Mapping[str, Tensor]) -> None:
     """Append numbers of all ranks to those that TRL's trainers average until the next log."""
     mode = "train" if trainer.model.training else "eval"
     for name, value in metrics.items():
-        # Explained variance of a constant return is undefined; a hole says so without spoiling the mean.
+        # Explained variance of a constant return is undefined: NaN is left out, since it would make the mean NaN.
         if not value.isnan():
             trainer._metrics[mode][name].append(value.item())
 
@@ -32,19 +32,19 @@ def without_attachments(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[
 
 
 def hide_attachments_from_vllm(generation: "VLLMGeneration") -> None:
-    """Keep attached modules out of what TRL streams to vLLM, which loads every parameter and does not know ours."""
+    """Keep attached modules out of the weights that TRL streams to vLLM, which does not know these modules."""
     require_hooks(VLLM)
     stream = generation._iter_named_params
     generation._iter_named_params = lambda: without_attachments(stream())
 
 
 def own_router_loss(host: Any, model: nn.Module) -> float:
-    """Coefficient of the router loss that the host itself adds to a model's loss; 0 where it adds none.
+    """Return the coefficient of the router loss that the host itself adds to a model's loss; 0 if it adds none.
 
-    transformers adds it where the model's config asks for router logits, TRL for every config that could ask.
+    transformers adds it if the model's config asks for router logits, TRL if the config has a field to ask for them.
 
     Args:
-        host: The trainer, or its arguments where it is not at hand.
+        host: The trainer, or its arguments if the caller has no trainer.
         model: Its model.
     """
     config = base_model_of(model).config.get_text_config()
@@ -58,8 +58,10 @@ def own_router_loss(host: Any, model: nn.Module) -> float:
 
 
 def stream_biases_to_vllm(generation: "VLLMGeneration", routers: Sequence[Router]) -> None:
-    """TRL streams parameters to vLLM, and no buffers: add the selection biases that are buffers, and parameters of
-    which it streams a rounded copy.
+    """Add selection biases to the weights that TRL streams to vLLM.
+
+    TRL streams parameters, but no buffers. So biases that are buffers would be missing, and biases that are stored as
+    rounded parameters would be inexact.
 
     Raises:
         ValueError: If a bias was added to an architecture without one, which vLLM cannot hold.

@@ -1,4 +1,4 @@
-"""Options, data, reward functions and callbacks of the trainers: looked at before the host prepares anything."""
+"""Checks of the trainers' options, data, reward functions and callbacks, before the host prepares anything."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,18 +19,18 @@ from rl_plugins.rollouts.rewards import (
 from rl_plugins.settings import settle_numbers
 from rl_plugins.signals.checks import check_above, check_at_least
 
-# What is left where remove_unused_columns=True.
+# Columns that are left with remove_unused_columns=True.
 USED_COLUMNS = ("prompt", "image", "images")
-# Columns of which the host's SFT needs one.
+# The host's SFT needs one of these columns.
 TEXT_COLUMNS = ("messages", "prompt", "completion", "input_ids", "conversations")
 
 
 def settle_options(config: Any) -> None:
-    """Make numbers of options that arrive as text, and refuse what no training can do.
+    """Turn options that arrive as text into numbers, and refuse values with which no training is possible.
 
     Raises:
-        TypeError: If an option is no number and should be one.
-        ValueError: If one is out of range.
+        TypeError: If an option should be a number and is not.
+        ValueError: If an option is out of range.
     """
     settle_numbers(config)
     check_at_least(0, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
@@ -40,7 +40,7 @@ def settle_options(config: Any) -> None:
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
-    # Those of online training alone.
+    # Only configs of online training have these.
     check_at_least(1, max_completion_length=getattr(config, "max_completion_length", None))
     check_above(0, temperature=getattr(config, "temperature", None))
     if config.max_steps == 0:
@@ -50,10 +50,10 @@ def settle_options(config: Any) -> None:
 
 
 def complete_args(args: Any, config_class: type, model: Any) -> Any:
-    """Give the trainer's `args`, or default ones that write beside the model's name, as TRL's trainers do.
+    """Return the trainer's `args`; by default a config whose output folder is named after the model, as in TRL.
 
     Raises:
-        TypeError: If `args` is not of `config_class`, or `model` is none.
+        TypeError: If `args` is not a `config_class`, or `model` is not a model.
         FileNotFoundError: If there is no model of that name.
         ValueError: If the model cannot be trained as a causal language model.
     """
@@ -71,7 +71,7 @@ def complete_args(args: Any, config_class: type, model: Any) -> Any:
 
 
 def check_inputs(given: Mapping[str, Any], args: Any) -> None:
-    """Look at the arguments of a trainer before the host does.
+    """Check the arguments of a trainer before the host uses them.
 
     Args:
         given: Arguments of the host's `__init__` by name.
@@ -88,7 +88,7 @@ def check_inputs(given: Mapping[str, Any], args: Any) -> None:
     for name, found in columns.items():
         if not online:
             _check_text(name, found, args, given)
-        elif given.get("environment_factory") is None:  # whose environments may say what to do
+        elif given.get("environment_factory") is None:  # an environment may give the prompts
             _check_prompt(name, found)
     if online:
         functions = list_reward_funcs(given.get("reward_funcs"))
@@ -116,7 +116,7 @@ def check_callback(callback: Any) -> None:
 
 
 def _datasets(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The datasets among the arguments by what they are called in errors; the host refuses what is none."""
+    """Collect the datasets among the arguments, by their names in errors; the host refuses anything else."""
     evals = given.get("eval_dataset")
     named = {f"eval_dataset[{key!r}]": value for key, value in evals.items()} if isinstance(evals, Mapping) else {}
     named = {"train_dataset": given.get("train_dataset"), "eval_dataset": evals, **named}

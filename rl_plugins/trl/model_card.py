@@ -1,4 +1,4 @@
-"""The card of a model that a trainer has made: method, papers, and code that loads what stands beside the weights."""
+"""The card of a model that a trainer has made: method, papers, and code that loads the files beside the weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +11,15 @@ from rl_plugins.trl.card_text import CARD, Method, complete_card, host_paper
 def write_model_card(
     trainer: Any, method: Method, write: Callable[..., None], model_name: str | None, *args: Any, **kwargs: Any
 ) -> None:
-    """Write README.md into the output directory as the host does, then add what its template has no place for.
+    """Write README.md into the output directory as the host does, then add the parts that its template lacks.
 
     Args:
-        trainer: Has trained the model.
-        method: By which it has done so; a callback that balances experts adds itself.
+        trainer: Trainer that has trained the model.
+        method: Method of the training; a callback that balances experts adds itself to it.
         write: The host's own `create_model_card`.
         model_name: Name of the model; that of the output directory by default.
-        args: For the host's method.
-        kwargs: For the host's method.
+        args: Further arguments of `write`.
+        kwargs: Further arguments of `write`.
     """
     path = Path(str(trainer.args.output_dir)) / CARD
     for callback in trainer.callback_handler.callbacks:

@@ -1,4 +1,4 @@
-"""A reference for models that were made in memory."""
+"""A name for models that were made in memory, by which TRL can load the reference."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ from rl_plugins.nn.sharding import whole_parameters
 
 @contextmanager
 def lent_name(model: Any, processing_class: Any, *, loads_reference: bool) -> Iterator[None]:
-    """Lend a name to a model that has none, inside the block: a temporary folder with its weights.
+    """Give a model without a name a temporary one inside the block: the path of a folder with its weights.
 
-    TRL loads the reference by the name of the policy, which a model made from a config does not have. The reference
-    is then the policy as it is given.
+    TRL loads the reference by the name of the policy, and a model made from a config has no name. With the folder, the
+    reference is the policy as it was given.
 
     Args:
         model: The policy as the user gave it.
-        processing_class: Its tokenizer or processor, which cannot be loaded by the lent name.
+        processing_class: Its tokenizer or processor, which the folder does not have.
         loads_reference: Whether the host will load a reference at all.
 
     Raises:

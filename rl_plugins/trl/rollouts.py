@@ -33,13 +33,13 @@ class EpisodeRollouts:
     ```
 
     Args:
-        environment: Makes a [`~rl_plugins.rollouts.TextEnvironment`]; each is reset for many episodes. Its `reset` is
-            given the prompt.
-        max_turns: Most turns of the policy in an episode.
+        environment: Makes a [`~rl_plugins.rollouts.TextEnvironment`], which plays many episodes. Its `reset` gets the
+            prompt.
+        max_turns: Largest number of the policy's turns in an episode.
         max_turn_length: Longest turn in tokens.
 
     Attributes:
-        earned: Reward function of what the environment paid, at the tokens after which it did.
+        earned: Reward function that returns the environment's rewards, at the tokens after which they were paid.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class EpisodeRollouts:
         """Play an episode for every prompt.
 
         Raises:
-            ValueError: If the trainer generates with vLLM, whose engine is not asked here, or the environment pays
-                nothing in the first batch of episodes, and there are no other reward functions.
+            ValueError: If the trainer generates with vLLM, which is not supported here, or if the environment pays
+                nothing in the first batch of episodes and there are no other reward functions.
         """
         args, model, tokenizer = trainer.args, trainer.model, trainer._tokenizer
         if trainer.use_vllm:
@@ -131,7 +131,7 @@ def fill_empty(rollout_func: RolloutFunc, eos_token_id: int) -> RolloutFunc:
     the completion is counted in `critic/skipped_completions`.
 
     Args:
-        rollout_func: As TRL takes it; returns `prompt_ids`, `completion_ids`, `logprobs` and maybe `env_mask`.
+        rollout_func: Rollout function of TRL; returns `prompt_ids`, `completion_ids`, `logprobs` and maybe `env_mask`.
         eos_token_id: The token to fill in.
     """
 

@@ -1,4 +1,4 @@
-"""Router losses and balancing callbacks of a trainer, brought together."""
+"""Connection of a trainer with its balancing callbacks and its router loss."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from rl_plugins.trl.balancing import MoEBalancingCallback
 
 
 def connect_balancing(trainer: Any) -> None:
-    """Put balancing callbacks where trackers and vLLM hear of them, and compute the router loss where TRL cannot.
+    """Connect balancing callbacks with trackers and vLLM, and compute the router loss where TRL cannot.
 
     Args:
-        trainer: Its host's `__init__` has run.
+        trainer: Trainer, after the `__init__` of its host.
 
     Raises:
         TypeError: If the model's routers cannot be balanced.
@@ -19,7 +19,7 @@ def connect_balancing(trainer: Any) -> None:
     for callback in given:
         callback.add_to(trainer)
     config = trainer.model.config.get_text_config()
-    # TRL's fused forward reads this name, which deepseek_v3, glm4_moe, llama4, granitemoe and others do not have.
+    # TRL's fused forward reads `num_experts`, which deepseek_v3, glm4_moe, llama4, granitemoe and others do not have.
     if not trainer.aux_loss_enabled or hasattr(config, "num_experts"):
         return
     trainer.aux_loss_enabled = config.output_router_logits = False

@@ -54,8 +54,8 @@ class RewardCollator:
 
 
 def with_head_options(args: Any) -> Any:
-    """Complete `TrainingArguments` or an `SFTConfig` to an `MTPSFTConfig`, as the host's trainer completes the former;
-    anything else stays as it is."""
+    """Complete `TrainingArguments` or an `SFTConfig` to an `MTPSFTConfig`, as TRL's trainer completes
+    `TrainingArguments`; anything else is returned unchanged."""
     if not isinstance(args, TrainingArguments) or isinstance(args, MTPSFTConfig):
         return args
     options = args.to_dict()
@@ -66,16 +66,16 @@ def with_head_options(args: Any) -> Any:
 
 class MTPSFTTrainer(SFTTrainer):
     r"""
-    Supervised fine-tuning that trains multi-token-prediction value heads along the way.
+    Trainer for supervised fine-tuning that also trains multi-token-prediction value heads.
 
-    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)`. Gives heads to a model that has none, with
-    the trunk trained or frozen. Where the dataset has a column `reward` (a number per example, paid at its last
-    token), the value heads learn to forecast it: value pretraining of the critic (VC-PPO, 2503.01491). Examples whose
-    reward is `None`, NaN or infinite teach no values.
+    `L = L_token + lambda_1 L_MTP (+ lambda_2 L_TD)`. A model without heads gets new ones; the trunk is trained or
+    frozen. If the dataset has a column `reward` (a number per example, paid at its last token), the value heads learn
+    to forecast it, which pretrains the critic (VC-PPO, 2503.01491). Examples whose reward is `None`, NaN or infinite
+    teach no values.
 
-    With `mtp_head_type="sequential"` the heads are decoder layers (DeepSeek-V3, 2412.19437). Those that DeepSeek-V3
-    and GLM-4.5 were released with are trained further, and `generate(use_mtp=True)` of transformers drafts with them
-    after `save_model`.
+    With `mtp_head_type="sequential"` the heads are decoder layers (DeepSeek-V3, 2412.19437). The heads with which
+    DeepSeek-V3 and GLM-4.5 were released are trained further. After `save_model`, `generate(use_mtp=True)` of
+    transformers drafts with such heads.
 
     Takes the arguments of [`~trl.SFTTrainer`], with an [`MTPSFTConfig`] for `args`; an [`~trl.SFTConfig`] or
     [`~transformers.TrainingArguments`] is completed with the defaults of the heads.
@@ -103,7 +103,7 @@ class MTPSFTTrainer(SFTTrainer):
         given = inspect.signature(super().__init__).bind(model, args, *host_args, **host_kwargs)
         check_inputs(given.arguments, args)
         super().__init__(model, args, *host_args, **host_kwargs)
-        if not self.is_deepspeed_enabled:  # whose engine keeps float32 copies
+        if not self.is_deepspeed_enabled:  # DeepSpeed's engine keeps float32 copies
             check_trainable_dtype(self.model)
         self._attached, self._renamed = TrainedAttachments(self), RenamedWeights(self)
         self._attached.add(self._along.attach(self.model, seed=args.seed), args.head_learning_rate)
@@ -120,7 +120,7 @@ class MTPSFTTrainer(SFTTrainer):
             )
 
     def describe_method(self) -> Method:
-        """Say which heads were trained along, for the card of the model."""
+        """Say which heads were trained, for the card of the model."""
         scored = isinstance(self.data_collator, RewardCollator)
         parts = [head_papers(self.mtp_heads)]
         if scored:
@@ -146,16 +146,16 @@ class MTPSFTTrainer(SFTTrainer):
         """Add a callback, if it is one of transformers' `Trainer`.
 
         Raises:
-            TypeError: If it is of another host.
+            TypeError: If it is a callback of another host, such as Lightning.
         """
         check_callback(callback)
         super().add_callback(callback)
 
-    # A host of critics (`rl_plugins.signals.host.Host`)
+    # Methods of the protocol `rl_plugins.signals.host.Ranks`
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """Device of this rank."""
         return self.accelerator.device
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class MTPSFTTrainer(SFTTrainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, the heads only where `freeze_trunk` says so, after a look at launcher and checkpoint.
+        """Train the model, or with `freeze_trunk` the heads only, after a check of launcher and checkpoint.
 
         Raises:
             FileNotFoundError: If the checkpoint is not there, or was written by another trainer.
@@ -198,7 +198,7 @@ class MTPSFTTrainer(SFTTrainer):
 
     @contextmanager
     def _frozen_trunk(self) -> Iterator[None]:
-        """Thawed again afterwards: the next trainer that is handed this model would not learn with it, nor say so."""
+        """Freeze the trunk inside the block only: the next trainer of this model would not train a frozen trunk."""
         frozen = parameters_without(self.model, self._attached.names)
         for param in frozen:
             param.requires_grad_(False)
@@ -211,7 +211,7 @@ class MTPSFTTrainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Host loss plus the heads' losses on the same forward pass."""
+        """Compute the host's loss plus the heads' losses, from one forward pass."""
         rewards = inputs.pop(REWARD_COLUMN, None)
         num_items = self._num_items(inputs, num_items_in_batch)
         with self._along.learning(inputs, rewards, num_items) as run:
@@ -223,14 +223,14 @@ class MTPSFTTrainer(SFTTrainer):
         return (loss + term, outputs) if return_outputs else loss + term
 
     def _num_items(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        """Tokens that the losses are averaged over, as the host counts them for its own."""
+        """Count the tokens that the losses are averaged over, as the host does for its own loss."""
         if num_items_in_batch is None:
             return predicted_mask(inputs["labels"]).sum().clamp(min=1)
         items = torch.as_tensor(num_items_in_batch, device=inputs["labels"].device).clamp(min=1)
         return items / self.accelerator.num_processes if self.args.average_tokens_across_devices else items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the host's step, then log what the backward pass showed of the value gradient."""
+        """Run the host's step, then log how large the value gradient was in the backward pass."""
         loss = super().training_step(*args, **kwargs)
         totals = self.critic.gradient_totals(self)
         if totals is not None:
@@ -238,7 +238,7 @@ class MTPSFTTrainer(SFTTrainer):
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the host's optimizer, then move what is attached into groups with its own learning rates."""
+        """Create the host's optimizer, then move attached modules into groups with learning rates of their own."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
@@ -248,7 +248,7 @@ class MTPSFTTrainer(SFTTrainer):
     # Checkpoints
 
     def _own_files(self) -> dict[str, bool]:
-        """Files that this trainer writes into a checkpoint, and whether they have to be there."""
+        """Return the files that this trainer writes into a checkpoint, and whether they have to be there."""
         return {**self._attached.files(), STATE_NAME: True}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

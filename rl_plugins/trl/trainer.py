@@ -66,9 +66,10 @@ class RLTrainer(GRPOTrainer):
     r"""
     `GRPOTrainer` that learns from any [`~rl_plugins.signals.Signal`]: a critic of your own, or any advantage.
 
-    The host generates, scores, batches, logs and saves. The signal turns the scores into advantages; its critic, if
-    there is one, records values during the rollout, runs in the training forward and adds its loss. The policy loss is
-    [`~rl_plugins.signals.online_loss`], the same as in Lightning. With nothing of ours asked for, TRL's own loss runs.
+    The host, `GRPOTrainer`, generates, scores, batches, logs and saves. The signal turns the scores into advantages;
+    its critic, if there is one, records values during the rollout, runs in the training forward and adds its loss. The
+    policy loss is [`~rl_plugins.signals.online_loss`], the same as in Lightning. If no option needs a loss of ours,
+    TRL's own loss runs.
 
     Takes the arguments of [`~trl.GRPOTrainer`], with an [`RLConfig`] for `args`.
 
@@ -86,7 +87,7 @@ class RLTrainer(GRPOTrainer):
             [`~rl_plugins.rollouts.Batch`] without images.
 
     Raises:
-        TypeError: If `args` is of another class, or a dataset without a length is to be sampled from by index.
+        TypeError: If `args` is of another class, or `dynamic_sampling` has a dataset without a length.
         ValueError: If the model has no LM head, or what is attached to it does not fit the config.
     """
 
@@ -117,7 +118,7 @@ class RLTrainer(GRPOTrainer):
             penalty = overlong_reward(LengthOptions.of(args), args.max_completion_length)
             reward_funcs = self._with_reward(reward_funcs, penalty, args, host_kwargs)
         if named.get("environment_factory") is not None:
-            # Whether an environment pays for turns is known once the host has made one.
+            # Whether an environment pays for turns is known only once the host has made one.
             self._turn_reward = self._episodes.turn_rewards()
             reward_funcs = self._with_reward(reward_funcs, self._turn_reward, args, host_kwargs)
 
@@ -127,7 +128,7 @@ class RLTrainer(GRPOTrainer):
         with lent_name(model, named.get("processing_class"), loads_reference=loads_reference):
             # A copy of the list, since the host puts loaded reward models in place of their paths.
             super().__init__(model, list_reward_funcs(reward_funcs), args, *host_args, **host_kwargs)
-        args.reward_weights = given_weights  # for another trainer with the same config
+        args.reward_weights = given_weights  # as given, for another trainer with the same config
         self._check_environments()
         self._check_host(args)
         self.train_dataset: Any = filling(self.train_dataset, args.generation_batch_size // self.num_generations)
@@ -151,7 +152,7 @@ class RLTrainer(GRPOTrainer):
         return [*listed, func]
 
     def _check_environments(self) -> None:
-        """Take the reward of turns out again where no environment has one."""
+        """Remove the reward function of turns again, if no environment pays for turns."""
         if self._turn_reward is None or pays_turns(self._all_environments()):
             return
         place = self.reward_funcs.index(self._turn_reward)
@@ -167,7 +168,7 @@ class RLTrainer(GRPOTrainer):
             )
 
     def _all_environments(self) -> list[Any]:
-        """The environments that the host has made so far."""
+        """List the environments that the host has made so far."""
         pools = getattr(self, "_environment_pool", {})
         return [environment for pool in pools.values() for environment in pool]
 
@@ -194,7 +195,7 @@ class RLTrainer(GRPOTrainer):
             self.critic.prepare(model, {**trusted, **(args.model_init_kwargs or {})})
 
     def _set_up_rollouts(self, args: RLConfig) -> None:
-        """Begin with no rollout."""
+        """Set up the state of rollouts, before there is one."""
         self._entropy = EntropyControl(
             args.entropy_coef,
             adaptive=args.use_adaptive_entropy,
@@ -231,8 +232,8 @@ class RLTrainer(GRPOTrainer):
             self.decoder.check(self.model)
 
     def _check_host(self, args: RLConfig) -> None:
-        """Look at what the host has loaded."""
-        if not self.is_deepspeed_enabled:  # whose engine keeps float32 copies
+        """Check the model, the tokenizer, the reward functions and the dataset that the host has loaded."""
+        if not self.is_deepspeed_enabled:  # DeepSpeed's engine keeps float32 copies
             check_trainable_dtype(self.model)
         rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else [{"prompt": None}]
         processor = self.processing_class
@@ -250,14 +251,14 @@ class RLTrainer(GRPOTrainer):
                 "dataset with a length, or set dynamic_sampling=False."
             )
 
-    # What a trainer is made of; override to make another
+    # The parts of a trainer; override these methods to make another trainer
 
     def make_signal(self, args: Any) -> Signal:
-        """Make the signal, from a config; the model is not loaded yet."""
+        """Make the signal from a config; the model is not loaded yet."""
         return GroupSignal(VariantOptions())
 
     def make_sampling(self, args: Any) -> GroupSampling | None:
-        """Make what is done about groups of equal rewards; nothing by default."""
+        """Make the sampling that replaces or rejects groups of equal rewards; none by default."""
         return None
 
     def make_phasic(self, args: Any) -> PhasicSchedule | None:
@@ -281,7 +282,7 @@ class RLTrainer(GRPOTrainer):
 
     @property
     def critic(self) -> Critic | None:
-        """The critic that is trained along, if there is one."""
+        """The critic that is trained with the policy, if there is one."""
         return self.signal.critic
 
     @property
@@ -293,16 +294,16 @@ class RLTrainer(GRPOTrainer):
         """Add a callback, if it is one of transformers' `Trainer`.
 
         Raises:
-            TypeError: If it is of another host.
+            TypeError: If it is a callback of another host, such as Lightning.
         """
         check_callback(callback)
         super().add_callback(callback)
 
-    # A host of signals (`rl_plugins.signals.host.Host`)
+    # Methods of the protocol `rl_plugins.signals.host.Host`
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """Device of this rank."""
         return self.accelerator.device
 
     @property
@@ -312,7 +313,7 @@ class RLTrainer(GRPOTrainer):
 
     @property
     def step(self) -> int:
-        """Optimizer steps that have been made."""
+        """Number of optimizer steps so far."""
         return self.state.global_step
 
     @property
@@ -329,7 +330,7 @@ class RLTrainer(GRPOTrainer):
         return self.accelerator.gather(x)
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Take this rank's rows out of those of all ranks."""
+        """Pick this rank's rows from those of all ranks."""
         return x.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def gather_objects(self, x: Any) -> list[Any]:
@@ -337,13 +338,13 @@ class RLTrainer(GRPOTrainer):
         return gather_object(x)
 
     def log_probs(self, batch: Batch) -> Tensor:
-        """Score completions under the policy as it is, without gradient, in training-sized chunks."""
+        """Compute the log-probabilities of completions under the current policy, without gradient, batch by batch."""
         size = self.args.per_device_train_batch_size if self.training else self.args.per_device_eval_batch_size
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             return self._pass(self.model, batch, batch_size=size)[0]
 
     def _pass(self, model: nn.Module, batch: Batch, **settings: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probabilities and, if asked, entropies (B, T) of completions, and the router loss (0-d)."""
+        """Compute log-probabilities and, if asked, entropies (B, T) of completions, and the router loss (0-d)."""
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
@@ -354,7 +355,7 @@ class RLTrainer(GRPOTrainer):
         )
 
     def _modality_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the log-probability pass that a batch carries (images and the like)."""
+        """Pick the keyword arguments of the log-probability pass that are in a batch (images and the like)."""
         accepted = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
         return {name: x for name, x in batch.items() if name in accepted and name not in PASS_ARGUMENTS}
 
@@ -397,7 +398,7 @@ class RLTrainer(GRPOTrainer):
                 "dynamic_sampling, replay_buffer_size and policy losses that compare groups move completions within "
                 "and between batches, which images do not follow yet. Choose others for prompts with images."
             )
-        # Here, since ranks may have taken different numbers of turns; none, where a rollout function generates.
+        # Only here, since ranks may have taken different numbers of turns. A rollout function leaves no counts.
         if self._draft_counts:
             log_metrics(self, draft_metrics(self.sum_over_ranks(torch.stack(self._draft_counts).sum(0))))
         assert self._rewards is not None
@@ -418,7 +419,7 @@ class RLTrainer(GRPOTrainer):
         return self._draw(self._further_prompts(groups, draw))
 
     def _further_prompts(self, groups: int, draw: int) -> list[dict[str, Any]]:
-        """Draw rows of the dataset for some groups of this rank; the same rows after a resumption."""
+        """Draw rows of the dataset for some groups of this rank; a resumed run draws the same rows."""
         rank, dataset = self.accelerator.process_index, self.train_dataset
         rows = further_rows(groups, len(dataset), self.args.seed, self._step, draw, rank)
         return [dict(dataset[i]) for i in rows for _ in range(self.group_size)]
@@ -428,7 +429,7 @@ class RLTrainer(GRPOTrainer):
             return self._generate_turn(prompt_ids, *args, **kwargs)
         over = [self._episodes.is_over(row) for row in self._episodes.waiting()]
         images = any(args[:2])  # or what a processor makes of them
-        if images or not any(over):  # an episode with images says one turn more, which earns nothing
+        if images or not any(over):  # an episode with images makes one more turn, which earns nothing
             return self._generate_turn(prompt_ids, *args, **kwargs)
         going = [ids for ids, done in zip(prompt_ids, over, strict=True) if not done]
         made, logprobs = self._generate_turn(going, *args, **kwargs) if going else ([], [])
@@ -440,7 +441,7 @@ class RLTrainer(GRPOTrainer):
         return turns, logprobs
 
     def _generate_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if not self.use_vllm:  # whose engine has limits of its own
+        if not self.use_vllm:  # vLLM's engine has limits of its own
             check_lengths(prompt_ids, self.max_completion_length, self._positions)
         critic, foreign = self.critic, self.use_vllm or self.use_transformers_continuous_batching
         saves = critic is not None and self._in_rollout and not foreign
@@ -477,14 +478,14 @@ class RLTrainer(GRPOTrainer):
         return output
 
     def _cut_episodes(self, completion_ids: list[list[int]], columns: Mapping[str, Any]) -> Tensor | None:
-        """Rows (B,) whose episode goes on after their last token, as far as the critic cares; `None` where all ranks
-        have none. A rollout function says so in its columns `truncated` and `terminated`."""
+        """Find the rows (B,) whose episode goes on after their last token, if the signal bootstraps there; `None` if
+        no rank has such rows. A rollout function marks them by its columns `truncated` and `terminated`."""
         bootstraps = self.signal.bootstrap_truncated
         if bootstraps is False or (bootstraps is None and self.environments is None and self.rollout_func is None):
             return None
         ends, rows_of = [*self.eos_token_ids, self._tokenizer.pad_token_id], list(enumerate(completion_ids))
         says = columns.get("truncated") or [self._episodes.is_truncated(row) for row, _ in rows_of]
-        # Where nobody says, a completion goes on that has no end-of-text token.
+        # If nothing says so, an episode goes on whose completion has no end-of-text token.
         over = columns.get("terminated") or [self._episodes.is_over(row) or ids[-1] in ends for row, ids in rows_of]
         cut = [said or (bool(bootstraps) and not done) for said, done in zip(says, over, strict=True)]
         rows = torch.tensor(cut, device=self.device)
@@ -510,7 +511,7 @@ class RLTrainer(GRPOTrainer):
 
     @contextmanager
     def _checked_rewards(self, completion_ids: list[list[int]]) -> Iterator[None]:
-        """Put stand-ins that check arguments and results in place of the reward functions inside the block."""
+        """Replace the reward functions inside the block by wrappers that check arguments and results."""
         self._steps = StepRewards(Completed(completion_ids, self._chosen, self._tokenizer))
         given, step = self.reward_funcs, self.step
         moment = f" in step {step + 1}" if self.training else f" in the evaluation after step {step}"
@@ -532,7 +533,7 @@ class RLTrainer(GRPOTrainer):
         return rewards.masked_fill(rewards.isinf(), torch.nan)
 
     def _tabulate(self, batch: Batch) -> None:
-        """Put the advantages that were used into the host's table of completions, 0 for those that were not."""
+        """Put the advantages into the host's table of completions, with 0 for completions that are not used."""
         mask, advantages = loss_mask(batch), batch["advantages"]
         columns = [batch["table_row"], sequence_means(advantages, mask) if advantages.ndim == 2 else advantages]
         if "old_values" in batch:
@@ -570,10 +571,10 @@ class RLTrainer(GRPOTrainer):
         return inputs
 
     def _start_epoch(self) -> None:
-        """Called before every training micro-step; a trainer may reorder the slices for another pass over them."""
+        """Prepare a training micro-step; a subclass may reorder the slices for another pass over them."""
 
     def _num_items(self, inputs: Batch) -> Tensor:
-        """Real tokens that a loss is averaged over: the accumulation window's, over all ranks, as DAPO counts them."""
+        """Count the real tokens that a loss is averaged over: those of the accumulation window, as in TRL's `dapo`."""
         items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.training:
             items = items * self.current_gradient_accumulation_steps / self.args.steps_per_generation
@@ -606,7 +607,7 @@ class RLTrainer(GRPOTrainer):
     def _objective(
         self, model: nn.Module, inputs: Batch, loss: PolicyLoss, num_items: Tensor
     ) -> tuple[Tensor, Metrics]:
-        """Policy loss, KL, entropy bonus and router loss of a micro-batch, as its part of the accumulation window."""
+        """Compute policy loss, KL, entropy bonus and router loss of a micro-batch, with its weight in the window."""
         logps, entropies, router_loss = self._pass(
             model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
@@ -656,7 +657,7 @@ class RLTrainer(GRPOTrainer):
         return total, metrics
 
     def _anchor(self, logps: Tensor, inputs: Batch, loss: PolicyLoss) -> Tensor:
-        """Log-probabilities that the ratio starts from."""
+        """Return the log-probabilities of the policy in the denominator of the ratio."""
         old_logps = inputs.get("old_per_token_logps", logps.detach())
         sampler = inputs.get("sampling_per_token_logps")
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
@@ -665,7 +666,7 @@ class RLTrainer(GRPOTrainer):
         return torch.where(sampler.isnan(), old_logps, sampler)  # vLLM leaves some out
 
     def _token_weights(self, logps: Tensor, top: Tensor | None, inputs: Batch, loss: PolicyLoss) -> Tensor | None:
-        """Factors that the host puts on its own loss per token; `None` for none."""
+        """Return the factors that the host puts on its own loss per token; `None` for none."""
         mask, weights = loss_mask(inputs), []
         if self.off_policy_mask_threshold is not None:
             advantages = inputs["advantages"]
@@ -687,7 +688,7 @@ class RLTrainer(GRPOTrainer):
 
     @property
     def _learns_off_policy(self) -> bool:
-        """Whether the loss ever sees a policy that is not the one its ratio starts from."""
+        """Whether the policy can ever differ from the one in the denominator of the loss's ratio."""
         args, loss = self.args, self._policy_loss
         if args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations):
             return True
@@ -695,7 +696,7 @@ class RLTrainer(GRPOTrainer):
             return True
         if not self.use_vllm or loss is None:
             return False
-        # With vLLM, some losses start from the engine's log-probabilities.
+        # With vLLM, the ratios of some losses have the engine's log-probabilities in the denominator.
         return loss.corrects_sampler if self.vllm_importance_sampling_correction else loss.entry.around_sampler
 
     def _warn_of_inert_loss(self) -> None:
@@ -715,7 +716,7 @@ class RLTrainer(GRPOTrainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, after a look at the launcher and the checkpoint to resume from.
+        """Train, after a check of the launcher and of the checkpoint to resume from.
 
         Raises:
             FileNotFoundError: If the checkpoint is not there, or was written by another trainer.
@@ -725,7 +726,7 @@ class RLTrainer(GRPOTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the host's step; while only the critic learns, without weight decay, which needs no gradient."""
+        """Run the host's step. While only the critic learns, weight decay is off: it acts even without a gradient."""
         if self.signal.warmup_steps:
             pause_weight_decay(self.optimizer, self.step < self.signal.warmup_steps)
         loss = super().training_step(*args, **kwargs)
@@ -735,7 +736,7 @@ class RLTrainer(GRPOTrainer):
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the host's optimizer, then move what is attached into groups with its own learning rates."""
+        """Create the host's optimizer, then move attached modules into groups with learning rates of their own."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
@@ -745,7 +746,7 @@ class RLTrainer(GRPOTrainer):
     # Checkpoints
 
     def _own_files(self) -> dict[str, bool]:
-        """Files that this trainer writes into a checkpoint, and whether they have to be there."""
+        """Return the files that this trainer writes into a checkpoint, and whether they have to be there."""
         ours = rollout_file(Path(), self.accelerator.process_index).name
         shared = {STATE_NAME: True} if self.signal.state_dict() else {}
         # The first rank's file marks checkpoints of online trainers; other ranks may not see it.
@@ -785,7 +786,7 @@ class RLTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        # Not map_location=device: torch does not know the "cpu:0" that accelerate names a rank's CPU.
+        # Not map_location=device: accelerate calls a rank's CPU "cpu:0", which torch does not know.
         ours = torch.load(rollout_file(folder, self.accelerator.process_index), map_location="cpu", weights_only=True)
         self._load_rank_state(send_to_device(ours, self.device))
         if self.signal.state_dict():

@@ -1,4 +1,4 @@
-"""The online trainers: a critic inside the policy, PPO, and the variants of GRPO. Each says what it is made of."""
+"""The online trainers, which complete `RLTrainer`: a critic inside the policy, PPO, and the variants of GRPO."""
 
 import dataclasses
 from typing import Any
@@ -38,14 +38,14 @@ from rl_plugins.trl.trainer import RLTrainer
 class MTPCriticTrainer(RLTrainer):
     r"""
     Trainer for online reinforcement learning with a critic inside the policy: multi-token-prediction heads that also
-    output a value. One network, one completion per prompt, an advantage for every token.
+    output a value. It needs one network and one completion per prompt, and gives every token its own advantage.
 
     `L = L_policy + lambda_1 L_MTP + lambda_2 L_TD`, where `L_policy` is any TRL loss type, or any loss of
     [`~rl_plugins.signals.POLICY_LOSSES`] but `gvpo`, on the critic's advantages (see
     [`~rl_plugins.signals.critic_targets`] for the equations and [`~rl_plugins.signals.HeadCritic`] for the critic).
 
-    Takes the arguments of [`~trl.GRPOTrainer`], with an [`MTPCriticConfig`] for `args`. With `use_critic=False` it is
-    that trainer.
+    Takes the arguments of [`~trl.GRPOTrainer`], with an [`MTPCriticConfig`] for `args`. With `use_critic=False` it
+    trains like `GRPOTrainer`.
 
     Example:
 
@@ -76,7 +76,7 @@ class MTPCriticTrainer(RLTrainer):
     config_class = MTPCriticConfig
 
     def make_signal(self, args: MTPCriticConfig) -> Signal:
-        """Make the critic inside the policy; TRL's own advantages with `use_critic=False`."""
+        """Make the critic inside the policy; with `use_critic=False`, leave the advantages to TRL."""
         if not args.use_critic:
             return super().make_signal(args)
         heads, values, replay = ValueHeadOptions.of(args), OnlineValueOptions.of(args), ValueReplayOptions.of(args)
@@ -108,7 +108,7 @@ class MTPCriticTrainer(RLTrainer):
 
     @property
     def polyak_target(self) -> PolyakTarget | None:
-        """The slow heads; `None` without a critic, and where a replay teaches the copy of the heads."""
+        """The slow heads; `None` without a critic, and with a replay, which teaches the copy of the heads."""
         return self.critic.polyak_target if isinstance(self.critic, HeadCritic) else None
 
 
@@ -117,9 +117,10 @@ class PPOTrainer(RLTrainer):
     Trainer for Proximal Policy Optimization with a separate value model (Schulman et al.,
     1707.06347; for language models Ouyang et al., 2203.02155).
 
-    `L = L_clip + lambda_2 L_value - c H`: clipped policy and value losses and an entropy bonus, on advantages by GAE
-    from token rewards that carry the score at the last token and a KL penalty at each. Minibatches are shuffled anew
-    for each epoch over a batch of completions. Policy and value model are trained by one engine and one optimizer.
+    `L = L_clip + lambda_2 L_value - c H`: clipped policy and value losses, and an entropy bonus. GAE makes the
+    advantages from token rewards: the score is paid at the last token, and a KL penalty is subtracted at each.
+    Minibatches are shuffled anew for each epoch over a batch of completions. One engine and one optimizer train both
+    policy and value model.
 
     Takes the arguments of [`~trl.GRPOTrainer`] (reward functions and reward models alike), with a [`PPOConfig`] for
     `args`. The critic is a [`~rl_plugins.signals.ValueModelCritic`].
@@ -145,7 +146,7 @@ class PPOTrainer(RLTrainer):
 
     Attributes:
         value_model: The critic's network.
-        last_rollout: As for [`MTPCriticTrainer`], with values (B, T, 1).
+        last_rollout: Like that of [`MTPCriticTrainer`], with values (B, T, 1).
 
     Raises:
         TypeError: If `args` is not a `PPOConfig`, or the value model is none of the above.
@@ -171,7 +172,7 @@ class PPOTrainer(RLTrainer):
             disable_dropout_in_model(self.value_model)
 
     def make_signal(self, args: PPOConfig) -> Signal:
-        """Make the critic with its own network."""
+        """Make the critic that is a network of its own."""
         checkpointing = (args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else None
         options, values = ValueModelOptions.of(args), PPOValueOptions.of(args)
         return CriticSignal(ValueModelCritic(options, values, self._value_source, checkpointing=checkpointing))
@@ -194,17 +195,17 @@ class PPOTrainer(RLTrainer):
         """Shuffle the minibatches anew for another pass over a batch of completions."""
         steps, slices = self.args.steps_per_generation, self._buffered_inputs
         again = self._step % steps == 0 and self._step % (steps * self.num_iterations) != 0
-        if again and slices is not None and "pixel_values" not in slices[0]:  # images do not line up with rows
+        if again and slices is not None and "pixel_values" not in slices[0]:  # images are not stored row by row
             self._buffered_inputs = reordered(slices, torch.randperm(sum(map(num_rows, slices))))
 
 
 class GRPOVariantTrainer(RLTrainer):
     r"""
-    Trainer for the variants of GRPO: an advantage, a policy loss and a way of sampling, each by name, or all of a
-    paper's by `preset`.
+    Trainer for the variants of GRPO: options choose an advantage, a policy loss and a way of sampling, and `preset`
+    chooses all three as in a paper.
 
-    Takes the arguments of [`~trl.GRPOTrainer`], with a [`GRPOVariantConfig`] for `args`. With none of the three named
-    it is that trainer.
+    Takes the arguments of [`~trl.GRPOTrainer`], with a [`GRPOVariantConfig`] for `args`. Without any of these choices
+    it trains like `GRPOTrainer`.
 
     Example:
 
@@ -249,7 +250,7 @@ class GRPOVariantTrainer(RLTrainer):
 
     @property
     def value_tracker(self) -> ValueTracker | None:
-        """Success of every prompt so far; `None` where the advantage does not track it."""
+        """Tracker of the success of every prompt; `None` for an advantage that tracks none."""
         return self.signal.value_tracker if isinstance(self.signal, GroupSignal) else None
 
     @property

@@ -1,1 +1,1 @@
-"""Advantages from rewards alone: of groups, from tracked prompts, spread by eligibility traces; and their scaling."""
+"""Advantages without a critic (from groups, steps, trackers or eligibility traces), and scaling by a value."""

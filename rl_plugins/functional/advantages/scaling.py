@@ -19,8 +19,9 @@ from rl_plugins.functional.masking import upcast
 def value_implied_std(initial_values: Tensor, *, low: float = 0.0, high: float = 1.0, min_std: float = 0.1) -> Tensor:
     """Derive the spread of a completion's final reward from its expected value alone: `sqrt((high - v)(v - low))`.
 
-    `v` is clamped to `[low, high]`. Exact for a reward that is either `low` or `high`, an upper bound for any reward
-    between them (Bhatia and Davis 2000). It stands in for GRPO's deviation where there is no group.
+    `v` is clamped to `[low, high]`. The result is exact for a reward that is either `low` or `high`, and an upper
+    bound for any reward between them (Bhatia and Davis 2000). It stands in for GRPO's deviation where there is no
+    group.
 
     Returns:
         `(B,)`.
@@ -29,14 +30,14 @@ def value_implied_std(initial_values: Tensor, *, low: float = 0.0, high: float =
         raise ValueError(f"low={low}, high={high}: give the range of the reward, low < high.")
     check_positive("give a positive floor, since a sure value implies no spread at all", min_std=min_std)
     v = upcast(initial_values).clamp(low, high)
-    # The floor goes under the root, whose slope is infinite at 0.
+    # The floor is applied before the root, whose slope is infinite at 0.
     return torch.sqrt(((high - v) * (v - low)).clamp(min=(min_std * (high - low)) ** 2))
 
 
 def value_scaled(
     advantages: Tensor, initial_values: Tensor, *, low: float = 0.0, high: float = 1.0, min_std: float = 0.1
 ) -> Tensor:
-    """Divide the advantages of a sequence by its `value_implied_std`, as GRPO divides by a group's.
+    """Divide the advantages of a sequence by its `value_implied_std`, as GRPO divides by that of a group.
 
     `A_t / std(V(s_0))`.
 

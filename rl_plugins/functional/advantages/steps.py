@@ -2,13 +2,13 @@
 
 Arguments that functions here share, and do not list again:
     rewards: `r (B, T)`, at the tokens after which they are paid; where groups are compared, the completions of a
-        prompt stand together.
-    mask: the policy's tokens `(B, T)`; a row without any could not be scored and enters no statistic.
+        prompt are adjacent.
+    mask: the policy's tokens `(B, T)`; a row without any of them counts as unscorable and enters no statistic.
     group_size: completions per prompt.
-    eps: a small positive number, added to a deviation.
+    eps: a small positive number, added to a standard deviation or a variance.
 
-Results are `(B, T)`, 0 where the mask is 0. All raise `ValueError` where shapes do not fit or a number is out of
-range.
+Results are `(B, T)`, 0 where the mask is 0. All functions raise `ValueError` where shapes do not fit or a number is
+out of range.
 """
 
 import torch
@@ -33,8 +33,8 @@ def reward_to_go(
     """Credit each token with the rewards that follow it, compared with the whole batch.
 
     `R_t = sum_i gamma^i r_{t+i}`, then `batch_normalized` over all tokens: REINFORCE++ (arXiv 2501.03262), which has
-    `gamma = 1`. Below 1 a token gets less of what comes long after it. That pays where later rewards are luck, or
-    depend on later tokens, and costs where the token decides about them.
+    `gamma = 1`. With `gamma` below 1 a token gets less credit for rewards long after it. This helps where later
+    rewards are luck or depend on later tokens, and harms where they depend on this token.
 
     Args:
         gamma: discount, in `[0, 1]`.
@@ -54,15 +54,15 @@ def process_normalized(rewards: Tensor, paid: Tensor, mask: Tensor, group_size: 
     `group_normalized`.
 
     Advantages grow with the number of steps that are left: a token before ten good steps has ten times the advantage
-    of one before the last.
+    of a token before the last step.
 
     Args:
-        paid: tokens at which a step is rewarded, be it with 0, `(B, T)`.
+        paid: tokens at which a step ends and gets its reward, which may be 0, `(B, T)`.
     """
     check_shape("rewards", rewards, mask.shape, "give one per token")
     check_shape("paid", paid, mask.shape, "give one per token")
     steps = zero_masked(rewards, mask).masked_fill(~(paid.bool() & mask.bool()), torch.nan)
-    # Tokens without a step are like completions that could not be scored: in no statistic, and 0 in the result.
+    # Tokens at which no step ends are treated as unscorable completions: in no statistic, and 0 in the result.
     normalized = group_normalized(steps.flatten(), group_size * max(mask.shape[1], 1), eps=eps).view(mask.shape)
     return discounted_returns(normalized, mask)
 
@@ -70,12 +70,12 @@ def process_normalized(rewards: Tensor, paid: Tensor, mask: Tensor, group_size: 
 def turn_normalized(
     rewards: Tensor, mask: Tensor, group_size: int, *, gamma: float = 1.0, eps: float = 1e-4
 ) -> Tensor:
-    """Compare each turn with the turns of its number in the group, and credit it with the turns that follow.
+    """Compare each turn with the turns of the same number in the group, and credit it with the turns that follow.
 
     `A_i[t] = sum over turns l >= k of gamma^(l - k) A_i(l)` for a token of turn `k`. `A_i(l)` is `group_normalized` of
-    what turns number `l` earned; the last turn is compared with the last turns of the others, whatever its number:
-    it earns the outcome. This is MT-GRPO (arXiv 2505.11821), whose alpha is `gamma`. The paper has equally many turns
-    in all completions of a prompt.
+    the rewards that the turns with number `l` earned. The last turn earns the outcome, so it is compared with the last
+    turns of the others, whatever their numbers. This is MT-GRPO (arXiv 2505.11821), whose alpha is `gamma`. In the
+    paper all completions of a prompt have equally many turns.
 
     Args:
         gamma: weight of the next turn's advantage in that of a turn, in `[0, 1]`.

@@ -3,10 +3,10 @@
 Arguments that functions here share, and do not list again:
     mask: real tokens `(B, T)`; positions count real tokens from 0.
     gamma: discount in `[0, 1]`.
-    lam: trace decay in `[0, 1]`; `gamma lam = 0` is plain GRPO.
-    style: "recent" lets a trace fade; "both" also keeps up the first tokens.
+    lam: trace decay in `[0, 1]`; with "recent", `gamma lam = 0` is plain GRPO.
+    style: with "recent" the trace of a token fades; with "both" the traces of the first tokens also stay high.
 
-All raise `ValueError` where shapes do not fit, a number is out of range or the style is unknown.
+All functions raise `ValueError` where shapes do not fit, a number is out of range or the style is unknown.
 """
 
 from typing import Literal
@@ -22,15 +22,15 @@ TraceStyle = Literal["recent", "both"]
 
 
 def trace_weights(mask: Tensor, *, gamma: float = 1.0, lam: float = 0.99, style: TraceStyle = "recent") -> Tensor:
-    """Tell how much each token is credited when traces are summed over the later tokens.
+    """Compute how much credit each token gets when its traces are summed over the later tokens.
 
     `w_j = sum_{t >= j} tr(t, t - j)`. GRPO-lambda (arXiv 2510.00194) keeps the advantage of the completion and puts a
     trace into the ratio of token `t`: `rho_t = exp(sum_l tr(t, l) (ln pi - ln pi_old)(y_{t-l}))`, with
     `tr(t, l) = (gamma lam)^l` ("recent") or `max((gamma lam)^l, (gamma lam)^(t-l))` ("both", section 3.2, eq. 2). At
-    `pi = pi_old` the gradient of `sum_t rho_t A` is `sum_j w_j A grad ln pi(y_j)`: the weights are its on-policy
-    equivalent, for use with any ratio. Off-policy the two differ, as clipping there sees `rho_t`.
+    `pi = pi_old` the gradient of `sum_t rho_t A` is `sum_j w_j A grad ln pi(y_j)`: the weights give this gradient
+    on-policy, with any ratio. Off-policy the two differ, since GRPO-lambda clips `rho_t`.
 
-    The first token of "both" keeps a full trace in every later one.
+    With "both" the first token keeps a full trace in every later token.
 
     Returns:
         `(B, T)`: between 1 and the number of real tokens from `j` on; "recent" stays below `1 / (1 - gamma lam)`.
@@ -39,7 +39,7 @@ def trace_weights(mask: Tensor, *, gamma: float = 1.0, lam: float = 0.99, style:
 
 
 def _weights(mask: Tensor, gamma: float, lam: float, style: str) -> Tensor:
-    """`trace_weights` in float64."""
+    """Compute `trace_weights` in float64."""
     if mask.ndim != 2:
         raise ValueError(f"mask {tuple(mask.shape)}: give the completion mask, (B, T).")
     check_discount(gamma)
@@ -68,17 +68,17 @@ def lambda_trace(
     style: TraceStyle = "recent",
     min_advantage: float | None = None,
 ) -> Tensor:
-    """Credit early tokens of a completion more, which lie on the trace of every later one.
+    """Credit early tokens of a completion more, since they have a trace in every later token.
 
-    `A_{i,t} = w_{i,t} max(A_i, min_advantage)`. GRPO-lambda (arXiv 2510.00194) with the `trace_weights` `w`.
-    `gamma lam = 0` is the advantage of the completion on each of its tokens, `gamma lam = 1` that times the tokens
-    left. Nothing divides by the weights: gradients grow by up to `1 / (1 - gamma lam)`, and by more with "both".
+    `A_{i,t} = w_{i,t} max(A_i, min_advantage)`. GRPO-lambda (arXiv 2510.00194) with the `trace_weights` `w`. With
+    `gamma lam = 0` and "recent", each token gets the advantage of its completion; with `gamma lam = 1`, that times the
+    number of tokens left. The weights are not normalised: gradients grow by up to `1 / (1 - gamma lam)`, and by more
+    with "both".
 
     Args:
         advantages: `A`, one per completion `(B,)`.
-        min_advantage: floor of the advantage of a completion, against accumulated traces that push whole
-            completions down;
-            -0.1 in GRPO-lambda.
+        min_advantage: floor of the advantage of a completion, against accumulated traces that push whole completions
+            down; -0.1 in GRPO-lambda.
 
     Returns:
         `(B, T)`.

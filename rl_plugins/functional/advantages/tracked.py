@@ -7,7 +7,7 @@ Arguments that functions here share, and do not list again:
     alpha: pseudo-count of success `(N,)`.
     beta: pseudo-count of failure `(N,)`.
 
-All raise `ValueError` where shapes do not fit or a number is out of range.
+All functions raise `ValueError` where shapes do not fit or a number is out of range.
 """
 
 import torch
@@ -31,7 +31,7 @@ def tracker_value(alpha: Tensor, beta: Tensor) -> Tensor:
 
 
 def tracker_update(alpha: Tensor, beta: Tensor, rewards: Tensor, forget: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Add a reward to the counts and let the old ones fade: `alpha' = rho alpha + r`, `beta' = rho beta + 1 - r`.
+    """Add a reward to the counts and let the old counts fade: `alpha' = rho alpha + r`, `beta' = rho beta + 1 - r`.
 
     The counts tend to the sum `1 / (1 - rho)`, the number of rewards that the tracker remembers.
 
@@ -66,7 +66,7 @@ def policy_distance(logps_then: Tensor, logps_now: Tensor, mask: Tensor) -> Tens
 
     Args:
         logps_then: log-probabilities of the answer's tokens when it was sampled `(N, T)`.
-        logps_now: log-probabilities under the policy of today `(N, T)`.
+        logps_now: log-probabilities of these tokens under the present policy `(N, T)`.
         mask: real tokens `(N, T)`.
 
     Returns:
@@ -81,7 +81,7 @@ def forget_factor(distance: Tensor, *, half_life: float = 0.06, low: float = 0.8
 
     Args:
         distance: `D (N,)`, the [`policy_distance`] since the prompt was last answered.
-        half_life: the distance at which a count halves, above 0.
+        half_life: the distance at which `rho` would be 1/2 without the bounds, above 0.
         low: least `rho`; 0.875 remembers 8 rewards.
         high: greatest `rho`; 0.96 remembers 25.
 
@@ -98,8 +98,8 @@ def initial_counts(values: Tensor, *, trials: int | Tensor = 8, min_forget: floa
     """Start a tracker from rewards sampled before training: `alpha = N_0 v'`, `beta = N_0 (1 - v')`.
 
     `v' = (m v + 1/2) / (m + 1)` shrinks the mean `v` of `m` trials towards 1/2 (Jeffreys' prior), and
-    `N_0 = 1 / (1 - min_forget)` are the counts at which a tracker that forgets fastest comes to rest. Without
-    trials the counts are the prior, 1/2 each.
+    `N_0 = 1 / (1 - min_forget)` is the sum that the counts tend to with `rho = min_forget`. Without trials the counts
+    are the prior, 1/2 each.
 
     Args:
         values: `v (N,)` in `[0, 1]`; may be anything (NaN too) where there are no trials.
@@ -120,6 +120,6 @@ def initial_counts(values: Tensor, *, trials: int | Tensor = 8, min_forget: floa
             "values outside [0, 1]: give the mean of rewards in [0, 1], and trials=0 where there is none."
         )
     successes = torch.where(count > 0, count * v, 0.0)
-    # Not where() of two numbers, which would be float32 whatever the values are.
+    # Not where() of two numbers, which would be float32 whatever the dtype of the values is.
     total = torch.ones_like(count).masked_fill(count > 0, 1 / (1 - min_forget))
     return total * (successes + 0.5) / (count + 1), total * (count - successes + 0.5) / (count + 1)

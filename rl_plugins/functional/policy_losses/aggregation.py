@@ -1,4 +1,4 @@
-"""Aggregations: from a loss per token to the number that is minimised. Their divisor decides which tokens count."""
+"""Aggregations: from a loss per token to the number that is minimised. Their divisor sets the weight of a token."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ AGGREGATIONS = ("token", "prompt", "sequence", "constant", "sequence_sum", "micr
 
 
 def prompt_weights(lengths: Tensor, group_size: int) -> Tensor:
-    """Weigh completions such that every prompt counts alike: `w_i = (N / P) / sum_{j of its prompt} |y_j|`.
+    """Weigh completions so that every prompt counts the same: `w_i = (N / P) / sum_{j of its prompt} |y_j|`.
 
     `N` is the number of completions and `P` the number of prompts with a token. `1/N sum_i w_i sum_t l` is then
-    `1/P sum_p (sum_{i in p} sum_t l) / (sum_{i in p} |y_i|)`. Compute the weights where the completions of a prompt
-    are together, once for a whole batch of all ranks: they stay right when the batch is shuffled and cut into slices
-    of equal size, whose losses are averaged.
+    `1/P sum_p (sum_{i in p} sum_t l) / (sum_{i in p} |y_i|)`. Compute the weights once for a whole batch of all ranks,
+    while the completions of a prompt are together. They stay right when the batch is shuffled and cut into slices of
+    equal size, whose losses are averaged.
 
     Args:
         lengths: real tokens of each completion `(N,)`; row `i` belongs to prompt `i // group_size`.
@@ -43,15 +43,15 @@ def aggregate(
     max_length: int | None = None,
     row_weights: Tensor | None = None,
 ) -> Tensor:
-    """Reduce a loss per token to one number, by what is to weigh the same: tokens, sequences or prompts.
+    """Reduce a loss per token to one number, in which tokens, sequences or prompts have the same weight.
 
     - `token`: `sum_i sum_t l / num_items`: every token of the accumulation window weighs the same (TRL's `dapo`, and
       the code of DAPO). Sum the micro-batches; do not average them.
     - `prompt`: `1/P sum_p (sum_{i in p} sum_t l) / (sum_{i in p} |y_i|)`: every prompt weighs the same, and so does
       every token of its completions (DAPO, Yu et al., arXiv 2503.14476, eq. 8; CISPO, arXiv 2506.13585, eq. 4;
       ScaleRL, arXiv 2510.13786, section 4).
-    - `micro_batch`: `sum_i sum_t l / sum_i |y_i|`: as `token` within one batch, whose micro-batches are then averaged
-      whatever their token counts (TRL's `bnpo`).
+    - `micro_batch`: `sum_i sum_t l / sum_i |y_i|`: every token of a micro-batch weighs the same, and so does every
+      micro-batch, however many tokens it has (TRL's `bnpo`).
     - `sequence`: `1/B sum_i 1/|y_i| sum_t l`: every sequence weighs the same (GRPO, Shao et al., arXiv 2402.03300).
     - `constant`: `sum_i sum_t l / (B max_length)`: no length in the divisor (Dr. GRPO, Liu et al., arXiv 2503.20783).
     - `sequence_sum`: `1/B sum_i sum_t l`: a sequence weighs by its length (LUSPO, Liu et al., arXiv 2602.05261).
@@ -63,7 +63,8 @@ def aggregate(
         token_loss: `l (B, T)`; masked positions may hold anything.
         mask: real tokens `(B, T)`.
         how: one of `AGGREGATIONS`.
-        num_items: for `token`, the divisor: the window's tokens per process; this batch's own tokens by default.
+        num_items: for `token`, the divisor: the tokens of the accumulation window, per process; by default the tokens
+            of this batch.
         max_length: for `constant`, the longest completion allowed.
         row_weights: for `prompt`, the [`prompt_weights`] of the rows `(B,)`.
 

@@ -1,7 +1,7 @@
-"""Policy losses that hold back the tokens which lower the entropy most: those of high covariance.
+"""Policy losses that restrain the tokens which lower the entropy most: those of high covariance.
 
 Cui et al., arXiv 2505.22617: to first order the entropy falls by the covariance of `ln pi` and the advantage, and a
-few tokens carry most of it. Arguments: see the package's docstring.
+few tokens carry most of it. For the arguments, see `policy_losses`.
 """
 
 import torch
@@ -13,7 +13,7 @@ from rl_plugins.functional.ratios import clipped_objective, policy_inputs
 
 
 def token_covariance(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Find the tokens that lower the entropy, by each one's part of the covariance.
+    """Compute each token's part of the covariance, which is high for tokens that lower the entropy.
 
     `(ln pi_t - mean ln pi) (A_t - mean A)`. The means are over the real tokens given: arXiv 2505.22617, eq. 10.
 
@@ -25,7 +25,7 @@ def token_covariance(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     Returns:
         `(B, T)`, 0 at masked positions.
     """
-    # In float64, where equal float32 numbers have their own value as their mean.
+    # In float64, in which the mean of equal float32 numbers is exact.
     real = [zero_masked(x.double(), mask) for x in (logps, advantages)]
     count = mask.bool().sum().clamp(min=1)
     covariance = (real[0] - real[0].sum() / count) * (real[1] - real[1].sum() / count)
@@ -45,11 +45,11 @@ def clip_cov(
     epsilon_high: float = 0.2,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Keep up the entropy by `ppo_clip` with a loss of 0 at a random few of the tokens whose covariance is high.
+    """Keep the entropy up: use `ppo_clip`, with a loss of 0 at a few random tokens of high covariance.
 
     Clip-Cov: `floor(ratio N)` of the `N` real tokens are drawn from those with `token_covariance` in
-    `[cov_low, cov_high]`; all of these where they are fewer. Tokens that PPO clips already are not drawn. `ratio = 0`
-    is `ppo_clip`.
+    `[cov_low, cov_high]`; if there are fewer of these, all are taken. Tokens that PPO clips already are not drawn.
+    `ratio = 0` is `ppo_clip`.
 
     Cui et al., arXiv 2505.22617, eq. 10 to 12, with that paper's values.
 
@@ -88,13 +88,13 @@ def kl_cov(
     ratio: float = 2e-4,
     kl_coef: float = 1.0,
 ) -> Tensor:
-    """Keep up the entropy by `-rho A` with a penalty, `kl_coef |ln rho|`, at the tokens of highest covariance.
+    """Keep the entropy up: use `-rho A`, with a penalty `kl_coef |ln rho|` at the tokens of highest covariance.
 
-    KL-Cov: the penalty is on the first `floor(ratio N)` of the `N` real tokens by `token_covariance`. `ratio = 0` is
-    the surrogate without a clip.
+    KL-Cov: the penalty is on the `floor(ratio N)` of the `N` real tokens with the highest `token_covariance`.
+    `ratio = 0` is the surrogate without a clip.
 
-    Cui et al., arXiv 2505.22617, eq. 10, 13 and 14, listing 1 for `|ln rho|` as the divergence. Ratios there: 2e-3
-    for 7B, 2e-4 for 32B.
+    Cui et al., arXiv 2505.22617, eq. 10, 13 and 14; `|ln rho|` as the divergence is from listing 1. The paper's
+    `ratio` is 2e-3 for 7B and 2e-4 for 32B.
 
     Args:
         ratio: share of the real tokens to penalise, `k`.
@@ -112,13 +112,13 @@ def kl_cov(
 
 
 def _share_of(mask: Tensor, share: float) -> int:
-    """`floor(share N)` of `N` real tokens."""
-    # 2e-4 of 5000 tokens is 1 but for rounding.
+    """Compute `floor(share N)` for `N` real tokens."""
+    # 2e-4 * 5000 is 1, but may be just below it after rounding.
     return int(share * int(mask.sum()) + 1e-6)
 
 
 def _draw(candidates: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """A mask of `count` of the candidates, drawn without replacement."""
+    """Draw `count` of the candidates without replacement, and return their mask."""
     drawn = torch.zeros_like(candidates).flatten()
     if count:
         where = candidates.flatten().nonzero().squeeze(1)

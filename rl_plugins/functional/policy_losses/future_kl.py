@@ -1,4 +1,4 @@
-"""FIPO: a policy loss that weighs each token by where the rest of its sequence is going."""
+"""FIPO: a policy loss that weighs each token by how the policy has changed on the rest of its sequence."""
 
 import torch
 from torch import Tensor
@@ -22,18 +22,18 @@ def fipo(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.28,
 ) -> Tensor:
-    """Credit a token more where the policy has since made its future likelier.
+    """Give a token more weight if the policy has since made the rest of its sequence more likely.
 
     FIPO: `-min(rho f A, clip(rho, 1 - eps_low, 1 + eps_high) f A)`,
     `f_t = clip(exp(F_t), 1 - weight_low, 1 + weight_high)`, `F_t = sum_{k>=t} gamma^(k-t) M_k ln rho_k`,
     `gamma = 2^(-1 / half_life)`, `M_k = 1` where `rho_k <= max_ratio`. `f_t = 1` for a negative advantage with
     `rho_t > safe_ratio`. `f` is a constant in the gradient.
 
-    Ma et al., arXiv 2603.19835, eq. 6 to 8 and the end of section 3.2, with the values of its 32B run; the 7B run
-    has `weight_low=0.2, safe_ratio=3`.
+    Ma et al., arXiv 2603.19835, eq. 6 to 8 and the end of section 3.2, with the values of the paper's 32B run; the 7B
+    run has `weight_low=0.2, safe_ratio=3`.
 
-    The distance `k - t` counts real tokens, as everywhere here; a token with `M_k = 0` is real. With zero widths of
-    the weight it is `ppo_clip`. The other arguments: see the package's docstring.
+    The distance `k - t` counts real tokens, as everywhere here, including those with `M_k = 0`. With `weight_low` and
+    `weight_high` of 0 the loss is `ppo_clip`. For the other arguments, see `policy_losses`.
 
     Args:
         half_life: tokens after which the future counts half, `tau`; infinite is no decay.

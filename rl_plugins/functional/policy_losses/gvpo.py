@@ -19,15 +19,15 @@ def gvpo(
     """Fit the reward that a policy implies to the actual one, both centred in the group: `1/2 e_i^2` at every token.
 
     GVPO: `e_i = (R_theta,i - mean R_theta) - (R_i - mean R)`, `R_theta,i = beta sum_t ln rho_t`, means over the group
-    (Zhang et al., arXiv 2504.19599). Errors of a group sum to 0, hence the gradient of its sum:
+    (Zhang et al., arXiv 2504.19599). The errors of a group sum to 0, so the gradient of a group's summed loss is
     `-beta sum_i [(R_i - mean R) - (R_theta,i - mean R_theta)] nabla ln pi(y_i)`.
 
     Each real token carries its sequence's whole term, so that the `sequence` aggregate is the mean over sequences;
-    other aggregates weigh sequences by length. The authors divide the group's sum by `k - 1`, which is this mean
-    times `k / (k - 1)` for groups of `k`: a constant of the learning rate.
+    other aggregates weigh sequences by length. The authors divide the group's sum by `k - 1`, which is this mean times
+    `k / (k - 1)` for groups of `k`: a constant that the learning rate can include.
 
-    Nothing is gathered: groups must not be split over micro-batches or ranks, or each part is centred on its own.
-    Rows without tokens do not enter the means. The other arguments: see the package's docstring.
+    Nothing is gathered from other ranks: do not split a group over micro-batches or ranks, or each part is centred on
+    its own. Rows without tokens do not enter the means. For the other arguments, see `policy_losses`.
 
     Args:
         old_logps: `(B, T)` under the policy to stay close to.
@@ -45,6 +45,6 @@ def gvpo(
 
 
 def _group_means(x: Tensor, same: Tensor) -> Tensor:
-    """Mean of `x (B,)` over each row's group, `(B,)`."""
-    # Not a matrix product, which autocast would take in bfloat16.
+    """Compute the mean of `x (B,)` over each row's group, `(B,)`."""
+    # Not a matrix product, which autocast would compute in bfloat16.
     return (same * x[None, :]).sum(1) / same.sum(1).clamp(min=1)

@@ -1,5 +1,5 @@
-"""Policy losses that replace PPO's fixed clip of the ratio by another trust region. Arguments: see the package's
-docstring.
+"""Policy losses that replace PPO's fixed clip of the ratio by another trust region. For the arguments, see
+`policy_losses`.
 """
 
 import math
@@ -25,18 +25,19 @@ def dppo(
     threshold: float | None = None,
     max_ratio: float | None = None,
 ) -> Tensor:
-    """Stop only the tokens that have left a trust region and would go further, and clip none: `-M_t rho_t A_t`.
+    """Mask the tokens that have left a trust region and would go further, and clip no ratio: `-M_t rho_t A_t`.
 
     DPPO: `M_t = 0` where `D_t > threshold` and the update leads further away, `(rho_t - 1) A_t > 0`; 1 elsewhere.
-    `D_t` compares only "this token or another" under the two policies, a lower bound of the whole divergence: `tv`:
-    `|pi_old - pi|`; `kl`: `pi_old ln(pi_old / pi) + (1 - pi_old) ln((1 - pi_old) / (1 - pi))`.
+    `D_t` is the divergence of the two policies when all other tokens count as one, a lower bound of the whole
+    divergence. `tv`: `|pi_old - pi|`; `kl`: `pi_old ln(pi_old / pi) + (1 - pi_old) ln((1 - pi_old) / (1 - pi))`.
 
     Qi et al., arXiv 2602.04879, eq. 11 to 14 (mask: eq. 12). Thresholds there: kl 0.05; tv 0.15 in the stability
     runs, 0.2 at scale. The paper takes `old_logps` from the engine that sampled, not from a recomputation.
 
     Args:
         divergence: `tv` or `kl`.
-        threshold: largest divergence that still learns outwards; by default 0.15 for `tv`, 0.05 for `kl`.
+        threshold: largest divergence at which a token may still move further away; by default 0.15 for `tv`, 0.05 for
+            `kl`.
         max_ratio: `C`; above it the gradient is `-M_t C A_t grad ln pi`, the paper's eq. 23 (`C` is infinite in the
             stability runs, 5 at scale). `None` is no limit.
     """
@@ -49,7 +50,7 @@ def dppo(
     log_ratio, logps, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
     with torch.no_grad():
         outwards = log_ratio * advantages > 0
-        # Of the log-probabilities themselves: behind the clamp of the ratio a token may have left the region long ago.
+        # Of the log-probabilities themselves, since the clamp of the ratio may hide how far a token has moved.
         old_logps = finite_logps(zero_masked(old_logps, real))
         blocked = outwards & (_binary_divergence(logps, old_logps, divergence) > threshold)
     return torch.where(blocked, 0.0, -_truncated_ratio(log_ratio, logps, max_ratio) * advantages)
@@ -69,11 +70,11 @@ def bapo(
     weighted: bool = True,
     reduce: Reduce | None = None,
 ) -> Tensor:
-    """Widen the clip until positive tokens make up a share of the loss, against a flood of negative ones.
+    """Raise the clip bounds until positive tokens make up a share of the loss, which negative ones would dominate.
 
     BAPO: `-min(rho A, clip(rho, c_low, c_high) A)` with the bounds that [`bapo_bounds`] finds for this batch (Xi et
-    al., arXiv 2510.18927, eq. 8 and algorithm 1; defaults of section 5.1). With `target_share = 0` it is `ppo_clip` at
-    the narrowest bounds.
+    al., arXiv 2510.18927, eq. 8 and algorithm 1; defaults of section 5.1). Positive and negative tokens are those of
+    positive and negative advantage. With `target_share = 0` it is `ppo_clip` with the first bounds, `a-` and `a+`.
 
     Args:
         target_share: share of the loss in `[0, 1]` that positive tokens must reach, `rho_0`.
@@ -81,8 +82,8 @@ def bapo(
         high_range: upper bound of the ratio, first and last value, `(a+, b+)`.
         low_step: step of the lower bound.
         high_step: step of the upper bound.
-        weighted: whether a token counts in the share by its probability; see `bapo_bounds`.
-        reduce: sums a 1-D tensor across ranks, so that all of them clip alike.
+        weighted: whether a token's weight in the share includes its probability; see `bapo_bounds`.
+        reduce: a function that sums a 1-D tensor across ranks, so that all ranks have the same bounds.
     """
     log_ratio, _, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
     ratio = log_ratio.exp()
@@ -107,15 +108,15 @@ def bapo_bounds(
 ) -> tuple[Tensor, Tensor]:
     """Find BAPO's clip bounds, to log them or to use them elsewhere.
 
-    They are the first pair under which positive tokens are `target_share` of the loss. The pairs are tried in one
-    order: `c_high` rises from `a+` to `b+`, then `c_low` from `a-` to `b-`; where none will do, the last is taken. The
-    share is `P / (P + N)` with `P = sum_{A>0} pi_old min(rho, c_high) A` and
-    `N = sum_{A<0} pi_old max(rho, c_low) |A|`, `pi_old` the probability that the sampler gave the token: Xi et al.,
-    arXiv 2510.18927, eq. 8 and algorithm 1. `weighted=False` leaves `pi_old` out. The bars of eq. 8 are taken around
-    the tokens, so that the share stays in `[0, 1]`.
+    They are the first pair with which positive tokens make up at least `target_share` of the loss. The pairs are tried
+    in this order: `c_high` rises from `a+` to `b+`, then `c_low` from `a-` to `b-`; if none reaches the share, the
+    last is taken. The share is `P / (P + N)` with `P = sum_{A>0} pi_old min(rho, c_high) A` and
+    `N = sum_{A<0} pi_old max(rho, c_low) |A|`, where `pi_old` is the probability that the sampler gave the token (Xi
+    et al., arXiv 2510.18927, eq. 8 and algorithm 1). `weighted=False` leaves `pi_old` out. The absolute value in eq. 8
+    is taken for each token, so that the share stays in `[0, 1]`.
 
-    A clipped negative token adds `c_low |A|` to `N`, so raising `c_low` never raises the share: once `c_high` has
-    reached its end in vain, `c_low` goes all the way.
+    A clipped negative token adds `c_low |A|` to `N`, so raising `c_low` never raises the share: if `c_high` reaches
+    its last value in vain, `c_low` will do so, too.
 
     The arguments are those of [`bapo`].
 
@@ -138,12 +139,12 @@ def cpgd(
     drift_coef: float = 0.01,
     drift_clip: float = 2.0,
 ) -> Tensor:
-    """Clip the policy gradient without a ratio in it, and charge for drift from the old policy.
+    """Clip the log-ratio in place of the ratio, and penalise drift from the old policy.
 
     CPGD: `-min(l A, clip(l, ln(1 - eps_low), ln(1 + eps_high)) A) + alpha min(sg(rho) - 1, c) ln pi`, `l = ln rho`.
-    The last term has the gradient of `KL(pi_old || pi)`'s k3 estimate, its weight held below `c`. Liu et al., arXiv
-    2505.12504, eq. 2 and the text that follows it, with one width there; without its tight-to-loose schedule of widths
-    along the sequence.
+    The last term has the gradient of the k3 estimate of `KL(pi_old || pi)`, with a weight of at most `c`. Liu et al.,
+    arXiv 2505.12504, eq. 2 and the text that follows it. The paper has one width for both sides; its schedule of
+    widths along the sequence, from tight to loose, is left out.
 
     Args:
         epsilon_low: room below ratio 1; from 1 on there is no lower bound.
@@ -155,13 +156,13 @@ def cpgd(
     log_ratio, logps, advantages, _ = policy_inputs(logps, old_logps, advantages, mask)
     low = math.log1p(-epsilon_low) if epsilon_low < 1 else -math.inf
     gain = clipped_objective(log_ratio, advantages, low, math.log1p(epsilon_high))
-    # The weight is cut, not the penalty: a ratio above c + 1 is still pulled back.
+    # The weight is clamped, not the penalty: a ratio above c + 1 is still pulled back.
     drift = torch.expm1(log_ratio.detach()).clamp(max=drift_clip) * logps
     return drift_coef * drift - gain
 
 
 def _binary_divergence(logps: Tensor, old_logps: Tensor, divergence: str) -> Tensor:
-    """Divergence of `pi` from `pi_old` when all other tokens are taken for one."""
+    """Compute the divergence of `pi` from `pi_old` when all other tokens count as one."""
     if divergence == "tv":
         return (logps.exp() - old_logps.exp()).abs()
     # Rounding may leave a log-probability just above 0.
@@ -171,7 +172,7 @@ def _binary_divergence(logps: Tensor, old_logps: Tensor, divergence: str) -> Ten
 
 
 def _truncated_ratio(log_ratio: Tensor, logps: Tensor, max_ratio: float | None) -> Tensor:
-    """`min(rho, C)`, whose gradient above `C` is that of `C ln pi` and not 0."""
+    """Compute `min(rho, C)`, with the gradient of `C ln pi` above `C` in place of 0."""
     if max_ratio is None:
         return log_ratio.exp()
     weight = log_ratio.detach().exp().clamp(max=max_ratio)
@@ -180,7 +181,7 @@ def _truncated_ratio(log_ratio: Tensor, logps: Tensor, max_ratio: float | None) 
 
 @torch.no_grad()
 def _weigh(advantages: Tensor, old_logps: Tensor, weighted: bool) -> Tensor:
-    """Weight of each token in BAPO's share, but for its clipped ratio."""
+    """Compute the weight of each token in BAPO's share, without the token's clipped ratio."""
     return advantages * old_logps.exp() if weighted else advantages
 
 
@@ -206,7 +207,7 @@ def _search_bounds(
                a-          b-  c_low
 
     The sum over positive tokens depends on `c_high` alone, and that over negative ones on `c_low` alone: one sum for
-    each of the 3 + 4 bounds tells the share of all 6 pairs.
+    each of the 3 + 4 bounds gives the share of all 6 pairs.
     """
     check_shares(target_share=target_share)
     if low_range[1] > 1 or high_range[0] < 1:
@@ -214,24 +215,24 @@ def _search_bounds(
     lows, highs = (
         ratio.new_tensor(x) for x in (_grid("low", low_range, low_step), _grid("high", high_range, high_step))
     )
-    # Every candidate is weighed, without a branch on the data: the host never waits for the device.
+    # All pairs are evaluated, without a branch on the data, so that the host never waits for the device.
     gains, losses = advantages.clamp(min=0).flatten(), -advantages.clamp(max=0).flatten()
     ratios = ratio.flatten()
     clipped = torch.empty_like(ratios)
-    # Not a dot product, which autocast would take in bfloat16.
+    # Not a dot product, which autocast would compute in bfloat16.
     positive = [torch.clamp(ratios, max=high, out=clipped).mul_(gains).sum() for high in highs]
     negative = [torch.clamp(ratios, min=low, out=clipped).mul_(losses).sum() for low in lows]
     sums = torch.stack(positive + negative)
     positives, negatives = _search_path(*(reduce(sums) if reduce else sums).split([len(highs), len(lows)]))
     reached = positives >= target_share * (positives + negatives)
-    reached[-1] = True  # where no pair will do, the last one is taken
+    reached[-1] = True  # if no pair reaches the share, the last one is taken
     first = reached.int().argmax()
     highs, lows = _search_path(highs, lows)
     return lows.take(first), highs.take(first)
 
 
 def _search_path(highs: Tensor, lows: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay both bounds along the path: every upper one with the first lower one, then the last with the rest."""
+    """Lay both bounds along the path: all upper ones with the first lower one, then the last with the others."""
     rest = len(lows) - 1
     return torch.cat([highs, highs[-1:].expand(rest)]), torch.cat([lows[:1].expand(len(highs)), lows[1:]])
 
@@ -242,5 +243,5 @@ def _grid(name: str, ends: tuple[float, float], step: float) -> list[float]:
     if not 0 <= first <= last:
         raise ValueError(f"{name}_range={ends}: give the first bound and a last one that is not below it.")
     check_positive("give a positive step", **{f"{name}_step": step})
-    # 0.3 / 0.02 is 15 but for rounding.
+    # 0.3 / 0.02 is 15, but may be just below it after rounding.
     return [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)]

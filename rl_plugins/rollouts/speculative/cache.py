@@ -30,7 +30,7 @@ class RollbackLayer(DynamicLayer):
         self.value_buffer: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, H, S, d) of the newest tokens; returns those of all tokens."""
+        """Append keys and values (B, H, S, d) of the newest tokens, and return those of all tokens."""
         start, self.length = self.length, self.length + key_states.shape[-2]
         self.key_buffer = _append(self.key_buffer, key_states, start)
         self.value_buffer = _append(self.value_buffer, value_states, start)
@@ -43,7 +43,7 @@ class RollbackLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Slots in use."""
+        """Count the slots in use."""
         return self.length
 
     def trim(self, slots: int) -> None:
@@ -66,7 +66,7 @@ class RollbackLayer(DynamicLayer):
 
 
 def _append(buffer: Tensor | None, states: Tensor, start: int) -> Tensor:
-    """The buffer with `states` in the slots from `start` on, grown where it is full."""
+    """Write `states` into the buffer from slot `start` on, and let it grow where it is full."""
     end = start + states.shape[-2]
     if buffer is None or end > buffer.shape[-2]:
         room = end + max(SPARE_SLOTS, end // 4)
@@ -81,7 +81,7 @@ def _append(buffer: Tensor | None, states: Tensor, start: int) -> Tensor:
 class RollbackCache(Cache):
     """The cache of a model's layers, for rows that accept different numbers of tokens.
 
-    All rows append to the same slots, and a row whose token is rejected leaves its slot out by the attention mask.
+    All rows append to the same slots. Where a row rejects a token, its attention mask leaves out the slot.
     `trim` frees slots that no row uses, `select` moves the slots in use together.
     """
 

@@ -28,19 +28,19 @@ class SpeculativeDecoder:
     """Decoding method for `model.generate(..., custom_generate=SpeculativeDecoder())`: the tokens that `generate`
     would sample, in fewer forward passes.
 
-    In each step the heads draft up to K tokens, one forward pass of the model scores all of them, and every row keeps
-    its drafts up to the first that is rejected, and one more token from what is left of the model's distribution
+    In each step the heads draft up to K tokens, and one forward pass of the model scores all of them. Every row keeps
+    its drafts before the first rejected one, and one more token from what is left of the model's distribution
     (Leviathan et al., 2211.17192, algorithm 1). The completions have exactly the distribution of plain sampling, with
-    all of `generate`'s options that change scores (temperature, top-k, top-p, min-p, repetition penalty, ...); greedy
-    ones are the same tokens. Floating-point sums differ in the last digits, as between batch sizes.
+    all of `generate`'s options that change scores (temperature, top-k, top-p, min-p, repetition penalty, ...). Greedy
+    decoding gives the same tokens. Floating-point sums differ in the last digits, as between batch sizes.
 
     Rows of one batch may accept different numbers of tokens; rows that have ended are left out of later passes.
-    `generate` keeps its `tokenizer` from decoding methods, and so refuses `stop_strings` here: pass
+    `generate` does not give decoding methods its `tokenizer`, and so refuses `stop_strings` here: pass
     `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])`.
 
     Args:
-        num_draft_tokens: Most drafts per step; as many as there are heads by default. Each step drafts as many as pay,
-            down to none.
+        num_draft_tokens: Most drafts per step; the number of heads by default. Each step has as many drafts as save
+            time, down to none.
         draft_cost: Time that one more draft costs, in units of a step without drafts; `None` measures it. With a
             number the same seed gives the same completions; 0 drafts `num_draft_tokens` in every step. See
             [`DraftLength`].
@@ -48,7 +48,7 @@ class SpeculativeDecoder:
 
     Attributes:
         recorder: A [`ValueRecord`] to which the next call gives the state of every new token; `None` for none. Each
-            call takes it off, so that a recorder holds the values of one batch.
+            call sets it back to `None`, so that a recorder holds the values of one batch.
         last: Output of the newest call.
 
     Raises:
@@ -111,7 +111,7 @@ class SpeculativeDecoder:
         """Check that a model can be decoded with these settings, before any work starts.
 
         Raises:
-            ValueError: If it cannot, for the reasons that a call has.
+            ValueError: If it cannot, for the reasons that are listed for the class.
         """
         base = base_model_of(model)
         if has_soft_prompt(model):
@@ -124,11 +124,11 @@ class SpeculativeDecoder:
         rollback_cache(DynamicCache(config=base.config), getattr(base.config.get_text_config(), "layer_types", None))
 
     def state_dict(self) -> dict[str, Any]:
-        """Running acceptance rates, saved so that a resumed run drafts as many tokens as an uninterrupted one."""
+        """Return the running acceptance rates, so that a resumed run drafts as many tokens as an uninterrupted one."""
         return {} if self.draft_length is None else self.draft_length.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave; `check` has been called before."""
+        """Go on from a state that `state_dict` gave; call `check` first."""
         if state:
             assert self.draft_length is not None
             self.draft_length.load_state_dict(state)

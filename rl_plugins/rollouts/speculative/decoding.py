@@ -4,13 +4,13 @@ Words:
     row: one prompt and its completion. Rows that are still in the batch are active; A counts them.
     settled: tokens of a row that are final: its prompt, and what was chosen since.
     pending: the newest settled token, the only one that has not gone through the model.
-    draft: a token that heads propose behind the pending one; k of them per row in one step.
+    draft: a token that heads propose after the pending one; k of them per row in one step.
     pass: one forward of the model over pending token and drafts, `S = k + 1` tokens per row.
-    verdict: how many drafts a row accepts, and the token that the model chooses behind them, the next pending one.
+    verdict: how many drafts a row accepts, and the token that the model chooses after them, the next pending one.
     slot: a place in the cache of keys and values. All rows append to the same slots; L counts them.
     hole: a slot of a row that holds padding or a rejected draft, and that the slot mask leaves out.
     trim: give up the newest slots, which are holes in all rows.
-    compact: move the slots in use of every row together, over its holes, and let rows go that have ended.
+    compact: move the slots in use of every row together, over its holes, and drop rows that have ended.
 
 One step of two rows with k = 3. Letters are tokens, `.` is padding, `#` a rejected draft:
 
@@ -54,7 +54,7 @@ SPARE_SHARE = 0.25
 """Share of the cache's slots that not even the longest row needs, above which the slots in use are moved together."""
 
 ENDED_SHARE = 0.25
-"""Share of the active rows that have ended, from which on they leave the batch."""
+"""Share of the active rows that must have ended before they leave the batch."""
 
 POSITIONS_FROM_MASK = ("bloom",)
 """Models that take no positions, and count the tokens that the attention mask leaves."""
@@ -75,14 +75,14 @@ def check_positions(model: Any) -> None:
 
 
 class StepCounts(NamedTuple):
-    """Sums over the rows of one step that has drafts, on the host.
+    """Sums over the rows of one step that has drafts, on the CPU.
 
     Attributes:
         num_unfinished: Rows that have not ended.
         num_tokens: New tokens of all rows.
         most_kept: Largest number of new slots that a row keeps.
         least_kept: Smallest number of new slots that a row keeps.
-        reached: Rows that come to draft j with all before it accepted, and have not ended there (k).
+        reached: Rows that reach draft j, with all drafts before it accepted and no end among these (k).
         accepted: Rows that accept draft j, too (k).
         acceptance: Sum of the acceptance probabilities of draft j over the rows that reach it (k).
     """
@@ -97,26 +97,26 @@ class StepCounts(NamedTuple):
 
 
 def _to_host(*parts: Tensor) -> list[list[float]]:
-    """Numbers of several tensors, in one transfer from the device: each transfer waits for all work there."""
+    """Read several tensors in one transfer from the device, since each transfer waits for all work there."""
     packed = torch.cat([part.reshape(-1) for part in parts]).cpu()
     return [part.tolist() for part in packed.split([part.numel() for part in parts])]
 
 
 class Decoding:
-    """One call of `generate`: a batch of prompts on its way to completions. The module's docstring has the words.
+    """One call of `generate`: a batch of prompts on its way to completions. The module's docstring explains the words.
 
     Shapes: B rows, of which A are active; P tokens of a prompt; S tokens per row of one pass; L slots of the cache.
 
     Args:
         model: The model.
-        drafter: Drafts.
-        draft_length: Says how many.
+        drafter: Drafts tokens.
+        draft_length: Says how many tokens to draft.
         input_ids: Prompts (B, P), padded on the left.
         processor: Logits processors.
         stopping: Says where a row ends.
         config: Options of `generate`.
-        recorder: Is given the state of every new token; `None` for none.
-        model_kwargs: What `generate` prepared for the model's forward: attention mask, positions, cache.
+        recorder: Receives the state of every new token; `None` for none.
+        model_kwargs: Arguments that `generate` prepared for the model's forward: attention mask, positions, cache.
 
     Raises:
         ValueError: If the cache cannot take tokens back row by row, or the model does not take positions; while
@@ -155,7 +155,7 @@ class Decoding:
         self.log_probs = torch.zeros(batch, columns, device=device)
         self.lengths = torch.full((batch,), self.prompt_length, device=device)  # settled tokens
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.num_unfinished = batch  # known on the host, so that asking does not wait for the device
+        self.num_unfinished = batch  # known on the CPU, so that asking does not wait for the device
         self.positions: Tensor | None = self.kwargs.pop("position_ids", None)
         if self.positions is not None:  # a caller may have passed one row for all
             self.positions = self.positions.expand(*self.positions.shape[:-2], batch, -1)
@@ -186,7 +186,7 @@ class Decoding:
         self._hidden = hidden
 
     def _forward(self, tokens: Tensor, positions: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Logits (A, S, V) and states (A, S, D) of tokens (A, S), which `mask` covers already."""
+        """Compute logits (A, S, V) and states (A, S, D) of tokens (A, S), which `mask` covers already."""
         inputs = self.model.prepare_inputs_for_generation(
             tokens,
             attention_mask=self.mask if self.has_holes else None,
@@ -212,7 +212,7 @@ class Decoding:
         self._inform_drafter(hidden, tokens, self.positions, self.mask.bool(), columns)
 
     def _step(self, num_drafts: int) -> None:
-        """Draft, verify, and keep what each row accepts: the drawing at the top of this module."""
+        """Draft, verify, and keep what each row accepts, as in the drawing at the top of this module."""
         started = time.perf_counter()
         slots = num_drafts + 1
         # Draft. Rows leave only now, when the drafter has taken in all slots of the pass before.
@@ -256,12 +256,12 @@ class Decoding:
         self._inform_drafter(hidden[:, :most], tokens[:, :most], positions, kept, columns)
 
     def _settle(self, logits: Tensor, hidden: Tensor, drafts: Drafts) -> tuple[Verdict, Tensor]:
-        """Choose tokens by the logits (A, S, V) and write them down; returns the verdict and how many are new (A,)."""
+        """Choose tokens by the logits (A, S, V), write them down, and return the verdict and their number (A,)."""
         active, lengths = self.active, self._of_active_rows(self.lengths)
         unfinished, slots = ~self._of_active_rows(self.ended), logits.shape[1]
         columns = lengths[:, None] + torch.arange(slots, device=active.device)  # of `ids`, for the new tokens
 
-        # Judge the drafts, and write the verdict's tokens over them. Those behind the model's choice mean nothing:
+        # Judge the drafts, and write the verdict's tokens over them. Those after the model's choice mean nothing:
         # they are beyond the row's length, and the next step writes over them.
         scores = self.processor(logits.to(torch.float32, copy=True), self._of_active_rows(self.ids), lengths, active)
         verdict = verify(scores, drafts)
@@ -277,7 +277,7 @@ class Decoding:
             is_new = torch.arange(slots, device=active.device) < num_new[:, None]
             self.recorder.add(hidden, (columns - self.prompt_length).masked_fill(~is_new, -1), active)
 
-        # New tensors, since while all rows are active those of the step before are these very ones.
+        # New tensors, since `lengths` and the like are these very tensors while all rows are active.
         self.lengths = self.lengths.index_put((active,), lengths + num_new)
         self.ended = self.ended.index_put((active,), self._of_active_rows(self.ended) | ended)
         return verdict, num_new
@@ -296,7 +296,7 @@ class Decoding:
         """
         lengths = self._of_active_rows(self.lengths)
         pending = self.ids[self.active, lengths - 1]
-        # Token y_j leads to s_{j+1}, in which the next one is chosen, and the token behind it to s_{j+2}. A row that
+        # Token y_j leads to s_{j+1}, in which the next one is chosen, and the token after it to s_{j+2}. A row that
         # has ended needs no state after its last token.
         steps = columns - self.prompt_length + 2
         needed = steps < (lengths - self.prompt_length + (~self._of_active_rows(self.ended)).long())[:, None]
@@ -314,7 +314,7 @@ class Decoding:
         return x if len(self.active) == x.shape[dim] else x.index_select(dim, self.active)
 
     def _plan(self, listener: Callable[[int], None] | None) -> int | None:
-        """Number of drafts of the next step; `None` when all rows of all ranks have ended."""
+        """Choose the number of drafts of the next step; `None` when all rows of all ranks have ended."""
         if listener is not None:
             listener(int(self.lengths.max()) - self.prompt_length)
         num_drafts = self.draft_length.choose(len(self.active)) if self.num_unfinished else 0
@@ -330,7 +330,7 @@ class Decoding:
         return num_drafts if num_unfinished else None
 
     def _count(self, verdict: Verdict, num_new: Tensor, unfinished: Tensor, started: float) -> tuple[int, int]:
-        """Count what became of the drafts; returns the largest and the smallest number of slots that a row keeps."""
+        """Count what became of the drafts, and return the largest and smallest number of slots that a row keeps."""
         rows_before, num_drafts = self.num_unfinished, verdict.tokens.shape[1] - 1
         counts = self._step_counts(verdict, num_new, unfinished, num_drafts)
         # The transfer of the counts has waited for the step: only now is its time known.
@@ -347,8 +347,8 @@ class Decoding:
         draft = torch.arange(num_drafts, device=num_new.device)
         reached = draft < num_new[:, None]
         accepted = (draft < verdict.num_accepted[:, None]) & reached
-        # Rows that have ended keep their slots for nothing, and so do not count in either bound. Where all have, on a
-        # rank that goes on with the others, each keeps the slot of its pending token.
+        # Rows that have ended need no slots, and so do not count in either bound. Where all have ended, on a rank that
+        # goes on with the others, each row keeps the slot of its pending token.
         kept = verdict.num_accepted + 1
         most_kept = kept.masked_fill(~unfinished, 1).max()
         least_kept = kept.masked_fill(~unfinished, num_drafts + 1).min().minimum(most_kept)
@@ -364,18 +364,19 @@ class Decoding:
     # The batch
 
     def _compact(self, drafts: Drafts) -> None:
-        """Let rows go that have ended, and move the slots in use together, where either pays.
+        """Drop rows that have ended, and move the slots in use together, where this saves time.
 
         Args:
-            drafts: Of this step, which lose the same rows.
+            drafts: Drafts of this step, which lose the same rows.
         """
         # Ranks that take their steps together keep all rows: heads run when rows change, on all ranks or on none.
         num_ended = 0 if self.synced else len(self.active) - self.num_unfinished
         rows_leave = num_ended >= max(ENDED_SHARE * len(self.active), 1)
         if not (rows_leave or self.has_holes):
             return
-        # In a step without drafts `drafter.select` would run the drafter's layers, on this rank alone. So ranks in
-        # step wait for one with drafts, unless layers attend to a window of slots, in which holes would count.
+        # In a step without drafts `drafter.select` would run the drafter's layers, on this rank alone. So
+        # synchronised ranks wait for a step with drafts, unless layers attend to a window of slots, in which holes
+        # would count.
         if self.synced and not drafts.tokens.shape[1] and not self.cache.is_windowed:
             return
 
@@ -395,7 +396,7 @@ class Decoding:
         drafts.select(rows)
 
     def _output(self) -> SpeculativeOutput:
-        """Completions and log-probabilities, padded behind the end of each row."""
+        """Return completions and log-probabilities, padded after the end of each row."""
         end = int(self.lengths.max())
         behind = torch.arange(end, device=self.ids.device) >= self.lengths[:, None]
         pad = self.config.pad_token_id

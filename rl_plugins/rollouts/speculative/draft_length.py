@@ -13,13 +13,13 @@ MEASURED_STEPS = 2
 """Steps with the same number of drafts after which their time is known."""
 
 REMEMBERED_STEPS = 9
-"""Newest steps whose shortest time counts: whatever else the machine does only adds to it."""
+"""Newest steps whose shortest time counts, since other work of the machine only adds time."""
 
 FIRST_GUESS = 0.5
 """Acceptance of the first draft before anything is known."""
 
 MEMORY = 64
-"""Drafts at a place over which its running mean of acceptance reaches back."""
+"""Newest drafts at a place over which the running mean of acceptance is taken."""
 
 PROBE_EVERY = 128
 """Steps with the same number of drafts before another number is tried."""
@@ -35,8 +35,8 @@ class DraftLength:
 
     `a_j`, the share of drafts j that are accepted once they are reached, is a running mean over the newest [`MEMORY`]
     of them. `c` is the time that one more draft costs (by the heads, and in the model's verification), in units of a
-    step without drafts. After [`PROBE_EVERY`] steps with the same k another is tried, all drafts or none, and after
-    twice as many steps each time that the try changes nothing.
+    step without drafts. After [`PROBE_EVERY`] steps with the same k another k is tried, all drafts or none. Each try
+    that changes nothing doubles the number of steps before the next one.
 
     Args:
         max_drafts: K.
@@ -83,7 +83,7 @@ class DraftLength:
         return self._with_probes(self._choices[size])
 
     def _with_probes(self, best: int) -> int:
-        """`best`, or now and then another number, whose acceptance or time may have changed since it was last used."""
+        """Return `best`, or now and then another number, because acceptance and times change."""
         # The choice has just changed, so the waits start over.
         if best != self._best:
             self._best, self._idle, self._patience = best, 0, PROBE_EVERY
@@ -131,7 +131,7 @@ class DraftLength:
             self._reached[j] = self._reached[j] * decay + all_
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Running means and counters of tries, so that a resumed run drafts as many tokens as an uninterrupted one."""
+        """Return running means and counters of tries, so that a resumed run drafts as if it were uninterrupted."""
         probes = [float(x) for x in (self._best, self._idle, self._patience, self._tries)]
         return {"passed": list(self._passed), "reached": list(self._reached), "probes": probes}
 

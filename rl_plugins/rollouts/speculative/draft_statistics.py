@@ -16,8 +16,8 @@ class DraftStatistics:
     Attributes:
         steps: Forward passes of the model after the prompt's, counted for each row until it ended.
         tokens: New tokens that these passes brought.
-        reached: Number of drafts at each place that had all before them accepted (K), without those behind the end of
-            a row.
+        reached: Number of drafts at each place before which all drafts were accepted (K), without those after the end
+            of a row.
         accepted: Number of those that were accepted, too (K).
     """
 
@@ -55,9 +55,9 @@ class SpeculativeOutput(ModelOutput):
     """Tokens, log-probabilities and statistics of one call of `generate`.
 
     Attributes:
-        sequences: Prompts and completions (B, P + T), padded behind the end of a row.
+        sequences: Prompts and completions (B, P + T), padded after the end of a row.
         log_probs: `ln p(y_t)` under the distribution that is sampled from, after all logits processors (B, T); with
-            greedy decoding under the softmax of the processed scores. 0 behind the end.
+            greedy decoding under the softmax of the processed scores. 0 after the end.
         statistics: Counts of drafts and tokens.
     """
 

@@ -1,4 +1,4 @@
-"""Drafters: what is attached to the model proposes its next tokens."""
+"""Drafters, which propose the next tokens with heads that are attached to the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class Verified:
         hidden: Trunk states of the tokens in these slots (A, S, D).
         tokens: The tokens (A, S).
         position_ids: Positions of the tokens (A, S).
-        valid: Whether each token is part of its row, or else a rejected draft or padding (A, S), bool.
+        valid: Whether each token is part of its row, and not a rejected draft or padding (A, S), bool.
         mask: Slots of the cache in use, the last S of which are these (A, L).
         pending: Token chosen after the last valid one (A,).
-        steps: For which token of its completion the state behind each slot's next token is (A, S); below 0 for none.
-        rows: Which rows of the batch these are (A,).
+        steps: Index t of the state `s_t` to which each slot's next token leads (A, S); below 0 for none.
+        rows: Indices of these rows in the batch (A,).
     """
 
     hidden: Tensor
@@ -57,11 +57,11 @@ class Drafter(Protocol):
         """Module of the model that drafts, through which the trunk's hidden states can be watched."""
 
     def follow(self, recorder: ValueRecord | None) -> ValueRecord | None:
-        """Feed a record with the states of all tokens, and return `None`; or return the record for whoever decodes to
-        feed it with the model's own."""
+        """Feed a record with the states of all tokens, and return `None`; or return the record, so that the loop of
+        decoding feeds it with the model's own states."""
 
     def finish(self) -> None:
-        """Take in what was observed, though no draft needs it any more."""
+        """Take in what was observed, although no draft needs it any more."""
 
     def observe(self, verified: Verified) -> None:
         """Take in the kept slots of a forward pass of the model."""
@@ -74,19 +74,19 @@ class Drafter(Protocol):
 
 
 def at_last(x: Tensor, valid: Tensor) -> Tensor:
-    """Entries of `x` (A, S, ...) at the last valid slot of each row (A, ...)."""
+    """Pick the entries of `x` (A, S, ...) at the last valid slot of each row (A, ...)."""
     last = last_valid(valid)
     return x[torch.arange(len(last), device=last.device), last]
 
 
 def last_valid(valid: Tensor) -> Tensor:
-    """Last valid slot of each row (A,) of a mask (A, S)."""
+    """Find the last valid slot of each row (A,) of a mask (A, S)."""
     # Of equal entries argmax takes the first, so look from the right.
     return valid.shape[1] - 1 - valid.flip(1).int().argmax(dim=1)
 
 
 class DraftLogits:
-    """The model's own logits of features (..., D), as its forward makes them of hidden states.
+    """The model's own logits of features (..., D), made as in its forward.
 
     Args:
         base: The model.
@@ -102,8 +102,8 @@ class DraftLogits:
 
 
 class ParallelDrafter:
-    """Drafts by MTP heads: head k reads the state that the newest token was chosen in, and predicts the k-th token
-    after it (Gloeckle et al., 2404.19737, section 2).
+    """Drafts with parallel heads: head k reads the state that the newest token was chosen in, and predicts the k-th
+    token after it (Gloeckle et al., 2404.19737, section 2).
 
     Args:
         model: Model with heads attached.
@@ -117,7 +117,7 @@ class ParallelDrafter:
         self._newest: tuple[Tensor, Tensor] | None = None
 
     def follow(self, recorder: ValueRecord | None) -> ValueRecord | None:
-        """Leave the record to whoever decodes: these heads judge the states of the model's own passes."""
+        """Return the record, since these heads judge the states of the model's own passes."""
         return recorder
 
     def finish(self) -> None:
@@ -142,19 +142,21 @@ class ParallelDrafter:
 
 
 class SequentialDrafter:
-    """Drafts by sequential heads: depth k reads what depth k - 1 made of the row, and the token that it drafted
+    """Drafts with sequential heads: depth k reads the state that depth k - 1 made, and the token that it drafted
     (DeepSeek-V3, 2412.19437, section 2.2).
 
-    The heads attend to the whole row, so they have a cache of their own, with the same slots as the model's. A slot
-    holds the depths that have read the token **behind** the slot's own, which is settled, be it the pending one; depth
-    k reads there what depth k - 1 made one token before. Two depths on the row `a b c`, with `d` pending:
+    The heads attend to the whole row, so they have a cache of their own, with the same slots as the model's. In a
+    slot, every depth reads the token **after** the slot's own. This token is settled; it may be the pending one. Depth
+    k also reads there the state that depth k - 1 made one token before. Two depths on the row `a b c`, with `d`
+    pending:
 
         slot      a          b                  c
         depth 1   reads b    reads c            reads d: drafts e
         depth 2              reads c, from a    reads d, from b
         for the draft only                                        reads e, from c: drafts f
 
-    The last line is taken back again, whatever becomes of `e`. So caches and values are made of settled tokens alone.
+    The last line is removed again, whether or not `e` is accepted. So caches and values are made of settled tokens
+    alone.
 
     Args:
         model: Model with sequential heads attached.
@@ -209,7 +211,7 @@ class SequentialDrafter:
             positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -valid.shape[1] :]
         else:
             positions = torch.cat([cast(Tensor, v.position_ids) for v in waiting], dim=-1)
-        # Every slot reads the settled token behind its own, of which the last is pending.
+        # Every slot reads the settled token after its own; the last one of these is pending.
         tokens = torch.cat([*(v.tokens for v in waiting), newest.pending.unsqueeze(1)], dim=1)
         behind = shift_real(tokens, torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1), 1)[0][:, :-1]
         rank = self._mask.cumsum(1)[:, -valid.shape[1] :] - 1  # settled tokens of its row before each slot
@@ -222,13 +224,13 @@ class SequentialDrafter:
         self._position = positions[..., rows, last_valid(valid)][..., None] + 1
         if self._recorder is not None:
             made, steps = torch.stack(features, dim=2), torch.cat([v.steps for v in waiting], dim=1)
-            if first:  # prompts of one token, behind which no head has read two
+            if first:  # for prompts of one token, after which no head has read two
                 self._recorder.add(torch.zeros_like(made[:, :1]), torch.zeros_like(steps[:, :1]), newest.rows)
             self._recorder.add(made, steps, newest.rows)
         self._last = [self._newest(state, valid, k) for k, state in enumerate(features)]
 
     def _with_last(self, states: Tensor, valid: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """States of a depth (A, S, D) behind the newest one of the passes before, and which of them are valid."""
+        """States of a depth (A, S, D) after the newest one of the passes before, and which of them are valid."""
         last = self._last[index] if self._last else torch.zeros_like(states[:, :1])
         return torch.cat([last, states], dim=1), torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
 
@@ -250,7 +252,7 @@ class SequentialDrafter:
 
 
 def _deep_enough(mask: Tensor, depth: int) -> Tensor:
-    """Slots of a mask (A, L) whose depth has read enough tokens: all but the first `depth - 1` of every row."""
+    """Slots of a mask (A, L) where a depth has read enough tokens: all but the first `depth - 1` of every row."""
     real = mask.bool()
     return real & (real.cumsum(1) >= depth)
 

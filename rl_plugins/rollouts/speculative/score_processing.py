@@ -49,15 +49,15 @@ ROW_BOUND = (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-"""Processors that count on one call per token with the whole batch."""
+"""Processors that need one call per token with the whole batch."""
 
 
 class ScoreProcessor:
     """Applies the processors of a `generate` call to scores (A, S, V) of S consecutive positions, each with the tokens
-    that `generate` would have shown them there, prompt and padding included.
+    that `generate` would have given them there, prompt and padding included.
 
     Args:
-        processors: As `generate` prepared them.
+        processors: Processors that `generate` prepared.
 
     Raises:
         ValueError: If one needs to be called once per token with the whole batch.

@@ -7,11 +7,11 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 
 class Stopping:
-    """Finds the new token behind which a row ends.
+    """Finds the new token with which a row ends.
 
     Args:
-        criteria: As `generate` prepared them. Those besides length and end-of-text tokens are called for every new
-            token, with the rows that are equally long, and decide row by row.
+        criteria: Criteria that `generate` prepared. Those besides length and end-of-text tokens are called for every
+            new token, with the rows that are equally long, and decide row by row.
     """
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
@@ -21,7 +21,7 @@ class Stopping:
         self.others = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
 
     def cut(self, ids: Tensor, lengths: Tensor, count: Tensor, num_new: int) -> tuple[Tensor, Tensor]:
-        """Cut rows behind the token that ends them.
+        """Cut rows after the token that ends them.
 
         Args:
             ids: Tokens (A, W), the new ones included.
@@ -45,7 +45,7 @@ class Stopping:
         return torch.where(ended, ends.int().argmax(dim=1) + 1, count), ended
 
     def _others(self, ids: Tensor, columns: Tensor) -> Tensor:
-        """Whether a criterion besides length and end-of-text tokens ends the row behind each new token (A, S)."""
+        """Whether a criterion besides length and end-of-text tokens ends the row after each new token (A, S)."""
         ends = torch.zeros_like(columns, dtype=torch.bool)
         for column in columns.unique().tolist():
             rows, places = torch.nonzero(columns == column, as_tuple=True)

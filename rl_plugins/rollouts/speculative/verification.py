@@ -10,7 +10,7 @@ from rl_plugins.rollouts.speculative.score_processing import ScoreProcessor
 
 
 def draw(probs: Tensor) -> Tensor:
-    """Tokens (...) from distributions (..., V)."""
+    """Draw tokens (...) from distributions (..., V)."""
     return inverse_cdf(probs, torch.rand(probs.shape[:-1], dtype=torch.float64, device=probs.device))
 
 
@@ -60,11 +60,11 @@ class Drafts:
 
 
 class Verdict(NamedTuple):
-    """The drafts that each row accepts, and the token that the model chooses behind them.
+    """The drafts that each row accepts, and the token that the model chooses after them.
 
     Attributes:
         num_accepted: Number of accepted drafts (A,).
-        tokens: Accepted drafts, then the model's choice (A, k + 1); entries behind it mean nothing.
+        tokens: Accepted drafts, then the model's choice (A, k + 1); entries after it mean nothing.
         log_probs: Log-probabilities of `tokens` under the softmax of the processed scores (A, k + 1).
         acceptance_probs: Probability of each draft to be accepted once it is reached (A, k).
     """
@@ -78,12 +78,12 @@ class Verdict(NamedTuple):
 def verify(scores: Tensor, drafts: Drafts) -> Verdict:
     """Accept drafts, and choose the token that follows them.
 
-    Greedy decoding accepts a draft that is the most probable token, and chooses that token where it is not. Sampling
-    accepts draft d with probability `min(1, p(d) / q(d))`, and draws what follows from what is left of p
+    Greedy decoding accepts drafts that are the most probable token, and then chooses the most probable token. Sampling
+    accepts draft d with probability `min(1, p(d) / q(d))`, and draws the next token from what is left of p
     ([`~rl_plugins.functional.acceptance`]), which makes the tokens those of plain sampling in distribution.
 
     Args:
-        scores: The model's processed scores at each draft and behind the last (A, k + 1, V).
+        scores: The model's processed scores at each draft and after the last (A, k + 1, V).
         drafts: The drafts.
     """
     drafted = drafts.tokens
@@ -104,7 +104,7 @@ def verify(scores: Tensor, drafts: Drafts) -> Verdict:
         chances = acceptance_probs(p, q)
         count = count_accepted(torch.rand_like(chances) < chances)
         # Only the place of the first rejection needs whole distributions. Where all drafts are accepted there is none,
-        # and zeros for q leave p at the place behind the last draft.
+        # and zeros for q leave p at the place after the last draft.
         rejected = proposal[rows, count.clamp(max=k - 1)].masked_fill((count == k).unsqueeze(1), 0.0)
         choice = draw(residual_probs(log_probs[rows, count].exp(), rejected))
     tokens = torch.cat([drafted, drafted.new_zeros(len(rows), 1)], dim=1)

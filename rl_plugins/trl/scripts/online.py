@@ -3,9 +3,9 @@
     rl-plugins mtp-critic --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/DeepMath-103K \
         --reward_funcs accuracy_reward --output_dir qwen3-critic
 
-`rl-plugins grpo-variant --preset dapo ...` and `rl-plugins ppo ...` take the same. Reward functions go by TRL's names
-or by dotted path (`my_rewards.brevity`, looked up in the working directory first). `--config file.yaml` reads
-arguments from a file.
+`rl-plugins grpo-variant --preset dapo ...` and `rl-plugins ppo ...` work in the same way. Give a reward function by
+TRL's name or by a dotted path (`my_rewards.brevity`, looked up in the working directory first). `--config file.yaml`
+reads arguments from a file.
 """
 
 import inspect
@@ -77,7 +77,7 @@ def find_reward(name: str) -> Any:
         ModuleNotFoundError: If there is no module of the path.
         ImportError: If it has no such function.
     """
-    if name == "get_soft_overlong_punishment":  # the one that TRL makes; `trl grpo` has the same numbers
+    if name == "get_soft_overlong_punishment":  # TRL makes this one by a call; `trl grpo` has the same numbers
         return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
     if name in REWARDS:
         return getattr(rewards, name)
@@ -93,7 +93,7 @@ def find_reward(name: str) -> Any:
         found = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, and imports another that is not
+            raise  # the module is there, but imports another one that is not
         raise ModuleNotFoundError(
             f"--reward_funcs {name}: there is no module {error.name} in the working directory {os.getcwd()} or among "
             "the installed packages.",
@@ -113,7 +113,7 @@ def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig, *need
         needed: Splits that have to be there.
 
     Raises:
-        ValueError: Unless exactly one of them is given, or if a split is missing.
+        ValueError: Unless exactly one of the two is given, or if a split is missing.
     """
     if bool(mixture.datasets) == bool(script_args.dataset_name):
         raise ValueError("Give either --dataset_name, or `datasets` in the --config file.")
@@ -133,7 +133,7 @@ def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig, *need
 def _load_named(script_args: ScriptArguments) -> Any:
     """Load the dataset of `--dataset_name`, with errors that name it."""
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error has the same text as the log
     try:
         return load_dataset(
             script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
@@ -206,7 +206,7 @@ def save(trainer: Any, dataset_name: str | None) -> None:
 
 
 def write_plain_logs() -> None:
-    """Draw no progress bars where stderr is a file: bars are carriage returns there."""
+    """Turn off progress bars if stderr is a file, where they would be lines of carriage returns."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()

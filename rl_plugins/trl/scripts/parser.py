@@ -1,4 +1,4 @@
-"""The parser of commands and recipes: TRL's, with options in groups, ours first, and errors of one line."""
+"""The parser of commands and recipes: TRL's parser, with options in groups, ours first, and errors of one line."""
 
 import dataclasses
 import difflib
@@ -21,10 +21,10 @@ CONFIG, TRACEBACK = "--config", "--traceback"
 
 
 class OptionParser(OneLineErrors, TrlParser):
-    """Parses dataclasses of options as [`~trl.TrlParser`] does, and treats the user better.
+    """Parses dataclasses of options as [`~trl.TrlParser`] does, with a clearer help and shorter errors.
 
     `--help` shows a group of options for each dataclass that declares some, ours before those of the hosts. A wrong
-    value is one line on stderr and exit status 2. `--traceback` brings the traceback back.
+    value leads to one line on stderr and exit status 2; `--traceback` shows the traceback as well.
 
     Args:
         dataclass_types: Dataclasses of options.
@@ -47,7 +47,7 @@ class OptionParser(OneLineErrors, TrlParser):
         general = self._optionals._group_actions
         owners = {name: owner for kind in self.dataclass_types for name, owner in declaring_classes(kind).items()}
         kinds = [base for kind in self.dataclass_types for base in kind.__mro__ if base in set(owners.values())]
-        for owner in sorted(dict.fromkeys(kinds), key=is_host):  # a stable sort: within both halves as inherited
+        for owner in sorted(dict.fromkeys(kinds), key=is_host):  # a stable sort keeps the order of inheritance
             group = self.add_argument_group(group_title(owner), group_description(owner))
             group._group_actions.extend(action for action in general if owners.get(action.dest) is owner)
         general[:] = [action for action in general if action.dest not in owners]
@@ -61,7 +61,7 @@ class OptionParser(OneLineErrors, TrlParser):
 
         Args:
             args: The arguments; those of the process by default.
-            kwargs: None; TRL's would hand back what is unknown, which is an error here.
+            kwargs: None: those of TRL return unknown options to the caller, and here such options are errors.
 
         Returns:
             An instance of each dataclass.
@@ -78,7 +78,7 @@ class OptionParser(OneLineErrors, TrlParser):
             )
         self._refuse_unknown(in_line, "")
         self._refuse_unknown(in_file, "in the --config file: ")
-        return tuple(found[: len(self.dataclass_types)])  # without what belongs to no dataclass: --traceback
+        return tuple(found[: len(self.dataclass_types)])  # without the rest: --traceback
 
     def _check_config(self, given: Sequence[str]) -> None:
         """Read the config file once, for errors that name it."""
@@ -111,7 +111,7 @@ class OptionParser(OneLineErrors, TrlParser):
         self.error(f"{place}unknown option {unknown}; {hint}{self.prog} --help lists all")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and refuse text that begins like JSON and is none: hosts would not name the option."""
+        """Parse, and refuse text that begins like JSON and is not: the hosts' errors would not name the option."""
         found, rest = super().parse_known_args(args, namespace)
         for kind in self.dataclass_types:
             for name in getattr(kind, "_VALID_DICT_FIELDS", ()):
@@ -129,7 +129,7 @@ class OptionParser(OneLineErrors, TrlParser):
 
 
 def _split_equals(args: Iterable[str]) -> Iterable[str]:
-    """`--config=FILE` as two arguments, the only form that TRL reads."""
+    """Split `--config=FILE` into two arguments, the only form that TRL reads."""
     for argument in args:
         if argument.startswith(f"{CONFIG}="):
             yield from argument.split("=", 1)
@@ -138,7 +138,7 @@ def _split_equals(args: Iterable[str]) -> Iterable[str]:
 
 
 def declaring_classes(kind: type) -> dict[str, type]:
-    """Find for each field of a dataclass the class that declares it first, below all that give it another default."""
+    """Find for each field of a dataclass the class that declares it first; later ones only change its default."""
     owners: dict[str, type] = {}
     for base in reversed(kind.__mro__):
         for name in base.__dict__.get("__annotations__", {}):
