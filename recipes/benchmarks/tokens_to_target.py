@@ -89,7 +89,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "rloo": (GRPOVariantTrainer, GRPOVariantConfig, {**GROUPS, "preset": "rloo", "beta": 0.0}),
     "spo": (GRPOVariantTrainer, GRPOVariantConfig, {**SINGLE, "preset": "spo"}),
-    "ppo": (PPOTrainer, PPOConfig, {"beta": 0.0}),
+    "ppo": (PPOTrainer, PPOConfig, {"beta": 0.0, "value_learning_rate": None}),
     "reward_to_go": (
         GRPOVariantTrainer,
         GRPOVariantConfig,

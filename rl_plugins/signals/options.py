@@ -127,36 +127,36 @@ class HeadOptions(Options):
     mtp_head_type: str = option(
         "parallel",
         "parallel (small blocks that read one hidden state) or sequential (decoder layers that also read the tokens, "
-        "as DeepSeek-V3 has them).",
+        "as in DeepSeek-V3).",
         HEAD_TYPES,
     )
     num_mtp_heads: int = option(
         1,
-        "K, number of heads. Parallel head k predicts token t+k, and a critic's the value of state t+k-1; every "
+        "Number of heads, K. Parallel head k predicts token t+k, and in a critic the value of state t+k-1. Every "
         "sequential head predicts token t and the value of state t, from the trunk's state k tokens before.",
     )
     mtp_inner_size: int | None = option(
-        None, "Width of each parallel head's residual block; the model's hidden size by default."
+        None, "Width of each parallel head's residual block. None is the model's hidden size."
     )
     mtp_heads_path: str | None = option(
         None,
-        "Folder of heads saved by an earlier run. By default, heads beside the model's weights are loaded if the "
-        "model is given by its path, and new ones are made otherwise.",
+        "Folder of heads that an earlier run has saved. None loads the heads beside the model's weights if the model "
+        "is given by its path, and makes new ones if there are none.",
     )
     head_learning_rate: float | None = option(
-        1e-4, "Learning rate of the heads; None for the policy's. Fresh heads need more than the policy does."
+        1e-4, "Learning rate of the heads. None uses the policy's. New heads need a larger one than the policy."
     )
     mtp_loss_coef: float = option(0.1, "lambda_1, weight of the heads' token loss.")
     mtp_loss_type: str = option(
         "tokens",
-        "tokens (cross-entropy with the next tokens) or distribution (cross-entropy with the model's own distribution "
-        "of them, which makes better drafters for the same number of tokens).",
+        "tokens (cross-entropy with the tokens that follow) or distribution (cross-entropy with the model's own "
+        "distribution of these tokens). The second makes better drafters from equally many tokens.",
         MTP_LOSS_TYPES,
     )
     mtp_loss_share: float = option(
         0.25,
-        "Share of the tokens, drawn at random in every step, that the heads' token loss is taken at. The loss is "
-        "scaled up, so that its mean is that over all tokens; the LM head costs that much less.",
+        "Share of the tokens on which the heads' token loss is computed, drawn at random in every step. The loss is "
+        "scaled up, so that its mean is that over all tokens. The LM head runs on this share only.",
     )
     mtp_detach_trunk: bool = option(True, "Whether to keep the heads' token loss out of the trunk.")
 
@@ -192,7 +192,9 @@ class ValueHeadOptions(HeadOptions):
         0.05, "Step of the target heads towards the online heads after every optimizer step, above 0 and at most 1."
     )
     target_update_every: int | None = option(
-        None, "Copy the online heads every this many optimizer steps instead of averaging."
+        None,
+        "Number of optimizer steps after which the online heads are copied to the target heads. None moves the target "
+        "heads a little after every step instead (target_tau).",
     )
     bootstrap_lookahead: bool = option(
         False,
@@ -256,25 +258,27 @@ class OnlineValueOptions(ValueOptions):
 
     lam_policy: float = option(
         1.0,
-        "Lambda of the policy's advantages. 1 uses values as a baseline alone. Below 1 they take the place of what "
-        "was observed, which pays where they are nearly exact and harms where they are not.",
+        "Lambda of the policy's advantages. With 1 the values are a baseline alone. Below 1 they replace a part of "
+        "the observed rewards, which helps if they are nearly exact and harms if they are not.",
     )
     calibrate_values: bool = option(
         True,
-        "Whether advantages are made of values that a line, fitted to the returns of the batch, has corrected. Values "
-        "that explain nothing then become the mean of the batch, and do no harm.",
+        "Whether to correct the values before they become advantages, by a line that is fitted to the returns of the "
+        "batch. Values that explain nothing then become the mean of the batch, and do no harm.",
     )
     length_adaptive_alpha: float | None = option(
-        None, "Replaces lam_policy by VAPO's 1 - 1 / (alpha * length); the paper uses 0.05."
+        None,
+        "Alpha of VAPO's lambda by length, 1 - 1 / (alpha * length), which replaces lam_policy. The paper uses 0.05.",
     )
     discounted_objective: bool = option(
         False,
-        "Whether the advantage of token t weighs gamma^t, as the gradient of the discounted return has it; most code "
-        "leaves it out, so that late tokens count as much as early ones.",
+        "Whether to multiply the advantage of token t by gamma^t, as the gradient of the discounted return does. Most "
+        "code leaves this factor out, so that late tokens count as much as early ones.",
     )
     advantage_scaling: str = option(
         "whiten",
-        "whiten over the batch, value (divide by the standard deviation that V(s_0) implies) or none.",
+        "whiten (mean 0 and variance 1 over the batch), value (divide by the standard deviation that V(s_0) implies) "
+        "or none.",
         SCALINGS,
     )
     reward_range: list[float] = option([0.0, 1.0], "Smallest and largest reward, for advantage_scaling='value'.")
@@ -284,9 +288,8 @@ class OnlineValueOptions(ValueOptions):
     value_warmup_steps: int = option(0, "Optimizer steps in which only the critic learns.")
     bootstrap_truncated: bool | None = option(
         None,
-        "Whether an episode that was cut is worth V(s_T) after its last token instead of 0. None does so where an "
-        "environment says that it truncated the episode, True also where max_completion_length cut a completion, "
-        "False nowhere.",
+        "Whether an episode that was cut is worth V(s_T) after its last token instead of 0. None: if the environment "
+        "says that it truncated the episode. True: also if max_completion_length cut the completion. False: never.",
     )
 
     def check(self) -> None:
@@ -326,16 +329,18 @@ class ValueReplayOptions(Options):
 
     value_replay: int = option(
         0,
-        "Passes over the cached states after every rollout; 0 turns the replay off, and slow copies of the heads give "
-        "the values to bootstrap from.",
+        "Passes over the cached states after every rollout, by a copy of the heads whose values the advantages use. 0 "
+        "turns the replay off.",
     )
-    value_replay_rollouts: int = option(8, "Rollouts whose states are cached. Older ones are of an older trunk.")
+    value_replay_rollouts: int = option(
+        8, "Number of rollouts whose states are cached. The states of older rollouts come from an older trunk."
+    )
     value_replay_size: int = option(
         65536,
-        "Most states that a process caches. A state has the size of one hidden state in the model's dtype: 65536 "
-        "states of width 1024 are 128 MiB in bfloat16.",
+        "Largest number of states that a process caches. A state has the size of one hidden state in the model's "
+        "dtype: 65536 states of width 1024 are 128 MiB in bfloat16.",
     )
-    value_replay_learning_rate: float = option(1e-3, "Learning rate of the copy, whose optimizer is Adam.")
+    value_replay_learning_rate: float = option(1e-3, "Learning rate of the copy of the heads, which Adam trains.")
 
     def check(self) -> None:
         """Refuse numbers out of range."""
@@ -377,13 +382,13 @@ class ValueModelOptions(Options):
 
     value_model_path: str | None = option(
         None,
-        "Folder or hub id of any model with the policy's tokenizer that the value model starts from. By default it "
-        "has the policy's architecture and starts from the policy's weights.",
+        "Folder or hub id of the model from which the value model starts. It needs the policy's tokenizer. None "
+        "starts from the policy.",
     )
     value_model_init_kwargs: dict[str, Any] | str | None = option(
         None,
-        "Keyword arguments for loading the value model, on top of the policy's model_init_kwargs (of which another "
-        "model shares dtype, attn_implementation and trust_remote_code).",
+        "Keyword arguments for loading the value model, in addition to the policy's model_init_kwargs. A model of "
+        "another name gets only dtype, attn_implementation and trust_remote_code of those.",
     )
     value_learning_rate: float | None = option(1e-5, "Learning rate of the value model; None uses learning_rate.")
 
@@ -398,19 +403,19 @@ class PolicyOptions(Options):
 
     policy_loss: str | None = option(
         None,
-        "Loss per token by name. None leaves it to TRL's loss_type; in Lightning it is dapo, and ppo_clip for PPO.",
+        "Name of the loss per token. None uses TRL's loss_type; in Lightning it is dapo, and ppo_clip for PPO.",
         POLICY_LOSSES,
     )
     policy_loss_kwargs: dict[str, Any] | str | None = option(
         None,
-        "Options of the loss, as a dict or a JSON string, such as {'ratio': 0.0002} for clip_cov. Options that are "
-        "not given come from TRL's field of that meaning (epsilon, epsilon_high, delta, ...) where that is set, else "
-        "from the paper.",
+        "Options of policy_loss, as a dict or a JSON string, such as {'ratio': 0.0002} for clip_cov. A missing option "
+        "comes from TRL's field of that meaning (epsilon, epsilon_high, delta, ...) if the field is set, else from "
+        "the paper.",
     )
     aggregation: str | None = option(
         None,
-        "How the loss is averaged: token (TRL's dapo), prompt (DAPO's equation, CISPO, ScaleRL), sequence (GRPO), "
-        "constant (Dr. GRPO), sequence_sum (LUSPO) or micro_batch (BNPO); as usual for the loss by default.",
+        "Average of the loss: token (TRL's dapo), prompt (DAPO's equation, CISPO, ScaleRL), sequence (GRPO), constant "
+        "(Dr. GRPO), sequence_sum (LUSPO) or micro_batch (BNPO). None is the usual one of the loss.",
         AGGREGATIONS,
     )
 
@@ -447,12 +452,12 @@ class DraftOptions(Options):
     speculative: bool = option(False, "Whether MTP heads draft the completions.")
     num_draft_tokens: int | None = option(
         None,
-        "Most tokens to draft per step; as many as there are heads by default. Fewer are drafted while that pays.",
+        "Largest number of drafts per step. None is the number of heads. Fewer are drafted where this is faster.",
     )
     draft_cost: float | None = option(
         0.2,
-        "Cost of one more draft, in units of a step without drafts; from it follows how many drafts pay. None "
-        "measures it; the number of drafts, and with it which completions a seed gives, then depend on the clock.",
+        "Time of one more draft, in units of a step without drafts. It decides how many drafts are made. None "
+        "measures it. The completions of a seed then depend on the clock.",
     )
 
     def check(self) -> None:
@@ -482,7 +487,7 @@ class VariantOptions(Options):
 
     advantage: str | None = option(
         None,
-        "Advantage by name. None leaves it to TRL's scale_rewards; in Lightning it is group_normalized.",
+        "Name of the advantage. None uses TRL's scale_rewards; in Lightning it is group_normalized.",
         ADVANTAGES,
     )
     advantage_kwargs: dict[str, Any] | str | None = option(
@@ -490,8 +495,9 @@ class VariantOptions(Options):
     )
     kl_in_reward: bool = option(
         False,
-        "Whether to subtract beta times the KL from the reward of each token instead of adding it to the loss "
-        "(advantage='batch_normalized' only: REINFORCE++).",
+        "Whether to subtract beta times the KL from the reward of each token instead of adding it to the loss. Only "
+        "advantages that are made of the rewards of tokens allow this: batch_normalized (REINFORCE++) and "
+        "reward_to_go.",
     )
 
     def check(self) -> None:
@@ -548,7 +554,8 @@ class LengthOptions(Options):
     )
     overlong_cache: int | None = option(
         None,
-        "Tokens before the limit at which the penalty sets in; a fifth of max_completion_length by default.",
+        "Number of tokens before max_completion_length over which the penalty of overlong_shaping grows. None is a "
+        "fifth of max_completion_length.",
     )
 
     def penalised_tokens(self, max_completion_length: int) -> int:
@@ -580,8 +587,8 @@ class SamplingOptions(LengthOptions):
     )
     max_draws: int = option(
         10,
-        "Largest number of further draws for one batch. Groups that are still missing then are counted in "
-        "sampling/unfilled_groups.",
+        "Largest number of further draws for one batch. sampling/unfilled_groups counts the groups that are then "
+        "still missing.",
     )
     reject_uniform: bool = option(
         False,
@@ -589,7 +596,9 @@ class SamplingOptions(LengthOptions):
         "(Reinforce-Rej).",
     )
     replay_buffer_size: int = option(
-        0, "Groups per process to keep and use again in place of groups whose rewards are all equal; 0 turns it off."
+        0,
+        "Number of groups that a process keeps, to use them again in place of groups whose rewards are all equal. 0 "
+        "turns this off.",
     )
     replay_max_age: int = option(8, "Optimizer steps after which a kept group is forgotten.")
 
@@ -670,10 +679,12 @@ class PhasicOptions(Options):
     """
 
     phasic_every: int = option(
-        0, "Run an auxiliary phase after every this many rollouts; 0 turns the phasic mode off."
+        0, "Number of rollouts after which an auxiliary phase runs. 0 turns the phasic mode off."
     )
     phasic_epochs: int = option(1, "Passes over the stored completions in one auxiliary phase.")
-    phasic_kl_coef: float = option(1.0, "Weight of the KL term that holds the policy during an auxiliary phase.")
+    phasic_kl_coef: float = option(
+        1.0, "Weight of the KL term that keeps the policy where it was when an auxiliary phase began."
+    )
 
     def check(self) -> None:
         """Refuse numbers out of range."""

@@ -287,7 +287,9 @@ class MTPCriticConfig(ValueHeadOptions, OnlineValueOptions, ValueReplayOptions, 
     """
 
     use_critic: bool = option(True, "Whether to use the critic at all. False is stock GRPO.")
-    num_generations: int | None = option(1, "Completions per prompt. The critic needs one; more are averaged over.")
+    num_generations: int | None = option(
+        1, "Completions per prompt. One is enough for the critic. More than one are not compared with each other."
+    )
 
     @property
     def is_groupless(self) -> bool:
@@ -357,7 +359,7 @@ class PPOConfig(PPOValueOptions, ValueModelOptions, RLConfig):
 
     _VALID_DICT_FIELDS = [*RLConfig._VALID_DICT_FIELDS, "value_model_init_kwargs"]
 
-    preset: str | None = option(None, "A paper's settings in one word.", PPO_PRESETS)
+    preset: str | None = option(None, "Name of a paper's method, whose settings become the defaults.", PPO_PRESETS)
     num_generations: int | None = option(1, "Completions per prompt.")
     beta: float = option(0.05, "Coefficient of the KL penalty; 0: no reference model.")
     num_iterations: int = option(4, "Epochs over each batch of completions.")
@@ -400,7 +402,7 @@ class GRPOVariantConfig(VariantOptions, SamplingOptions, RLConfig):
 
     _VALID_DICT_FIELDS = [*RLConfig._VALID_DICT_FIELDS, "advantage_kwargs"]
 
-    preset: str | None = option(None, "The settings of a paper in one word.", GRPO_PRESETS)
+    preset: str | None = option(None, "Name of a paper's method, whose settings become the defaults.", GRPO_PRESETS)
 
     @property
     def needs_own_loss(self) -> bool:
