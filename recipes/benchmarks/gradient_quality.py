@@ -27,10 +27,12 @@ The benchmark writes `gradient_quality.json` and `gradient_quality.png`, and pri
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ LENGTH, PROMPTS, PROMPT_LENGTH = 6, 32, 3
 GROUP = 8
 KEY_PLACES = (0, 2, 3, 5)
 MOMENTS = (50, 100, 200)
+REWARDS = {"at the end": False, "every step": True}
 EXACT_LAMBDAS = (1.0, 0.95, 0.5, 0.0)
 # The task
 
@@ -411,12 +414,13 @@ class Observer(TrainerCallback):
         return self.value_model(ids)[:, PROMPT_LENGTH - 1 :]
 
 
-def run(task: Task, seed: int, options: argparse.Namespace) -> dict[int, dict[str, Any]]:
+def run(task: Task, seed: int, options: argparse.Namespace, name: str) -> dict[int, dict[str, Any]]:
     """Train a policy from random weights, and measure during training."""
+    torch.set_num_threads(1)
     set_seed(seed)
     observer = Observer(task, options)
     args = MTPCriticConfig(
-        output_dir=str(options.output_dir / "run"),
+        output_dir=str(options.output_dir / name),
         per_device_train_batch_size=PROMPTS * GROUP,
         steps_per_generation=1,
         max_completion_length=LENGTH,
@@ -443,6 +447,7 @@ def run(task: Task, seed: int, options: argparse.Namespace) -> dict[int, dict[st
     trainer.remove_callback(PrinterCallback)
     observer.begin(trainer)
     trainer.train()
+    end_process_group()
     return observer.found
 
 
@@ -502,6 +507,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/gradient_quality"), help="where to write")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="a run for each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--moments", nargs="+", type=int, default=[*MOMENTS], help="updates after which to measure")
     parser.add_argument("--batches", type=int, default=20, help="batches of 256 completions for each moment")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the policy")
@@ -511,14 +517,20 @@ def main() -> None:
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     ignore_known_warnings()
-    found: dict[str, dict[str, Any]] = {}
-    for name, every_step in (("at the end", False), ("every step", True)):
-        runs = [run(Task(every_step), seed, options) for seed in options.seeds]
-        found[name] = {step: [each[step] for each in runs] for step in options.moments}
+    jobs = [(name, every_step, seed) for name, every_step in REWARDS.items() for seed in options.seeds]
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        runs = [pool.submit(run, Task(every_step), seed, options, f"{name} {seed}") for name, every_step, seed in jobs]
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            step: [run.result()[step] for job, run in zip(jobs, runs, strict=True) if job[0] == name]
+            for step in options.moments
+        }
+        for name in REWARDS
+    }
     (options.output_dir / "gradient_quality.json").write_text(json.dumps(found, indent=1))
     print("\n".join(table(found)))
     draw(found, options.output_dir / "gradient_quality.png")
-    end_process_group()
 
 
 if __name__ == "__main__":
