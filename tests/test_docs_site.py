@@ -165,7 +165,7 @@ def test_links_to_source_files_go_to_the_repository_once_it_has_an_address() -> 
 
 def test_a_link_shows_the_title_of_a_page_in_place_of_its_file() -> None:
     assert hooks.link_text("ppo.md", "ppo.md#presets", "docs") == "PPO"
-    assert hooks.link_text("docs/critic.md", "docs/critic.md", ".") == "How the critic works"
+    assert hooks.link_text("docs/critic.md", "docs/critic.md", ".") == "The critic in detail"
     assert hooks.link_text("a critic", "critic.md", "docs") == "a critic"
 
 

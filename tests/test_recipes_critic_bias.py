@@ -135,7 +135,7 @@ def test_the_lookahead_biases_td_only_where_it_bootstraps(recipe: ModuleType) ->
 
 @pytest.mark.slow
 def test_the_figures_of_the_documentation(recipe: ModuleType) -> None:
-    section = (ROOT / "docs" / "critic.md").read_text().split("## What biases the policy's gradient", 1)[1]
+    section = (ROOT / "docs" / "critic.md").read_text().split("## Bias of the policy's gradient", 1)[1]
     table = re.findall(r"^\| [^|]+ \| `([^`]+)` \| ([\d.]+) \| ([\d.]+) \|$", section.split("\n## ", 1)[0], re.M)
     report = recipe.measure()
     assert len(table) >= 12
