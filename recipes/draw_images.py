@@ -84,6 +84,11 @@ PICTURES = {
     "smollm2_values.png": Picture(
         "make smollm2", "outputs/smollm2/token_values.html", "29 minutes", settings="theme=light&tools=off&only=3,5"
     ),
+    "tokens_to_target.png": Picture(
+        "python recipes/benchmarks/tokens_to_target.py --output_dir recipes/benchmarks/measured/tokens_to_target --table",
+        "recipes/benchmarks/measured/tokens_to_target/tokens_to_target.png",
+        "seconds",
+    ),
     "token_values.png": Picture(
         DEMO, "outputs/demo/token_values.html", "14 minutes", settings="mode=delta&sort=surprise&theme=light"
     ),

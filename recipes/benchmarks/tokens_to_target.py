@@ -96,6 +96,16 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {**SINGLE, "advantage": "reward_to_go", "advantage_kwargs": {"gamma": 0.5, "time_unit": "turn"}},
     ),
 }
+TITLES = {
+    "sums": "sums",
+    "words": "words spelled backward",
+    "delay_16": "16 tokens, the first decides",
+    "delay_64": "64 tokens, the first decides",
+    "delay_256": "256 tokens, the first decides",
+    "cipher": "eight turns, a reward after each",
+    "cipher_end": "eight turns, a reward at the end",
+    "random": "control: a coin decides",
+}
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 PASSES = (4,)
 BATCHES_A_POINT = 5
@@ -582,13 +592,14 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
                 [statistics.fmean(column) for column in zip(*heights, strict=True)],
                 LINE_STYLES[index % len(LINE_STYLES)],
                 color=COLORS[index % len(COLORS)],
-                label=row["method"],
+                label=row["method"].replace("_", " "),
                 linewidth=2.4 if row["method"].startswith("critic") else 1.4,
             )
         axes.axhline(rows[0]["target"], color="0.6", linewidth=0.8)
-        axes.set_title(task, fontsize=11)
+        axes.set_title(TITLES[task], fontsize=11)
         axes.set(xlabel="generated tokens, thousands", ylabel="score")
-        axes.set_xlim(left=0)
+        # Up to the budget that most methods have: DAPO draws groups again, and goes on for several times as long.
+        axes.set_xlim(0, 1.02 * statistics.median(line.get_xdata()[-1] for line in axes.lines[:-1]))
         style_axes(axes)
     if axes is not None:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
