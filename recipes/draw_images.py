@@ -59,6 +59,7 @@ class Picture:
 DEMO = "python recipes/mtp_critic.py --output_dir outputs/demo"
 DRAWINGS = "python docs/site/drawings.py"
 LOGS = "python docs/site/log_pictures.py outputs/logs"
+RUNS = "recipes/benchmarks/measured/tokens_to_target"
 EXPERTS = "python recipes/moe_balancing.py --output_dir outputs/moe_balancing"
 PICTURES = {
     "classic.png": Picture(
@@ -85,8 +86,8 @@ PICTURES = {
         "make smollm2", "outputs/smollm2/token_values.html", "29 minutes", settings="theme=light&tools=off&only=3,5"
     ),
     "tokens_to_target.png": Picture(
-        "python recipes/benchmarks/tokens_to_target.py --output_dir recipes/benchmarks/measured/tokens_to_target --table",
-        "recipes/benchmarks/measured/tokens_to_target/tokens_to_target.png",
+        f"python recipes/benchmarks/tokens_to_target.py --output_dir {RUNS} --table",
+        f"{RUNS}/tokens_to_target.png",
         "seconds",
     ),
     "token_values.png": Picture(

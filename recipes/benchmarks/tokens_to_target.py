@@ -578,10 +578,10 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
     columns = min(4, len(tables))
     lines = -(-len(tables) // columns)
     figure = new_figure(4 * columns + 2, 3.2 * lines)
-    axes = None
+    axes, shown = None, {}
     for number, (task, rows) in enumerate(tables.items()):
         axes = figure.add_subplot(lines, columns, number + 1)
-        for row in rows:
+        for row in sorted(rows, key=lambda row: -row["end"]):
             runs = finished(output, task, row["method"], options)
             length = min(len(run["curve"]) for run in runs)
             heights = [smoothed(run["curve"])[:length] for run in runs]
@@ -595,14 +595,16 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
                 label=row["method"].replace("_", " "),
                 linewidth=2.4 if row["method"].startswith("critic") else 1.4,
             )
-        axes.axhline(rows[0]["target"], color="0.6", linewidth=0.8)
+        axes.axhline(rows[0]["target"], color="0.6", linewidth=0.8, label="end of grpo")
         axes.set_title(TITLES[task], fontsize=11)
         axes.set(xlabel="generated tokens, thousands", ylabel="score")
         # Up to the budget that most methods have: DAPO draws groups again, and goes on for several times as long.
         axes.set_xlim(0, 1.02 * statistics.median(line.get_xdata()[-1] for line in axes.lines[:-1]))
         style_axes(axes)
+        for line in axes.lines:
+            shown.setdefault(line.get_label(), line)
     if axes is not None:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        axes.legend(shown.values(), shown, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         save_png(figure, output / "tokens_to_target.png")
 
 
