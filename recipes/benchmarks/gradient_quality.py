@@ -512,7 +512,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=20, help="batches of 256 completions for each moment")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the policy")
     parser.add_argument("--value_learning_rate", type=float, default=1e-3, help="of PPO's value model")
-    parser.add_argument("--value_updates", type=int, default=1, help="of PPO's value model on each rollout")
+    parser.add_argument("--value_updates", type=int, default=4, help="of PPO's value model on each rollout")
     parser.add_argument("--critic", type=json.loads, default={}, help="further options of the critic, as JSON")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
