@@ -69,7 +69,9 @@ PICTURES = {
     "curves.png": Picture(DEMO, "outputs/demo/curves.png", "14 minutes"),
     "frozen_lake.png": Picture("python recipes/draw_images.py frozen_lake.png", "docs/tabular.md", "seconds"),
     "gradient_quality.png": Picture(
-        "python recipes/benchmarks/gradient_quality.py", "outputs/gradient_quality/gradient_quality.png"
+        "python recipes/benchmarks/gradient_quality.py",
+        "outputs/gradient_quality/gradient_quality.png",
+        "9 minutes on two cores",
     ),
     "moe_load_loss_free.png": Picture(EXPERTS, "outputs/moe_balancing/loss_free/expert_load.png", "4 minutes"),
     "moe_load_none.png": Picture(EXPERTS, "outputs/moe_balancing/none/expert_load.png", "4 minutes"),
