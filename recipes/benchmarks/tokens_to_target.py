@@ -597,7 +597,7 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
             )
         axes.axhline(rows[0]["target"], color="0.6", linewidth=0.8, label="end of grpo")
         axes.set_title(TITLES[task], fontsize=11)
-        axes.set(xlabel="generated tokens, thousands", ylabel="score")
+        axes.set(xlabel="generated tokens, thousands", ylabel="score", ylim=(0, 1))
         # Up to the budget that most methods have: DAPO draws groups again, and goes on for several times as long.
         axes.set_xlim(0, 1.02 * statistics.median(line.get_xdata()[-1] for line in axes.lines[:-1]))
         style_axes(axes)
