@@ -1215,7 +1215,7 @@ def test_resuming_with_another_architecture(tmp_path: Path) -> None:
         fit(A2CAgent("CartPole-v1", **(SMALL | {"hidden_sizes": (9,)})), ckpt_path=path)
     with pytest.raises(ValueError, match=r"normalizer.mean: None in the checkpoint, \(4,\) here"):
         fit(A2CAgent("CartPole-v1", normalize_observations=True, **SMALL), ckpt_path=path)
-    with pytest.raises(ValueError, match=r"agent is A2CAgent, here it is PPOAgent"):
+    with pytest.raises(ValueError, match=r"agent of the checkpoint is A2CAgent, but here it is PPOAgent"):
         fit(PPOAgent("CartPole-v1", **SMALL), ckpt_path=path)
     with pytest.raises(ValueError, match=r"2 environments, this run 3"):
         fit(A2CAgent("CartPole-v1", **(SMALL | {"num_envs": 3})), ckpt_path=path)
@@ -1223,11 +1223,11 @@ def test_resuming_with_another_architecture(tmp_path: Path) -> None:
 
 def test_resuming_with_another_environment(tmp_path: Path) -> None:
     path = interrupted(A2CAgent, tmp_path)
-    with pytest.raises(ValueError, match="environment is CartPole-v1, here it is Acrobot-v1"):
+    with pytest.raises(ValueError, match="environment of the checkpoint is CartPole-v1, but here it is Acrobot-v1"):
         fit(A2CAgent("Acrobot-v1", **SMALL), ckpt_path=path)
-    with pytest.raises(ValueError, match="environment is CartPole-v1, here it is CartPole-v0"):
+    with pytest.raises(ValueError, match="environment of the checkpoint is CartPole-v1, but here it is CartPole-v0"):
         fit(A2CAgent("CartPole-v0", **SMALL), ckpt_path=path)
-    with pytest.raises(ValueError, match="observation space is Box"):
+    with pytest.raises(ValueError, match="observation space of the checkpoint is Box"):
         A2CAgent.load_from_checkpoint(path, env="Acrobot-v1")
 
 

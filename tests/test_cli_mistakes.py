@@ -89,7 +89,7 @@ COMMON: dict[str, tuple[list[str], str]] = {
     "an empty batch": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size"),
     "temperature 0": (["--temperature", "0"], "temperature"),
     "an empty completion": (["--max_completion_length", "0"], "max_completion_length"),
-    "no step": (["--max_steps", "0"], "max_steps=0 would not stop"),
+    "no step": (["--max_steps", "0"], "max_steps=0 does not mean an end at once"),
     "an unknown schedule": (["--lr_scheduler_type", "zigzag"], "invalid choice: 'zigzag'"),
     "an unknown loss": (["--policy_loss", "nosuch"], "invalid choice: 'nosuch'"),
     "options that are no JSON": (
@@ -110,7 +110,7 @@ COMMON: dict[str, tuple[list[str], str]] = {
         "in the --config file: unknown option --learning_rte",
     ),
     "no number in the file": (["--config", "text.yaml"], "invalid float value: 'fast'"),
-    "a number for a name in the file": (["--config", "a_number_as_name.yaml"], "options have names, got 3"),
+    "a number for a name in the file": (["--config", "a_number_as_name.yaml"], "3 is not the name of an option"),
     "an environment that is a number": (["--config", "env.yaml"], "`env` field should be a dict"),
     "an unknown choice in the file": (["--config", "a_choice.yaml"], "nosuch"),
     "no model": (["--model_name_or_path", "nowhere/model"], "nowhere/model"),

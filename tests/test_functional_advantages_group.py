@@ -402,10 +402,10 @@ def test_half_precision_and_integers_are_upcast(name: str) -> None:
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_are_checked(name: str) -> None:
     function = GROUPED[name]
-    with pytest.raises(ValueError, match="one per completion"):
+    with pytest.raises(ValueError, match="one number per completion"):
         function(torch.zeros(2, 3), 3)
     for group_size in (0, -1, 4):
-        with pytest.raises(ValueError, match="completions per prompt"):
+        with pytest.raises(ValueError, match="group_size that divides B"):
             function(torch.zeros(6), group_size)
 
 

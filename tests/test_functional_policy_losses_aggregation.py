@@ -106,7 +106,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"give row_weights \(3,\), .* not \(2,\)"):
         aggregate(LOSS, MASK, "prompt", row_weights=torch.ones(2))
     for lengths, group_size in ((torch.ones(3), 2), (torch.ones(2, 2), 2), (torch.ones(2), 0)):
-        with pytest.raises(ValueError, match="must divide B"):
+        with pytest.raises(ValueError, match="that divides B"):
             prompt_weights(lengths, group_size)
     with pytest.raises(ValueError, match="max_length"):
         aggregate(LOSS, MASK, "constant")

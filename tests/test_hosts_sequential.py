@@ -528,7 +528,7 @@ def test_trl_refuses_what_does_not_fit(make: Callable[..., Any], online: Callabl
     model = make_model("qwen3")
     attach_mtp_heads(model, 1, head_type="sequential").save(tmp_path / "one")
     attach_mtp_heads(make_model("qwen3"), 2).save(tmp_path / "parallel")
-    with pytest.raises(ValueError, match="comes with 1 MTP heads, but 2 are asked for. Ask for 1"):
+    with pytest.raises(ValueError, match="comes with 1 MTP heads, but 2 are asked for. Set num_mtp_heads=1"):
         make(model)
     with pytest.raises(ValueError, match="comes with sequential MTP heads.*Set mtp_head_type='sequential'"):
         make(model, mtp_head_type="parallel", num_mtp_heads=1)
@@ -554,7 +554,7 @@ def test_lightning_refuses_what_does_not_fit(make_module: Callable[..., Any], to
         return MTPCriticModule(model, tokenizer, spread, **SEQUENTIAL, **options)
 
     for module in (make_module, critic):
-        with pytest.raises(ValueError, match="comes with 1 MTP heads, but 2 are asked for. Ask for 1"):
+        with pytest.raises(ValueError, match="comes with 1 MTP heads, but 2 are asked for. Set num_mtp_heads=1"):
             module(model)
         with pytest.raises(ValueError, match="are parallel, but sequential ones.*mtp_head_type='parallel'"):
             module(make_model("qwen3"), mtp_heads_path=str(tmp_path / "parallel"))

@@ -407,12 +407,12 @@ def test_batches_that_change_after_they_were_counted(make: Make) -> None:
 
     module = make("sft")
     module.__class__ = Cut
-    with pytest.raises(ValueError, match=r"This micro-batch has counts \[2\.0.* when the accumulation window began"):
+    with pytest.raises(ValueError, match=r"This micro-batch has \[2\.0.* tokens and rows, but had .* began"):
         fit(module, listed(texts(), 1), max_steps=1, accumulate_grad_batches=8)
     other = make("grpo")
     kept = other.training_step
     other.training_step = lambda batch, batch_idx: kept([{"prompt": "1+1="}], batch_idx)
-    with pytest.raises(ValueError, match="other prompts than it had when the accumulation window began"):
+    with pytest.raises(ValueError, match="other prompts than when gradient accumulation began"):
         fit(other, listed(prompts(), 1), max_steps=1, accumulate_grad_batches=8)
 
 

@@ -313,7 +313,7 @@ SETTINGS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("critic", {"num_mtp_heads": 0}, ValueError, "num_mtp_heads must be at least 1, got 0"),
     ("critic", {"num_mtp_heads": 2.5}, ValueError, "num_mtp_heads must be a whole number, got 2.5"),
-    ("grpo", {"num_generations": 2.5}, TypeError, "num_generations must be a whole number, got 2.5"),
+    ("grpo", {"num_generations": 2.5}, TypeError, "num_generations must be an integer, got 2.5"),
     ("grpo", {"learning_rate": -1.0}, ValueError, "learning_rate must be at least 0, got -1.0"),
     ("grpo", {"learning_rate": "1e-3"}, TypeError, "learning_rate must be a number, .*'1e-3'.* write 1.0e-3"),
     ("critic", {"head_learning_rate": "fast"}, TypeError, "head_learning_rate must be a number, got the text 'fast'"),

@@ -141,7 +141,7 @@ def test_the_report_shows_the_newest_completions(make: Make, tmp_path: Path, kin
 
 
 def test_no_report_without_a_critic(make: Make) -> None:
-    with pytest.raises(ValueError, match="shows a critic's values, and GRPOModule has none. Use it with"):
+    with pytest.raises(ValueError, match="shows a critic's values of completions, and GRPOModule is no module"):
         fit(make("grpo"), PromptDataModule(prompts(), batch_size=2), TokenValueReport(), max_steps=1)
 
 

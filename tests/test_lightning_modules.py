@@ -564,7 +564,7 @@ def test_a_loss_that_cannot_act_says_so(
 @pytest.mark.slow
 def test_batches_that_do_not_fit(make: Make) -> None:
     rows = DataLoader(prompts(), batch_size=4, collate_fn=list)
-    with pytest.raises(ValueError, match="= 2 training steps, but the loader went on to the next.*PromptDataModule"):
+    with pytest.raises(ValueError, match="= 2 training steps, but the loader went on.*PromptDataModule"):
         fit(make("grpo", num_iterations=2), rows, max_steps=2)
     with pytest.raises(ValueError, match="6 completions .* which steps_per_generation=4 does not divide"):
         fit(make("grpo", steps_per_generation=4), PromptDataModule(prompts(), batch_size=3), max_steps=1)

@@ -432,12 +432,14 @@ def test_phases_repeat_the_batches_of_the_loader(make: Make) -> None:
 
 def test_phases_that_do_not_fit_are_refused(make: Make) -> None:
     data = PromptDataModule(prompts(), batch_size=4)
-    with pytest.raises(ValueError, match="phasic_every=1 and phasic_epochs=1 do not fill whole cycles of"):
+    with pytest.raises(ValueError, match="phasic_epochs=1 an auxiliary phase of"):
         fit(make("critic", phasic_every=1, num_iterations=2), data, max_steps=2)
-    with pytest.raises(ValueError, match="gradient_accumulation_steps = 2"):
+    with pytest.raises(ValueError, match="accumulate_grad_batches = 2"):
         fit(make("critic", phasic_every=1), data, max_steps=2, accumulate_grad_batches=2)
     rows = DataLoader(prompts(), batch_size=4, collate_fn=list)
-    with pytest.raises(ValueError, match="and an auxiliary phase more, but the loader went on.*PromptDataModule"):
+    with pytest.raises(
+        ValueError, match="and of more in the auxiliary phase, but the loader went on.*PromptDataModule"
+    ):
         fit(make("critic", phasic_every=1), rows, max_steps=2)
     with pytest.raises(TypeError, match="GRPOModule has no argument phasic_every"):
         make("grpo", phasic_every=1)

@@ -32,7 +32,7 @@ def test_the_default_is_the_papers_rule_without_a_loss() -> None:
         ({"start": 1.0}, "would never move"),
         ({"stop": 1.1}, "out of range"),
         ({"stop": math.nan}, "would never move"),
-        ({"batch": "global", "aux_loss_type": "sequence"}, "counted over one sequence; use 'local'"),
+        ({"batch": "global", "aux_loss_type": "sequence"}, "which counts each sequence alone. Set batch='local'"),
     ],
 )
 def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:

@@ -182,7 +182,7 @@ def test_balancing_goes_on_from_loaded_biases(tmp_path: Path) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     model = make_moe_model("mixtral")
-    with pytest.raises(FileNotFoundError, match=f"No {FILE} in .*save_pretrained writes it"):
+    with pytest.raises(FileNotFoundError, match=f"No {FILE} in .*save_pretrained writes this file"):
         load_selection_bias(model, tmp_path)
     assert not any(router.has_bias for router in find_routers(model))
 

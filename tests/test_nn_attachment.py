@@ -69,7 +69,7 @@ def test_a_module_of_ones_own_lives_in_a_model(tiny_model: TinyModel, wrap: Call
     assert len(seen) == 1 and torch.equal(seen[0], hidden.float() @ probe.weight.float())
     seen[0].sum().backward()
     torch.testing.assert_close(probe.weight.grad, hidden.detach().float().sum((0, 1)).bfloat16())
-    with pytest.raises(ValueError, match=r"has `probe` already. Use Probe.of\(model\) to reach it, or Probe.detach"):
+    with pytest.raises(ValueError, match=r"has `probe` already. Call Probe.of\(model\) to reach it, or Probe.detach"):
         Probe().attach(model)
     assert Probe.detach(model) is probe and list(model.state_dict()) == keys
     with pytest.raises(ValueError, match="Qwen3ForCausalLM has no `probe` to detach"):
@@ -126,7 +126,7 @@ def test_its_file(tiny_model: TinyModel, tmp_path: Path) -> None:
         probe.weight.mul_(3.0)
     model.save_pretrained(tmp_path)
     assert Probe.find(tmp_path) is None
-    with pytest.raises(FileNotFoundError, match="No probe.safetensors in .*gets a new probe.*Probe.save wrote"):
+    with pytest.raises(FileNotFoundError, match="No probe.safetensors in .*Probe.save wrote.*gets a new probe"):
         probe.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="No probe.safetensors in /nowhere: there is no such folder"):
         probe.load("/nowhere")

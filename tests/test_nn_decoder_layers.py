@@ -232,7 +232,7 @@ def test_encoder_decoders_are_refused() -> None:
 
 
 def test_layers_that_attend_to_an_encoder_are_refused() -> None:
-    with pytest.raises(ValueError, match="GPT2Block of GPT2LMHeadModel attends to an encoder besides, whose weights"):
+    with pytest.raises(ValueError, match="GPT2Block of GPT2LMHeadModel attends to an encoder, too"):
         attach_mtp_heads(make_decoder("gpt2", add_cross_attention=True), head_type="sequential")
 
 

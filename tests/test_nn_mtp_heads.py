@@ -141,7 +141,7 @@ def test_attach_refuses_what_cannot_work(tiny_model: ModelFactory) -> None:
         MTPHeads.detach(model)
     assert MTPHeads.of(model) is None
     attach_mtp_heads(model)
-    with pytest.raises(ValueError, match=r"has `mtp_heads` already. Use MTPHeads.of\(model\)"):
+    with pytest.raises(ValueError, match=r"has `mtp_heads` already. Call MTPHeads.of\(model\)"):
         attach_mtp_heads(model)
 
 
@@ -316,7 +316,7 @@ def test_heads_are_found_in_the_state_dict_of_a_wrapped_model(tiny_model: ModelF
 
 def test_load_errors_say_what_to_do(tiny_model: ModelFactory, tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match="No mtp_heads.safetensors in .*without MTPHeads.*gets a new mtp_heads"
+        FileNotFoundError, match="No mtp_heads.safetensors in .*saved with MTPHeads.*gets a new mtp_heads"
     ):
         load_mtp_heads(tiny_model(), tmp_path)
     model = tiny_model()

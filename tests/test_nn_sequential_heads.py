@@ -292,9 +292,9 @@ def test_attach_refuses_what_does_not_fit(tiny_model: Any) -> None:
         attach_mtp_heads(model, head_type="serial")
     assert MTPHeads.of(model) is None
     assert attach_mtp_heads(model, 2, head_type="sequential").config == MTPHeadsConfig(2, 32, head_type="sequential")
-    with pytest.raises(ValueError, match=r"has `mtp_heads` already. Use MTPHeads.of\(model\)"):
+    with pytest.raises(ValueError, match=r"has `mtp_heads` already. Call MTPHeads.of\(model\)"):
         attach(model)
-    with pytest.raises(ValueError, match="comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
+    with pytest.raises(ValueError, match="comes with 2 MTP heads, but 3 are asked for. Set num_mtp_heads=2"):
         prepare_mtp_heads(model, 3, head_type="sequential")
     with pytest.raises(ValueError, match="comes with sequential MTP heads, but parallel.*mtp_head_type='sequential'"):
         prepare_mtp_heads(model, 2)
@@ -545,7 +545,7 @@ def test_files_of_other_heads_are_refused(tiny_model: Any, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="are parallel, but sequential ones.*Set mtp_head_type='parallel'"):
         prepare_mtp_heads(other := tiny_model(), 2, head_type="sequential", path=tmp_path / "parallel")
     assert MTPHeads.of(other) is None, "heads of a failed start are gone"
-    with pytest.raises(ValueError, match="Ask for 2 heads, or MTPHeads.detach"):
+    with pytest.raises(ValueError, match="Ask for 2 heads, or call MTPHeads.detach"):
         prepare_mtp_heads(tiny_model(), 1, head_type="sequential", path=tmp_path)
     with pytest.raises(ValueError, match="hidden size 32, but this model has 16"):
         prepare_mtp_heads(tiny_model(hidden_size=16), 2, head_type="sequential", path=tmp_path)

@@ -196,7 +196,7 @@ def test_too_few_tokens(tiny_model: TinyModel) -> None:
 def test_only_one(tiny_model: TinyModel) -> None:
     policy = tiny_model()
     ValueModel(tiny_model().model).attach(policy)
-    with pytest.raises(ValueError, match=r"has `value_model` already. .* ValueModel.detach\(model\) first"):
+    with pytest.raises(ValueError, match=r"has `value_model` already. .* ValueModel.detach\(model\) to take it out"):
         ValueModel(tiny_model().model).attach(policy)
 
 
@@ -328,7 +328,7 @@ def test_weights_from_elsewhere(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 def test_load(tiny_model: TinyModel, tmp_path: Path) -> None:
     saved, critic = randomised(ValueModel(tiny_model(seed=5).model)), ValueModel(tiny_model().model)
-    with pytest.raises(FileNotFoundError, match="No value_model/value_head.safetensors .* without ValueModel"):
+    with pytest.raises(FileNotFoundError, match="No value_model/value_head.safetensors .* saved with ValueModel"):
         critic.load(tmp_path)
     assert ValueModel.find(tmp_path) is None
     assert saved.save(tmp_path) == tmp_path / "value_model" / HEAD_NAME

@@ -29,7 +29,7 @@ ONLINE: Cases = {
     "a negative learning rate": (["--learning_rate=-1"], "learning_rate must be at least 0"),
     "an empty batch": (["--per_device_train_batch_size=0"], "per_device_train_batch_size must be at least 1"),
     "temperature 0": (["--temperature=0"], "temperature must be above 0"),
-    "no step": (["--max_steps=0"], "max_steps=0 would not stop"),
+    "no step": (["--max_steps=0"], "max_steps=0 does not mean an end at once"),
     "no truth value for the page": (["--open=perhaps"], "perhaps"),
 }
 OWN: dict[str, Cases] = {

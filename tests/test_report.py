@@ -184,7 +184,7 @@ def test_what_cannot_be_merged_is_refused() -> None:
         merge_panels({"a": [rewards({0: 1.0})]}, REWARD, spread="std")
     with pytest.raises(ValueError, match="every setting needs the log of at least one run"):
         merge_panels({"a": []}, REWARD)
-    with pytest.raises(ValueError, match="none of the expected keys: reward"):
+    with pytest.raises(ValueError, match="none of these metrics: reward"):
         merge_panels({"a": [[{"step": 1, "loss": 1.0}]]}, REWARD)
 
 

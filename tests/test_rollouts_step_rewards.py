@@ -254,7 +254,7 @@ def test_lists_of_the_wrong_length(pieces: Any, func: Any, message: str) -> None
     [
         (
             returning([[1.0, 2.0], 3.0]),
-            r"'given' returned 3.0 for completion 1 in step 3, where its other rewards are",
+            r"'given' returned 3.0 for completion 1 in step 3, but its other rewards are",
         ),
         (returning([1.0, 2.0], "turn"), r"returned 1.0 for completion 0 in step 3"),
         (returning([[1.0, "x"], None]), r"returned 'x' for completion 0 in step 3 instead of a number"),

@@ -305,7 +305,7 @@ def test_values_of_a_value_model_are_recorded_too(model: Any, tiny_model: Callab
 
 
 def test_completion_values_errors(model: Any, tiny_model: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"no MTP heads; attach_mtp_heads\(model\) or load_mtp_heads"):
+    with pytest.raises(ValueError, match=r"no MTP heads. Call attach_mtp_heads\(model\) or load_mtp_heads"):
         completion_values(tiny_model(), [[3]], [[4]])
     with pytest.raises(ValueError, match="keep at least the last prompt token"):
         completion_values(model, [[]], [[4, 5]])

@@ -102,7 +102,7 @@ def test_models_that_are_refused(family: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode(model, padded(PROMPTS))
     if family != "opt":  # where only a forward pass can tell
-        with pytest.raises(ValueError, match="Generate without speculation"):
+        with pytest.raises(ValueError, match="To generate without speculation"):
             SpeculativeDecoder().check(model)
 
 

@@ -657,7 +657,7 @@ def test_heads_that_are_there_are_kept(make: Make, tiny_model: Callable[..., Any
     heads = MTPHeads.of(model)
     trainer = make(model=model, max_steps=1)
     assert trainer.mtp_heads is heads
-    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
+    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but 3 are asked for. Set num_mtp_heads=2"):
         make(model=model, num_mtp_heads=3)
     trainer.train()
     MTPHeads.detach(model)

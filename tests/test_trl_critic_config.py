@@ -46,10 +46,10 @@ BAD = [
     ({"phasic_every": -1}, "phasic_every must be at least 0, got -1"),
     ({"phasic_every": 1, "phasic_epochs": 0}, "phasic_epochs must be at least 1, got 0"),
     ({"phasic_every": 1, "phasic_kl_coef": -1.0}, "phasic_kl_coef must be at least 0, got -1.0"),
-    ({"phasic_every": 1, "phasic_epochs": 1, "num_iterations": 2}, "multiple of num_iterations"),
+    ({"phasic_every": 1, "phasic_epochs": 1, "num_iterations": 2}, "num_iterations = 2 must divide the second"),
     (
         {"phasic_every": 1, "steps_per_generation": 2, "gradient_accumulation_steps": 4},
-        "both phases as multiples of the accumulation",
+        "gradient_accumulation_steps = 4 must divide both numbers",
     ),
     # Without a critic one generation is what stock GRPO refuses.
     ({"use_critic": False, "num_generations": 1}, "at least 2 generations per prompt, but num_generations is 1"),

@@ -251,5 +251,5 @@ def test_an_optimizer_that_would_leave_the_critic_out_is_refused(
     for trainer, config, name in ((MTPCriticTrainer, MTPCriticConfig, "mtp_heads"), (PPOTrainer, PPOConfig, "value_")):
         model, args = tiny_model(), config(str(tmp_path), **QUICK)
         optimizers = (torch.optim.SGD(model.parameters()), None)
-        with pytest.raises(ValueError, match=f"before the policy had its {name}.* would never train"):
+        with pytest.raises(ValueError, match=f"before the policy had {name}.* would not train"):
             trainer(model, reward, args, dataset, processing_class=tokenizer, optimizers=optimizers)

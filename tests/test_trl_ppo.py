@@ -185,7 +185,7 @@ def test_wrong_arguments(make: Make, tiny_model: Callable[..., Any], reward: Any
         make(value_model=torch.nn.Linear(2, 2))
     model = make().model
     with pytest.raises(
-        ValueError, match="has `value_model` already. Use ValueModel.of.model. to reach it, or ValueModel.det"
+        ValueError, match="has `value_model` already. Call ValueModel.of.model. to reach it, or ValueModel.det"
     ):
         make(model=model, value_model=tiny_model())
 

@@ -532,7 +532,7 @@ def test_the_critic_starts_from_the_saved_heads(make: Make, critic: Callable[...
 def test_the_critic_starts_from_the_same_model(make: Make, critic: Callable[..., Any], freeze_trunk: bool) -> None:
     trainer = make(data=scored([0.0, 1.0] * 4), freeze_trunk=freeze_trunk, head_learning_rate=1e-2)
     trainer.train()
-    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but 3 are asked for. Ask for 2"):
+    with pytest.raises(ValueError, match=r"comes with 2 MTP heads, but 3 are asked for. Set num_mtp_heads=2"):
         critic(trainer.model, num_mtp_heads=3)
     heads, before = MTPHeads.of(trainer.model), weights(trainer)
     following = critic(trainer.model, max_steps=3)

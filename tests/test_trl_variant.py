@@ -1014,7 +1014,7 @@ def test_images_are_not_moved(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
         GRPOTrainer, "_generate_and_score_completions", lambda self, rows: {**draw(self, rows), "num_images": [1] * 8}
     )
     for options in ({"dynamic_sampling": True}, {"replay_buffer_size": 1}, {"policy_loss": "gvpo"}):
-        with pytest.raises(NotImplementedError, match="which images do not follow yet"):
+        with pytest.raises(NotImplementedError, match="Images are not moved yet"):
             generate(make(**options))
     assert "num_images" in generate(make(reject_uniform=True))
 

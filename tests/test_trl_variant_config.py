@@ -41,7 +41,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"advantage": "value_tracker", "num_generations": 1, "advantage_kwargs": {"half_life": 0.0}}, "half_life=0.0"),
     (
         {"advantage": "value_tracker", "num_generations": 1, "advantage_kwargs": {"forget": 0.9, "low": 0.5}},
-        "do not suit 'value_tracker': a constant forget leaves nothing",
+        "do not suit 'value_tracker': forget replaces half_life, low and high",
     ),
     ({"advantage": "lambda_trace", "advantage_kwargs": {"style": "late"}}, "do not suit 'lambda_trace'"),
     ({"advantage": "kalman", "advantage_kwargs": {"measurement_var": "big"}}, "do not suit 'kalman'"),
@@ -64,7 +64,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_generations": 1}, "at least 2 generations"),
     ({"num_generations": 1, "advantage": "group_normalized"}, "at least 2 generations"),
     ({"num_generations": 1, "advantage": "lambda_trace"}, "at least 2 generations"),
-    ({"num_generations": 1, "advantage": "reward", "dynamic_sampling": True}, "num_generations is 1. Set it to at"),
+    (
+        {"num_generations": 1, "advantage": "reward", "dynamic_sampling": True},
+        "num_generations is 1. Set num_generations to at",
+    ),
     ({"num_generations": 1, "advantage": "reward", "reject_uniform": True}, "num_generations is 1"),
     ({"num_generations": 1, "advantage": "batch_normalized", "replay_buffer_size": 2}, "num_generations is 1"),
     ({"preset": "reinforce_rej", "num_generations": 1}, "at least 2 generations"),

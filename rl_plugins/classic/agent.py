@@ -270,7 +270,8 @@ class Agent(LightningModule, ABC):
         """
         if self.trainer.world_size > 1:
             raise ValueError(
-                f"world_size={self.trainer.world_size}: agents train in one process; raise num_envs instead."
+                f"world_size={self.trainer.world_size}: agents train in one process. Set devices=1 and num_nodes=1 of "
+                "the Trainer. For more environments at a time, raise num_envs."
             )
         limit = self._step_limit(waits_for_ends=self.whole_episodes)
         self._runner = Runner(make_environments(self.env, self.settings.num_envs, max_episode_steps=limit))
@@ -376,8 +377,9 @@ class Agent(LightningModule, ABC):
         self._warned_of_cuts = True
         rank_zero_warn(
             f"The evaluation cut off {result.cut_off.sum()} of {len(result.returns)} episodes after {limit} steps: "
-            f"{self.env_name} has no time limit, and the deterministic policy did not end them. Their returns count "
-            "up to there, and eval/cut_off_share says how many there are. Set max_episode_steps for another bound."
+            f"{self.env_name} has no time limit, and the deterministic policy did not end them. The return of "
+            f"such an episode is the sum of its first {limit} rewards, and eval/cut_off_share is the share of such "
+            "episodes. Set max_episode_steps to change the limit."
         )
 
     # Checkpoints.
@@ -420,13 +422,15 @@ class Agent(LightningModule, ABC):
         """
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if _STATE not in checkpoint:
-            raise ValueError("The checkpoint is not of an agent of rl_plugins.classic.")
+            raise ValueError(
+                "The checkpoint is not of an agent of rl_plugins.classic. Give one that such an agent has written."
+            )
         theirs, ours = checkpoint[_STATE]["identity"], self._identity()
         for key in ours if fitting else _SPACES:  # to act, only spaces and networks have to fit
             if theirs[key] != ours[key]:
                 raise ValueError(
-                    f"The checkpoint's {key} is {theirs[key]}, here it is {ours[key]}: use the checkpoint's, or train "
-                    "without it."
+                    f"The {key} of the checkpoint is {theirs[key]}, but here it is {ours[key]}. Use the "
+                    f"{key} of the checkpoint, or leave out the checkpoint."
                 )
         check_same_shapes(
             _shapes(checkpoint["state_dict"]),

@@ -102,7 +102,8 @@ def check_spaces(name: str, observation_space: gym.Space, action_space: gym.Spac
     if isinstance(action_space, Discrete):
         return
     if not isinstance(action_space, Box):
-        raise ValueError(f"{name} has the action space {action_space}; supported are Discrete and Box.")
+        supported = "supported are Discrete and Box" if continuous else "this algorithm supports Discrete alone"
+        raise ValueError(f"{name} has the action space {action_space}; {supported}. Wrap the environment.")
     if not continuous:
         raise ValueError(
             f"{name} has the action space {action_space}; this algorithm supports Discrete actions only. "

@@ -24,8 +24,6 @@ from rl_plugins.functional.checks import check_shape
 from rl_plugins.functional.masking import upcast
 from rl_plugins.functional.returns import check_discount
 
-ONE_EACH = "give one entry for each of the others'"
-
 
 def expected_sarsa_targets(
     rewards: Tensor, next_q: Tensor, next_policy: Tensor, terminated: Tensor, *, gamma: float
@@ -39,7 +37,7 @@ def expected_sarsa_targets(
         next_policy: `pi(.|s') (N, A)`.
     """
     _check(rewards, next_q, terminated, gamma)
-    check_shape("next_policy", next_policy, next_q.shape, ONE_EACH)
+    check_shape("next_policy", next_policy, next_q.shape, "give the shape of next_q")
     # Entries are replaced before they are multiplied: 0 * NaN is NaN, in the value and in the gradient.
     counts = ~terminated.bool().unsqueeze(-1) & (next_policy != 0)
     policy, values = upcast(next_policy), upcast(next_q)
@@ -58,7 +56,7 @@ def sarsa_targets(
         next_actions: `a' (N,)`, long, in `0 .. A - 1`; ignored where `terminated`.
     """
     _check(rewards, next_q, terminated, gamma)
-    check_shape("next_actions", next_actions, rewards.shape, ONE_EACH)
+    check_shape("next_actions", next_actions, rewards.shape, "give the shape of rewards")
     actions = torch.where(terminated.bool(), 0, next_actions)
     if bool(((actions < 0) | (actions >= next_q.shape[-1])).any()):
         raise ValueError(f"next_actions must lie in 0 .. {next_q.shape[-1] - 1}, the columns of next_q.")
@@ -78,7 +76,7 @@ def double_q_targets(
         next_q_target: `q'(s', .) (N, A)`, which has the action's value.
     """
     _check(rewards, next_q_online, terminated, gamma)
-    check_shape("next_q_target", next_q_target, next_q_online.shape, ONE_EACH)
+    check_shape("next_q_target", next_q_target, next_q_online.shape, "give the shape of next_q_online")
     return sarsa_targets(rewards, next_q_target, next_q_online.argmax(-1), terminated, gamma=gamma)
 
 
@@ -104,7 +102,7 @@ def stochastic_update(q: Tensor, targets: Tensor, alpha: float | Tensor) -> Tens
     Returns:
         The shape of `q`, float32 or wider.
     """
-    check_shape("targets", targets, q.shape, ONE_EACH)
+    check_shape("targets", targets, q.shape, "give the shape of q")
     q, targets = upcast(q), upcast(targets)
     dtype = torch.promote_types(q.dtype, targets.dtype)
     step = torch.as_tensor(alpha, dtype=dtype, device=q.device)
@@ -117,7 +115,7 @@ def stochastic_update(q: Tensor, targets: Tensor, alpha: float | Tensor) -> Tens
 
 def _check(rewards: Tensor, next_q: Tensor, terminated: Tensor, gamma: float) -> None:
     check_discount(gamma)
-    check_shape("terminated", terminated, rewards.shape, ONE_EACH)
+    check_shape("terminated", terminated, rewards.shape, "give the shape of rewards")
     if next_q.ndim != rewards.ndim + 1 or next_q.shape[:-1] != rewards.shape or not next_q.shape[-1]:
         raise ValueError(
             f"next_q {tuple(next_q.shape)} with rewards {tuple(rewards.shape)}: give the values of all actions in the "

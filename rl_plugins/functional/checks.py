@@ -20,8 +20,8 @@ def check_groups(name: str, x: Tensor, group_size: int) -> None:
     """Refuse a tensor, of one entry per completion, that cannot be split into groups of equal size."""
     if x.ndim != 1 or group_size < 1 or len(x) % group_size:
         raise ValueError(
-            f"{name} {tuple(x.shape)} do not divide into groups of {group_size}: give one per completion, (B,), and "
-            "the completions per prompt, which must divide B. Keep whole groups together."
+            f"{name} {tuple(x.shape)} do not divide into groups of {group_size}: give one number per completion, "
+            "(B,), and a group_size that divides B. Keep the completions of a prompt together."
         )
 
 
@@ -36,7 +36,7 @@ def check_widths(**bounds: float) -> None:
     """Refuse the first bound that is negative."""
     for name, value in bounds.items():
         if value < 0:
-            raise ValueError(f"{name}={value}: give a width, not a negative number.")
+            raise ValueError(f"{name}={value}: give 0 or a positive number.")
 
 
 def check_shares(**shares: float) -> None:

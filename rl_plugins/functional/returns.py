@@ -228,7 +228,9 @@ def _clean(x: Tensor, mask: Tensor) -> Tensor:
 
 def _check_shape(x: Tensor, mask: Tensor) -> None:
     if x.shape != mask.shape or x.ndim != 2:
-        raise ValueError(f"expected (B, T) tensors, got {tuple(x.shape)} with a mask {tuple(mask.shape)}.")
+        raise ValueError(
+            f"A tensor has the shape {tuple(x.shape)}, and the mask {tuple(mask.shape)}: give both as (B, T)."
+        )
 
 
 def check_discount(gamma: float) -> None:

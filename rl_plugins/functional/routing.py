@@ -255,7 +255,7 @@ def selection_bias_quantile(scores: Tensor, bias: Tensor, k: int, mask: Tensor |
     Raises:
         ValueError: `k` is not in `[1, E - 1]` or the shapes do not fit.
     """
-    _check_logits(scores)
+    _check_logits(scores, "scores")
     experts = scores.shape[1]
     if not 1 <= k < experts:
         raise ValueError(f"k={k} of {experts} experts: with k outside [1, E - 1] there is nothing to select.")
@@ -360,9 +360,9 @@ def _upper_quantile(x: Tensor, rows: Tensor, k: int, of: int) -> Tensor:
     return torch.lerp(above, below, (position % of).to(x.dtype) / of)
 
 
-def _check_logits(logits: Tensor) -> None:
+def _check_logits(logits: Tensor, name: str = "logits") -> None:
     if logits.ndim != 2:
-        raise ValueError(f"logits {tuple(logits.shape)}: give one row per token, (N, E); flatten (B, T, E).")
+        raise ValueError(f"{name} {tuple(logits.shape)}: give one row per token, (N, E); flatten (B, T, E).")
 
 
 def _check_indices(indices: Tensor, ndim: int, shape: str) -> None:

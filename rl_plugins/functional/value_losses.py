@@ -37,7 +37,7 @@ def clipped_squared_error(values: Tensor, targets: Tensor, old_values: Tensor, *
         clip_range: `c`, above 0.
     """
     check_positive("give a positive width, or use squared_error", clip_range=clip_range)
-    check_shape("values", values, old_values.shape, ALIGN)
+    check_shape("old_values", old_values, values.shape, "give the shape of values")
     old = upcast(old_values)
     clipped = old + (upcast(values) - old).clamp(-clip_range, clip_range)
     return torch.maximum(squared_error(values, targets), squared_error(clipped, targets))

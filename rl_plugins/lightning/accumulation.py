@@ -105,10 +105,11 @@ def check_windows_fit(trainer: Trainer) -> None:
     whole = int(batches) // size
     one_epoch = trainer.max_epochs == 1 or 0 < trainer.max_steps <= whole
     if not one_epoch:
+        fewer = f"Set limit_train_batches={whole * size} of the Trainer, or another" if whole else "Choose another"
         raise ValueError(
             f"An epoch has {batches} batches on each rank, which accumulate_grad_batches={size} does not divide, and "
-            f"DeepSpeed would carry the rest into the next epoch. Set limit_train_batches={whole * size} of the "
-            "Trainer, or another accumulate_grad_batches."
+            f"DeepSpeed would carry the rest into the next epoch. {fewer} accumulate_grad_batches, which divides "
+            "the number of batches."
         )
 
 

@@ -269,9 +269,9 @@ def window_counts(module: LightningModule, own: Tensor, count: Callable[[Any], T
     counted = every[place - first]
     if not torch.equal(own, counted):
         raise ValueError(
-            f"This micro-batch has counts {own.tolist()}, but the loader's batch had {counted.tolist()} when "
-            "the accumulation window began. Change batches in the loader, in `tensors` or in a transfer hook "
-            "of the module, always in the same way, or set accumulate_grad_batches=1."
+            f"This micro-batch has {own.tolist()} tokens and rows, but had {counted.tolist()} when gradient "
+            "accumulation began. The loader, `tensors` or a transfer hook of the module changes the batch differently "
+            "each time. Make this change deterministic, or set accumulate_grad_batches=1."
         )
     return total / (world_size() * size)
 
@@ -306,8 +306,8 @@ class LanguageCallback(Callback):
         if stage == "fit" and not isinstance(strategy, DeepSpeedStrategy):
             if trainer.precision == "16-true":
                 raise ValueError(
-                    "precision='16-true' trains float16 weights without a float32 copy, whose small updates vanish. "
-                    "Use precision='bf16-mixed' or '16-mixed', or DeepSpeed."
+                    "precision='16-true' trains float16 weights without a float32 copy, so that small updates are "
+                    "rounded to 0. Use precision='bf16-mixed' or '16-mixed', or DeepSpeed."
                 )
             check_trainable_dtype(pl_module)
         critic = getattr(pl_module, "critic", None)

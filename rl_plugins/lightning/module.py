@@ -622,8 +622,9 @@ class RLModule(LightningModule):
         if [row["prompt"] for row in rows] != prompts:
             self._queue.clear()
             raise ValueError(
-                "This batch has other prompts than it had when the accumulation window began. Change batches in the "
-                "loader or in a transfer hook, always in the same way, or set accumulate_grad_batches=1."
+                "This batch has other prompts than when gradient accumulation began. The loader or a transfer hook "
+                "changes the batch differently each time. Make this change deterministic, or set "
+                "accumulate_grad_batches=1."
             )
         return inputs, metrics
 
@@ -663,11 +664,13 @@ class RLModule(LightningModule):
 
     def _check_repeated(self, rows: list[Row]) -> None:
         if [row["prompt"] for row in rows] != self._prompts:
-            extra = "" if self.phasic is None else ", and an auxiliary phase more"
+            phasic = self.phasic is not None
+            extra = ", and of more in the auxiliary phase" if phasic else ""
+            instead = "" if phasic else ", or set steps_per_generation and num_iterations to 1"
             raise ValueError(
-                f"One batch of prompts makes steps_per_generation * num_iterations = {self.batch_repeats} training "
-                f"steps{extra}, but the loader went on to the next. Give Trainer.fit a PromptDataModule, which "
-                "repeats batches, or set both to 1."
+                f"One batch of prompts is the batch of steps_per_generation * num_iterations = {self.batch_repeats} "
+                f"training steps{extra}, but the loader went on to the next batch. Give Trainer.fit a "
+                f"PromptDataModule, which repeats batches{instead}."
             )
 
     def next_epoch(self, slices: list[Batch]) -> list[Batch]:
@@ -681,7 +684,9 @@ class RLModule(LightningModule):
             self._warn_of_inert_loss()
         if self.phasic is not None:
             accumulate = self.trainer.accumulate_grad_batches
-            self.phasic.options.check_cycles(self.steps_per_generation, self.num_iterations, accumulate)
+            self.phasic.options.check_cycles(
+                self.steps_per_generation, self.num_iterations, accumulate, option="accumulate_grad_batches"
+            )
 
     def _warn_of_inert_loss(self) -> None:
         if not self._loss_is_named or self._is_off_policy() or self.sampling.replay_buffer is not None:

@@ -62,7 +62,7 @@ class PolyakCallback(LightningOnly, Callback):
         if self.target is None:
             raise ValueError(
                 f"{type(pl_module).__name__} holds no model with MTP heads for PolyakCallback to follow. "
-                "attach_mtp_heads(model) in the module's __init__."
+                "Call attach_mtp_heads(model) in the module's __init__."
             )
         self.target.to(pl_module.device)
 

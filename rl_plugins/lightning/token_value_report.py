@@ -37,8 +37,8 @@ class TokenValueReport(LightningOnly, Callback):
         """Refuse a module that has no values to show."""
         if getattr(pl_module, "critic", None) is None or not hasattr(pl_module, "rollout"):
             raise ValueError(
-                f"TokenValueReport shows a critic's values, and {type(pl_module).__name__} has none. Use it with "
-                "MTPCriticModule or PPOModule."
+                f"TokenValueReport shows a critic's values of completions, and {type(pl_module).__name__} is no "
+                "module that has a critic and generates. Use TokenValueReport with MTPCriticModule or PPOModule."
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -66,11 +66,15 @@ class BalancingConfig:
                 "out of range. Give 0 <= start < stop <= 1."
             )
         if self.batch != "local" and self.aux_loss_type == "sequence":
-            raise ValueError(f"batch={self.batch!r}: the loss per sequence is counted over one sequence; use 'local'.")
+            raise ValueError(
+                f"batch={self.batch!r} does not go with aux_loss_type='sequence', which counts each sequence alone. "
+                "Set batch='local', or choose another aux_loss_type."
+            )
         # Counting alone must be asked for: otherwise a forgotten coefficient would silently balance nothing.
         if self.count_only == (self.rate > 0.0 or self.has_loss):
             raise ValueError(
-                "count_only=True balances nothing: set rate=0 and leave the losses at 0, or drop it."
+                f"count_only=True balances nothing, but rate={self.rate}, aux_loss_coef={self.aux_loss_coef} and "
+                f"z_loss_coef={self.z_loss_coef}. Set all three to 0, or leave out count_only."
                 if self.count_only
                 else "rate=0 without a loss balances nothing. Give rate > 0 (such as 1e-3), aux_loss_coef > 0 or "
                 "z_loss_coef > 0, or count_only=True to log the load of the experts only."

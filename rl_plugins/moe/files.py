@@ -49,9 +49,9 @@ def load_selection_bias(model: nn.Module, directory: str | Path) -> None:
     path = Path(directory) / SELECTION_BIAS_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"No {SELECTION_BIAS_NAME} in {directory}. save_pretrained writes it while a model routes with an added "
-            "selection bias; models with a bias of their own keep it in their checkpoint and need no such file, "
-            "unless they are trained in half precision."
+            f"No {SELECTION_BIAS_NAME} in {directory}. save_pretrained writes this file for a model that was balanced "
+            "with a selection bias. Check the path. A model whose architecture has a bias, and which was trained in "
+            "float32, has the bias in its checkpoint: do not call load_selection_bias for it."
         )
     routers = {router.name: router for router in find_routers(model)}
     # Sequential heads have routers, too. The policy may be loaded without these heads, or get new ones.

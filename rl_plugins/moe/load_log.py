@@ -164,9 +164,9 @@ def _parse(line: str, place: str) -> dict[str, Any]:
         row = json.loads(line)
         step, layers, counts = row["step"], row["layers"], row["counts"]
         if not (isinstance(step, int) and len(layers) == len(counts) and all(map(len, counts))):
-            raise TypeError("one list of counts for each layer and a whole step")
+            raise TypeError("it needs a whole number as step, and a list of counts for each layer")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{place} is broken ({error!r}); delete it to read the others") from error
+        raise ValueError(f"{place} is broken ({error}). Delete this line to read the other lines.") from error
     return {"step": step, "layers": layers, "counts": counts}
 
 

@@ -161,11 +161,11 @@ def _new_heads(model: nn.Module, config: MTPHeadsConfig, seed: int = 0) -> MTPHe
 def _check_same(config: MTPHeadsConfig, num_heads: int, head_type: str) -> None:
     if config.head_type != head_type:
         raise ValueError(
-            f"The model comes with {config.head_type} MTP heads, but {head_type} ones are asked for. Set "
-            f"mtp_head_type={config.head_type!r}, or MTPHeads.detach(model) to start with new ones."
+            f"The model comes with {config.head_type} MTP heads, but {head_type} heads are asked for. Set "
+            f"mtp_head_type={config.head_type!r}, or call MTPHeads.detach(model) to start with new heads."
         )
     if config.num_heads != num_heads:
         raise ValueError(
-            f"The model comes with {config.num_heads} MTP heads, but {num_heads} are asked for. Ask for "
-            f"{config.num_heads}, or MTPHeads.detach(model) to start with new ones."
+            f"The model comes with {config.num_heads} MTP heads, but {num_heads} are asked for. Set "
+            f"num_mtp_heads={config.num_heads}, or call MTPHeads.detach(model) to start with new heads."
         )

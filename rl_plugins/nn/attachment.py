@@ -194,8 +194,8 @@ class Attachment(nn.Module):
         base = base_model_of(model)
         if hasattr(base, self.name):
             raise ValueError(
-                f"{type(base).__name__} has `{self.name}` already. Use {self._family()}.of(model) to reach it, or "
-                f"{self._family()}.detach(model) first."
+                f"{type(base).__name__} has `{self.name}` already. Call {self._family()}.of(model) to reach it, or "
+                f"{self._family()}.detach(model) to take it out first."
             )
         self._fit(base)
         base.add_module(self.name, self)
@@ -364,8 +364,9 @@ class Attachment(nn.Module):
             raise FileNotFoundError(f"No {mark} in {directory}: there is no such folder. Check the path.")
         if not (Path(directory) / mark).is_file():
             raise FileNotFoundError(
-                f"No {mark} in {directory}: it is a plain model, or was written without {cls.__name__}. Start from it "
-                f"as from any model, which gets a new {cls.name}, or give a folder that {cls.__name__}.save wrote."
+                f"No {mark} in {directory}: nothing there was saved with {cls.__name__}. Give a folder that "
+                f"{cls.__name__}.save wrote. A model without this file is loaded like any other and gets a new "
+                f"{cls.name}."
             )
 
     def load(self, directory: str | Path) -> None:

@@ -90,8 +90,8 @@ class DecoderStack:
         stacks = [child for child in lists if len(child) == count]
         if len(stacks) != 1 or not count:
             raise ValueError(
-                f"The trunk of {self.name} ({type(self.decoder).__name__}) is no single stack of decoder layers, of "
-                f"which sequential heads would be more. {PARALLEL}"
+                f"The trunk of {self.name} ({type(self.decoder).__name__}) is no single stack of decoder layers. "
+                f"Sequential heads need one such stack, whose layers they copy. {PARALLEL}"
             )
         self.last: nn.Module = stacks[0][-1]
         self.hidden_size: int = self.config.hidden_size
@@ -113,8 +113,8 @@ class DecoderStack:
             if isinstance(getattr(self.decoder, name, None), nn.Module):
                 return getattr(self.decoder, name)
         raise ValueError(
-            f"{type(self.decoder).__name__} of {self.name} has no norm behind its last layer, with which sequential "
-            f"heads end, or one of an unknown name. Known are {', '.join(FINAL_NORMS)}. {PARALLEL}"
+            f"{type(self.decoder).__name__} of {self.name} has no norm behind its last layer, or a norm of an "
+            f"unknown name. Sequential heads need this norm. Known names are {', '.join(FINAL_NORMS)}. {PARALLEL}"
         )
 
     def check(self, base: PreTrainedModel) -> None:
@@ -145,7 +145,8 @@ class DecoderStack:
             )
         if hasattr(self.last, "encoder_attn") or hasattr(self.last, "crossattention"):
             raise ValueError(
-                f"{layer} of {self.name} attends to an encoder besides, whose weights would never learn. {PARALLEL}"
+                f"{layer} of {self.name} attends to an encoder, too. Sequential heads have no encoder, so that "
+                f"these weights would never learn. {PARALLEL}"
             )
         foreign = [name for name in self._parameters if self._is_foreign(name)]
         if foreign:
@@ -166,8 +167,8 @@ class DecoderStack:
             )
         if self.config.model_type in OTHER_LOGITS:
             raise ValueError(
-                f"{self.name} has layers between its trunk and its output embedding, which heads would have to pass, "
-                "too. Use a model of another family."
+                f"{self.name} has layers between its trunk and its output embedding. MTP heads cannot use these "
+                "layers. Use a model of another family."
             )
         width = cast(nn.Embedding, base.get_input_embeddings()).weight.shape[-1]
         if width not in (self.hidden_size, 0):  # of a part that ZeRO-3 has left here

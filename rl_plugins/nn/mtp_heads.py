@@ -248,7 +248,7 @@ class MTPHeads(Attachment):
             inner = "" if config.inner_size is None else f" with inner size {config.inner_size}"
             raise ValueError(
                 f"The heads in {directory} are {config}, but the attached ones are {self.config}. Ask for "
-                f"{config.num_heads} heads{inner}, or MTPHeads.detach(model) before loading."
+                f"{config.num_heads} heads{inner}, or call MTPHeads.detach(model) before loading."
             )
         super().load(directory)
 

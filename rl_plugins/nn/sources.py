@@ -115,8 +115,9 @@ def check_trainable_dtype(model: nn.Module) -> None:
     for name, param in model.named_parameters():
         if param.requires_grad and param.dtype == torch.float16:
             raise ValueError(
-                f"The parameter {name} is in float16, in which AdamW's second moments vanish and loss scaling is "
-                "refused by torch. Load the model in float32 (mixed precision is the trainer's setting) or bfloat16."
+                f"The parameter {name} is in float16. Such weights cannot be trained: AdamW's second moments become "
+                "0, and torch refuses loss scaling. Load the model in float32 or bfloat16. For mixed precision, load "
+                "it in float32 and use the trainer's setting."
             )
 
 

@@ -172,6 +172,7 @@ class ValueModel(Attachment):
         *,
         policy_init_kwargs: Mapping[str, Any] | None = None,
         init_kwargs: Mapping[str, Any] | None = None,
+        option: str = "value_model",
     ) -> "ValueModel":
         """Load or make the value model that a training starts from, not attached yet.
 
@@ -182,6 +183,7 @@ class ValueModel(Attachment):
             policy_init_kwargs: Keyword arguments that the policy is loaded with. Another model gets only `dtype`,
                 `attn_implementation` and `trust_remote_code` of these.
             init_kwargs: Keyword arguments for loading the value model, on top of those.
+            option: Name of the option that gave the source, for messages.
 
         Raises:
             TypeError: If the source is none of these, or there is none and the policy has no trunk to copy.
@@ -200,11 +202,11 @@ class ValueModel(Attachment):
             if find_head(policy, **{**kwargs, "subfolder": cls.name}) is not None:
                 kwargs["subfolder"] = cls.name
         if isinstance(source, str):
-            check_source("value_model", source)
+            check_source(option, source)
             try:
                 return cls.from_pretrained(source, **kwargs)
             except OSError as error:
-                raise FileNotFoundError(f"value_model={source!r} cannot be loaded: {error}") from error
+                raise FileNotFoundError(f"{option}={source!r} cannot be loaded: {error}") from error
         model = policy if source is None else source
         if isinstance(model, nn.Module) and has_soft_prompt(model):
             model = base_model_of(model)  # which PEFT leaves as it was

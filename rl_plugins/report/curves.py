@@ -208,9 +208,9 @@ def select_panels(log_history: Sequence[dict[str, Any]], panels: Sequence[Panel]
     found = [PanelData(panel, lines) for panel in panels if (lines := _panel_lines(log_history, panel))]
     if not found:
         raise ValueError(
-            f"log_history ({len(log_history)} entries) has none of the expected keys: "
+            f"The log ({len(log_history)} entries) has none of these metrics: "
             + ", ".join(panel.key for panel in panels)
-            + ". Pass trainer.state.log_history after training, with logging_steps short enough to log."
+            + ". Name metrics that it has, or train with smaller logging_steps."
         )
     return found
 

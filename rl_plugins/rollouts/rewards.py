@@ -107,7 +107,12 @@ def check_reward_arguments(functions: Sequence[Any], given: Iterable[str], *, co
         parameters = inspect.signature(func).parameters.values()
         keywords = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         missing = [name for name, p in keywords.items() if p.default is p.empty and name not in names]
-        missing += [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+        nameless = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+        if nameless:
+            raise TypeError(
+                f"The reward function '{reward_name(func)}' takes {_quoted(nameless)} by position only. Reward "
+                'functions are called with keyword arguments. Remove the "/" from the parameters.'
+            )
         if missing and complete:
             raise TypeError(
                 f"The reward function '{reward_name(func)}' asks for {_quoted(missing)}, which the data does not "
@@ -164,23 +169,25 @@ def as_rewards(
     except TypeError:  # also of what cannot be iterated
         raise TypeError(
             f"{returned} {type(given).__name__}{moment}, not a list of one reward per completion. Return a list of "
-            f"{expected} numbers, None where it does not apply."
+            f"{expected} numbers, with None for a completion without a reward."
         ) from None
     if len(listed) != expected:
         raise ValueError(
             f"{returned} {len(listed)} rewards for {expected} completions{moment}. Return exactly one per completion, "
-            "None where it does not apply."
+            "and None for a completion without a reward."
         )
     if steps is not None and steps.are_steps(func, listed):
         return steps.take(number, func, returned, moment, listed)
-    try:
-        return [as_float(reward) for reward in listed]
-    except (TypeError, ValueError, RuntimeError):  # the last is torch's, for a tensor of several numbers
-        kinds = ", ".join(sorted({type(reward).__name__ for reward in listed}))
-        raise TypeError(
-            f"{returned} {kinds} instead of numbers{moment}, such as {listed[0]!r}. Return a number for each "
-            "completion, None where it does not apply."
-        ) from None
+    numbers = []
+    for row, reward in enumerate(listed):
+        try:
+            numbers.append(as_float(reward))
+        except (TypeError, ValueError, RuntimeError):  # the last is torch's, for a tensor of several numbers
+            raise TypeError(
+                f"{returned} {reward!r} ({type(reward).__name__}) for completion {row}{moment}, which is not a "
+                "number. Return a number for each completion, or None for a completion without a reward."
+            ) from None
+    return numbers
 
 
 def checked(func: RewardFunc, name: str, number: int, steps: StepRewards, moment: str = "") -> RewardFunc:

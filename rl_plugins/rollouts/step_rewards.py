@@ -248,8 +248,9 @@ class StepRewards:
         for row, entry in enumerate(listed):
             if entry is None and rewards[row] is not None:
                 raise TypeError(
-                    f"{returned} {rewards[row]!r} for completion {row}{moment}, where its other rewards are lists or "
-                    "rewards_per declares them to be. Return a list for each completion, None where it does not apply."
+                    f"{returned} {rewards[row]!r} for completion {row}{moment}, but its other rewards are lists, or "
+                    "rewards_per declares lists. Return a list for each completion, or None for a completion without "
+                    "rewards."
                 )
         places, sums = [], []
         for row, entry in enumerate(listed):
@@ -333,7 +334,7 @@ class StepRewards:
             things = {"token": "tokens", "turn": "turns of the policy", "step": f"steps that end with {separator!r}"}
             raise ValueError(
                 f"{returned} {len(entry)} rewards {where}, which has {len(tokens)} {things[kind]}. Return one for "
-                "each, None for none, or declare another unit with rewards_per."
+                "each (None for no reward), or declare another unit with rewards_per."
             )
         for token, reward in zip(tokens, entry, strict=True):
             yield places[token], _number(reward, returned, where)
@@ -399,4 +400,6 @@ def _number(reward: Any, returned: str, where: str) -> float:
     try:
         return as_float(reward)
     except (TypeError, ValueError):
-        raise TypeError(f"{returned} {reward!r} {where} instead of a number. Return numbers, None for none.") from None
+        raise TypeError(
+            f"{returned} {reward!r} {where} instead of a number. Return a number, or None for no reward."
+        ) from None

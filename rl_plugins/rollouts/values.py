@@ -396,7 +396,9 @@ def completion_values(
     """
     heads = MTPHeads.of(model)
     if heads is None:
-        raise ValueError("The model has no MTP heads; attach_mtp_heads(model) or load_mtp_heads(model, path) first.")
+        raise ValueError(
+            "The model has no MTP heads. Call attach_mtp_heads(model) or load_mtp_heads(model, path) first."
+        )
     values = []
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         record = ValueRecord(heads)

@@ -136,7 +136,7 @@ def _check_tracker(options: Mapping[str, Any], group_size: int) -> None:
         forget_factor(torch.zeros(1), **options)
         return
     if len(options) > 1:
-        raise ValueError("a constant forget leaves nothing for the other options to do; give it alone")
+        raise ValueError("forget replaces half_life, low and high. Give forget alone, or leave it out.")
     tracker_update(torch.ones(1), torch.ones(1), torch.ones(1), float(options["forget"]))
 
 

@@ -58,7 +58,7 @@ def check_whole(**settings: int | None) -> None:
     """
     for name, value in _numbers(settings):
         if not isinstance(value, int):
-            raise TypeError(f"{name} must be a whole number, got {value!r}.")
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

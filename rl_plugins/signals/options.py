@@ -207,7 +207,7 @@ class ValueHeadOptions(HeadOptions):
         if self.bootstrap_lookahead and self.num_mtp_heads == 1:
             raise ValueError(
                 "bootstrap_lookahead averages the forecasts of several heads, and num_mtp_heads is 1. Set "
-                "num_mtp_heads=2 or more, or leave it out."
+                "num_mtp_heads to 2 or more, or leave out bootstrap_lookahead."
             )
         check_at_least(1, target_update_every=self.target_update_every)
         check_polyak(target_tau=self.target_tau, target_update_every=self.target_update_every)
@@ -361,8 +361,8 @@ class ValueReplayOptions(Options):
         """
         if self.value_replay and values.value_loss_type == "clipped":
             raise ValueError(
-                "value_loss_type='clipped' holds the heads to the values of the rollout, and with value_replay those "
-                "are the copy's. Set value_loss_type='squared' or 'huber', or value_replay=0."
+                "value_loss_type='clipped' needs the heads' own values of the rollout, but with value_replay a "
+                "rollout has the values of a copy. Set value_loss_type='squared' or 'huber', or value_replay=0."
             )
 
 
@@ -538,10 +538,10 @@ class VariantOptions(Options):
             )
         per_token = self.kl_in_reward or (entry is not None and entry.per_token)
         if loss is not None and loss.compares_groups and per_token:
-            ones = [f"advantage={name!r}" for name, known in ADVANTAGES.items() if known.per_token]
+            given = "kl_in_reward=True" if self.kl_in_reward else f"advantage={self.advantage!r}"
             raise ValueError(
-                f"policy_loss={loss.name!r} compares whole completions: it takes one advantage for each, and "
-                f"{' or '.join([*ones, 'kl_in_reward=True'])} gives one for each token."
+                f"policy_loss={loss.name!r} compares whole completions and takes one advantage for each, but {given} "
+                f"gives one for each token. Choose another policy_loss, or do without {given}."
             )
 
 
@@ -617,6 +617,12 @@ class SamplingOptions(LengthOptions):
         """Whether completions change their places in the batch."""
         return self.dynamic_sampling or self.replay_buffer_size > 0
 
+    @property
+    def _chosen(self) -> str:
+        """The options that are on, with their values."""
+        names = ("dynamic_sampling", "reject_uniform", "replay_buffer_size")
+        return " and ".join(f"{name}={value}" for name in names if (value := getattr(self, name)))
+
     def check_signal(self, has_critic: bool) -> None:
         """Refuse these options together with a critic, whose saved values belong to the completions as generated.
 
@@ -625,8 +631,8 @@ class SamplingOptions(LengthOptions):
         """
         if has_critic and self.samples:
             raise ValueError(
-                "dynamic_sampling, reject_uniform and replay_buffer_size are for advantages that compare the "
-                "completions of a prompt; a critic's advantages are there for every completion. Leave them out."
+                f"{self._chosen}: this is for advantages that compare the completions of a prompt, and a critic does "
+                "not compare them. Leave it out."
             )
 
     def check_sampling(
@@ -656,18 +662,19 @@ class SamplingOptions(LengthOptions):
             )
         if self.samples and num_generations == 1:
             raise ValueError(
-                "dynamic_sampling, reject_uniform and replay_buffer_size compare the completions of a prompt, but "
-                "num_generations is 1. Set it to at least 2."
+                f"{self._chosen} compares the completions of a prompt, but num_generations is 1. Set num_generations "
+                "to at least 2."
             )
         if self.samples and entry is not None and entry.tracks_prompts:
             raise ValueError(
-                f"advantage={advantage!r} needs no groups and counts every reward of a prompt, but dynamic_sampling, "
-                "reject_uniform and replay_buffer_size take some prompts out of the batch. Set one or the other."
+                f"advantage={advantage!r} needs no groups and counts every reward of a prompt, but {self._chosen} "
+                "takes some prompts out of the batch. Set one or the other."
             )
         if rows is not None and self.moves_rows and rows % num_generations:
             raise ValueError(
-                f"dynamic_sampling and replay_buffer_size move whole groups, but num_generations={num_generations} "
-                f"does not divide the {rows} completions of a process."
+                f"{self._chosen} moves whole groups, but num_generations={num_generations} does not divide the {rows} "
+                "completions of a process. Make this number a multiple of num_generations, by the batch size or by "
+                "steps_per_generation."
             )
 
 
@@ -692,8 +699,21 @@ class PhasicOptions(Options):
         if self.phasic_every:
             check_at_least(1, phasic_epochs=self.phasic_epochs)
 
-    def check_cycles(self, steps_per_generation: int, num_iterations: int, accumulation: int) -> None:
+    def check_cycles(
+        self,
+        steps_per_generation: int,
+        num_iterations: int,
+        accumulation: int,
+        *,
+        option: str = "gradient_accumulation_steps",
+    ) -> None:
         """Refuse phases that would end inside a rollout or inside an optimizer step.
+
+        Args:
+            steps_per_generation: Micro-batches that one rollout is cut into.
+            num_iterations: Passes over a rollout.
+            accumulation: Micro-batches of an optimizer step.
+            option: Name that the host gives to `accumulation`.
 
         Raises:
             ValueError: If a phase would end there.
@@ -705,8 +725,8 @@ class PhasicOptions(Options):
         auxiliary_phase = self.phasic_every * self.phasic_epochs * steps_per_generation
         if auxiliary_phase % cycle or policy_phase % accumulation or auxiliary_phase % accumulation:
             raise ValueError(
-                f"phasic_every={self.phasic_every} and phasic_epochs={self.phasic_epochs} do not fill whole cycles of "
-                f"steps_per_generation * num_iterations = {cycle} micro-steps and gradient_accumulation_steps = "
-                f"{accumulation}. Choose phasic_every * phasic_epochs as a multiple of num_iterations, and both "
-                "phases as multiples of the accumulation."
+                f"phasic_every={self.phasic_every} makes a policy phase of {policy_phase} micro-batches, and with "
+                f"phasic_epochs={self.phasic_epochs} an auxiliary phase of {auxiliary_phase}. {option} = "
+                f"{accumulation} must divide both numbers, and steps_per_generation * num_iterations = {cycle} must "
+                "divide the second. Change phasic_every or phasic_epochs."
             )

@@ -46,7 +46,11 @@ class ValueModelCritic(Critic):
         """Load the network, or copy it from the policy as it is before training."""
         own: Any = self.options.value_model_init_kwargs
         self.module = ValueModel.prepare(
-            self.source or self.options.value_model_path, policy, policy_init_kwargs=init_kwargs, init_kwargs=own
+            self.source or self.options.value_model_path,
+            policy,
+            policy_init_kwargs=init_kwargs,
+            init_kwargs=own,
+            option="value_model" if self.source else "value_model_path",
         )
 
     def attach(self, model: nn.Module, *, seed: int = 0) -> Attachment:

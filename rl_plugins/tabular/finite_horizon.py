@@ -35,7 +35,7 @@ def finite_horizon_values(mdp: MDP, horizon: int, policy: Tensor | None = None) 
         ValueError: `horizon` is negative, or `policy` is not a table of probabilities.
     """
     if horizon < 0:
-        raise ValueError(f"horizon={horizon}: give the number of steps after which episodes are cut off.")
+        raise ValueError(f"horizon={horizon}: give a number of steps, 0 or more, after which episodes are cut off.")
     given = None if policy is None else mdp.check_policy(policy)
     values = torch.zeros(horizon + 1, mdp.n_states, dtype=torch.float64)
     policies = torch.zeros(horizon, mdp.n_states, mdp.n_actions, dtype=torch.float64)

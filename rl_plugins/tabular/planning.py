@@ -184,7 +184,7 @@ def _initial(mdp: MDP, initial: Tensor | None) -> Tensor:
 
 def _settled(values: Tensor, previous: Tensor, tolerance: float) -> bool:
     if not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance}: give a change that is small enough, such as 1e-10.")
+        raise ValueError(f"tolerance={tolerance}: give 0 or a positive number, such as 1e-10.")
     return float((values - previous).abs().amax()) <= tolerance
 
 

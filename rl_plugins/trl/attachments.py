@@ -41,16 +41,16 @@ class TrainedAttachments:
         plugin = trainer.accelerator.state.deepspeed_plugin
         if plugin is not None and learning_rate is not None and "optimizer" in plugin.deepspeed_config:
             raise ValueError(
-                "The DeepSpeed config declares its own optimizer, which cannot give the critic a learning rate of "
-                "its own. Remove its `optimizer` section, or set head_learning_rate (MTP heads) or "
-                "value_learning_rate (a value model) to None."
+                f"The DeepSpeed config declares its own optimizer, which cannot give {module.name} a learning rate of "
+                f"{learning_rate}. Remove the section `optimizer` from the DeepSpeed config, or set "
+                "head_learning_rate (MTP heads) or value_learning_rate (a value model) to None."
             )
         if trainer.is_fsdp_enabled:
             check_fsdp(trainer.accelerator.state.fsdp_plugin, adapters=is_peft_model(trainer.model))
         if trainer.optimizer is not None:
             raise ValueError(
-                f"The optimizer that was given (optimizers=...) was made before the policy had its {module.name}, "
-                "which it would never train. Leave it out, and set `optim`, `optim_args` and the learning rates."
+                f"The optimizer of optimizers=... was made before the policy had {module.name}, and would not train "
+                f"{module.name}. Leave out optimizers=..., and set optim, optim_args and the learning rates."
             )
         self.modules.append((module, learning_rate))
 

@@ -447,7 +447,8 @@ class GRPOVariantConfig(VariantOptions, SamplingOptions, RLConfig):
         if loss is not None and loss.compares_groups and self.per_device_train_batch_size % group:
             raise ValueError(
                 f"{loss.name} compares the completions of a prompt inside the loss, but num_generations={group} does "
-                f"not divide per_device_train_batch_size={self.per_device_train_batch_size}."
+                f"not divide per_device_train_batch_size={self.per_device_train_batch_size}. Set "
+                "per_device_train_batch_size to a multiple of num_generations."
             )
 
 

@@ -98,8 +98,8 @@ class Episodes:
         if self._unreadable is not None:
             environment, reward = self._unreadable
             raise TypeError(
-                f"{type(environment).__name__}.{TURN_REWARD} is {reward!r} after a call. Set it to a number, or None "
-                "for none."
+                f"{type(environment).__name__}.{TURN_REWARD} is {reward!r} after a call. Set it to a number, or to "
+                "None for no reward."
             )
 
     def _heard(self, tool: Callable[..., Any], row: int) -> Callable[..., Any]:

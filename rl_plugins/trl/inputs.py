@@ -44,7 +44,10 @@ def settle_options(config: Any) -> None:
     check_at_least(1, max_completion_length=getattr(config, "max_completion_length", None))
     check_above(0, temperature=getattr(config, "temperature", None))
     if config.max_steps == 0:
-        raise ValueError("max_steps=0 would not stop the training at once, but leave it to num_train_epochs: give -1.")
+        raise ValueError(
+            "max_steps=0 does not mean an end at once: transformers would train for num_train_epochs. Set "
+            "max_steps=-1 to train for num_train_epochs, or a positive number of steps."
+        )
     if config.max_steps < 0:
         check_above(0, num_train_epochs=config.num_train_epochs)
 

@@ -24,7 +24,11 @@ def connect_balancing(trainer: Any) -> None:
         return
     trainer.aux_loss_enabled = config.output_router_logits = False
     if any(callback.config.aux_loss_coef > 0.0 for callback in given):
-        raise ValueError("Give either router_aux_loss_coef or MoEBalancingCallback(aux_loss_coef=...).")
+        raise ValueError(
+            f"Two router losses are on: router_aux_loss_coef={trainer.router_aux_loss_coef}, which is the model "
+            "config's unless it was set, and aux_loss_coef of MoEBalancingCallback. Set router_aux_loss_coef=0, or "
+            "leave out aux_loss_coef."
+        )
     coef = trainer.router_aux_loss_coef
     try:
         if given:

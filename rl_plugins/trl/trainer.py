@@ -395,8 +395,8 @@ class RLTrainer(GRPOTrainer):
         moves |= self._policy_loss is not None and self._policy_loss.compares_groups
         if "num_images" in batch and moves:
             raise NotImplementedError(
-                "dynamic_sampling, replay_buffer_size and policy losses that compare groups move completions within "
-                "and between batches, which images do not follow yet. Choose others for prompts with images."
+                "dynamic_sampling, replay_buffer_size and policy losses that compare groups move completions to other "
+                "rows or batches. Images are not moved yet. Leave these options out for prompts with images."
             )
         # Only here, since ranks may have taken different numbers of turns. A rollout function leaves no counts.
         if self._draft_counts:

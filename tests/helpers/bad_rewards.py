@@ -90,13 +90,17 @@ def asks(completions: list[str], solution: list[str], **kwargs: Any) -> list[flo
     return [1.0] * len(completions)
 
 
+def by_position(prompts: list[str], completions: list[str], /, **kwargs: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
 async def asks_later(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
 RETURNS: list[tuple[Any, type[Exception], str]] = [
-    (strings, TypeError, "'strings' returned str instead of numbers in step 1, such as 'good'. Return a number"),
-    (numbers_as_text, TypeError, "'numbers_as_text' returned str instead of numbers"),
+    (strings, TypeError, "'strings' returned 'good' \\(str\\) for completion 0 in step 1, which is not a number"),
+    (numbers_as_text, TypeError, "'numbers_as_text' returned '1' \\(str\\) for completion 0"),
     (text, TypeError, "'text' returned str in step 1, not a list of one reward per completion"),
     (
         scalar,
@@ -110,7 +114,7 @@ RETURNS: list[tuple[Any, type[Exception], str]] = [
     (
         lists_and_numbers,
         TypeError,
-        "'lists_and_numbers' returned 1.0 for completion 1 in step 1, where its other .* Return a list",
+        "'lists_and_numbers' returned 1.0 for completion 1 in step 1, but its other .* Return a list",
     ),
     (words, ValueError, "'words' returned 2 rewards for completion 0 in step 1, which has 1 tokens"),
     (
@@ -118,11 +122,11 @@ RETURNS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         "'two_turns' returned 2 rewards for completion 1 in step 1, which has 1 turns of the policy",
     ),
-    (numbers_for_steps, TypeError, "'numbers_for_steps' returned 1.0 for completion 0 in step 1, where its other"),
+    (numbers_for_steps, TypeError, "'numbers_for_steps' returned 1.0 for completion 0 in step 1, but its other"),
     (outside, ValueError, "'outside' returned the span 0:7 for completion 0 in step 1, whose text has 1 characters"),
     (lists_later, ValueError, "'lists_later' returned 2 rewards for completion 0 in step 1, which has 1 tokens"),
     (one, ValueError, "'one' returned 1 rewards for 2 completions in step 1"),
-    (later, TypeError, "'later' returned str instead of numbers"),
+    (later, TypeError, "'later' returned 'good' \\(str\\) for completion 0"),
     (unawaited, TypeError, "'unawaited' returned coroutine in step 1, not a list"),
 ]
 """What a function returns; the same in both hosts."""
@@ -130,6 +134,7 @@ RETURNS: list[tuple[Any, type[Exception], str]] = [
 ARGUMENTS: list[tuple[Any, type[Exception], str]] = [
     (closed, TypeError, r"'closed' does not take `prompts`, .* add `\*\*kwargs`"),
     (asks, TypeError, "'asks' asks for `solution`, which the data does not have.* answer.* add the column"),
+    (by_position, TypeError, "'by_position' takes `prompts`, `completions` by position only.* Remove the \"/\""),
     (asks_later, TypeError, "'asks_later' asks for `solution`"),
     (3, TypeError, "must be callable, a reward model or its path, got 3"),
     ("./no/such/model", FileNotFoundError, "reward_funcs='./no/such/model': there is no such"),

@@ -104,7 +104,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 """Options of all other families that sequential heads fit."""
 
-NO_STACK = r"is no single stack of decoder layers, of which sequential heads would be more. Use parallel heads \(mtp_"
+NO_STACK = r"is no single stack of decoder layers. Sequential heads need one such stack"
 STATE = "is of type 'linear_attention', and not one that attends to earlier tokens. Use parallel heads"
 INDEXED = "is of type 'indexed_attention', and not one that attends to earlier tokens. Use parallel heads"
 PASSED_BY = r"does not run its trunk \(.*Wrapper\) as a whole, so heads would not see hidden states. Use a model of"
@@ -163,9 +163,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "glm_moe_dsa": (SPARSE, INDEXED),
     "lfm2": (
         {"layer_types": ["conv", "conv", "full_attention"]},
-        "Lfm2Model of Lfm2ForCausalLM has no norm behind its last layer, with which sequential heads end, or one",
+        "Lfm2Model of Lfm2ForCausalLM has no norm behind its last layer, or a norm of an unknown name",
     ),
-    "ctrl": ({}, "CTRLModel of CTRLLMHeadModel has no norm behind its last layer.*Known are norm, final_layernorm, "),
+    "ctrl": ({}, "CTRLModel of CTRLLMHeadModel has no norm.*Known names are norm, final_layernorm, "),
     # Models of another shape
     "bert": ({"is_decoder": True}, rf"The trunk of BertLMHeadModel \(BertModel\) {NO_STACK}"),
     "longcat_flash": (
@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "modernbert-decoder": (
         {"bos_token_id": 0, "cls_token_id": 0, "sep_token_id": 1, "local_attention": 8},
-        "ModernBertDecoderForCausalLM has layers between its trunk and its output embedding, which heads would",
+        "ModernBertDecoderForCausalLM has layers between its trunk and its output embedding. MTP heads cannot",
     ),
 }
 """Options of families that sequential heads do not fit, and what the refusal says."""

@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
 
 
 UNSUITABLE: dict[str, tuple[dict[str, Any], str]] = {
-    "falcon_mamba": ({"state_size": 4}, "Generate without speculation"),
+    "falcon_mamba": ({"state_size": 4}, "To generate without speculation"),
     "qwen3_next": (
         {
             "num_experts": 2,
@@ -49,6 +49,6 @@ UNSUITABLE: dict[str, tuple[dict[str, Any], str]] = {
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 2,
         },
-        "Generate without speculation",
+        "To generate without speculation",
     ),
 }

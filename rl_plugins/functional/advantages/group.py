@@ -86,7 +86,10 @@ def max_likelihood(rewards: Tensor, group_size: int, *, eps: float = 1e-6) -> Te
     _check_eps(eps)
     grouped, scorable = _grouped(rewards, group_size)
     if bool((grouped < 0).any()):
-        raise ValueError("negative rewards: max_likelihood divides by their mean, shift them to start at 0.")
+        raise ValueError(
+            "negative rewards: max_likelihood divides by the mean reward. Add a number to all rewards, so that the "
+            "smallest is 0."
+        )
     mean = grouped.sum(1, keepdim=True) / _count(scorable).clamp(min=1)
     return (_centered(grouped, scorable) / (mean + eps)).flatten()
 

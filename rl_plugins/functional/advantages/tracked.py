@@ -46,12 +46,14 @@ def tracker_update(alpha: Tensor, beta: Tensor, rewards: Tensor, forget: float |
     check_shape("rewards", rewards, alpha.shape, "give one per count")
     scorable = ~rewards.isnan()
     if bool((scorable & ((rewards < 0) | (rewards > 1))).any()):
-        raise ValueError("rewards outside [0, 1]: scale them, a Beta tracker counts successes.")
+        raise ValueError(
+            "rewards outside [0, 1]: scale the rewards to this range, since a Beta tracker counts successes."
+        )
     rho = torch.as_tensor(forget, dtype=upcast(alpha).dtype, device=alpha.device)
     if rho.shape not in ((), alpha.shape):
         raise ValueError(f"forget {tuple(rho.shape)}: give a float, or one per count, {tuple(alpha.shape)}.")
     if not bool(((rho >= 0) & (rho <= 1)).all()):
-        raise ValueError("forget has entries outside [0, 1]: clamp it, as forget_factor does.")
+        raise ValueError("forget has entries outside [0, 1]: give shares in this range.")
     old_alpha, old_beta, r = upcast(alpha), upcast(beta), upcast(rewards)
     return (
         torch.where(scorable, rho * old_alpha + r, old_alpha),

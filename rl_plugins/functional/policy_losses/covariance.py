@@ -67,7 +67,7 @@ def clip_cov(
     check_shares(ratio=ratio)
     check_widths(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     if cov_low > cov_high:
-        raise ValueError(f"cov_low={cov_low} exceeds cov_high={cov_high}.")
+        raise ValueError(f"cov_low={cov_low} exceeds cov_high={cov_high}. Give cov_low <= cov_high.")
     log_ratio, logps, advantages, real = policy_inputs(logps, old_logps, advantages, mask)
     rho = log_ratio.exp()
     objective = clipped_objective(rho, advantages, 1 - epsilon_low, 1 + epsilon_high)

@@ -211,7 +211,10 @@ def _search_bounds(
     """
     check_shares(target_share=target_share)
     if low_range[1] > 1 or high_range[0] < 1:
-        raise ValueError(f"low_range={low_range}, high_range={high_range}: ratio 1 must stay between the bounds.")
+        raise ValueError(
+            f"low_range={low_range}, high_range={high_range}: ratio 1 must stay between the bounds. Let low_range end "
+            "at 1 or below, and high_range start at 1 or above."
+        )
     lows, highs = (
         ratio.new_tensor(x) for x in (_grid("low", low_range, low_step), _grid("high", high_range, high_step))
     )
@@ -241,7 +244,7 @@ def _grid(name: str, ends: tuple[float, float], step: float) -> list[float]:
     """List the bounds to try: `first, first + step, ..` up to `last`."""
     first, last = ends
     if not 0 <= first <= last:
-        raise ValueError(f"{name}_range={ends}: give the first bound and a last one that is not below it.")
+        raise ValueError(f"{name}_range={ends}: give (first, last) with 0 <= first <= last.")
     check_positive("give a positive step", **{f"{name}_step": step})
     # 0.3 / 0.02 is 15, but may be just below it after rounding.
     return [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)]

@@ -12,7 +12,9 @@ from rl_plugins.nn.cache_name import cache_name
 SPARE_SLOTS = 64
 """Slots that a buffer grows by at least, since growing copies it."""
 
-TURN_OFF = "Generate without speculation."
+TURN_OFF = (
+    "To generate without speculation, leave out custom_generate (in generate) or speculative=True (in a trainer)."
+)
 """Advice at the end of every message about a model or an option that cannot be decoded speculatively."""
 
 

@@ -116,7 +116,8 @@ def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig, *need
         ValueError: Unless exactly one of the two is given, or if a split is missing.
     """
     if bool(mixture.datasets) == bool(script_args.dataset_name):
-        raise ValueError("Give either --dataset_name, or `datasets` in the --config file.")
+        found = "Both are" if mixture.datasets else "None is"
+        raise ValueError(f"Give either --dataset_name, or `datasets` in the --config file. {found} given.")
     if mixture.datasets:
         splits = get_dataset(mixture)
     else:

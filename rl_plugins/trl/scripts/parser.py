@@ -98,7 +98,7 @@ class OptionParser(OneLineErrors, TrlParser):
             self.error(f"argument {CONFIG}: {path} must hold lines such as `max_steps: 100`, got {found!r:.80}")
         for name in found:
             if not isinstance(name, str):
-                self.error(f"argument {CONFIG}: {path}: options have names, got {name!r}")
+                self.error(f"argument {CONFIG}: {path}: {name!r} is not the name of an option")
 
     def _refuse_unknown(self, strings: Sequence[str], place: str) -> None:
         if not strings:
