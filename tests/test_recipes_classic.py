@@ -113,7 +113,7 @@ def test_interrupted_training_goes_on_from_the_last_evaluation(
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
-    with pytest.raises(ValueError, match="environment of the checkpoint is CartPole-v1, but here it is MountainCar-v0"):
+    with pytest.raises(ValueError, match="the checkpoint is CartPole-v1, but here it is MountainCar-v0"):
         run(recipe, *options, "--model.env=MountainCar-v0", "--ckpt_path=cut/last.ckpt")
 
 

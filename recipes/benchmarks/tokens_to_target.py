@@ -16,7 +16,8 @@ the package's default, one parallel head; `critic_replay` has a sequential head 
 and RLOO compare eight completions of a prompt. DAPO goes without its penalty on length, since lengths are given or
 short. Tokens that are drawn and dropped count, for they are generated.
 
-Where rewards come at turns, critics and PPO take lambda 0.5 per turn. `reward_to_go` is REINFORCE++ on the rewards
+Where rewards come at turns, critics and PPO take lambda 0.5 per turn, `critic_replay` for its value targets as well.
+`reward_to_go` is REINFORCE++ on the rewards
 that follow each token, with a discount of 0.5 per turn: what the critic is without values.
 
 All methods pass four times over each batch (`num_iterations`), which on `delay_16` was better than once for all that
@@ -110,7 +111,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 PASSES = (4,)
 BATCHES_A_POINT = 5
 """Batches that a point of a curve is the mean of."""
-ONLY_ON = {"reward_to_go": ["cipher"], "critic_replay": ["delay_16", "words"]}
+ONLY_ON = {"reward_to_go": ["cipher"], "critic_replay": ["delay_16", "words", "cipher"]}
 """Tasks of a method that is another one's equal on all others, or takes long."""
 TUNED_AS = {"random": "delay_16", "delay_256": "delay_64"}
 """Tasks that take what was chosen on others: one on which nothing can be tuned, and one on which it takes long."""
@@ -279,7 +280,11 @@ def cipher(*, at_the_end: bool) -> Callable[[Meter, int, Path], Setting]:
             given={"rollout_func": episodes},
             # Returns are up to 48, where a verifier says 0 or 1, and a squared error grows with the square.
             of_critics={"value_loss_coef": 0.005, "time_unit": "turn", "lam_policy": 1.0 if at_the_end else 0.5},
-            of_methods={"spo": {"reward_weights": [1 / 48]}},  # which tracks rewards between 0 and 1
+            of_methods={
+                "spo": {"reward_weights": [1 / 48]},  # which tracks rewards between 0 and 1
+                # One turn is a target with less noise than the luck of all turns that are left.
+                "critic_replay": {"lam_value": 1.0 if at_the_end else 0.5},
+            },
             options={"entropy_coef": 0.01},
         )
 
