@@ -184,7 +184,7 @@ def as_rewards(
             numbers.append(as_float(reward))
         except (TypeError, ValueError, RuntimeError):  # the last is torch's, for a tensor of several numbers
             raise TypeError(
-                f"{returned} {reward!r} ({type(reward).__name__}) for completion {row}{moment}, which is not a "
+                f"{returned} {reward!r:.80} ({type(reward).__name__}) for completion {row}{moment}, which is not a "
                 "number. Return a number for each completion, or None for a completion without a reward."
             ) from None
     return numbers

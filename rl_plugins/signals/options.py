@@ -662,19 +662,19 @@ class SamplingOptions(LengthOptions):
             )
         if self.samples and num_generations == 1:
             raise ValueError(
-                f"{self._chosen} compares the completions of a prompt, but num_generations is 1. Set num_generations "
-                "to at least 2."
+                f"With {self._chosen} the completions of a prompt are compared, but num_generations is 1. Set "
+                "num_generations to at least 2."
             )
         if self.samples and entry is not None and entry.tracks_prompts:
             raise ValueError(
-                f"advantage={advantage!r} needs no groups and counts every reward of a prompt, but {self._chosen} "
-                "takes some prompts out of the batch. Set one or the other."
+                f"advantage={advantage!r} needs no groups and counts every reward of a prompt, but with "
+                f"{self._chosen} some prompts are taken out of the batch. Set one or the other."
             )
         if rows is not None and self.moves_rows and rows % num_generations:
             raise ValueError(
-                f"{self._chosen} moves whole groups, but num_generations={num_generations} does not divide the {rows} "
-                "completions of a process. Make this number a multiple of num_generations, by the batch size or by "
-                "steps_per_generation."
+                f"With {self._chosen} whole groups are moved, but num_generations={num_generations} does not divide "
+                f"the {rows} completions of a process. Make this number a multiple of num_generations, by the batch "
+                "size or by steps_per_generation."
             )
 
 
