@@ -54,6 +54,14 @@ def test_a_point_is_the_mean_of_some_batches() -> None:
     assert [(tokens, score) for tokens, _, score in meter.curve] == [(16, 0.5), (32, 0.375)]  # one batch is left over
 
 
+def test_samples_of_the_first_and_the_last_batch_are_kept() -> None:
+    meter = bench.Meter()
+    for batch in ("a", "b", "c"):
+        meter.note(1, [0.0], bench.texts([f"{batch}{i}=" for i in range(9)], ["1"] * 9))
+    assert meter.samples["first"] == [f"a{i}=|1|" for i in range(8)]
+    assert meter.samples["last"] == [f"c{i}=|1|" for i in range(8)]
+
+
 SLOW, FAST = bench.Tuning(1, 1e-3), bench.Tuning(4, 3e-3)
 
 

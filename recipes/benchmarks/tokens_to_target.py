@@ -9,7 +9,7 @@
     cipher       the game of `recipes/multi_turn.py`: eight turns, most of what they earn is luck, paid after each turn
     cipher_end   the game again, paid as one sum at the end
     random       a coin decides the reward of `delay_16`, the control: no method can learn anything
-    smollm2      a chat model, SmolLM2-135M-Instruct with LoRA adapters, and sums of two or three numbers of one digit
+    smollm2      a chat model, SmolLM2-135M-Instruct with LoRA adapters, and 61 sums of two or three one-digit numbers
 
 All methods generate 64 completions at a time (16 on `smollm2`), with one policy, one schedule and no KL term. What is
 theirs is the number of completions per prompt, the advantage and the loss, as papers or package have them by default.
@@ -35,8 +35,9 @@ did. Time is the processor time of the run, with one thread, so that it does not
 does. Intervals are bootstrap intervals of the mean over the seeds, 95 %.
 
 Everything that is done is in `runs/`, a line for a run in the file of its task, and is not done again: stop and go on
-at any time. Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`. Runs that have been made
-so far are in `recipes/benchmarks/measured/tokens_to_target/`. Their table and picture take seconds:
+at any time. On tasks with words or numbers a run keeps samples of its first and its last batch, and `pages/` shows the
+critic's values in the last one. Writes `tokens_to_target.json`, `tokens_to_target.md` and `tokens_to_target.png`.
+Runs that have been made are in `recipes/benchmarks/measured/tokens_to_target/`. Their table and picture take seconds:
 
     python recipes/benchmarks/tokens_to_target.py --output_dir recipes/benchmarks/measured/tokens_to_target --table
 """
@@ -61,6 +62,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 from rl_plugins.known_warnings import ignore_known_warnings
+from rl_plugins.report import traces_from_rollout, write_token_values_html
 from rl_plugins.report.curves import COLORS, LINE_STYLES, new_figure, save_png, style_axes
 from rl_plugins.trl import (
     EpisodeRollouts,
@@ -179,18 +181,28 @@ class Point(NamedTuple):
 
 
 class Meter:
-    """Counts generated tokens and notes scores, a point for every `every` batches."""
+    """Counts generated tokens, notes scores, a point for every `every` batches, and keeps samples."""
 
     def __init__(self, every: int = BATCHES_A_POINT) -> None:
         self.every, self.tokens, self.began = every, 0, time.process_time()
         self.curve: list[Point] = []
+        self.samples: dict[str, list[str]] = {}
         self._batches: list[float] = []
         self._scores: list[float] = []
 
-    def note(self, tokens: int, scores: list[float]) -> None:
-        """Take in the completions of one call of the reward function; dynamic sampling calls several times."""
+    def note(self, tokens: int, scores: list[float], texts: list[str] | None = None) -> None:
+        """Take in the completions of one call of the reward function; dynamic sampling calls several times.
+
+        Args:
+            tokens: Generated.
+            scores: Of the completions.
+            texts: To read; some of the first and of the last call are kept in `samples`.
+        """
         self.tokens += tokens
         self._scores += scores
+        if texts is not None:
+            self.samples.setdefault("first", texts[:8])
+            self.samples["last"] = texts[:8]
 
     def end_update(self) -> None:
         """End a batch, if completions have come since the last one ended; a point follows once there are enough."""
@@ -316,15 +328,17 @@ def reasoning(
         folder = warm_start(task, script, train, output)
         verify = sums.make_reward(script)
 
-        def reward(completions: list[str], entry: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        def reward(
+            prompts: list[str], completions: list[str], entry: list[str], completion_ids: list[list[int]], **_: Any
+        ) -> list[float]:
             right = verify(completions, entry)
-            meter.note(sum(map(len, completion_ids)), right)
+            meter.note(sum(map(len, completion_ids)), right, texts(prompts, completions))
             return right
 
         return Setting(
             AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
             sums.character_tokenizer(),
-            train.select_columns(["prompt", "entry"]).to_list(),
+            train.select_columns(["prompt", "entry", "answer"]).to_list(),
             reward,
             batches,
             length,
@@ -333,8 +347,14 @@ def reasoning(
     return make
 
 
+def texts(prompts: list[str], completions: list[str]) -> list[str]:
+    """Prompts with their completions, whose ends are marked."""
+    return [f"{prompt}|{completion}|" for prompt, completion in zip(prompts, completions, strict=True)]
+
+
 def chat_model(batches: int) -> Callable[[Meter, int, Path], Setting]:
-    """A chat model completes `Calculate: 4 - 7 + 2 =`, without its chat template, whose tokens would take most time.
+    """A chat model completes 61 different lines such as `4 - 7 =` and `3 + 1 - 5 =`. They come without its chat
+    template, whose tokens would take most of the time.
 
     Raises:
         ImportError: If the package with the weights is missing.
@@ -348,25 +368,31 @@ def chat_model(batches: int) -> Callable[[Meter, int, Path], Setting]:
             model=package.submodule_search_locations[0],
             gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
             lora_rank=16,
-            question_format="Calculate: {expression} =",
+            question_format="\n{expression}",
             task_config=json.dumps({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
+            train_items=80,
+            eval_items=8,
         )
         tokenizer, train, _ = sums.load_task(script, 0)
+        train = train.select_columns(["prompt", "entry", "answer"])
         verify = sums.make_reward(script)
 
-        def reward(completions: list[str], entry: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        def reward(
+            prompts: list[str], completions: list[str], entry: list[str], completion_ids: list[list[int]], **_: Any
+        ) -> list[float]:
             right = verify(completions, entry)
-            meter.note(sum(map(len, completion_ids)), right)
+            meter.note(sum(map(len, completion_ids)), right, texts(prompts, completions))
             return right
 
         return Setting(
             sums.load_policy(script, None, train),
             tokenizer,
-            [{"prompt": row["prompt"][-1]["content"], "entry": row["entry"]} for row in train.to_list()],
+            [{**row, "prompt": row["prompt"][-1]["content"]} for row in train.to_list()[:64]] * 50,
             reward,
             batches,
             max_completion_length=6,
             batch=16,
+            options={"temperature": 0.7},
             given={"peft_config": sums.lora(script)},
         )
 
@@ -452,6 +478,11 @@ def train(job: Job, output: Path, changes: dict[str, Any]) -> dict[str, Any]:
     before, meter.began = held_memory(), time.process_time()
     trainer.train()
     logged = [row for row in trainer.state.log_history if "critic/explained_variance" in row]
+    if meter.samples and job.method.startswith("critic"):
+        traces = traces_from_rollout(setting.tokenizer, trainer.last_rollout, dataset=setting.prompts)
+        page = output / "pages" / f"{job.task}_{job.method}_{job.seed}.html"
+        page.parent.mkdir(exist_ok=True)
+        write_token_values_html(traces, page, title=TITLES[job.task].capitalize())
     return {
         "task": job.task,
         "method": job.method,
@@ -460,6 +491,7 @@ def train(job: Job, output: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "curve": meter.curve,
         "mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 1),
         "explained_variance": [round(row["critic/explained_variance"], 3) for row in logged],
+        **({"samples": meter.samples} if meter.samples else {}),
     }
 
 
