@@ -326,20 +326,11 @@ def reasoning(
         script = sums.Script(task=task, task_config=json.dumps(config), warm_start_steps=warm_start_steps)
         train, _ = sums.build_datasets(script, False, 0)
         folder = warm_start(task, script, train, output)
-        verify = sums.make_reward(script)
-
-        def reward(
-            prompts: list[str], completions: list[str], entry: list[str], completion_ids: list[list[int]], **_: Any
-        ) -> list[float]:
-            right = verify(completions, entry)
-            meter.note(sum(map(len, completion_ids)), right, texts(prompts, completions))
-            return right
-
         return Setting(
             AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
             sums.character_tokenizer(),
             train.select_columns(["prompt", "entry", "answer"]).to_list(),
-            reward,
+            verified(script, meter),
             batches,
             length,
         )
@@ -350,6 +341,20 @@ def reasoning(
 def texts(prompts: list[str], completions: list[str]) -> list[str]:
     """Prompts with their completions, whose ends are marked."""
     return [f"{prompt}|{completion}|" for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def verified(script: sums.Script, meter: Meter) -> Any:
+    """Make a reward function of a task's verifier, which also tells the meter."""
+    verify = sums.make_reward(script)
+
+    def reward(
+        prompts: list[str], completions: list[str], entry: list[str], completion_ids: list[list[int]], **_: Any
+    ) -> list[float]:
+        right = verify(completions, entry)
+        meter.note(sum(map(len, completion_ids)), right, texts(prompts, completions))
+        return right
+
+    return reward
 
 
 def chat_model(batches: int) -> Callable[[Meter, int, Path], Setting]:
@@ -375,20 +380,11 @@ def chat_model(batches: int) -> Callable[[Meter, int, Path], Setting]:
         )
         tokenizer, train, _ = sums.load_task(script, 0)
         train = train.select_columns(["prompt", "entry", "answer"])
-        verify = sums.make_reward(script)
-
-        def reward(
-            prompts: list[str], completions: list[str], entry: list[str], completion_ids: list[list[int]], **_: Any
-        ) -> list[float]:
-            right = verify(completions, entry)
-            meter.note(sum(map(len, completion_ids)), right, texts(prompts, completions))
-            return right
-
         return Setting(
             sums.load_policy(script, None, train),
             tokenizer,
             [{**row, "prompt": row["prompt"][-1]["content"]} for row in train.to_list()[:64]] * 50,
-            reward,
+            verified(script, meter),
             batches,
             max_completion_length=6,
             batch=16,
@@ -682,7 +678,7 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
     columns = min(4, len(tables))
     lines = -(-len(tables) // columns)
     figure = new_figure(4 * columns + 2, 3.2 * lines)
-    axes, shown = None, {}
+    shown: dict[str, Any] = {}
     for number, (task, rows) in enumerate(tables.items()):
         axes = figure.add_subplot(lines, columns, number + 1)
         for row in sorted(rows, key=lambda row: -row["end"]):
@@ -707,8 +703,8 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
         style_axes(axes)
         for line in axes.lines:
             shown.setdefault(line.get_label(), line)
-    if axes is not None:
-        axes.legend(shown.values(), shown, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if shown:
+        figure.legend(shown.values(), shown, loc="outside right center", frameon=False)
         save_png(figure, output / "tokens_to_target.png")
 
 
