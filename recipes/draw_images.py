@@ -88,7 +88,8 @@ PICTURES = {
         "make smollm2", "outputs/smollm2/token_values.html", "29 minutes", settings="theme=light&tools=off&only=3,5"
     ),
     "tokens_to_target.png": Picture(
-        f"python recipes/benchmarks/tokens_to_target.py --output_dir {RUNS} --table",
+        f"python recipes/benchmarks/tokens_to_target.py --output_dir {RUNS} --table"
+        " --tasks delay_16 delay_64 cipher random",
         f"{RUNS}/tokens_to_target.png",
         "seconds",
     ),
