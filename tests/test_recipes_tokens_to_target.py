@@ -124,10 +124,18 @@ def test_a_rate_is_chosen_by_the_second_half_of_a_run(tmp_path: Path) -> None:
 def test_the_chat_model_is_not_tuned_and_has_two_seeds(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         keep(tmp_path, "grpo", bench.Tuning(1, 3e-4), seed, [0.5] * 20, task="smollm2")
-    options = argparse.Namespace(seeds=[1, 2, 3], learning_rates=[1e-3, 3e-3], passes=[4])
-    assert bench.best_tuning(tmp_path, "smollm2", "grpo", bench.grid(options)) == bench.Tuning(1, 3e-4)
+    options = argparse.Namespace(seeds=[1, 2, 3], learning_rates=None, passes=[4])
+    assert bench.best_tuning(tmp_path, "smollm2", "grpo", bench.grid("smollm2", options)) == bench.Tuning(1, 3e-4)
     assert [run["seed"] for run in bench.finished(tmp_path, "smollm2", "grpo", options)] == [1, 2]
     assert bench.seeds_on("delay_16", options) == [1, 2, 3]
+
+
+def test_a_policy_that_begins_trained_has_lower_learning_rates() -> None:
+    options = argparse.Namespace(learning_rates=None, passes=[4])
+    assert [pair.learning_rate for pair in bench.grid("words", options)] == [3e-5, 1e-4, 3e-4]
+    assert [pair.learning_rate for pair in bench.grid("delay_16", options)] == [1e-4, 3e-4, 1e-3]
+    options.learning_rates = [0.01]
+    assert bench.grid("words", options) == [bench.Tuning(4, 0.01)]
 
 
 def test_the_chat_model_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
