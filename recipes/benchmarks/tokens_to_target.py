@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python recipes/benchmarks/tokens_to_target.py --tasks delay_16 --methods critic grpo spo
 
     sums         sums and differences of two or three numbers of one or two digits, of which no method learns all
-    words        words of 5 to 14 letters spelled backward, after a warm start that is too short
+    words        128 words of 5 to 14 letters spelled backward, after a warm start that is too short
     delay_16     the first of 16 tokens decides, and the reward comes after the last; `delay_64`, `delay_256`
     cipher       the game of `recipes/multi_turn.py`: eight turns, most of what they earn is luck, paid after each turn
     cipher_end   the game again, paid as one sum at the end
@@ -122,7 +122,7 @@ LOWER_RATES = {"sums": (3e-5, 1e-4, 3e-4), "words": (3e-5, 1e-4, 3e-4)}
 PASSES = (4,)
 BATCHES_A_POINT = 5
 """Batches that a point of a curve is the mean of."""
-ONLY_ON = {"reward_to_go": ["cipher"], "critic_replay": ["delay_16", "words", "cipher", "smollm2"]}
+ONLY_ON = {"reward_to_go": ["cipher"], "critic_replay": ["sums", "words", "delay_16", "cipher", "smollm2"]}
 """Tasks of a method that is another one's equal on all others, or takes long."""
 TUNED_AS = {"random": "delay_16", "delay_256": "delay_64"}
 """Tasks that take what was chosen on others: one on which nothing can be tuned, and one on which it takes long."""
@@ -321,9 +321,10 @@ def cipher(*, at_the_end: bool) -> Callable[[Meter, int, Path], Setting]:
 
 
 def reasoning(
-    task: str, config: dict[str, Any], batches: int, length: int, warm_start_steps: int
+    task: str, config: dict[str, Any], batches: int, length: int, warm_start_steps: int, items: int | None = None
 ) -> Callable[[Meter, int, Path], Setting]:
-    """A task of reasoning-gym for the small model of `recipes/sums.py`, after a warm start that all runs share."""
+    """A task of reasoning-gym for the small model of `recipes/sums.py`, after a warm start that all runs share. The
+    policy learns from all items of the warm start, or from the first ones, which then come many times."""
 
     def make(meter: Meter, seed: int, output: Path) -> Setting:
         script = sums.Script(task=task, task_config=json.dumps(config), warm_start_steps=warm_start_steps)
@@ -332,13 +333,18 @@ def reasoning(
         return Setting(
             AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
             sums.character_tokenizer(),
-            train.select_columns(["prompt", "entry", "answer"]).to_list(),
+            repeated(train.select_columns(["prompt", "entry", "answer"]).to_list(), items, batches),
             verified(script, meter),
             batches,
             length,
         )
 
     return make
+
+
+def repeated(rows: list[dict[str, Any]], items: int | None, batches: int) -> list[dict[str, Any]]:
+    """The first rows, as often as a run needs them, or all rows."""
+    return rows if items is None else rows[:items] * -(-batches * BATCH // items)
 
 
 def texts(prompts: list[str], completions: list[str]) -> list[str]:
@@ -420,7 +426,9 @@ TASKS: dict[str, Callable[[Meter, int, Path], Setting]] = {
     "sums": reasoning(
         "chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, 150, 24, warm_start_steps=3000
     ),
-    "words": reasoning("spell_backward", {"min_word_len": 5, "max_word_len": 14}, 150, 16, warm_start_steps=300),
+    "words": reasoning(
+        "spell_backward", {"min_word_len": 5, "max_word_len": 14}, 150, 16, warm_start_steps=300, items=128
+    ),
     "delay_16": delay(16, 100),
     "delay_64": delay(64, 100),
     "delay_256": delay(256, 60),
