@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def test_themes_and_settings_of_the_address(tmp_path: Path) -> None:
     assert (found["tools"], found["light"], found["system"]) == ("none", "rgb(255, 255, 255)", "system")
     shown = "found.shown = texts('article:not(.left-out) h2').join();"
     assert in_browser(tmp_path, shown, "only=1,2")["shown"] == "#1,#2"
+
+
+@pytest.mark.parametrize(("copies", "drawn"), [(1, "visible"), (500, "auto")])
+def test_only_large_pages_leave_out_what_is_not_on_the_screen(
+    tmp_path: Path, copies: int, drawn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two completions have 6 and 5 tokens, and 5500 tokens are many."""
+    monkeypatch.setattr(sys.modules[__name__], "TRACES", TRACES * copies)
+    found = in_browser(tmp_path, "found.drawn = getComputedStyle(one('article:last-of-type')).contentVisibility;")
+    assert found["drawn"] == drawn
 
 
 def test_keys_and_the_line_of_values(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ PAGE = """<!doctype html>
 <title>$title</title>
 <style>
 $css</style></head>
-<body data-mode="value" data-digits="$digits">
+<body data-mode="value" data-digits="$digits" data-size="$size">
 <div class=head><h1>$title</h1>$subtitle$hint</div>
 <div class=tools>
 <div role=group aria-label="Colour by" data-group=mode><span>Colour</span>
@@ -90,8 +90,10 @@ sub{line-height:0}
 .ticks span{position:absolute}.ticks span:nth-child(2){left:50%;transform:translateX(-50%)}
 .ticks span:nth-child(3){right:0}
 article{border:1px solid var(--line);border-radius:10px;background:var(--card);padding:10px 16px 12px;
-margin:0 0 12px;content-visibility:auto;contain-intrinsic-size:auto 90px}
-article.long{contain-intrinsic-size:auto 600px;padding-bottom:16px}
+margin:0 0 12px}
+article.long{padding-bottom:16px}
+[data-size=large] article{content-visibility:auto;contain-intrinsic-size:auto 90px}
+[data-size=large] article.long{contain-intrinsic-size:auto 600px}
 article.short{display:grid;grid-template-columns:minmax(0,1fr) 290px;gap:2px 24px}
 .short .chart{grid-column:2;grid-row:1/3}.short .text{align-self:center}
 header{display:flex;flex-wrap:wrap;gap:4px 12px;align-items:center}
@@ -155,7 +157,8 @@ overflow:hidden}
 article.short{display:block}}
 @media print{:root,:root[data-theme]{color-scheme:light}.tools{position:static}
 [data-group],.find,#numbers,#tip{display:none!important}
-body{max-width:none;padding:0;font-size:11pt}header{break-after:avoid}article{content-visibility:visible}}
+body{max-width:none;padding:0;font-size:11pt}header{break-after:avoid}
+[data-size] article{content-visibility:visible}}
 """
 
 JS = r"""const root = document.documentElement, body = document.body, main = document.querySelector("main");

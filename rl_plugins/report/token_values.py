@@ -22,6 +22,8 @@ from rl_plugins.report.value_chart import still_to_come, value_chart
 SPECIAL_TOKEN = re.compile(r"<\|.+\|>|</?(s|pad|unk|bos|eos|mask)>|\[(PAD|CLS|SEP|UNK|MASK|EOS|BOS)\]", re.DOTALL)
 LONG = 40
 """Number of tokens. A longer completion has the chart of its values above the text, as wide as the page."""
+LARGE = 5000
+"""Number of tokens. In a page with more tokens, the browser draws only the completions that are on the screen."""
 FLAT = 0.05
 """Share of the range of values and rewards. If the values span less, the page says that they do not vary yet."""
 
@@ -67,6 +69,8 @@ def write_token_values_html(
         css=CSS + color_rules(),
         js=JS,
         digits=scales.digits,
+        # A browser leaves cards that it has not drawn out of a picture of the whole page, so a small page draws all.
+        size="large" if sum(len(trace.tokens) for trace in traces) > LARGE else "small",
         legend=_legend(scales) + _key(traces),
         n_all=len(traces),
         n_right=n_right,
