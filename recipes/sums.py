@@ -149,17 +149,25 @@ def task_items(script: Script, **seed_and_size: int) -> Any:
 def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Dataset]:
     """Make training and held-out items of one distribution; no held-out question is trained on.
 
+    The small model gets no items with characters that its tokenizer lacks, such as capital letters.
+
     Raises:
         ValueError: If no question is left to train on, or the task is refused.
     """
 
     def rows(first: int, size: int) -> list[dict[str, Any]]:
-        return [as_row(entry, chat, script) for entry in task_items(script, seed=first, size=size)]
+        made = [as_row(entry, chat, script) for entry in task_items(script, seed=first, size=size)]
+        if chat or script.model is not None:
+            return made
+        return [row for row in made if set(row["prompt"] + row["answer"]) <= set(CHARACTERS)]
 
     held_out = {row["question"]: row for row in rows(HELD_OUT_SEED + seed, script.eval_items)}
     train = [row for row in rows(seed, script.train_items) if row["question"] not in held_out]
     if not train:
-        raise ValueError("every training question is held out: widen --task_config or lower --eval_items")
+        raise ValueError(
+            "no training question is left: all are held out, or have characters that the small model lacks. Widen "
+            "--task_config, lower --eval_items, or choose a --model"
+        )
     return Dataset.from_list(train), Dataset.from_list(list(held_out.values()))
 
 

@@ -346,6 +346,17 @@ def test_chat_models_get_messages_and_small_ones_the_expression(recipe: ModuleTy
     assert set("".join(plain["prompt"]) + "".join(plain["completion"])) <= set(recipe.CHARACTERS)
 
 
+def test_the_small_model_gets_what_its_tokenizer_can_spell(recipe: ModuleType) -> None:
+    """Words such as `Nigerian` have a capital letter, which the tokenizer would make a token of padding."""
+    script = recipe.Script(task="spell_backward", task_config="{}", train_items=200, eval_items=50)
+    train, held_out = recipe.build_datasets(script, chat=False, seed=0)
+    assert 100 < len(train) < 200 and len(held_out) < 50
+    for row in [*train, *held_out]:
+        assert row["answer"] == row["answer"].lower() == row["prompt"][::-1]
+    script = recipe.Script(model="a model", task="spell_backward", task_config="{}", train_items=200, eval_items=50)
+    assert any(row["answer"] != row["answer"].lower() for row in recipe.build_datasets(script, chat=False, seed=0)[0])
+
+
 @pytest.mark.parametrize("wording", ["What is {answer}?", "{}", "{question"])
 def test_wordings_have_no_other_braces(recipe: ModuleType, wording: str) -> None:
     script = recipe.Script(train_items=4, eval_items=1, question_format=wording)
@@ -406,8 +417,9 @@ MISTAKES = [
     (["--eval_items=0"], "size must be positive"),
     (
         ['--task_config={"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}', "--train_items=50"],
-        "every training question is held out",
+        "no training question is left: all are held out",
     ),
+    (["--task=letter_counting", "--task_config={}", "--train_items=50"], "have characters that the small model lacks"),
     (["--gguf_file=a.gguf"], "--gguf_file needs --model"),
 ]
 
