@@ -427,7 +427,7 @@ TASKS: dict[str, Callable[[Meter, int, Path], Setting]] = {
         "chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, 150, 24, warm_start_steps=3000
     ),
     "words": reasoning(
-        "spell_backward", {"min_word_len": 5, "max_word_len": 14}, 150, 16, warm_start_steps=300, items=128
+        "spell_backward", {"min_word_len": 5, "max_word_len": 14}, 150, 16, warm_start_steps=250, items=128
     ),
     "delay_16": delay(16, 100),
     "delay_64": delay(64, 100),
