@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-TRAINERS = ("grpo", "critic", "sequential", "values-only", "speculative", "ppo")
+TRAINERS = ("grpo", "critic", "sequential", "replay", "values-only", "speculative", "ppo")
 MIB = 2**20
 
 
@@ -173,8 +173,10 @@ def make_trainer(name: str, settings: Settings, model: Any, output_dir: str) -> 
         options |= {"num_iterations": 1, "beta": 0.0, "value_learning_rate": 0.0}
         return PPOTrainer(args=PPOConfig(**options), **shared)
     options |= {"mtp_loss_share": settings.loss_share, "mtp_loss_type": settings.loss}
-    if name == "sequential":
+    if name in ("sequential", "replay"):
         options |= {"mtp_head_type": "sequential", "num_mtp_heads": 1}
+    if name == "replay":
+        options["value_replay"] = 1
     if name == "values-only":
         options["mtp_loss_coef"] = 0.0
     if settings.model:

@@ -21,7 +21,8 @@ other, so that other work of the machine slows both; the median over the repetit
 
 Goals: a step takes at most 1.06 times as long as GRPO's, and memory is at most 1.05 times GRPO's.
 `--trainers grpo critic sequential` adds a critic with one sequential head, which is one more decoder layer. Its goals
-are 1.15 for the step and 1.08 for memory.
+are 1.15 for the step and 1.08 for memory. `--trainers grpo sequential replay --steps 14 --repeats 1` adds a replay of
+this head's values, whose first eight steps take less time than later ones: it learns from the last eight rollouts.
 
 The cost of the critic is that of the heads' token loss: each head multiplies its features with the LM head once
 forward and once backward. So the overhead grows with the embedding's share of the parameters (0.31 here, 0.26 in
