@@ -89,7 +89,7 @@ PICTURES = {
     ),
     "tokens_to_target.png": Picture(
         f"python recipes/benchmarks/tokens_to_target.py --output_dir {RUNS} --table"
-        " --tasks delay_16 delay_64 cipher random",
+        " --tasks delay_16 delay_64 sums words cipher random",
         f"{RUNS}/tokens_to_target.png",
         "seconds",
     ),
