@@ -691,8 +691,8 @@ def markdown(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[str, Any]]]) -> None:
     """Score over generated tokens, a panel for each task, means over the seeds."""
-    columns = min(4, len(tables))
-    lines = -(-len(tables) // columns)
+    lines = -(-len(tables) // 4)
+    columns = -(-len(tables) // lines)
     figure = new_figure(4 * columns + 2, 3.2 * lines)
     shown: dict[str, Any] = {}
     for number, (task, rows) in enumerate(tables.items()):
@@ -713,7 +713,8 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
             )
         axes.axhline(rows[0]["target"], color="0.6", linewidth=0.8, label="end of grpo")
         axes.set_title(TITLES[task], fontsize=11)
-        axes.set(xlabel="generated tokens, thousands", ylabel="score", ylim=(0, 1))
+        highest = max(max(line.get_ydata()) for line in axes.lines)
+        axes.set(xlabel="generated tokens, thousands", ylabel="score", ylim=(0, 1.1 * highest))
         # Up to the budget that most methods have: DAPO draws groups again, and goes on for several times as long.
         axes.set_xlim(0, 1.02 * statistics.median(line.get_xdata()[-1] for line in axes.lines[:-1]))
         style_axes(axes)
