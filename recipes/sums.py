@@ -152,7 +152,7 @@ def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Data
     The small model gets no items with characters that its tokenizer lacks, such as capital letters.
 
     Raises:
-        ValueError: If no question is left to train on, or the task is refused.
+        ValueError: If no question is left to train on or to hold out, or the task is refused.
     """
 
     def rows(first: int, size: int) -> list[dict[str, Any]]:
@@ -163,6 +163,11 @@ def build_datasets(script: Script, chat: bool, seed: int) -> tuple[Dataset, Data
 
     held_out = {row["question"]: row for row in rows(HELD_OUT_SEED + seed, script.eval_items)}
     train = [row for row in rows(seed, script.train_items) if row["question"] not in held_out]
+    if not held_out:
+        raise ValueError(
+            "no held-out question is left: all have characters that the small model lacks. Raise --eval_items, or "
+            "choose a --model"
+        )
     if not train:
         raise ValueError(
             "no training question is left: all are held out, or have characters that the small model lacks. Widen "

@@ -419,7 +419,7 @@ MISTAKES = [
         ['--task_config={"min_terms": 1, "max_terms": 1, "min_digits": 1, "max_digits": 1}', "--train_items=50"],
         "no training question is left: all are held out",
     ),
-    (["--task=letter_counting", "--task_config={}", "--train_items=50"], "have characters that the small model lacks"),
+    (["--task=letter_counting", "--task_config={}", "--train_items=50"], "no held-out question is left: all have"),
     (["--gguf_file=a.gguf"], "--gguf_file needs --model"),
 ]
 
