@@ -175,6 +175,13 @@ def test_code_is_left_alone() -> None:
     assert changed == "[a](y.md)\n\n```python\nb[0](x.md)\n```\n\n[c](y.md)\n"
 
 
+def test_badges_are_for_the_repository_alone() -> None:
+    badge = "[![Python](https://x.org/a.svg)](docs/versions.md)"
+    assert hooks.BADGE.sub("", f"# T\n\n{badge} {badge}\n\nText") == "# T\n\nText"
+    for kept in ("![Plot](images/a.png)", "[![Plot](images/a.png)](a.md)", "[a](https://x.org)"):
+        assert hooks.BADGE.sub("", kept) == kept
+
+
 # Docstrings
 
 

@@ -40,6 +40,8 @@ SOURCE_SUFFIXES = {".py", ".sh", ".json", ".yaml", ".yml", ".toml", ".txt", ".md
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2\s*$", re.M | re.S)
 LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^)\s]+)\)")
 EXTERNAL = re.compile(r"\]\((https?://[^)\s]+)\)")
+BADGE = re.compile(r"\[!\[[^\]]*\]\(https?://[^)\s]+\)\]\([^)\s]+\)[ \n]*")
+"""A linked picture from another host. The site leaves it out, so that its pages open without a network."""
 NOTEBOOKS = ROOT / "docs" / "tutorials"
 IN_COLAB = "rl-plugins[trl,lightning,report]"
 """Extras that the notebooks need."""
@@ -124,6 +126,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     folder = repository_folder(src_uri)
 
     def change(text: str) -> str:
+        text = BADGE.sub("", text)
         return LINK.sub(lambda m: f"[{link_text(*m.groups(), folder)}]({to_site(m['target'])})", text)
 
     to_site = partial(site_link, page=src_uri, folder=folder, config=config)
@@ -375,7 +378,7 @@ def source_paths() -> list[Path]:
     paths = [ROOT / folder for folder in SOURCE_FOLDERS]
     paths += [path for folder in SOURCE_FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
     paths = [p for p in paths if "__pycache__" not in p.parts and (p.is_dir() or p.suffix in SOURCE_SUFFIXES)]
-    return paths + [ROOT / name for name in ("LICENSE", "constraints.txt", "pyproject.toml")]
+    return paths + [ROOT / name for name in ("CITATION.cff", "LICENSE", "constraints.txt", "pyproject.toml")]
 
 
 def file_page(path: str) -> str:
