@@ -26,6 +26,21 @@ def test_measures_by_hand() -> None:
     assert bench.arrival(points, 1.1) == ((200, 40.0, 1.0), False)
 
 
+def test_mean_at_equal_tokens() -> None:
+    points = [bench.Point(10, 1, 0.0), bench.Point(20, 2, 0.5), bench.Point(40, 4, 1.0)]
+    assert bench.mean_until(points, 30) == pytest.approx((0.0 + 5.0 + 10.0) / 30)
+    assert bench.mean_until(points, 5) == 0.0
+    assert bench.mean_until(points, 40) == bench.mean_until(points, 99) == pytest.approx(25 / 40)
+    large = [bench.Point(40, 1, 0.625), bench.Point(80, 2, 1.0)]  # batches four times as large
+    assert bench.mean_until(large, 40) == pytest.approx(bench.mean_until(points, 40))
+
+
+def test_the_best_method_leads_seed_by_seed() -> None:
+    scores = {"a": {1: 0.5, 2: 0.25}, "b": {1: 0.75, 2: 0.5, 3: 0.5}, "c": {3: 0.125}}
+    assert bench.leads(scores) == {"a": [0.25, 0.25], "c": [0.375]}
+    assert bench.leads({"a": {1: 0.5}}) == {}
+
+
 def test_bootstrap_interval() -> None:
     assert bench.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
     low, high = bench.interval([0.0, 1.0, 2.0, 3.0, 4.0])
@@ -124,10 +139,12 @@ def test_a_rate_is_chosen_by_the_second_half_of_a_run(tmp_path: Path) -> None:
 def test_the_chat_model_is_not_tuned_and_has_two_seeds(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         keep(tmp_path, "grpo", bench.Tuning(1, 3e-4), seed, [0.5] * 20, task="smollm2")
-    options = argparse.Namespace(seeds=[1, 2, 3], learning_rates=None, passes=[4])
+    options = argparse.Namespace(seeds=None, learning_rates=None, passes=[4])
     assert bench.best_tuning(tmp_path, "smollm2", "grpo", bench.grid("smollm2", options)) == bench.Tuning(1, 3e-4)
     assert [run["seed"] for run in bench.finished(tmp_path, "smollm2", "grpo", options)] == [1, 2]
-    assert bench.seeds_on("delay_16", options) == [1, 2, 3]
+    assert bench.seeds_on("sums", options) == [1, 2, 3, 4, 5]
+    options.seeds = [1, 2, 3]
+    assert bench.seeds_on("smollm2", options) == [1, 2, 3]
 
 
 def test_a_policy_that_begins_trained_has_lower_learning_rates() -> None:

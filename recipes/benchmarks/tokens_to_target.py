@@ -122,7 +122,7 @@ LOWER_RATES = {"sums": (3e-5, 1e-4, 3e-4), "words": (3e-5, 1e-4, 3e-4)}
 PASSES = (4,)
 BATCHES_A_POINT = 5
 """Batches that a point of a curve is the mean of."""
-ONLY_ON = {"reward_to_go": ["cipher"], "critic_replay": ["sums", "words", "delay_16", "cipher", "smollm2"]}
+ONLY_ON = {"reward_to_go": ["cipher"], "critic_replay": ["sums", "words", "delay_16", "delay_64", "cipher", "smollm2"]}
 """Tasks of a method that is another one's equal on all others, or takes long."""
 TUNED_AS = {"random": "delay_16", "delay_256": "delay_64"}
 """Tasks that take what was chosen on others: one on which nothing can be tuned, and one on which it takes long."""
@@ -145,8 +145,8 @@ class Tuning(NamedTuple):
 
 GIVEN = {"smollm2": Tuning(1, 3e-4)}
 """Tasks on which tuning would take too long."""
-SEEDS = {"smollm2": 2}
-"""Number of the first seeds that a task is run with, where it isn't all of them."""
+SEEDS = {"smollm2": 2, "delay_16": 10}
+"""Number of seeds that are reported on a task, where it is not five."""
 
 
 class Job(NamedTuple):
@@ -580,6 +580,33 @@ def later(curve: list[Point]) -> float:
     return area(curve[len(curve) // 2 :])
 
 
+def mean_until(curve: list[Point], tokens: float) -> float:
+    """Mean score over the first `tokens` tokens, which compares methods whose batches differ in size.
+
+    A point's score is that of all tokens since the point before. With points (10 tokens, 0.0), (20, 0.5) and (40, 1.0)
+    the mean over 30 tokens is (10 * 0.0 + 10 * 0.5 + 10 * 1.0) / 30 = 0.5.
+    """
+    total, before = 0.0, 0.0
+    for end, _, score in curve:
+        total += max(0.0, min(end, tokens) - before) * score
+        before = end
+    return total / min(tokens, before)
+
+
+def leads(scores: dict[str, dict[int, float]]) -> dict[str, list[float]]:
+    """Differences of the best method's scores and each other method's, one for each seed that both have.
+
+    Args:
+        scores: By method and seed.
+    """
+    best = max(scores, key=lambda method: statistics.fmean(scores[method].values()))
+    return {
+        method: [scores[best][seed] - score for seed, score in found.items() if seed in scores[best]]
+        for method, found in scores.items()
+        if method != best
+    }
+
+
 def arrival(curve: list[Point], target: float) -> tuple[Point, bool]:
     """The point where the smoothed curve first reaches a target, or the last one, and whether it was reached."""
     heights = smoothed(curve)
@@ -617,7 +644,7 @@ def methods_on(task: str, options: argparse.Namespace) -> list[str]:
 
 def seeds_on(task: str, options: argparse.Namespace) -> list[int]:
     """The seeds that are reported on a task."""
-    return options.seeds[: SEEDS.get(task)]
+    return options.seeds or [*range(1, 1 + SEEDS.get(task, 5))]
 
 
 def finished(output: Path, task: str, method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -640,6 +667,9 @@ def summarise(output: Path, options: argparse.Namespace) -> dict[str, list[dict[
         arrivals = {method: [arrival(run["curve"], target) for run in found] for method, found in runs.items()}
         tokens, seconds = (statistics.fmean(point[i] for point, _ in arrivals["grpo"]) for i in (0, 1))
         memory = statistics.fmean(run["mib"] for run in runs["grpo"])
+        budget = min(run["curve"][-1][0] for found in runs.values() for run in found)
+        scores = {m: {run["seed"]: mean_until(run["curve"], budget) for run in found} for m, found in runs.items()}
+        ahead = leads(scores)
         tables[task] = []
         for method, found in runs.items():
             shares = [point.tokens / tokens for point, _ in arrivals[method]]
@@ -659,6 +689,9 @@ def summarise(output: Path, options: argparse.Namespace) -> dict[str, list[dict[
                     "end": statistics.fmean(ends),
                     "end_interval": interval(ends),
                     "area": statistics.fmean(area(run["curve"]) for run in found),
+                    "equal": statistics.fmean(scores[method].values()),
+                    "behind": statistics.fmean(ahead[method]) if ahead.get(method) else None,
+                    "behind_interval": interval(ahead[method]) if len(ahead.get(method, [])) > 2 else None,
                     "memory": statistics.fmean(run["mib"] for run in found) / memory,
                     "explained_variance": [run["explained_variance"][-1:] for run in found],
                 }
@@ -674,16 +707,22 @@ def markdown(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"**{task}**, target {rows[0]['target']:.3f}",
             "",
             "| method | passes, learning rate | tokens to the target beside GRPO | reached | time to the target "
-            "| score at the end | memory |",
-            "|---|---|---|---|---|---|---|",
+            "| score at the end | memory | mean at equal tokens | behind the best |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in sorted(rows, key=lambda row: row["share"]):
             low, high = row["share_interval"]
             first, last = row["end_interval"]
+            behind = ""
+            if row["behind"] is not None:
+                behind = f"{row['behind']:.3f}"
+            if row["behind_interval"] is not None:
+                behind += " ({:.3f} to {:.3f})".format(*row["behind_interval"])
             lines.append(
                 f"| {row['method']} | {row['passes']}, {row['learning_rate']:g} | "
                 f"{row['share']:.2f} ({low:.2f} to {high:.2f}) | {row['reached']} of {row['seeds']} | "
-                f"{row['time']:.2f} | {row['end']:.3f} ({first:.3f} to {last:.3f}) | {row['memory']:.2f} |"
+                f"{row['time']:.2f} | {row['end']:.3f} ({first:.3f} to {last:.3f}) | {row['memory']:.2f} | "
+                f"{row['equal']:.3f} | {behind} |"
             )
         lines.append("")
     return lines
@@ -731,7 +770,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tokens_to_target"), help="where to write")
     parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS, help="which tasks")
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS, help="which methods")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="seeds that are reported")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds that are reported; default: 1 to 5 on most tasks")
     parser.add_argument(
         "--learning_rates", nargs="+", type=float, help="to choose from; default: three that suit the task"
     )
