@@ -116,6 +116,18 @@ TITLES = {
     "random": "control: a coin decides",
     "smollm2": "sums, a chat model of 135M parameters",
 }
+NAMES = {
+    "critic": "critic, parallel head, no replay",
+    "critic_replay": "critic, sequential head, replay",
+    "grpo": "GRPO, groups of 8",
+    "dapo": "DAPO, groups of 8",
+    "reinforce++": "REINFORCE++",
+    "rloo": "RLOO, groups of 8",
+    "spo": "SPO",
+    "ppo": "PPO, a value network of its own",
+    "reward_to_go": "`reward_to_go`, discount 0.5 per turn",
+}
+"""Names of the methods in the table."""
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 LOWER_RATES = {"sums": (3e-5, 1e-4, 3e-4), "words": (3e-5, 1e-4, 3e-4)}
 """Learning rates of tasks whose policy begins trained."""
@@ -704,28 +716,41 @@ def markdown(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = []
     for task, rows in tables.items():
         lines += [
-            f"**{task}**, target {rows[0]['target']:.3f}",
+            f"**{TITLES[task]}** (`{task}`), target {short(rows[0]['target'])}",
             "",
-            "| method | passes, learning rate | tokens to the target beside GRPO | reached | time to the target "
-            "| score at the end | memory | mean at equal tokens | behind the best |",
+            "| method | learning rate | tokens to the target, relative to GRPO | reached by | time | memory "
+            "| score at the end | mean score at equal tokens | lead of the best |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in sorted(rows, key=lambda row: row["share"]):
-            low, high = row["share_interval"]
-            first, last = row["end_interval"]
-            behind = ""
-            if row["behind"] is not None:
-                behind = f"{row['behind']:.3f}"
+            behind = "" if row["behind"] is None else short(row["behind"])
             if row["behind_interval"] is not None:
-                behind += " ({:.3f} to {:.3f})".format(*row["behind_interval"])
-            lines.append(
-                f"| {row['method']} | {row['passes']}, {row['learning_rate']:g} | "
-                f"{row['share']:.2f} ({low:.2f} to {high:.2f}) | {row['reached']} of {row['seeds']} | "
-                f"{row['time']:.2f} | {row['end']:.3f} ({first:.3f} to {last:.3f}) | {row['memory']:.2f} | "
-                f"{row['equal']:.3f} | {behind} |"
-            )
+                behind = within(row["behind"], row["behind_interval"])
+            low, high = row["share_interval"]
+            cells = [
+                NAMES[row["method"]],
+                f"{row['learning_rate']:g}",
+                f"{row['share']:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['reached']} of {row['seeds']} seeds",
+                f"{row['time']:.2f}",
+                f"{row['memory']:.2f}",
+                within(row["end"], row["end_interval"]),
+                short(row["equal"]),
+                behind,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return lines
+
+
+def short(score: float) -> str:
+    """A score between -1 and 1 with three digits and without the zero before the point."""
+    return f"{score:.3f}".replace("0.", ".", 1)
+
+
+def within(score: float, limits: tuple[float, float]) -> str:
+    """A score and its interval."""
+    return f"{short(score)} ({short(limits[0])} to {short(limits[1])})"
 
 
 def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[str, Any]]]) -> None:
@@ -764,8 +789,8 @@ def draw(output: Path, options: argparse.Namespace, tables: dict[str, list[dict[
         save_png(figure, output / "tokens_to_target.png")
 
 
-def main() -> None:
-    """Tune, run, print, draw."""
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tokens_to_target"), help="where to write")
     parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS, help="which tasks")
@@ -778,7 +803,12 @@ def main() -> None:
     parser.add_argument("--critic", type=json.loads, default={}, help="options of the critic, as JSON")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="run nothing; table and picture of what is there")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Tune, run, print, draw."""
+    options = arguments()
     output = options.output_dir
     (output / "runs").mkdir(parents=True, exist_ok=True)
     ignore_known_warnings()
@@ -793,7 +823,8 @@ def main() -> None:
         run_all(jobs, output, options.jobs, options.critic)
     tables = summarise(output, options)
     if not tables:
-        parser.exit(message=f"No task in {output / 'runs'} has a reported run of GRPO yet, so there is no target.\n")
+        print(f"No task in {output / 'runs'} has a reported run of GRPO yet, so there is no target.", file=sys.stderr)
+        return
     (output / "tokens_to_target.json").write_text(json.dumps(tables, indent=1))
     text = "\n".join(markdown(tables))
     (output / "tokens_to_target.md").write_text(text + "\n")
